@@ -1,0 +1,39 @@
+"""Every error a user can meet, each with the exit code the command line gives it."""
+
+from __future__ import annotations
+
+
+class XditCompileError(Exception):
+    """Base of all errors raised on purpose; the message says what to change."""
+
+    exit_code = 1
+
+
+class UsageError(XditCompileError):
+    """A request that can be seen to be wrong before anything heavy happens."""
+
+    exit_code = 2
+
+
+class PlanError(UsageError):
+    """A plan that does not fit itself, the world or the model; lists every problem at once."""
+
+
+class CaptureError(XditCompileError):
+    """No capture of the module agreed with running it eagerly."""
+
+
+class PartitionError(XditCompileError):
+    """A graph that the partitioner cannot split and may not gather."""
+
+
+class VerificationError(XditCompileError):
+    """The partitioned program gave other numbers than the module itself."""
+
+
+class AgreementError(XditCompileError):
+    """Ranks that disagree on plan, inputs or graph, or one that did not answer in time."""
+
+
+class ProviderUnavailable(UsageError):
+    """A backend or an attention provider that cannot be used here, with the reason."""

@@ -1,0 +1,71 @@
+"""A captured denoiser: a root graph that only wires together calls of functional ATen graphs, each kept once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One placeholder of the root graph.
+
+    ``target`` is a qualified name in the module for a parameter or buffer, a key of ``Program.constants`` for a
+    constant, and for a user input the position among the flat leaves of ``(args, kwargs)``.
+    """
+
+    name: str
+    kind: Literal["parameter", "buffer", "constant", "user"]
+    target: str | int
+
+
+@dataclasses.dataclass
+class Program:
+    """Prologue, blocks and epilogue of one module for one signature.
+
+    ``root`` is a GraphModule whose placeholders stand in the order of ``inputs`` and carry ``meta["val"]`` fakes. Each of
+    its computing nodes is a ``call_module`` whose target is one entry of ``structures`` (several calls may share one) or
+    an ``operator.getitem`` on such a call; its output is a flat tuple. A call carries ``meta["path"]``, the path of the
+    module it stands for (``""`` for what lies between blocks), and ``meta["repeated"]``, whether it belongs to a list of
+    repeated blocks. Every structure is a functional ATen GraphModule: placeholders, ``call_function`` nodes and one flat
+    tuple as output, each node with ``meta["val"]``; weights come in as arguments.
+
+    ``outputs`` says how the module's flat result is made: an ``int`` is a position in the root's output tuple, anything
+    else is wrapped in ``Constant``.
+    """
+
+    root: fx.GraphModule
+    inputs: tuple[Input, ...]
+    constants: dict[str, torch.Tensor]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    outputs: tuple[int | Constant, ...]
+    guards: tuple[Guard, ...] = ()
+    how: str = ""
+
+    def structures(self) -> dict[str, fx.GraphModule]:
+        """The distinct structures by name."""
+        return {name: child for name, child in self.root.named_children() if isinstance(child, fx.GraphModule)}
+
+    def calls(self) -> list[fx.Node]:
+        """The calls of structures, in the order they run."""
+        return [node for node in self.root.graph.nodes if node.op == "call_module"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A leaf of the module's result that is no tensor of the graph (None, a number, a string)."""
+
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """A value that the capture baked in: flat tensor input ``position`` must equal ``value`` or the module is captured anew."""
+
+    position: int
+    value: torch.Tensor
