@@ -1,0 +1,277 @@
+"""Attention over split tokens: Ulysses, ring, and both together (USP, arXiv:2405.07719).
+
+Ulysses (arXiv:2309.14509) exchanges tokens for heads: queries, keys and values of one head travel to one rank, packed in
+one all-to-all, and the result travels back in another. Ring attention (arXiv:2310.01889) lets keys and values travel from
+rank to rank. Attention does not care in which order keys stand, so every rank keeps what it holds; a mask is permuted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+import xdit_compile.kernels.attention  # noqa: F401  (registers the op)
+import xdit_compile.kernels.ring  # noqa: F401  (registers the op)
+from xdit_compile.shards import share
+
+from .choices import Choice, choose
+from .layout import SEQUENCE
+from .local import Value, aten
+from .rules import Typing
+
+if TYPE_CHECKING:
+    from .partition import FramePartitioner
+
+ops = torch.ops.xdit_compile
+
+
+def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+    """What this rank runs for one attention, or None where every operand is whole."""
+    split = part.sharding.splits.get(SEQUENCE)
+    if split is None:
+        return None
+    tokens = typing.facts["attention"]["tokens"]
+    chosen = choose(typing, operands, split)
+    over_tokens = chosen is not None and chosen.operands.get(0) == tokens
+    if chosen is None:
+        return None
+    if not over_tokens:
+        return _Local(part, node, typing, operands, {SEQUENCE: chosen}).emit()
+    if split.splits(typing.expected[1][tokens]) and operands[1].split.get(SEQUENCE) == tokens:
+        return _Exchanged(part, node, typing, operands, chosen).emit()
+    return _Local(part, node, typing, operands, {SEQUENCE: chosen}).emit()
+
+
+class _Local:
+    """Attention in which no token meets another rank's: other batch entries, or queries over replicated keys."""
+
+    def __init__(
+        self, part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value], choices: dict[str, Choice]
+    ):
+        self.part, self.node, self.typing, self.operands, self.choices = part, node, typing, operands, choices
+        self.facts: dict[str, Any] = typing.facts["attention"]
+        self.local = part.local
+
+    def emit(self) -> list[Value]:
+        tensors = [self._coerced(at) for at in range(len(self.operands))]
+        mask = tensors[3] if len(tensors) > 3 else None
+        chosen = self.choices[SEQUENCE]
+        causal = self.facts["is_causal"]
+        if causal and chosen.operands.get(0) == self.facts["tokens"]:
+            mask, causal = self._causal_rows(), False
+        result = self.local.call(
+            ops.attention.default, *tensors[:3], mask, causal, self.facts["scale"], self.facts["enable_gqa"], self.provider()
+        )
+        self.part.count(self.node, self.typing, self.choices)
+        outs = {SEQUENCE: chosen.results[0]}
+        return [Value(result, self.typing.outs[0], self.node.meta["val"].dtype, outs)]
+
+    def provider(self) -> str:
+        return "sdpa" if self.part.layout.provider == "auto" else self.part.layout.provider
+
+    def _coerced(self, at: int) -> fx.Node:
+        required = {name: choice.operands[at] for name, choice in self.choices.items() if at in choice.operands}
+        return self.part.coerce(self.operands[at], self.typing.expected[at], required, self.node, at)
+
+    def _causal_rows(self) -> fx.Node:
+        tokens = self.facts["tokens"]
+        rows = self.part.sharding.positions(self.typing.expected[0][tokens], [SEQUENCE])
+        columns = np.arange(self.typing.expected[1][tokens].size)
+        return self.local.constant(torch.from_numpy(columns[None, :] <= rows[:, None]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Heads:
+    """Query heads and key heads that one Ulysses rank computes."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+
+    @staticmethod
+    def of(query_heads: int, key_heads: int, ranks: int, index: int) -> _Heads:
+        """Whole groups of query heads go with their key head; with fewer key heads than ranks, key heads are replicated."""
+        group = query_heads // key_heads
+        if key_heads >= ranks or group == 1:
+            keys = share(key_heads, ranks, index)
+            return _Heads((keys[0] * group, keys[1] * group), keys)
+        queries = share(query_heads, ranks, index)
+        return _Heads(queries, (queries[0] // group, -(-queries[1] // group)))
+
+    @property
+    def query_count(self) -> int:
+        return self.queries[1] - self.queries[0]
+
+    @property
+    def key_count(self) -> int:
+        return self.keys[1] - self.keys[0]
+
+
+class _Exchanged(_Local):
+    """Attention whose keys lie on all ranks."""
+
+    def __init__(self, part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value], chosen: Choice):
+        super().__init__(part, node, typing, operands, {SEQUENCE: chosen})
+        mesh = part.layout.mesh
+        self.ulysses, self.ring = mesh.size("ulysses"), mesh.size("ring")
+        self.u, self.r = mesh.coordinate("ulysses"), mesh.coordinate("ring")
+        split, tokens = part.sharding.splits[SEQUENCE], self.facts["tokens"]
+        self.query_axis, self.key_axis = typing.expected[0][tokens], typing.expected[1][tokens]
+        self.query_lengths = [split.length(self.query_axis, index) for index in range(split.parts)]
+        self.key_lengths = [split.length(self.key_axis, index) for index in range(split.parts)]
+        shape, keys, values_ = ([axis.size for axis in typing.expected[at]] for at in range(3))
+        self.batch = shape[:-3]
+        self.query_heads, self.key_heads = (shape[-3], keys[-3]) if len(shape) > 2 else (1, 1)
+        self.head_dim, self.value_dim = shape[-1], values_[-1]
+        self.dtype = node.meta["val"].dtype
+
+    def members(self, ring: int) -> list[int]:
+        """Sequence ranks of one Ulysses group."""
+        return [ring * self.ulysses + u for u in range(self.ulysses)]
+
+    def heads(self, u: int) -> _Heads:
+        return _Heads.of(self.query_heads, self.key_heads, self.ulysses, u)
+
+    def emit(self) -> list[Value]:
+        if self.facts["dropout_p"]:
+            raise ValueError(f"{self.node.name}: attention with dropout cannot be split")
+        tokens = self.facts["tokens"]
+        q, k, v = (
+            self.part.coerce(self.operands[at], self.typing.expected[at], {SEQUENCE: tokens}, self.node, at) for at in range(3)
+        )
+        if len(self.typing.expected[0]) == 2:
+            q, k, v = (self.local.call(aten.unsqueeze.default, x, 0) for x in (q, k, v))
+        if self.ulysses > 1:
+            q, k, v = self._to_heads(q, k, v)
+        result = self._attend(q, self._aligned(k), self._aligned(v))
+        if self.ulysses > 1:
+            result = self._to_tokens(result)
+        if len(self.typing.expected[0]) == 2:
+            result = self.local.call(aten.squeeze.dim, result, 0)
+        self._count()
+        outs = {SEQUENCE: self.choices[SEQUENCE].results[0]}
+        return [Value(result, self.typing.outs[0], self.dtype, outs)]
+
+    def _count(self) -> None:
+        from .flops import flops
+
+        total = flops(self.node)
+        rows = sum(self.query_lengths[i] for i in self.members(self.r)) / self.query_axis.size
+        mine = self.heads(self.u).query_count / self.query_heads
+        self.part.ledger.work(total, rows * mine, (SEQUENCE,))
+
+    def _flat(self, x: fx.Node, dim: int, start: int, stop: int) -> fx.Node:
+        piece = self.local.call(aten.slice.Tensor, x, dim, start, stop)
+        return self.local.call(aten.reshape.default, piece, [-1])
+
+    def _exchange(self, pieces: list[fx.Node], sent: list[int], received: list[int]) -> list[fx.Node]:
+        """One all-to-all within the Ulysses group: ``pieces`` flat in order of their rank, back one flat piece per rank."""
+        packed = self.local.call(aten.cat.default, pieces, 0)
+        arrived = self.local.call(
+            ops.all_to_all.default, packed, received, sent, self.part.layout.mesh.group("ulysses")
+        )
+        self.part.ledger.sent("all_to_all", "attention", sum(sent) - sent[self.u], self.dtype)
+        split = self.local.call(aten.split_with_sizes.default, arrived, received, 0)
+        import operator
+
+        return [self.local.call(operator.getitem, split, i) for i in range(len(received))]
+
+    def _to_heads(self, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+        batch, me = math.prod(self.batch), self.part.sharding.index[SEQUENCE]
+        dims = (self.head_dim, self.head_dim, self.value_dim)
+        rank = len(self.batch) + 3
+        pieces, sent, received, shapes = [], [], [], []
+        for u, peer in enumerate(self.members(self.r)):
+            there, here = self.heads(u), self.heads(self.u)
+            ranges = (there.queries, there.keys, there.keys)
+            pieces += [self._flat(x, rank - 3, *heads) for x, heads in zip((q, k, v), ranges, strict=True)]
+            outgoing = (self.query_lengths[me], self.key_lengths[me], self.key_lengths[me])
+            sent.append(sum(batch * (b - a) * n * d for (a, b), n, d in zip(ranges, outgoing, dims, strict=True)))
+            counts = (here.query_count, here.key_count, here.key_count)
+            incoming = (self.query_lengths[peer], self.key_lengths[peer], self.key_lengths[peer])
+            shapes.append([[*self.batch, c, n, d] for c, n, d in zip(counts, incoming, dims, strict=True)])
+            received.append(sum(math.prod(shape) for shape in shapes[-1]))
+        arrived = self._exchange(pieces, sent, received)
+        unpacked = [self._unpack(flat, shape) for flat, shape in zip(arrived, shapes, strict=True)]
+        joined = [self.local.call(aten.cat.default, [parts[i] for parts in unpacked], rank - 2) for i in range(3)]
+        return joined[0], joined[1], joined[2]
+
+    def _unpack(self, flat: fx.Node, shapes: Sequence[Sequence[int]]) -> list[fx.Node]:
+        parts, at = [], 0
+        for shape in shapes:
+            size = math.prod(shape)
+            piece = self.local.call(aten.slice.Tensor, flat, 0, at, at + size)
+            parts.append(self.local.call(aten.reshape.default, piece, list(shape)))
+            at += size
+        return parts
+
+    def _to_tokens(self, result: fx.Node) -> fx.Node:
+        batch, me = math.prod(self.batch), self.part.sharding.index[SEQUENCE]
+        rank = len(self.batch) + 3
+        pieces, sent, received, shapes, at = [], [], [], [], 0
+        for u, peer in enumerate(self.members(self.r)):
+            pieces.append(self._flat(result, rank - 2, at, at + self.query_lengths[peer]))
+            at += self.query_lengths[peer]
+            sent.append(batch * self.heads(self.u).query_count * self.query_lengths[peer] * self.value_dim)
+            shapes.append([*self.batch, self.heads(u).query_count, self.query_lengths[me], self.value_dim])
+            received.append(math.prod(shapes[-1]))
+        arrived = self._exchange(pieces, sent, received)
+        parts = [self.local.call(aten.reshape.default, x, shape) for x, shape in zip(arrived, shapes, strict=True)]
+        return self.local.call(aten.cat.default, parts, rank - 3)
+
+    def _aligned(self, x: fx.Node) -> fx.Node:
+        """Key heads repeated so that they stand one to one with query heads, where whole groups were torn apart."""
+        group = self.query_heads // self.key_heads
+        mine = self.heads(self.u)
+        if self.ulysses == 1 or group == 1 or mine.query_count == mine.key_count * group:
+            return x
+        wanted = np.arange(*mine.queries) // group - mine.keys[0]
+        index = self.local.constant(torch.from_numpy(wanted))
+        return self.local.call(aten.index_select.default, x, len(self.batch), index)
+
+    def _grouped(self) -> bool:
+        mine = self.heads(self.u)
+        whole = mine.query_count == mine.key_count * (self.query_heads // self.key_heads)
+        return self.facts["enable_gqa"] and (self.ulysses == 1 or whole)
+
+    def _attend(self, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+        mask = self._mask()
+        scale = self.facts["scale"]
+        if self.ring == 1:
+            return self.local.call(ops.attention.default, q, k, v, mask, False, scale, self._grouped(), self.provider())
+        lengths = [sum(self.key_lengths[i] for i in self.members(r)) for r in range(self.ring)]
+        heads = self.heads(self.u) if self.ulysses > 1 else _Heads((0, self.query_heads), (0, self.key_heads))
+        count = heads.key_count if self._grouped() or self.query_heads == self.key_heads else heads.query_count
+        elements = math.prod(self.batch) * count * (self.head_dim + self.value_dim)
+        sent = sum(lengths[(self.r - step) % self.ring] for step in range(self.ring - 1)) * elements
+        self.part.ledger.sent("ring_attention", "attention", sent, self.dtype)
+        group = self.part.layout.mesh.group("ring")
+        provider = self.part.layout.provider
+        return self.local.call(
+            ops.ring_attention.default, q, k, v, mask, lengths, scale, self._grouped(), group, provider
+        )
+
+    def _mask(self) -> fx.Node | None:
+        """The mask of this rank's heads and queries, its columns in the order in which keys arrive."""
+        split = self.part.sharding.splits[SEQUENCE]
+        rows = np.concatenate([split.positions(self.query_axis, i) for i in self.members(self.r)])
+        columns = np.concatenate([split.positions(self.key_axis, i) for i in range(split.parts)])
+        if self.facts["is_causal"]:
+            return self.local.constant(torch.from_numpy(columns[None, :] <= rows[:, None]))
+        at = self.facts["mask"]
+        if at is None:
+            return None
+        mask = self.part.coerce(self.operands[at], self.typing.expected[at], {}, self.node, at)
+        shape = [axis.size for axis in self.typing.expected[at]]
+        wanted = {-1: columns, -2: rows, -3: np.arange(*self.heads(self.u).queries) if self.ulysses > 1 else None}
+        for back, positions in wanted.items():
+            if positions is not None and len(shape) >= -back and shape[back] > 1:
+                mask = self.local.take(mask, len(shape) + back, positions, shape[back])
+        if len(self.typing.expected[0]) == 2 and len(shape) > 2:
+            raise ValueError(f"{self.node.name}: a mask of more dims than its queries")
+        return mask

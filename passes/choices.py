@@ -1,0 +1,67 @@
+"""Which loop of an operator a mesh dimension splits, given how its operands lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from xdit_compile.axes import same
+from xdit_compile.shards import Split
+
+from .local import Value
+from .rules import Loop, Typing
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A loop that is split, and the dim on which it stands in each operand and result."""
+
+    loop: Loop
+    operands: dict[int, int]
+    results: dict[int, int]
+
+
+RUNS_SPLIT = ("map", "sum", "mean", "halo")
+
+
+def feasible(typing: Typing, loop: Loop, split: Split) -> Choice | None:
+    """How ``loop`` looks when it is split, or None when it cannot be: exactly one dim per operand and result must be."""
+    if loop.kind not in RUNS_SPLIT:
+        return None
+    operands = _dims(typing.expected, loop.args, split)
+    results = _dims(typing.outs, loop.outs, split)
+    if operands is None or results is None or (loop.kind in ("map", "halo") and not results):
+        return None
+    return Choice(loop, operands, results)
+
+
+def _dims(axes: Sequence[Sequence], pairs: Sequence[tuple[int, int]], split: Split) -> dict[int, int] | None:
+    found: dict[int, int] = {}
+    for tensor in dict.fromkeys(tensor for tensor, _ in pairs):
+        dims = [dim for other, dim in pairs if other == tensor and split.splits(axes[tensor][dim])]
+        if len(dims) != 1:
+            return None
+        found[tensor] = dims[0]
+    return found
+
+
+def choose(typing: Typing, operands: Sequence[Value], split: Split) -> Choice | None:
+    """The feasible loop along which most of the operands already lies; a loop that costs nothing where none does."""
+    best: Choice | None = None
+    most = -1
+    for loop in typing.loops:
+        choice = feasible(typing, loop, split)
+        if choice is None:
+            continue
+        lying = sum(
+            math.prod(axis.size for axis in operands[operand].axes)
+            for operand, dim in choice.operands.items()
+            if operands[operand].split.get(split.dim) == dim
+            and same(operands[operand].axes[dim], typing.expected[operand][dim])
+        )
+        if lying == 0 and loop.kind != "map":
+            continue
+        if lying > most:
+            best, most = choice, lying
+    return best

@@ -1,0 +1,96 @@
+"""Rules of operators that look positions up in tables, and of those that make tensors from nothing."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .rules import Rule, RuleBook, type_opaquely
+
+BOOK = RuleBook()
+
+
+@BOOK.rule("embedding")
+def embedding(rule: Rule) -> None:
+    rank = len(rule.actual[1])
+    for dim in range(rank):
+        rule.loop("map", [(1, dim)], [(0, dim)])
+    rule.loop("whole", [(0, 0)], [])
+    rule.loop("map", [(0, 1)], [(0, rank)])
+
+
+@BOOK.rule("index_select")
+def index_select(rule: Rule) -> None:
+    chosen = rule.arg(1, "dim") % len(rule.actual[0])
+    for dim in range(len(rule.actual[0])):
+        if dim == chosen:
+            rule.loop("whole", [(0, dim)], [])
+            rule.loop("map", [(1, 0)], [(0, dim)])
+        else:
+            rule.loop("map", [(0, dim)], [(0, dim)])
+
+
+@BOOK.rule("index")
+def index(rule: Rule) -> None:
+    indices = list(rule.arg(1, "indices"))
+    used = [dim for dim, value in enumerate(indices) if isinstance(value, fx.Node)]
+    one_run = used == list(range(used[0], used[-1] + 1))
+    if not one_run or any(str(value.meta["val"].dtype) in ("torch.bool", "torch.uint8") for value in indices if value is not None):
+        type_opaquely(rule, "indices apart from one another or boolean")
+        return
+    rank = len(rule.actual[0])
+    spread = max(len(axes) for axes in rule.actual[1:])
+    for dim in range(rank):
+        if dim in used:
+            rule.loop("whole", [(0, dim)], [])
+        else:
+            rule.loop("map", [(0, dim)], [(0, dim if dim < used[0] else dim - len(used) + spread)])
+    for dim in range(spread):
+        out = used[0] + dim
+        pairs = []
+        for operand in range(1, len(rule.actual)):
+            own = dim - (spread - len(rule.actual[operand]))
+            if own >= 0 and rule.shape(operand)[own] == rule.out_shape()[out]:
+                pairs.append((operand, own))
+        rule.loop("map", pairs, [(0, out)])
+
+
+@BOOK.rule("gather", "take_along_dim")
+def gather(rule: Rule) -> None:
+    chosen = rule.arg(1, "dim") % len(rule.actual[0])
+    for dim in range(len(rule.actual[0])):
+        if dim == chosen:
+            rule.loop("whole", [(0, dim)], [])
+            rule.loop("map", [(1, dim)], [(0, dim)])
+        elif rule.shape(0)[dim] == rule.shape(1)[dim]:
+            rule.loop("map", [(0, dim), (1, dim)], [(0, dim)])
+        else:
+            rule.opaque(0, dim, "gathered from part of a dim")
+            rule.opaque(1, dim, "gathered from part of a dim")
+
+
+@BOOK.rule("full", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+def constant(rule: Rule) -> None:
+    """Equal everywhere: any rank can make just its own positions."""
+    for dim in range(len(rule.out_shape())):
+        rule.loop("map", [], [(0, dim)])
+    at = 1 if "new_" in str(rule.node.target) else 0
+
+    def emit(ctx):  # type: ignore[no-untyped-def]
+        first = [ctx.operand(0)] if at else []
+        return ctx.call(ctx.node.target, *first, ctx.out_sizes(0), *ctx.node.args[at + 1 :], **ctx.node.kwargs)
+
+    rule.emit = emit
+
+
+@BOOK.rule("arange", "linspace", "scalar_tensor", "rand", "randn", "randperm", "eye", "logspace")
+def table(rule: Rule) -> None:
+    """Made whole on every rank and sliced where it meets a split tensor."""
+
+
+@BOOK.rule("tril", "triu")
+def triangle(rule: Rule) -> None:
+    rank = len(rule.actual[0])
+    for dim in range(rank - 2):
+        rule.loop("map", [(0, dim)], [(0, dim)])
+    for dim in (rank - 2, rank - 1):
+        rule.loop("whole", [(0, dim)], [(0, dim)])

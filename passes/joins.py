@@ -1,0 +1,268 @@
+"""Rules of operators that join tensors along a dim or cut them apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from xdit_compile.axes import Axis, Concat, Conflict, Product
+
+from .rules import Rule, RuleBook
+
+BOOK = RuleBook()
+MOST_CUTS = 12
+"""An axis cut at more places than this is taken apart step by step and has no parts worth a name."""
+
+
+def _others(rule: Rule, dim: int, operands: range, result: int = 0) -> None:
+    """Every dim but ``dim`` is one axis in all operands and in the result."""
+    for other in range(len(rule.actual[0])):
+        if other != dim:
+            rule.loop("map", [(operand, other) for operand in operands], [(result, other)])
+
+
+@BOOK.rule("cat", "concat", "concatenate")
+def cat(rule: Rule) -> None:
+    rank = len(rule.out_shape())
+    dim = rule.arg(1, "dim", 0) % rank
+    joined = [k for k, axes in enumerate(rule.actual) if len(axes) == rank]
+    for other in range(rank):
+        if other != dim:
+            rule.loop("map", [(k, other) for k in joined if rule.shape(k)[dim] or len(joined) == 1], [(0, other)])
+    parts = [rule.actual[k][dim] for k in joined if rule.shape(k)[dim]]
+    rule.outs[0][dim] = Concat(parts) if len(parts) != 1 else parts[0]
+    rule.add_join([(k, dim) for k in joined if rule.shape(k)[dim]], [(0, dim)])
+
+
+@BOOK.rule("stack")
+def stack(rule: Rule) -> None:
+    rank = len(rule.out_shape())
+    new = rule.arg(1, "dim", 0) % rank
+    for dim in range(rank - 1):
+        rule.loop("map", [(k, dim) for k in range(len(rule.operands))], [(0, dim + (dim >= new))])
+
+
+def _cut_places(node: fx.Node, dim: int) -> int:
+    """At how many places the slices of ``node`` along ``dim`` cut it."""
+    places = set()
+    for user in node.users:
+        if "slice" in str(user.target) and (user.args[1] if len(user.args) > 1 else 0) == dim:
+            places.update(user.args[2:4])
+    return len(places)
+
+
+@BOOK.rule("slice", "narrow")
+def slice_(rule: Rule) -> None:
+    shape = rule.shape(0)
+    dim = rule.arg(1, "dim", 0) % len(shape)
+    _others(rule, dim, range(1))
+    size = shape[dim]
+    start, step = _bounded(rule.arg(2, "start"), size, 0), rule.arg(4, "step", 1)
+    length = rule.out_shape()[dim]
+    if step == 1:
+        _cut_out(rule, dim, start, length)
+    elif size % step == 0 and length == size // step:
+        _every(rule, dim, start, step)
+    else:
+        rule.opaque(0, dim, f"a slice with step {step}")
+
+
+def _bounded(value: Any, size: int, default: int) -> int:
+    if value is None:
+        return default
+    return max(0, min(size, value + size if value < 0 else value))
+
+
+def _cut_out(rule: Rule, dim: int, start: int, length: int) -> None:
+    axis = rule.actual[0][dim]
+    if length == axis.size:
+        rule.loop("map", [(0, dim)], [(0, dim)])
+        rule.emit = lambda ctx: ctx.operand(0)
+        return
+    if length == 0 or _cut_places(rule.operands[0], dim) > MOST_CUTS:
+        rule.opaque(0, dim, "cut into single steps")
+        return
+    if rule.is_table(0):
+        rule.loop("whole", [(0, dim)], [])
+        return
+    try:
+        kept = rule.system.segment(axis, start, start + length)
+        before = rule.system.segment(axis, 0, start) if start else None
+    except Conflict as conflict:
+        rule.opaque(0, dim, str(conflict))
+        return
+    rule.outs[0][dim] = kept
+    rule.add_join([(0, dim)], [(0, dim)])
+
+    def emit(ctx: Any) -> Any:
+        begin = ctx.length(before, 0, dim) if before is not None else 0
+        return ctx.call(ctx.aten.slice.Tensor, ctx.operand(0), dim, begin, begin + ctx.out_sizes(0)[dim])
+
+    rule.emit = emit
+
+
+def _every(rule: Rule, dim: int, start: int, step: int) -> None:
+    try:
+        outer, _ = rule.system.split(rule.actual[0][dim], step)
+    except Conflict as conflict:
+        rule.opaque(0, dim, str(conflict))
+        return
+    rule.outs[0][dim] = outer
+    rule.add_join([(0, dim)], [(0, dim)])
+    rule.emit = lambda ctx: ctx.call(ctx.aten.slice.Tensor, ctx.operand(0), dim, start, 2**63 - 1, step)
+
+
+@BOOK.rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+def split(rule: Rule) -> None:
+    rank = len(rule.actual[0])
+    dim = rule.arg(2, "dim", 0) % rank
+    count = len(rule.outs)
+    sizes = [rule.out_shape(k)[dim] for k in range(count)]
+    for other in range(rank):
+        if other != dim:
+            rule.loop("map", [(0, other)], [(k, other) for k in range(count)])
+    axis = rule.actual[0][dim]
+    if count == 1:
+        rule.loop("map", [(0, dim)], [(0, dim)])
+    elif count > MOST_CUTS or 0 in sizes or set(sizes) == {1}:
+        rule.loop("whole", [(0, dim)], [])
+        return
+    else:
+        mark = rule.system.mark()
+        try:
+            ends = [sum(sizes[: k + 1]) for k in range(count)]
+            parts = [rule.system.segment(axis, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        except Conflict as conflict:
+            rule.system.rollback(mark)
+            rule.opaque(0, dim, str(conflict))
+            return
+        for k, part in enumerate(parts):
+            rule.outs[k][dim] = part
+        rule.add_join([(0, dim)], [(k, dim) for k in range(count)])
+    rule.emit = lambda ctx: ctx.call(
+        ctx.aten.split_with_sizes.default, ctx.operand(0), [ctx.out_sizes(k)[dim] for k in range(count)], dim
+    )
+
+
+@BOOK.rule("unbind")
+def unbind(rule: Rule) -> None:
+    gone = rule.arg(1, "dim", 0) % len(rule.actual[0])
+    _take_one(rule, gone, len(rule.outs))
+
+
+@BOOK.rule("select")
+def select(rule: Rule) -> None:
+    gone = rule.arg(1, "dim") % len(rule.actual[0])
+    _take_one(rule, gone, 1)
+
+
+def _take_one(rule: Rule, gone: int, results: int) -> None:
+    for dim in range(len(rule.actual[0])):
+        if dim != gone:
+            rule.loop("map", [(0, dim)], [(k, dim - (dim > gone)) for k in range(results)])
+    rule.loop("whole", [(0, gone)], [])
+
+
+@BOOK.rule("slice_scatter")
+def slice_scatter(rule: Rule) -> None:
+    shape, source = rule.shape(0), rule.shape(1)
+    dim = rule.arg(2, "dim", 0) % len(shape)
+    _others(rule, dim, range(2))
+    start, step = _bounded(rule.arg(3, "start"), shape[dim], 0), rule.arg(5, "step", 1)
+    length, axis = source[dim], rule.actual[0][dim]
+    if length == shape[dim]:
+        rule.loop("map", [(0, dim), (1, dim)], [(0, dim)])
+        rule.emit = lambda ctx: ctx.call(ctx.aten.clone.default, ctx.operand(1))
+        return
+    try:
+        if step != 1:
+            outer, _ = rule.system.split(axis, step)
+            rule.system.unify(outer, rule.actual[1][dim])
+            begin: Axis | None = None
+        else:
+            rule.system.unify(rule.system.segment(axis, start, start + length), rule.actual[1][dim])
+            begin = rule.system.segment(axis, 0, start) if start else None
+    except Conflict as conflict:
+        rule.opaque(0, dim, str(conflict))
+        rule.opaque(1, dim, str(conflict))
+        return
+    rule.outs[0][dim] = axis
+    rule.add_join([(0, dim), (1, dim)], [(0, dim)])
+
+    def emit(ctx: Any) -> Any:
+        if step != 1:
+            return ctx.call(ctx.node.target, ctx.operand(0), ctx.operand(1), dim, start, 2**63 - 1, step)
+        at = ctx.length(begin, 0, dim) if begin is not None else 0
+        stop = at + ctx.operand_sizes(1)[dim]
+        return ctx.call(ctx.node.target, ctx.operand(0), ctx.operand(1), dim, at, stop)
+
+    rule.emit = emit
+
+
+@BOOK.rule("select_scatter")
+def select_scatter(rule: Rule) -> None:
+    gone = rule.arg(2, "dim") % len(rule.actual[0])
+    for dim in range(len(rule.actual[0])):
+        if dim != gone:
+            rule.loop("map", [(0, dim), (1, dim - (dim > gone))], [(0, dim)])
+    rule.loop("whole", [(0, gone)], [(0, gone)])
+
+
+@BOOK.rule("constant_pad_nd", "pad")
+def pad(rule: Rule) -> None:
+    shape = rule.shape(0)
+    amounts = list(rule.arg(1, "pad"))
+    constant = rule.arg(2, "mode", "constant") == "constant" if "pad.default" in str(rule.node.target) else True
+    around = {len(shape) - 1 - k: (amounts[2 * k], amounts[2 * k + 1]) for k in range(len(amounts) // 2)}
+    pads: dict[int, tuple[Axis | None, Axis | None]] = {}
+    for dim, axis in enumerate(rule.actual[0]):
+        before, after = around.get(dim, (0, 0))
+        if before == after == 0:
+            rule.loop("map", [(0, dim)], [(0, dim)])
+        elif not constant or before < 0 or after < 0:
+            rule.opaque(0, dim, "padded with its own positions or cropped")
+        else:
+            low = rule.system.atom(before) if before else None
+            high = rule.system.atom(after) if after else None
+            pads[dim] = (low, high)
+            rule.outs[0][dim] = Concat([part for part in (low, axis, high) if part is not None])
+            rule.add_join([(0, dim)], [(0, dim)])
+    if not constant:
+        return
+
+    def emit(ctx: Any) -> Any:
+        local = list(amounts)
+        for dim, sides in pads.items():
+            at = 2 * (len(shape) - 1 - dim)
+            local[at : at + 2] = [ctx.length(side, 0, dim) if side is not None else 0 for side in sides]
+        value = rule.arg(3, "value") if "pad.default" in str(rule.node.target) else rule.arg(2, "value", 0)
+        return ctx.call(ctx.aten.constant_pad_nd.default, ctx.operand(0), local, value or 0)
+
+    rule.emit = emit
+
+
+@BOOK.rule("flip", "roll")
+def disorder(rule: Rule) -> None:
+    moved = rule.arg(1, "dims") if "flip" in str(rule.node.target) else rule.arg(2, "dims", [])
+    rank = len(rule.actual[0])
+    moved = {dim % rank for dim in ([moved] if isinstance(moved, int) else moved)} or set(range(rank))
+    for dim in range(rank):
+        if dim in moved:
+            rule.opaque(0, dim, "positions change their order")
+        else:
+            rule.loop("map", [(0, dim)], [(0, dim)])
+
+
+@BOOK.rule("pixel_shuffle")
+def pixel_shuffle(rule: Rule) -> None:
+    factor = rule.arg(1, "upscale_factor")
+    rank = len(rule.actual[0])
+    for dim in range(rank - 3):
+        rule.loop("map", [(0, dim)], [(0, dim)])
+    rule.opaque(0, rank - 3, "channels become positions")
+    for dim in (rank - 2, rank - 1):
+        rule.add_join([(0, dim)], [(0, dim)])
+        rule.outs[0][dim] = Product((rule.actual[0][dim], rule.system.atom(factor)))
+
+

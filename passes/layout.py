@@ -1,0 +1,62 @@
+"""Everything the partitioner must know about the mesh: what is split, over which groups, and this rank's place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from xdit_compile.axes import Axis
+from xdit_compile.mesh import Mesh
+from xdit_compile.plan import Plan
+from xdit_compile.shards import Sharding, Split, Unit
+
+from .infer import Frame
+
+SEQUENCE = "sequence"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One rank's view of how a program is split.
+
+    ``groups``, ``parts`` and ``index`` are by the name of the mesh dimension; ``sequence`` stands for the ring and Ulysses
+    dimensions taken as one.
+    """
+
+    mesh: Mesh
+    sharding: Sharding
+    groups: Mapping[str, str]
+    parts: Mapping[str, int]
+    provider: str = "auto"
+    refuse_gathers: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan, mesh: Mesh, units: Mapping[str, Sequence[Unit]]) -> Layout:
+        """The layout of a plan once the units to split are chosen."""
+        names = {SEQUENCE: ("ring", "ulysses")}
+        active = {dim: names[dim] for dim in units if mesh.size(names[dim]) > 1 and units[dim]}
+        parts = {dim: mesh.size(members) for dim, members in active.items()}
+        splits = {dim: Split(dim, parts[dim], units[dim]) for dim in active}
+        index = {dim: mesh.index(members) for dim, members in active.items()}
+        groups = {dim: mesh.group(members) for dim, members in active.items()}
+        return cls(mesh, Sharding(splits, index), groups, parts, plan.attention, plan.fallback == "error")
+
+    def natural(self, axes: Sequence[Axis]) -> dict[str, int]:
+        """For each mesh dimension the first dim of a tensor that it can split."""
+        found = {}
+        for name, split in self.sharding.splits.items():
+            dim = next((dim for dim, axis in enumerate(axes) if split.splits(axis)), None)
+            if dim is not None:
+                found[name] = dim
+        return found
+
+    @staticmethod
+    def attribute(frame: Frame, name: str) -> torch.Tensor:
+        """A tensor that a captured graph holds itself."""
+        owner = frame.graph.owning_module
+        for part in name.split("."):
+            owner = getattr(owner, part)
+        assert isinstance(owner, torch.Tensor)
+        return owner

@@ -1,0 +1,115 @@
+"""The graph that one rank runs in place of a captured one, and the values in it: what is split, whole or a partial sum."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+import xdit_compile.kernels.collectives  # noqa: F401  (registers the ops that the graph calls)
+from xdit_compile.axes import Axis
+from xdit_compile.shards import Sharding
+
+aten = torch.ops.aten
+MOST_PIECES = 8
+"""Positions that fall into at most this many runs are sliced and joined; more are looked up by index."""
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """A tensor on this rank.
+
+    ``split`` maps a mesh dimension to the tensor dim that it splits; ``partial`` holds the mesh dimensions over which the
+    tensor must still be summed.
+    """
+
+    node: fx.Node
+    axes: Sequence[Axis]
+    dtype: torch.dtype
+    split: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
+
+    @property
+    def replicated(self) -> bool:
+        return not self.split and not self.partial
+
+    def dims_splitting(self, dim: int) -> list[str]:
+        return [name for name, own in self.split.items() if own == dim]
+
+
+class LocalGraph:
+    """Builds the graph of one rank; every helper adds nodes and answers with one."""
+
+    def __init__(self, sharding: Sharding, groups: Mapping[str, str], parts: Mapping[str, int]):
+        self.graph = fx.Graph()
+        self.sharding = sharding
+        self.groups = groups
+        self.parts = parts
+        self.constants: dict[str, torch.Tensor] = {}
+        self._pieces: dict[tuple, fx.Node] = {}
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def constant(self, value: torch.Tensor) -> fx.Node:
+        """A tensor that belongs to this graph."""
+        name = f"positions_{len(self.constants)}"
+        self.constants[name] = value
+        return self.graph.get_attr(name)
+
+    def sizes(self, value: Value) -> list[int]:
+        return [self.sharding.length(axis, value.dims_splitting(dim)) for dim, axis in enumerate(value.axes)]
+
+    def take(self, node: fx.Node, dim: int, positions: np.ndarray, size: int) -> fx.Node:
+        """Positions of one dim of ``size``, in the given order."""
+        if len(positions) == size and np.array_equal(positions, np.arange(size)):
+            return node
+        key = (node, dim, positions.tobytes())
+        if key not in self._pieces:
+            self._pieces[key] = self._take(node, dim, positions)
+        return self._pieces[key]
+
+    def _take(self, node: fx.Node, dim: int, positions: np.ndarray) -> fx.Node:
+        if len(positions) == 0:
+            return self.call(aten.slice.Tensor, node, dim, 0, 0)
+        breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+        runs = np.split(positions, breaks)
+        if len(runs) > MOST_PIECES:
+            return self.call(aten.index_select.default, node, dim, self.constant(torch.from_numpy(positions)))
+        pieces = [self.call(aten.slice.Tensor, node, dim, int(run[0]), int(run[-1]) + 1) for run in runs]
+        return pieces[0] if len(pieces) == 1 else self.call(aten.cat.default, pieces, dim)
+
+    def slice(self, node: fx.Node, dim: int, axis: Axis, name: str, also: Sequence[str]) -> fx.Node:
+        """This rank's positions along mesh dimension ``name`` of a dim that ``also`` splits already."""
+        held = self.sharding.positions(axis, also)
+        kept = np.flatnonzero(np.isin(held, self.sharding.positions(axis, [*also, name])))
+        return self.take(node, dim, kept, len(held))
+
+    def gather(self, node: fx.Node, dim: int, axis: Axis, name: str, also: Sequence[str]) -> tuple[fx.Node, list[int]]:
+        """All positions along mesh dimension ``name`` in their true order; also each rank's share."""
+        held = [
+            self.sharding.positions(axis, [*also, name], {name: index}) for index in range(self.parts[name])
+        ]
+        sizes = [len(positions) for positions in held]
+        gathered = self.call(
+            torch.ops.xdit_compile.all_gather.default, node, dim, sizes, self.groups[name]
+        )
+        arrived = np.concatenate(held)
+        return self.take(gathered, dim, np.argsort(arrived, kind="stable"), len(arrived)), sizes
+
+    def reduce(self, node: fx.Node, name: str) -> fx.Node:
+        return self.call(torch.ops.xdit_compile.all_reduce.default, node, self.groups[name], "sum")
+
+    def finish(self, results: Sequence[Any]) -> fx.GraphModule:
+        """The module of this graph with ``results`` as its output."""
+        self.graph.output(tuple(results))
+        self.graph.eliminate_dead_code()
+        module = fx.GraphModule({}, self.graph)
+        for name, value in self.constants.items():
+            module.register_buffer(name, value, persistent=False)
+        module.recompile()
+        return module

@@ -1,0 +1,306 @@
+"""The partitioner: rewrites a program whose axes are known into what one rank runs.
+
+It knows neither models nor methods. For every operator and every mesh dimension it splits the loop along which the
+operands already lie; slices what is whole, gathers what lies otherwise, sums what was contracted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from xdit_compile.axes import Axis, same
+from xdit_compile.errors import PartitionError
+from xdit_compile.shards import Sharding
+
+from . import attention_lowering, convolution_lowering
+from .choices import Choice, choose
+from .flops import flops
+from .infer import Frame
+from .layout import Layout
+from .local import LocalGraph, Value, aten
+from .records import Gather, Ledger
+from .rules import Typing, values
+
+
+@dataclasses.dataclass
+class LocalStructure:
+    """What one rank runs for one structure, and what each result is."""
+
+    module: fx.GraphModule
+    results: list[Value | None]
+    ledger: Ledger
+
+
+class FramePartitioner:
+    """Partitions the graph of one call."""
+
+    def __init__(self, frame: Frame, layout: Layout, given: Sequence[Value], wanted: set[fx.Node], place: Any):
+        self.frame = frame
+        self.layout = layout
+        self.sharding: Sharding = layout.sharding
+        self.local = LocalGraph(layout.sharding, layout.groups, layout.parts)
+        self.env: dict[fx.Node, list[Value]] = {}
+        self.ledger = Ledger()
+        self.wanted = wanted
+        self.place = place
+        self._given = iter(given)
+        self._coerced: dict[tuple, fx.Node] = {}
+
+    def run(self, results: Sequence[Any], requests: Sequence[Sequence[str]]) -> LocalStructure:
+        """Partition every node; ``requests`` names the forms in which each result is wanted, in order."""
+        for node in self.frame.graph.nodes:
+            if node.op == "placeholder":
+                given = next(self._given)
+                local = self.local.graph.placeholder(node.name)
+                self.env[node] = [dataclasses.replace(given, node=local)]
+            elif node.op == "get_attr":
+                self._constant(node)
+            elif node.op == "call_function" and node.target is operator.getitem:
+                self.env[node] = [self.env[node.args[0]][node.args[1]]]
+            elif node.op == "call_function":
+                self.env[node] = self._visit(node)
+        finals = [
+            self._result(leaf, form) for leaf, forms in zip(results, requests, strict=True) for form in forms
+        ]
+        module = self.local.finish([final.node if final is not None else None for final in finals])
+        return LocalStructure(module, finals, self.ledger)
+
+    def _constant(self, node: fx.Node) -> None:
+        value = self.layout.attribute(self.frame, str(node.target))
+        local = self.local.constant(value)
+        self.env[node] = [Value(local, self.frame.axes[node][0], value.dtype)]
+
+    def _result(self, leaf: fx.Node, form: str) -> Value | None:
+        value = self.summed(self.env[leaf][0])
+        if form == "gathered":
+            whole = self.coerce(value, value.axes, {}, leaf, -1)
+            return dataclasses.replace(value, node=whole, split={})
+        if form == "split" and value.replicated:
+            return self.sliced_where_possible(value)
+        return value if form == "split" or value.replicated else None
+
+    def sliced_where_possible(self, value: Value) -> Value:
+        split: dict[str, int] = {}
+        node = value.node
+        for name, dim in self.layout.natural(value.axes).items():
+            node = self.local.slice(node, dim, value.axes[dim], name, [n for n, d in split.items() if d == dim])
+            split[name] = dim
+        return dataclasses.replace(value, node=node, split=split)
+
+    def _visit(self, node: fx.Node) -> list[Value]:
+        typing = self.frame.typings[node]
+        operands = [self.env[operand][0] for operand in typing.operands]
+        whole = node in self.wanted and all(v.replicated for v in operands)
+        lowered = None if whole else self._special(node, typing, operands)
+        if lowered is not None:
+            return lowered
+        choices: dict[str, Choice] = {}
+        for name, split in self.sharding.splits.items():
+            chosen = None if whole else choose(typing, operands, split)
+            if chosen is not None:
+                choices[name] = chosen
+        return self.emit(node, typing, operands, choices)
+
+    def _special(self, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+        if "attention" in typing.facts:
+            return attention_lowering.lower(self, node, typing, operands)
+        if "convolution" in typing.facts:
+            return convolution_lowering.lower(self, node, typing, operands)
+        return None
+
+    def emit(self, node: fx.Node, typing: Typing, operands: list[Value], choices: Mapping[str, Choice]) -> list[Value]:
+        """Call the operator on this rank with the chosen loops split."""
+        locals_ = []
+        for at, value in enumerate(operands):
+            required = {name: choice.operands[at] for name, choice in choices.items() if at in choice.operands}
+            locals_.append(self.coerce(value, typing.expected[at], required, node, at))
+        outs = [
+            {name: choice.results[k] for name, choice in choices.items() if k in choice.results}
+            for k in range(len(typing.outs))
+        ]
+        summed = [name for name, choice in choices.items() if choice.loop.kind in ("sum", "mean")]
+        context = Emission(self, node, typing, locals_, choices, outs)
+        self.count(node, typing, choices)
+        result = context.run(summed)
+        return self._values(node, typing, result, outs, summed)
+
+    def _values(
+        self, node: fx.Node, typing: Typing, result: fx.Node, outs: list[dict[str, int]], summed: list[str]
+    ) -> list[Value]:
+        tensors = values(node)
+        several = isinstance(node.meta["val"], tuple | list)
+        found = []
+        for k, tensor in enumerate(tensors):
+            local = self.local.call(operator.getitem, result, k) if several else result
+            found.append(Value(local, typing.outs[k], tensor.dtype, outs[k], frozenset(summed)))
+        if typing.bias is not None and summed:
+            found = [self._biased(node, typing, value) for value in found]
+        return found
+
+    def _biased(self, node: fx.Node, typing: Typing, value: Value) -> Value:
+        total = self.summed(value)
+        bias = self.env[typing.operands[typing.bias]][0]  # type: ignore[index]
+        if "convolution" in typing.facts:
+            raise PartitionError(f"{node.name}: a convolution contracted over a split dim with a bias")
+        column = {name: len(bias.axes) - 1 for name, dim in total.split.items() if dim == len(total.axes) - 1}
+        local = self.coerce(bias, typing.expected[typing.bias], column, node, typing.bias)  # type: ignore[index]
+        return dataclasses.replace(total, node=self.local.call(aten.add.Tensor, total.node, local))
+
+    def summed(self, value: Value) -> Value:
+        """The value with its partial sums added up."""
+        for name in sorted(value.partial):
+            node = self.local.reduce(value.node, name)
+            self.ledger.collective("all_reduce", "partial sum", node, value, self.local, self.parts(name))
+            value.node, value.partial = node, value.partial - {name}
+        return value
+
+    def parts(self, name: str) -> int:
+        return self.layout.parts[name]
+
+    def coerce(
+        self, value: Value, expected: Sequence[Axis], required: Mapping[str, int], node: fx.Node, at: int
+    ) -> fx.Node:
+        """The value laid out so that mesh dimension ``m`` splits its dim ``required[m]`` by the expected axis."""
+        value = self.summed(value)
+        key = (id(value), tuple(sorted(required.items())), tuple(id(expected[d]) for d in required.values()))
+        if key not in self._coerced:
+            self._coerced[key] = self._coerce(value, expected, required, node, at)
+        return self._coerced[key]
+
+    def _coerce(
+        self, value: Value, expected: Sequence[Axis], required: Mapping[str, int], node: fx.Node, at: int
+    ) -> fx.Node:
+        kept = {
+            name: dim
+            for name, dim in value.split.items()
+            if required.get(name) == dim and same(value.axes[dim], expected[dim])
+        }
+        if kept != dict(value.split):
+            value = self._gathered(value, kept, node, at)
+        local, split = value.node, dict(value.split)
+        for name, dim in required.items():
+            if name not in kept:
+                also = [other for other, own in split.items() if own == dim]
+                local = self.local.slice(local, dim, expected[dim], name, also)
+                split[name] = dim
+        return local
+
+    def _gathered(self, value: Value, kept: Mapping[str, int], node: fx.Node, at: int) -> Value:
+        local, split = value.node, dict(value.split)
+        for name in [name for name in split if name not in kept]:
+            dim = split.pop(name)
+            also = [other for other, own in split.items() if own == dim]
+            before = dataclasses.replace(value, split={**split, name: dim})
+            local, _ = self.local.gather(local, dim, value.axes[dim], name, also)
+            sent = self.ledger.collective("all_gather", "gather", local, before, self.local, self.parts(name))
+            self.ledger.gathers.append(
+                Gather(self.place(node), "the result" if at < 0 else _reason(self.frame.typings.get(node), at, dim), tuple(split), sent)
+            )
+            if self.layout.refuse_gathers and at >= 0:
+                raise PartitionError(f"{self.place(node)} would gather: {self.ledger.gathers[-1].reason}")
+        return dataclasses.replace(value, node=local, split=split)
+
+    def count(self, node: fx.Node, typing: Typing, choices: Mapping[str, Choice]) -> None:
+        """Count the work of a node, and how much of it this rank does."""
+        total = flops(node)
+        if not total:
+            return
+        portion = 1.0
+        for name, choice in choices.items():
+            tensor, dim = next(iter(choice.operands.items()), (None, 0))
+            axis = typing.expected[tensor][dim] if tensor is not None else typing.outs[0][choice.results[0]]
+            portion *= self.sharding.length(axis, [name]) / max(axis.size, 1)
+        self.ledger.work(total, portion, tuple(choices))
+
+
+def _reason(typing: Typing | None, operand: int, dim: int) -> str:
+    for boundary in typing.boundaries if typing else ():
+        if (boundary.operand, boundary.dim) == (operand, dim):
+            return boundary.reason
+    return "needs every position"
+
+
+class Emission:
+    """What a rule sees when it calls its operator on this rank."""
+
+    aten = aten
+
+    def __init__(
+        self,
+        partitioner: FramePartitioner,
+        node: fx.Node,
+        typing: Typing,
+        operands: list[fx.Node],
+        choices: Mapping[str, Choice],
+        outs: list[dict[str, int]],
+    ):
+        self._partitioner = partitioner
+        self.node = node
+        self.typing = typing
+        self._operands = operands
+        self._choices = choices
+        self._outs = outs
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self._partitioner.local.call(target, *args, **kwargs)
+
+    def operand(self, at: int) -> fx.Node:
+        return self._operands[at]
+
+    def length(self, axis: Axis, operand: int, dim: int) -> int:
+        """Local positions of ``axis``, split as ``dim`` of an operand is."""
+        names = [name for name, choice in self._choices.items() if choice.operands.get(operand) == dim]
+        return self._partitioner.sharding.length(axis, names)
+
+    def operand_sizes(self, at: int) -> list[int]:
+        return [self.length(axis, at, dim) for dim, axis in enumerate(self.typing.expected[at])]
+
+    def out_sizes(self, result: int) -> list[int]:
+        """The local shape of a result."""
+        split = self._outs[result]
+        return [
+            self._partitioner.sharding.length(axis, [name for name, own in split.items() if own == dim])
+            for dim, axis in enumerate(self.typing.outs[result])
+        ]
+
+    def same(self, **changed: Any) -> fx.Node:
+        """The node's own call with its operands on this rank."""
+        operands = iter(self._operands)
+        args, kwargs = pytree.tree_map(
+            lambda leaf: next(operands) if isinstance(leaf, fx.Node) else leaf, (self.node.args, dict(self.node.kwargs))
+        )
+        kwargs.update({name: value for name, value in changed.items() if name in kwargs})
+        return self.call(self.node.target, *args, **kwargs)
+
+    def run(self, summed: Sequence[str]) -> fx.Node:
+        kinds = {self._choices[name].loop.kind for name in summed}
+        if "mean" in kinds:
+            return self._mean()
+        if summed and self.typing.bias is not None:
+            return self._unbiased()
+        return self.typing.emit(self) if self.typing.emit is not None else self.same()
+
+    def _mean(self) -> fx.Node:
+        """A mean over split positions is a sum of what is here over the number of all."""
+        contracted = [dim for loop in self.typing.loops if loop.kind == "mean" for dim in loop.dims_of(0)]
+        count = math.prod(self.typing.expected[0][dim].size for dim in contracted)
+        keep = len(self.typing.outs[0]) == len(self.typing.expected[0])
+        total = self.call(aten.sum.dim_IntList, self.operand(0), contracted, keep, dtype=self.node.kwargs.get("dtype"))
+        return self.call(aten.div.Scalar, total, count)
+
+    def _unbiased(self) -> fx.Node:
+        name = self.node.target._schema.name.split("::")[1]
+        if name == "linear":
+            return self.call(aten.linear.default, self.operand(0), self.operand(1), None)
+        product = {"addmm": aten.mm.default, "baddbmm": aten.bmm.default}.get(name)
+        if product is None or self.node.kwargs.get("alpha", 1) != 1 or self.node.kwargs.get("beta", 1) != 1:
+            raise PartitionError(f"{self.node.name}: {name} contracted over a split dim")
+        return self.call(product, self.operand(1), self.operand(2))

@@ -1,0 +1,234 @@
+"""Partitions a whole program: one local structure for all calls that are alike, wired together as the captured one was."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_compile.axes import Axis
+from xdit_compile.program import Program
+
+from .demand import wants_whole
+from .infer import Frame, Inference, results_of
+from .layout import Layout
+from .local import LocalGraph, Value
+from .partition import FramePartitioner, LocalStructure
+from .records import Ledger
+
+
+@dataclasses.dataclass
+class Form:
+    """A value of the root graph on this rank: whole, split, or both."""
+
+    whole: Value | None = None
+    split: Value | None = None
+
+    def best(self, want_whole: bool) -> Value:
+        first, second = (self.whole, self.split) if want_whole else (self.split, self.whole)
+        found = first if first is not None else second
+        assert found is not None
+        return found
+
+
+@dataclasses.dataclass
+class Partitioned:
+    """One rank's program and what it does beside arithmetic in one call of the module."""
+
+    program: Program
+    layout: Layout
+    ledger: Ledger
+
+
+def partition(inference: Inference, layout: Layout) -> Partitioned:
+    """Rewrite a typed program into what this rank runs.
+
+    Raises:
+        PartitionError: where something cannot be split and may not be gathered.
+    """
+    return _ProgramPartitioner(inference, layout).run()
+
+
+class _ProgramPartitioner:
+    def __init__(self, inference: Inference, layout: Layout):
+        self.inference, self.layout = inference, layout
+        self.root = inference.program.root
+        self.frames = {frame.call: frame for frame in inference.frames}
+        self.graph = fx.Graph()
+        self.modules: dict[str, torch.nn.Module] = {}
+        self.env: dict[fx.Node, Form] = {}
+        self.ledger = Ledger()
+        self.known: dict[Any, tuple[str, LocalStructure]] = {}
+        self.wanted, self.whole, self.split = self._demands()
+
+    def _demands(self) -> tuple[dict[fx.Node, set[fx.Node]], set[fx.Node], set[fx.Node]]:
+        """What each frame wants whole, and which values of the root are wanted whole and which split."""
+        wanted: dict[fx.Node, set[fx.Node]] = {}
+        whole: set[fx.Node] = set()
+        split: set[fx.Node] = set()
+        for node in reversed(self.root.graph.nodes):
+            if node.op == "call_module":
+                frame = self.frames[node]
+                results = results_of(frame.graph)
+                asked = [
+                    results[user.args[1]] for user in node.users if user in whole and user.target is operator.getitem
+                ]
+                wanted[node] = wants_whole(frame, [leaf for leaf in asked if isinstance(leaf, fx.Node)])
+                formals = [n for n in frame.graph.nodes if n.op == "placeholder"]
+                for formal, actual in zip(formals, node.args, strict=True):
+                    if isinstance(actual, fx.Node):
+                        (whole if formal in wanted[node] else split).add(actual)
+            elif node.op == "output":
+                whole.update(node.all_input_nodes)
+        return wanted, whole, split
+
+    def run(self) -> Partitioned:
+        self._inputs()
+        for node in self.root.graph.nodes:
+            if node.op == "call_module":
+                self._call(node)
+            elif node.op == "output":
+                self._output(node)
+        module = fx.GraphModule(self.modules, self.graph)
+        program = dataclasses.replace(self.inference.program, root=module)
+        return Partitioned(program, self.layout, self.ledger)
+
+    def _inputs(self) -> None:
+        for node in self.root.graph.nodes:
+            if node.op == "placeholder":
+                local = self.graph.placeholder(node.name)
+                local.meta.update(node.meta)
+                value = Value(local, self.inference.axes[node][0], node.meta["val"].dtype)
+                self.env[node] = Form(whole=value)
+        self._slice_inputs()
+
+    def _slice_inputs(self) -> None:
+        """User inputs that blocks take split are sliced once, before anything runs."""
+        kinds = {given.name: given.kind for given in self.inference.program.inputs}
+        sliced = [
+            node
+            for node in self.env
+            if kinds[node.name] == "user" and node in self.split and self.layout.natural(self.env[node].whole.axes)  # type: ignore[union-attr]
+        ]
+        if not sliced:
+            return
+        local = LocalGraph(self.layout.sharding, self.layout.groups, self.layout.parts)
+        results = []
+        for node in sliced:
+            value = self.env[node].whole
+            assert value is not None
+            inner, split = local.graph.placeholder(node.name), {}
+            for name, dim in self.layout.natural(value.axes).items():
+                also = [other for other, own in split.items() if own == dim]
+                inner = local.slice(inner, dim, value.axes[dim], name, also)
+                split[name] = dim
+            results.append(dataclasses.replace(value, node=inner, split=split))
+        module = local.finish([value.node for value in results])
+        call = self._add_call("slice_inputs", module, [self.env[node].whole.node for node in sliced])  # type: ignore[union-attr]
+        for position, (node, value) in enumerate(zip(sliced, results, strict=True)):
+            item = self.graph.call_function(operator.getitem, (call, position))
+            self.env[node].split = dataclasses.replace(value, node=item)
+
+    def _add_call(self, name: str, module: fx.GraphModule, args: Sequence[Any], **meta: Any) -> fx.Node:
+        self.modules.setdefault(name, module)
+        call = self.graph.create_node("call_module", name, tuple(args))
+        call.meta.update({"path": "", "repeated": False, **meta})
+        return call
+
+    def _call(self, node: fx.Node) -> None:
+        frame = self.frames[node]
+        wanted = self.wanted[node]
+        formals = [n for n in frame.graph.nodes if n.op == "placeholder"]
+        given = [
+            self.env[actual].best(formal in wanted) if isinstance(actual, fx.Node) else actual
+            for formal, actual in zip(formals, node.args, strict=True)
+        ]
+        users = {user.args[1]: user for user in node.users}
+        results = [leaf if k in users else None for k, leaf in enumerate(results_of(frame.graph))]
+        final = {item for item in users.values() if any(user.op == "output" for user in item.users)}
+        requests = [self._request(users.get(k), final) for k in range(len(results))]
+        name, structure = self._structure(frame, given, results, requests)
+        self.ledger.add(structure.ledger)
+        call = self._add_call(
+            name, structure.module, [value.node for value in given], path=node.meta.get("path", ""),
+            repeated=node.meta.get("repeated", False),
+        )  # fmt: skip
+        position = 0
+        for k, item in users.items():
+            self.env[item] = Form()
+        for k in range(len(results)):
+            for form in requests[k]:
+                value = structure.results[position]
+                if value is not None:
+                    local = self.graph.call_function(operator.getitem, (call, position))
+                    placed = dataclasses.replace(value, node=local)
+                    setattr(self.env[users[k]], "whole" if value.replicated else "split", placed)
+                position += 1
+
+    def _request(self, item: fx.Node | None, final: set[fx.Node]) -> tuple[str, ...]:
+        """In which forms a result is needed."""
+        if item is None:
+            return ()
+        if item in final:
+            return ("gathered",) + (("split",) if item in self.split else ())
+        return (("whole",) if item in self.whole else ()) + (("split",) if item in self.split else ())
+
+    def _structure(
+        self, frame: Frame, given: list[Value], results: list[Any], requests: list[tuple[str, ...]]
+    ) -> tuple[str, LocalStructure]:
+        wanted = self.wanted[frame.call]
+        key = (
+            frame.call.target,
+            tuple(tuple(sorted(value.split.items())) for value in given),
+            tuple(requests),
+            tuple(node.name for node in frame.graph.nodes if node in wanted),
+            Fingerprint(self.layout).of(frame),
+        )
+        if key not in self.known:
+            partitioner = FramePartitioner(frame, self.layout, given, wanted, lambda n: self.inference.place(frame, n))
+            structure = partitioner.run(results, requests)
+            count = sum(1 for name, _ in self.known.values() if name.startswith(str(frame.call.target)))
+            self.known[key] = (f"{frame.call.target}_{count}" if count else str(frame.call.target), structure)
+        return self.known[key]
+
+    def _output(self, node: fx.Node) -> None:
+        def final(leaf: Any) -> Any:
+            if not isinstance(leaf, fx.Node):
+                return leaf
+            return self.env[leaf].best(True).node
+
+        self.graph.output(tuple(final(leaf) for leaf in node.args[0]))
+
+
+class Fingerprint:
+    """Tells apart frames of one structure whose axes lie differently on the mesh."""
+
+    def __init__(self, layout: Layout):
+        self._layout = layout
+        self._names: dict[int, int] = {}
+        self._seen: list[Axis] = []
+
+    def of(self, frame: Frame) -> tuple:
+        shapes = []
+        for typing in frame.typings.values():
+            for axes in (*typing.expected, *typing.outs):
+                shapes.append(tuple(self._describe(axis) for axis in axes))
+            shapes.append(tuple(typing.loops))
+        return tuple(shapes)
+
+    def _describe(self, axis: Axis) -> tuple:
+        number = self._names.get(id(axis))
+        if number is None:
+            number = self._names[id(axis)] = len(self._names)
+            self._seen.append(axis)
+        lengths = tuple(
+            tuple(split.length(axis, index) for index in range(split.parts)) if split.splits(axis) else None
+            for split in self._layout.sharding.splits.values()
+        )
+        return number, axis.size, lengths
+
+

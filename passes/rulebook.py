@@ -1,0 +1,14 @@
+"""All rules in one book."""
+
+from __future__ import annotations
+
+from . import attention_rule, contractions, convolutions, indexing, joins, norms, pointwise, views
+from .rules import RuleBook
+
+
+def rulebook() -> RuleBook:
+    """A book with every rule that ships; callers may add their own to it."""
+    book = RuleBook()
+    for family in (pointwise, views, joins, contractions, norms, convolutions, indexing, attention_rule):
+        book.include(family.BOOK)
+    return book

@@ -1,0 +1,203 @@
+"""What one operator says about axes: its typing, and the registry of rules that make one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from xdit_compile.axes import Axis, AxisSystem, Conflict
+
+Kind = Literal["map", "sum", "mean", "whole", "halo", "stats", "keys"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """One index that an operator runs over, and where it stands in operands and results.
+
+    ``kind``: ``map`` (each position by itself), ``sum`` and ``mean`` (contracted linearly), ``whole`` (needs every
+    position), ``halo`` (needs neighbours), ``stats`` (normalised over), ``keys`` (attended over).
+    ``args`` and ``outs`` are ``(operand or result, dim)`` pairs; several dims of one operand mean a regrouping.
+    """
+
+    kind: Kind
+    args: tuple[tuple[int, int], ...]
+    outs: tuple[tuple[int, int], ...]
+
+    def dims_of(self, operand: int) -> list[int]:
+        return [dim for at, dim in self.args if at == operand]
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """A dim on which an operator could not be understood; it is gathered there when it is split."""
+
+    operand: int
+    dim: int
+    reason: str
+
+
+@dataclasses.dataclass
+class Typing:
+    """The axes of one node: what its operands bring, what it expects of them, what it yields, and its loops."""
+
+    operands: list[fx.Node]
+    expected: list[list[Axis]]
+    outs: list[list[Axis]]
+    loops: list[Loop]
+    boundaries: list[Boundary]
+    emit: Callable[[Any], Any] | None = None
+    bias: int | None = None
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def tensor_operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's arguments, in order, repetitions kept."""
+    return [leaf for leaf in pytree.arg_tree_leaves(*node.args, **node.kwargs) if isinstance(leaf, fx.Node)]
+
+
+def values(node: fx.Node) -> list[torch.Tensor]:
+    """The tensors a node yields."""
+    val = node.meta["val"]
+    return [v for v in (val if isinstance(val, tuple | list) else [val]) if isinstance(v, torch.Tensor)]
+
+
+class Rule:
+    """The workbench on which a rule types one node."""
+
+    def __init__(
+        self, node: fx.Node, actual: Sequence[Sequence[Axis]], system: AxisSystem, tables: Sequence[bool] = ()
+    ):
+        self.node = node
+        self.system = system
+        self._tables = tables
+        self.operands = tensor_operands(node)
+        self.actual = [list(axes) for axes in actual]
+        self.expected = [list(axes) for axes in actual]
+        self.outs: list[list[Axis | None]] = [[None] * value.dim() for value in values(node)]
+        self.loops: list[Loop] = []
+        self.boundaries: list[Boundary] = []
+        self.emit: Callable[[Any], Any] | None = None
+        self.bias: int | None = None
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self.node.args
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """A positional or keyword argument of the node."""
+        return self.node.args[index] if index < len(self.node.args) else self.node.kwargs.get(name, default)
+
+    def is_table(self, operand: int) -> bool:
+        """Whether an operand depends on no input of the user: the first rows of a position table are not an axis of data."""
+        return operand < len(self._tables) and self._tables[operand]
+
+    def shape(self, operand: int) -> list[int]:
+        return [axis.size for axis in self.actual[operand]]
+
+    def out_shape(self, result: int = 0) -> list[int]:
+        return list(values(self.node)[result].shape)
+
+    def merge(self, pairs: Iterable[tuple[int, int]], axis: Axis | None = None) -> Axis:
+        """Unify the given dims of operands (and ``axis``); a dim that refuses becomes a boundary that expects the rest."""
+        for operand, dim in pairs:
+            own = self.actual[operand][dim]
+            if axis is None:
+                axis = own
+                continue
+            try:
+                self.system.unify(axis, own)
+            except Conflict as conflict:
+                self.refuse(operand, dim, str(conflict))
+            self.expected[operand][dim] = axis
+        assert axis is not None
+        return axis
+
+    def refuse(self, operand: int, dim: int, reason: str) -> None:
+        self.boundaries.append(Boundary(operand, dim, reason))
+
+    def loop(
+        self, kind: Kind, args: Iterable[tuple[int, int]], outs: Iterable[tuple[int, int]], axis: Axis | None = None
+    ) -> None:
+        """Record a loop whose operands' dims are made one axis, which its results carry."""
+        args, outs = tuple(args), tuple(outs)
+        if args:
+            axis = self.merge(args, axis)
+        for result, dim in outs:
+            self.outs[result][dim] = axis if axis is not None else self.system.atom(self.out_shape(result)[dim])
+        self.loops.append(Loop(kind, args, outs))
+
+    def add_regrouping(self, in_dims: Sequence[int], out_dims: Sequence[int]) -> None:
+        """Record that neighbouring dims of the first operand were laid out anew as dims of the result."""
+        self.loops.append(Loop("map", tuple((0, dim) for dim in in_dims), tuple((0, dim) for dim in out_dims)))
+
+    def add_join(self, args: Sequence[tuple[int, int]], outs: Sequence[tuple[int, int]]) -> None:
+        """Record a loop over dims that hold different parts of one axis; the rule has named the results' axes."""
+        self.loops.append(Loop("map", tuple(args), tuple(outs)))
+
+    def opaque(self, operand: int, dim: int, reason: str) -> None:
+        """A dim that must be whole because its meaning ends here."""
+        self.refuse(operand, dim, reason)
+        self.loops.append(Loop("whole", ((operand, dim),), ()))
+
+    def typing(self) -> Typing:
+        outs = [
+            [axis if axis is not None else self.system.atom(size) for axis, size in zip(axes, self.out_shape(k), strict=True)]
+            for k, axes in enumerate(self.outs)
+        ]
+        return Typing(
+            self.operands, self.expected, outs, self.loops, self.boundaries, self.emit, self.bias, self.facts
+        )
+
+
+RuleFunction = Callable[[Rule], None]
+
+
+class RuleBook:
+    """Which rule types which operator."""
+
+    def __init__(self) -> None:
+        self._rules: dict[str, RuleFunction] = {}
+
+    def rule(self, *names: str) -> Callable[[RuleFunction], RuleFunction]:
+        """Register a function for the ATen operators of these names, whatever the overload."""
+
+        def register(function: RuleFunction) -> RuleFunction:
+            for name in names:
+                if name in self._rules:
+                    raise ValueError(f"two rules for {name}")
+                self._rules[name] = function
+            return function
+
+        return register
+
+    def include(self, other: RuleBook) -> None:
+        for name, function in other._rules.items():
+            self.rule(name)(function)
+
+    def find(self, target: Any) -> RuleFunction | None:
+        """The rule of an operator; operators tagged pointwise by PyTorch need none of their own."""
+        if not isinstance(target, torch._ops.OpOverload):
+            return None
+        found = self._rules.get(operator_name(target))
+        if found is None and torch.Tag.pointwise in target.tags:
+            found = self._rules["pointwise"]
+        return found
+
+
+def operator_name(target: torch._ops.OpOverload) -> str:
+    """``aten.add.Tensor`` is ``add``; operators of other libraries keep their library's name."""
+    namespace, name = target._schema.name.split("::")
+    return name if namespace == "aten" else f"{namespace}.{name}"
+
+
+def type_opaquely(rule: Rule, reason: str) -> None:
+    """Everything whole in, fresh axes out."""
+    for operand, axes in enumerate(rule.actual):
+        for dim in range(len(axes)):
+            rule.opaque(operand, dim, reason)

@@ -1,0 +1,145 @@
+"""Which positions of an axis each rank holds, once some runs of factors are split over mesh dimensions.
+
+Axes given here must be interned (one object per structure), as axis inference leaves them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from .axes import Axis, Concat, Product
+
+Unit = tuple[Axis, ...]
+"""Consecutive factors of a product that are cut as one flat axis; most often a single atom."""
+
+
+def share(size: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and stop of part ``index`` of ``size`` positions cut into ``parts`` as evenly as they go, larger parts first."""
+    base, extra = divmod(size, parts)
+    start = index * base + min(index, extra)
+    return start, start + base + (index < extra)
+
+
+class Split:
+    """Units split over one mesh dimension.
+
+    Args:
+        dim: name of the mesh dimension (or of several taken as one).
+        parts: its number of ranks.
+        units: what is split; every unit is cut into ``parts`` by itself.
+    """
+
+    def __init__(self, dim: str, parts: int, units: Iterable[Unit]):
+        self.dim = dim
+        self.parts = parts
+        self.units = tuple(sorted(units, key=len, reverse=True))
+        self._known: dict[int, tuple[Axis, tuple[int, int] | bool]] = {}
+
+    def splits(self, axis: Axis) -> bool:
+        """Whether ranks can hold different positions of ``axis``: exactly one factor of a product, or every part of a
+        concatenation, is split."""
+        return self._run(axis) is not False
+
+    def _run(self, axis: Axis) -> tuple[int, int] | bool:
+        """The run of factors that is split; True for a concatenation of which every part is."""
+        found = self._known.get(id(axis))
+        if found is None:
+            found = self._known[id(axis)] = (axis, self._find(axis))
+        return found[1]
+
+    def _find(self, axis: Axis) -> tuple[int, int] | bool:
+        factors = _factors(axis)
+        runs = []
+        at = 0
+        while at < len(factors):
+            length = self._match(factors, at)
+            if length:
+                runs.append((at, at + length))
+            at += max(length, 1)
+        if runs:
+            return runs[0] if len(runs) == 1 else False
+        return isinstance(axis, Concat) and all(self.splits(part) for part in axis.parts)
+
+    def _match(self, factors: Sequence[Axis], at: int) -> int:
+        for unit in self.units:
+            if len(unit) <= len(factors) - at and all(a is b for a, b in zip(unit, factors[at:], strict=False)):
+                return len(unit)
+        factor = factors[at]
+        return int(len(factors) > 1 and isinstance(factor, Concat) and self.splits(factor))
+
+    def length(self, axis: Axis, index: int) -> int:
+        """How many positions of ``axis`` rank ``index`` holds."""
+        run = self._run(axis)
+        if run is False:
+            return axis.size
+        if run is True:
+            return sum(self.length(part, index) for part in axis.parts)  # type: ignore[attr-defined]
+        outer, middle, inner = self._parts(axis, run)
+        return math.prod(f.size for f in (*outer, *inner)) * self._held(middle, index)
+
+    def _parts(self, axis: Axis, run: tuple[int, int]) -> tuple[Sequence[Axis], Sequence[Axis], Sequence[Axis]]:
+        factors = _factors(axis)
+        return factors[: run[0]], factors[run[0] : run[1]], factors[run[1] :]
+
+    def _held(self, middle: Sequence[Axis], index: int) -> int:
+        if len(middle) == 1 and isinstance(middle[0], Concat) and middle not in self.units:
+            return self.length(middle[0], index)
+        start, stop = share(math.prod(f.size for f in middle), self.parts, index)
+        return stop - start
+
+    def positions(self, axis: Axis, index: int) -> np.ndarray:
+        """Global positions of ``axis`` that rank ``index`` of this dimension holds, in local order."""
+        run = self._run(axis)
+        if run is False:
+            return np.arange(axis.size)
+        if run is True:
+            parts = axis.parts  # type: ignore[attr-defined]
+            offsets = np.cumsum([0] + [part.size for part in parts])
+            return np.concatenate(
+                [self.positions(part, index) + at for part, at in zip(parts, offsets, strict=False)]
+            )
+        outer, middle, inner = self._parts(axis, run)
+        if len(middle) == 1 and isinstance(middle[0], Concat) and middle not in self.units:
+            kept = self.positions(middle[0], index)
+        else:
+            kept = np.arange(*share(math.prod(f.size for f in middle), self.parts, index))
+        shape = [math.prod(f.size for f in group) for group in (outer, middle, inner)]
+        return np.arange(axis.size).reshape(shape)[:, kept].reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """All splits together, seen from one rank.
+
+    Args:
+        splits: by the name of their mesh dimension.
+        index: this rank's place along each.
+    """
+
+    splits: Mapping[str, Split]
+    index: Mapping[str, int]
+
+    def length(self, axis: Axis, dims: Sequence[str]) -> int:
+        """Positions of ``axis`` on this rank when it is split over ``dims``."""
+        active = [dim for dim in dims if self.splits[dim].splits(axis)]
+        if not active:
+            return axis.size
+        if len(active) == 1:
+            return self.splits[active[0]].length(axis, self.index[active[0]])
+        return len(self.positions(axis, active))
+
+    def positions(self, axis: Axis, dims: Sequence[str], index: Mapping[str, int] | None = None) -> np.ndarray:
+        """Global positions of ``axis`` held when it is split over ``dims``, in local order."""
+        index = {**self.index, **(index or {})}
+        held = np.arange(axis.size)
+        for dim in dims:
+            held = held[np.isin(held, self.splits[dim].positions(axis, index[dim]))]
+        return held
+
+
+def _factors(axis: Axis) -> Sequence[Axis]:
+    return axis.factors if isinstance(axis, Product) else (axis,)

@@ -1,0 +1,88 @@
+"""Runs the programs of all ranks of a simulated mesh in one process, each rank as far as its next collective."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import AgreementError
+from .interpret import assemble, bind
+from .kernels.simulate import SIMULATIONS, simulate
+from .mesh import is_simulated, simulated_members
+from .program import Program
+
+Step = tuple[Any, tuple[Any, ...], str]
+
+
+@torch.no_grad()
+def run_simulated(programs: Sequence[Program], module: nn.Module, args: tuple, kwargs: dict) -> list[Any]:
+    """Each rank's result of a call, collectives computed by their plain definitions.
+
+    Args:
+        programs: the local program of every rank, partitioned on a simulated mesh.
+        module: holds the weights.
+
+    Raises:
+        AgreementError: when ranks do not meet at the same collectives.
+    """
+    leaves = pytree.tree_leaves((args, kwargs))
+    ranks = [_steps(program.root, bind(program, module, leaves)) for program in programs]
+    waiting: dict[int, Step] = {}
+    results: dict[int, tuple] = {}
+    for rank in range(len(ranks)):
+        _advance(rank, ranks[rank], None, waiting, results)
+    while waiting:
+        ready = _ready(waiting)
+        if ready is None:
+            raise AgreementError(f"ranks wait for one another: {[(r, str(s[0]), s[2]) for r, s in waiting.items()]}")
+        steps = [waiting.pop(rank) for rank in ready]
+        outputs = simulate(steps[0][0], [step[1] for step in steps])
+        for rank, output in zip(ready, outputs, strict=True):
+            _advance(rank, ranks[rank], output, waiting, results)
+    return [assemble(program, results[rank]) for rank, program in enumerate(programs)]
+
+
+def _ready(waiting: dict[int, Step]) -> list[int] | None:
+    """The members of a group that all wait at the same collective."""
+    for target, _, group in waiting.values():
+        members = simulated_members(group)
+        if all(rank in waiting and waiting[rank][2] == group and waiting[rank][0] is target for rank in members):
+            return members
+    return None
+
+
+def _advance(rank: int, steps: Generator, value: Any, waiting: dict[int, Step], results: dict[int, tuple]) -> None:
+    try:
+        waiting[rank] = steps.send(value)
+    except StopIteration as finished:
+        results[rank] = finished.value
+
+
+def _steps(module: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Step, Any, tuple]:
+    """Interpret a graph; yield every collective and go on with what is sent back."""
+    env: dict[fx.Node, Any] = {}
+    given = iter(inputs)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(given)
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        if node.op == "get_attr":
+            env[node] = getattr(module, str(node.target))
+        elif node.op == "call_module":
+            env[node] = yield from _steps(getattr(module, str(node.target)), args)
+        elif node.op == "output":
+            return args[0]
+        elif node.target in SIMULATIONS and (group := _group(args)) is not None:
+            env[node] = yield node.target, args, group
+        else:
+            env[node] = node.target(*args, **kwargs)
+    raise AssertionError("a graph without output")
+
+
+def _group(args: Sequence[Any]) -> str | None:
+    return next((arg for arg in args if isinstance(arg, str) and is_simulated(arg)), None)
