@@ -54,7 +54,7 @@ def _with_halo(
     here = part.sharding.index[name]
     above, below = sum(sizes[:here]), sum(sizes[here + 1 :])
     inputs = part.local.call(
-        torch.ops.xdit_compile.halo_exchange.default, inputs, dim, before, after, sizes, part.local.groups[name]
+        torch.ops.xdit_compile.halo_exchange.default, inputs, dim, before, after, sizes, here, part.local.groups[name]
     )
     numel = 1
     for other, size in enumerate(typing.expected[0]):

@@ -173,3 +173,4 @@ def _freeze(axes: dict[fx.Node, list[Axes]], frames: list[Frame]) -> None:
     for frame in frames:
         for typing in frame.typings.values():
             typing.expected, typing.outs = frozen(typing.expected), frozen(typing.outs)
+            (typing.kept,) = frozen([typing.kept])

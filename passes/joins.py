@@ -95,8 +95,10 @@ def _cut_out(rule: Rule, dim: int, start: int, length: int) -> None:
     rule.outs[0][dim] = kept
     rule.add_join([(0, dim)], [(0, dim)])
 
+    handle = rule.keep(before)
+
     def emit(ctx: Any) -> Any:
-        begin = ctx.length(before, 0, dim) if before is not None else 0
+        begin = ctx.length(handle, 0, dim)
         return ctx.call(ctx.aten.slice.Tensor, ctx.operand(0), dim, begin, begin + ctx.out_sizes(0)[dim])
 
     rule.emit = emit
@@ -190,10 +192,12 @@ def slice_scatter(rule: Rule) -> None:
     rule.outs[0][dim] = axis
     rule.add_join([(0, dim), (1, dim)], [(0, dim)])
 
+    handle = rule.keep(begin)
+
     def emit(ctx: Any) -> Any:
         if step != 1:
             return ctx.call(ctx.node.target, ctx.operand(0), ctx.operand(1), dim, start, 2**63 - 1, step)
-        at = ctx.length(begin, 0, dim) if begin is not None else 0
+        at = ctx.length(handle, 0, dim)
         stop = at + ctx.operand_sizes(1)[dim]
         return ctx.call(ctx.node.target, ctx.operand(0), ctx.operand(1), dim, at, stop)
 
@@ -215,7 +219,7 @@ def pad(rule: Rule) -> None:
     amounts = list(rule.arg(1, "pad"))
     constant = rule.arg(2, "mode", "constant") == "constant" if "pad.default" in str(rule.node.target) else True
     around = {len(shape) - 1 - k: (amounts[2 * k], amounts[2 * k + 1]) for k in range(len(amounts) // 2)}
-    pads: dict[int, tuple[Axis | None, Axis | None]] = {}
+    pads: dict[int, tuple[int | None, int | None]] = {}
     for dim, axis in enumerate(rule.actual[0]):
         before, after = around.get(dim, (0, 0))
         if before == after == 0:
@@ -225,7 +229,7 @@ def pad(rule: Rule) -> None:
         else:
             low = rule.system.atom(before) if before else None
             high = rule.system.atom(after) if after else None
-            pads[dim] = (low, high)
+            pads[dim] = (rule.keep(low), rule.keep(high))
             rule.outs[0][dim] = Concat([part for part in (low, axis, high) if part is not None])
             rule.add_join([(0, dim)], [(0, dim)])
     if not constant:
@@ -235,7 +239,7 @@ def pad(rule: Rule) -> None:
         local = list(amounts)
         for dim, sides in pads.items():
             at = 2 * (len(shape) - 1 - dim)
-            local[at : at + 2] = [ctx.length(side, 0, dim) if side is not None else 0 for side in sides]
+            local[at : at + 2] = [ctx.length(side, 0, dim) for side in sides]
         value = rule.arg(3, "value") if "pad.default" in str(rule.node.target) else rule.arg(2, "value", 0)
         return ctx.call(ctx.aten.constant_pad_nd.default, ctx.operand(0), local, value or 0)
 
@@ -266,3 +270,19 @@ def pixel_shuffle(rule: Rule) -> None:
         rule.outs[0][dim] = Product((rule.actual[0][dim], rule.system.atom(factor)))
 
 
+
+
+@BOOK.rule("pad_sequence")
+def pad_sequence(rule: Rule) -> None:
+    """Sequences of one length are stacked; ragged ones share no token axis."""
+    batch_first = bool(rule.arg(1, "batch_first", False))
+    lengths = {rule.shape(k)[0] for k in range(len(rule.operands))}
+    first, tokens = (0, 1) if batch_first else (1, 0)
+    for dim in range(1, len(rule.actual[0])):
+        rule.loop("map", [(k, dim) for k in range(len(rule.operands))], [(0, dim + 1)])
+    if len(lengths) > 1:
+        for k in range(len(rule.operands)):
+            rule.opaque(k, 0, "sequences of different lengths")
+        return
+    rule.loop("map", [(k, 0) for k in range(len(rule.operands))], [(0, tokens)])
+    rule.emit = lambda ctx: ctx.call(ctx.aten.stack.default, [ctx.operand(k) for k in range(len(rule.operands))], first)

@@ -108,8 +108,7 @@ class LocalGraph:
         """The module of this graph with ``results`` as its output."""
         self.graph.output(tuple(results))
         self.graph.eliminate_dead_code()
-        module = fx.GraphModule({}, self.graph)
+        owner = torch.nn.Module()
         for name, value in self.constants.items():
-            module.register_buffer(name, value, persistent=False)
-        module.recompile()
-        return module
+            owner.register_buffer(name, value, persistent=False)
+        return fx.GraphModule(owner, self.graph)

@@ -140,7 +140,9 @@ class FramePartitioner:
         found = []
         for k, tensor in enumerate(tensors):
             local = self.local.call(operator.getitem, result, k) if several else result
-            found.append(Value(local, typing.outs[k], tensor.dtype, outs[k], frozenset(summed)))
+            value = Value(local, typing.outs[k], tensor.dtype, outs[k], frozenset(summed))
+            local.meta["shape"] = (node.name, self.local.sizes(value))
+            found.append(value)
         if typing.bias is not None and summed:
             found = [self._biased(node, typing, value) for value in found]
         return found
@@ -255,13 +257,16 @@ class Emission:
     def operand(self, at: int) -> fx.Node:
         return self._operands[at]
 
-    def length(self, axis: Axis, operand: int, dim: int) -> int:
-        """Local positions of ``axis``, split as ``dim`` of an operand is."""
+    def length(self, handle: int | None, operand: int, dim: int) -> int:
+        """Local positions of an axis that the rule kept, split as ``dim`` of an operand is; 0 for none."""
+        return 0 if handle is None else self._length(self.typing.kept[handle], operand, dim)
+
+    def _length(self, axis: Axis, operand: int, dim: int) -> int:
         names = [name for name, choice in self._choices.items() if choice.operands.get(operand) == dim]
         return self._partitioner.sharding.length(axis, names)
 
     def operand_sizes(self, at: int) -> list[int]:
-        return [self.length(axis, at, dim) for dim, axis in enumerate(self.typing.expected[at])]
+        return [self._length(axis, at, dim) for dim, axis in enumerate(self.typing.expected[at])]
 
     def out_sizes(self, result: int) -> list[int]:
         """The local shape of a result."""

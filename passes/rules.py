@@ -53,6 +53,7 @@ class Typing:
     emit: Callable[[Any], Any] | None = None
     bias: int | None = None
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kept: list[Axis] = dataclasses.field(default_factory=list)
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
@@ -84,6 +85,7 @@ class Rule:
         self.emit: Callable[[Any], Any] | None = None
         self.bias: int | None = None
         self.facts: dict[str, Any] = {}
+        self._kept: list[Axis] = []
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -140,6 +142,13 @@ class Rule:
         """Record a loop over dims that hold different parts of one axis; the rule has named the results' axes."""
         self.loops.append(Loop("map", tuple(args), tuple(outs)))
 
+    def keep(self, axis: Axis | None) -> int | None:
+        """Hold on to an axis of which the emission asks the local length; answers with the handle to ask by."""
+        if axis is None:
+            return None
+        self._kept.append(axis)
+        return len(self._kept) - 1
+
     def opaque(self, operand: int, dim: int, reason: str) -> None:
         """A dim that must be whole because its meaning ends here."""
         self.refuse(operand, dim, reason)
@@ -151,7 +160,7 @@ class Rule:
             for k, axes in enumerate(self.outs)
         ]
         return Typing(
-            self.operands, self.expected, outs, self.loops, self.boundaries, self.emit, self.bias, self.facts
+            self.operands, self.expected, outs, self.loops, self.boundaries, self.emit, self.bias, self.facts, self._kept
         )
 
 

@@ -1,63 +1,94 @@
-"""Finds the tokens: what sequence parallelism splits."""
+"""Finds the tokens: what sequence parallelism splits.
+
+Every attention names a token axis. A flattened grid can be cut flat, which is even, or by one of its factors, which lives
+on where the graph takes the grid apart. What is better shows when the program is partitioned on paper.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from xdit_compile.axes import Axis, Concat, Product
-from xdit_compile.shards import Unit
+from xdit_compile.mesh import Mesh
+from xdit_compile.plan import Plan
+from xdit_compile.shards import Split, Unit
 
 from .flops import flops
 from .infer import Inference
+from .layout import SEQUENCE, Layout
+from .program_partition import partition
+from .records import Ledger
+
+MOST_FAMILIES = 6
+"""Token axes that are tried, costliest attention first."""
+FLOPS_PER_BYTE = 100.0
+"""How much arithmetic a byte on the wire is worth when ways to split are compared."""
+
+Units = tuple[Unit, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """Units to split together, and why they were thought of."""
-
-    units: tuple[Unit, ...]
-    name: str
-
-
-def candidates(inference: Inference, parts: int) -> list[Candidate]:
-    """Ways to split the tokens, those of the costliest attention first.
-
-    Every part of a concatenation is split, or none. A flattened grid is cut flat, or by one of its factors: flat cuts are
-    even, factors live on where the graph takes the grid apart.
-    """
-    found: dict[tuple[int, ...], Candidate] = {}
-    for axis in _token_axes(inference):
-        for style in ("factor", "flat"):
-            for units in _styles(axis, style, parts):
-                key = tuple(id(part) for unit in units for part in unit)
-                found.setdefault(key, Candidate(units, f"{style} {axis!r}"))
-    return list(found.values())
-
-
-def _token_axes(inference: Inference) -> list[Axis]:
-    weights: dict[int, tuple[Axis, float]] = {}
-    for frame, node, typing in inference.nodes():
-        if "attention" in typing.facts:
-            dim = typing.facts["attention"]["tokens"]
-            axes = [typing.expected[0][dim]]
-        else:
+def choose_tokens(inference: Inference, plan: Plan) -> Units:
+    """The units whose split over the plan's sequence ranks costs least; none when the program has no tokens."""
+    if plan.sequence == 1:
+        return ()
+    chosen: Units = ()
+    lowest = float("inf")
+    for axis in token_axes(inference)[:MOST_FAMILIES]:
+        if chosen and Split(SEQUENCE, plan.sequence, chosen).splits(axis):
             continue
-        for axis in axes:
-            weights[id(axis)] = (axis, weights.get(id(axis), (axis, 0.0))[1] + flops(node))
-    return [axis for axis, _ in sorted(weights.values(), key=lambda pair: -pair[1])]
+        tried = [chosen + units for units in _ways(axis, plan.sequence)]
+        costs = [_cost(inference, plan, units) for units in tried]
+        if min(costs) < lowest:
+            lowest = min(costs)
+            chosen = tried[costs.index(lowest)]
+    return chosen
 
 
-def _styles(axis: Axis, style: str, parts: int) -> list[tuple[Unit, ...]]:
+def _cost(inference: Inference, plan: Plan, units: Units) -> float:
+    layout = Layout.of(plan, Mesh.simulated(plan, 0), {SEQUENCE: units})
+    return weigh(partition(inference, layout).ledger)
+
+
+def weigh(ledger: Ledger) -> float:
+    """The cost of one call on the busiest rank, in floating-point operations."""
+    return ledger.flops_here + FLOPS_PER_BYTE * sum(collective.bytes for collective in ledger.collectives)
+
+
+def token_axes(inference: Inference) -> list[Axis]:
+    """The query tokens of every attention, costliest first; after them what products of activations are summed over."""
+    attended: dict[int, tuple[Axis, float]] = {}
+    contracted: dict[int, tuple[Axis, float]] = {}
+    for frame, node, typing in inference.nodes():
+        work = flops(node)
+        if "attention" in typing.facts:
+            _add(attended, typing.expected[0][typing.facts["attention"]["tokens"]], work)
+        elif work and not any(operand in frame.tables for operand in typing.operands):
+            for loop in typing.loops:
+                if loop.kind == "sum":
+                    operand, dim = loop.args[0]
+                    _add(contracted, typing.expected[operand][dim], work)
+    return [*_heaviest(attended), *_heaviest({key: pair for key, pair in contracted.items() if key not in attended})]
+
+
+def _add(weights: dict[int, tuple[Axis, float]], axis: Axis, work: float) -> None:
+    weights[id(axis)] = (axis, weights.get(id(axis), (axis, 0.0))[1] + work)
+
+
+def _heaviest(weights: dict[int, tuple[Axis, float]]) -> list[Axis]:
+    return [axis for axis, _ in sorted(weights.values(), key=lambda pair: -pair[1]) if axis.size > 1]
+
+
+def _ways(axis: Axis, parts: int) -> Iterator[Units]:
     segments = axis.parts if isinstance(axis, Concat) else (axis,)
-    if style == "flat":
-        return [tuple(_flat(segment) for segment in segments)]
-    best = tuple(_best_factor(segment, parts) for segment in segments)
-    return [best]
+    by_factor = tuple(_best_factor(segment, parts) for segment in segments)
+    flat = tuple(_flat(segment) for segment in segments)
+    yield by_factor
+    if flat != by_factor:
+        yield flat
 
 
 def _flat(segment: Axis) -> Unit:
-    return segment.factors if isinstance(segment, Product) else (segment,)
+    return tuple(segment.factors) if isinstance(segment, Product) else (segment,)
 
 
 def _best_factor(segment: Axis, parts: int) -> Unit:

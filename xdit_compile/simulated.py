@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .errors import AgreementError
+from .errors import AgreementError, PartitionError
 from .interpret import assemble, bind
 from .kernels.simulate import SIMULATIONS, simulate
 from .mesh import is_simulated, simulated_members
@@ -81,7 +81,16 @@ def _steps(module: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Step, Any
             env[node] = yield node.target, args, group
         else:
             env[node] = node.target(*args, **kwargs)
+        _check_shape(node, env.get(node))
     raise AssertionError("a graph without output")
+
+
+def _check_shape(node: fx.Node, value: Any) -> None:
+    """A shard of another size than the axes say is a mistake even where the numbers come out right."""
+    if "shape" in node.meta and isinstance(value, torch.Tensor):
+        name, expected = node.meta["shape"]
+        if list(value.shape) != list(expected):
+            raise PartitionError(f"{name} ({node.target}) has shape {list(value.shape)} where its axes say {expected}")
 
 
 def _group(args: Sequence[Any]) -> str | None:
