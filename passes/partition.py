@@ -141,7 +141,9 @@ class FramePartitioner:
         for k, tensor in enumerate(tensors):
             local = self.local.call(operator.getitem, result, k) if several else result
             value = Value(local, typing.outs[k], tensor.dtype, outs[k], frozenset(summed))
-            local.meta["shape"] = (node.name, self.local.sizes(value))
+            sizes = self.local.sizes(value)
+            local.meta["shape"] = (node.name, sizes)
+            self.ledger.hold(math.prod(sizes) * tensor.dtype.itemsize)
             found.append(value)
         if typing.bias is not None and summed:
             found = [self._biased(node, typing, value) for value in found]

@@ -37,6 +37,7 @@ class Ledger:
     flops: float = 0.0
     flops_here: float = 0.0
     flops_replicated: float = 0.0
+    largest_activation: int = 0
 
     def work(self, total: float, portion: float, split: tuple[str, ...]) -> None:
         """Count ``total`` operations of which this rank does ``portion``."""
@@ -44,6 +45,10 @@ class Ledger:
         self.flops_here += total * portion
         if not split:
             self.flops_replicated += total
+
+    def hold(self, size: int) -> None:
+        """Note a tensor of ``size`` bytes."""
+        self.largest_activation = max(self.largest_activation, size)
 
     def collective(self, op: str, purpose: str, node: Any, value: Any, local: Any, parts: int) -> int:
         """Count an all-gather or all-reduce of ``value``; returns its bytes."""
@@ -65,3 +70,4 @@ class Ledger:
         self.flops += other.flops
         self.flops_here += other.flops_here
         self.flops_replicated += other.flops_replicated
+        self.largest_activation = max(self.largest_activation, other.largest_activation)

@@ -37,3 +37,8 @@ class AgreementError(XditCompileError):
 
 class ProviderUnavailable(UsageError):
     """A backend or an attention provider that cannot be used here, with the reason."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -1,0 +1,43 @@
+# A fresh clone needs Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+TESTS := $(BIN)/python -m pytest -n $(or $(JOBS),2)
+
+.PHONY: env demo test test-slow lint pipeline clean
+
+env: $(VENV)/.installed
+
+# torch first and by itself: the CPU build, unless TORCH_INDEX names another index, e.g. .../whl/cu130.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --no-deps --retries 1 $(TORCH) --extra-index-url $(TORCH_INDEX)
+	$(PIP) -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: env
+	$(BIN)/xdit-compile generate --nproc 2 --ulysses_degree 2 --prompt "a lighthouse at dusk" --compare --output demo.png
+
+test: env
+	$(TESTS) -m "not slow"
+
+test-slow: env
+	$(TESTS) -m slow
+
+lint: env
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Makes the embedded pipeline anew; the files are committed, so only a change of the script needs this.
+pipeline: env
+	$(BIN)/python examples/make_tiny_pipeline.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,29 @@
+"""What a backend is: something that makes a graph run."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+
+class Backend(abc.ABC):
+    """Compiles the structures of a program; the root that wires them together stays as it is."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot be used here, with what to do about it; None where it can."""
+        return None
+
+    @abc.abstractmethod
+    def compile_structure(self, structure: fx.GraphModule) -> nn.Module:
+        """A module that computes what ``structure`` does, on the same flat tensors."""
+
+    def compile(self, root: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
+        """The root with every structure compiled, each of them once however often it is called."""
+        called = {str(node.target) for node in root.graph.nodes if node.op == "call_module"}
+        structures = {name: self.compile_structure(getattr(root, name)) for name in called}
+        return fx.GraphModule(structures, root.graph)

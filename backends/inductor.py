@@ -1,0 +1,24 @@
+"""Compiles graphs with torch.compile."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+from torch import fx, nn
+
+from .base import Backend
+
+
+class Inductor(Backend):
+    """Full-graph, static shapes: one compilation for each structure, and an error where a graph would break."""
+
+    name = "inductor"
+
+    def unavailable(self) -> str | None:
+        if torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++"))):
+            return None
+        return "it needs a C++ compiler on the CPU; install g++, or use backend='eager'"
+
+    def compile_structure(self, structure: fx.GraphModule) -> nn.Module:
+        return torch.compile(structure, backend="inductor", fullgraph=True, dynamic=False)  # type: ignore[return-value]

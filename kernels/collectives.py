@@ -1,0 +1,254 @@
+"""Collectives as single ops with uneven sizes: what a rewritten graph calls, eagerly or compiled.
+
+Each names its process group; the empty name means this rank alone, for which every one is a copy. Each has a fake, so a
+graph that calls them compiles whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.distributed as dist
+
+from .groups import answering, keep_in_order, process_group
+
+_REDUCTIONS = ("sum", "max")
+
+# torch 2.13 renamed it and warns about the name that 2.11 has.
+_gather_even = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_LIBRARY = torch.library.Library("xdit_compile", "FRAGMENT")
+for _schema in (
+    "all_to_all(Tensor x, SymInt[] out_splits, SymInt[] in_splits, str group) -> Tensor",
+    "all_gather(Tensor x, int dim, SymInt[] sizes, str group) -> Tensor",
+    'all_reduce(Tensor x, str group, str op="sum") -> Tensor',
+    "halo_exchange(Tensor x, int dim, SymInt before, SymInt after, SymInt[] sizes, int index, str group) -> Tensor",
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl(_LIBRARY, "all_to_all", "CompositeExplicitAutograd")
+def all_to_all(x: torch.Tensor, out_splits: list[int], in_splits: list[int], group: str) -> torch.Tensor:
+    """Give each rank of the group its piece of ``x`` and concatenate the pieces that come back, in group order.
+
+    Args:
+        x: ``[sum(in_splits)]``, any dtype.
+        out_splits: elements that come from each rank; zeros are legal.
+        in_splits: elements that go to each rank; zeros are legal.
+        group: process group; empty for this rank alone.
+
+    Returns:
+        ``[sum(out_splits)]``.
+
+    Raises:
+        ValueError: when the splits do not fit ``x`` or each other.
+        AgreementError: when a peer fails or does not answer in time.
+    """
+    _check_all_to_all(x, out_splits, in_splits)
+    if not group:
+        return x.clone()
+    out = x.new_empty(sum(out_splits))
+    members = process_group(group)
+    _check_count(members, len(in_splits))
+    with answering(members, "an all-to-all"):
+        dist.all_to_all_single(out, x.contiguous(), list(out_splits), list(in_splits), group=members)
+    return out
+
+
+@torch.library.register_fake("xdit_compile::all_to_all", lib=_LIBRARY)
+def _(x: torch.Tensor, out_splits: list[int], in_splits: list[int], group: str) -> torch.Tensor:
+    _check_all_to_all(x, out_splits, in_splits)
+    return x.new_empty(sum(out_splits))
+
+
+def _check_all_to_all(x: torch.Tensor, out_splits: list[int], in_splits: list[int]) -> None:
+    if x.dim() != 1 or x.shape[0] != sum(in_splits):
+        raise ValueError(f"all_to_all takes {sum(in_splits)} elements in one dimension, not {tuple(x.shape)}")
+    if len(out_splits) != len(in_splits):
+        raise ValueError(f"all_to_all needs one split per rank each way, not {out_splits} and {in_splits}")
+
+
+@torch.library.impl(_LIBRARY, "all_gather", "CompositeExplicitAutograd")
+def all_gather(x: torch.Tensor, dim: int, sizes: list[int], group: str) -> torch.Tensor:
+    """Concatenate the shards of all ranks along ``dim``, in group order.
+
+    Args:
+        x: this rank's shard.
+        dim: the dimension that is split; may be negative.
+        sizes: each rank's size there; uneven and zero are legal.
+        group: process group; empty for this rank alone.
+
+    Returns:
+        The whole, ``sum(sizes)`` along ``dim``, contiguous.
+
+    Raises:
+        ValueError: when no rank has the size of ``x``.
+        AgreementError: when a peer fails or does not answer in time.
+    """
+    dim = _check_all_gather(x, dim, sizes)
+    if not group:
+        return x.clone(memory_format=torch.contiguous_format)
+    shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
+    parts = _gather_flat(x, [math.prod(shape) for shape in shapes], group)
+    return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim)
+
+
+@torch.library.register_fake("xdit_compile::all_gather", lib=_LIBRARY)
+def _(x: torch.Tensor, dim: int, sizes: list[int], group: str) -> torch.Tensor:
+    dim = _check_all_gather(x, dim, sizes)
+    return x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
+
+
+def _check_all_gather(x: torch.Tensor, dim: int, sizes: list[int]) -> int:
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"all_gather along dim {dim} of a tensor with {x.dim()} dims")
+    if x.shape[dim] not in sizes:
+        raise ValueError(f"all_gather of a shard of {x.shape[dim]} where the ranks have {list(sizes)}")
+    return dim % x.dim()
+
+
+def _gather_flat(x: torch.Tensor, counts: list[int], group: str) -> tuple[torch.Tensor, ...]:
+    """Every rank's elements. Uneven counts go through an all-to-all: gloo has no other way, and nothing is padded."""
+    members = process_group(group)
+    _check_count(members, len(counts))
+    out = x.new_empty(sum(counts))
+    flat = x.reshape(-1)
+    with answering(members, "an all-gather"):
+        if len(set(counts)) == 1:
+            if counts[0]:
+                _gather_even(out, flat, group=members)
+        else:
+            copies = flat.repeat(len(counts))
+            dist.all_to_all_single(out, copies, counts, [flat.numel()] * len(counts), group=members)
+    return out.split(counts)
+
+
+@torch.library.impl(_LIBRARY, "all_reduce", "CompositeExplicitAutograd")
+def all_reduce(x: torch.Tensor, group: str, op: str = "sum") -> torch.Tensor:
+    """Combine the tensors of all ranks element by element.
+
+    Args:
+        x: the same shape on every rank.
+        group: process group; empty for this rank alone.
+        op: ``sum`` or ``max``.
+
+    Returns:
+        A new contiguous tensor, the same on every rank.
+
+    Raises:
+        ValueError: for another ``op``.
+        AgreementError: when a peer fails or does not answer in time.
+    """
+    _check_reduction(op)
+    out = x.clone(memory_format=torch.contiguous_format)
+    if group and out.numel():
+        members = process_group(group)
+        with answering(members, "an all-reduce"):
+            dist.all_reduce(out, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=members)
+    return out
+
+
+@torch.library.register_fake("xdit_compile::all_reduce", lib=_LIBRARY)
+def _(x: torch.Tensor, group: str, op: str = "sum") -> torch.Tensor:
+    _check_reduction(op)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _check_reduction(op: str) -> None:
+    if op not in _REDUCTIONS:
+        raise ValueError(f"all_reduce with op={op!r}; use one of {', '.join(_REDUCTIONS)}")
+
+
+@torch.library.impl(_LIBRARY, "halo_exchange", "CompositeExplicitAutograd")
+def halo_exchange(
+    x: torch.Tensor, dim: int, before: int, after: int, sizes: list[int], index: int, group: str
+) -> torch.Tensor:
+    """Put rows of the ranks around this one before and after its own, along ``dim``.
+
+    Where neighbours hold fewer rows than the halo the rest comes from ranks farther away; beyond the true ends nothing
+    is added, so the result is shorter there. A rank without rows gets none.
+
+    Args:
+        x: this rank's shard.
+        dim: the dimension that is split; may be negative.
+        before: rows wanted of those before this rank's first.
+        after: rows wanted of those after its last.
+        sizes: each rank's rows, in group order; zero is legal.
+        index: this rank's position in the group.
+        group: process group; empty for this rank alone.
+
+    Returns:
+        Up to ``before + sizes[index] + after`` rows, contiguous.
+
+    Raises:
+        ValueError: when ``x`` has not ``sizes[index]`` rows.
+        AgreementError: when a peer fails or does not answer in time.
+    """
+    dim = _check_halo(x, dim, sizes, index)
+    if not group:
+        return x.clone(memory_format=torch.contiguous_format)
+    if dist.get_rank(process_group(group)) != index:
+        raise ValueError(f"halo_exchange at position {index} of a group where this rank has another; pass its own")
+    wanted = [halo_rows(sizes, rank, before, after) for rank in range(len(sizes))]
+    start, end = owned_rows(sizes, index)
+    sent = [_overlap((start, end), rows) if rank != index else (0, 0) for rank, rows in enumerate(wanted)]
+    got = [
+        _overlap(owned_rows(sizes, rank), wanted[index]) if rank != index else (0, 0) for rank in range(len(sizes))
+    ]
+    row = math.prod(size for position, size in enumerate(x.shape) if position != dim)
+    pieces = [x.narrow(dim, a - start, b - a).reshape(-1) if b > a else x.new_empty(0) for a, b in sent]
+    flat = all_to_all(
+        torch.cat(pieces), [(b - a) * row for a, b in got], [(b - a) * row for a, b in sent], group
+    )
+    parts = [
+        part.view(*x.shape[:dim], b - a, *x.shape[dim + 1 :])
+        for part, (a, b) in zip(flat.split([(b - a) * row for a, b in got]), got, strict=True)
+    ]
+    return torch.cat([*parts[:index], x, *parts[index + 1 :]], dim).contiguous()
+
+
+@torch.library.register_fake("xdit_compile::halo_exchange", lib=_LIBRARY)
+def _(
+    x: torch.Tensor, dim: int, before: int, after: int, sizes: list[int], index: int, group: str
+) -> torch.Tensor:
+    dim = _check_halo(x, dim, sizes, index)
+    start, end = halo_rows(sizes, index, before, after)
+    return x.new_empty((*x.shape[:dim], end - start, *x.shape[dim + 1 :]))
+
+
+def owned_rows(sizes: list[int], index: int) -> tuple[int, int]:
+    """First and past-the-last row of one rank."""
+    ends = [0, *itertools.accumulate(sizes)]
+    return ends[index], ends[index + 1]
+
+
+def halo_rows(sizes: list[int], index: int, before: int, after: int) -> tuple[int, int]:
+    """First and past-the-last row of one rank with its halo, within the true ends; a rank without rows has no halo."""
+    start, end = owned_rows(sizes, index)
+    if start == end:
+        return start, end
+    return max(start - before, 0), min(end + after, sum(sizes))
+
+
+def _check_halo(x: torch.Tensor, dim: int, sizes: list[int], index: int) -> int:
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"halo_exchange along dim {dim} of a tensor with {x.dim()} dims")
+    if not 0 <= index < len(sizes) or x.shape[dim] != sizes[index]:
+        raise ValueError(f"halo_exchange of {x.shape[dim]} rows at position {index} where the ranks have {list(sizes)}")
+    return dim % x.dim()
+
+
+def _overlap(rows: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
+    start, end = max(rows[0], wanted[0]), min(rows[1], wanted[1])
+    return (start, end) if start < end else (0, 0)
+
+
+def _check_count(members: dist.ProcessGroup, count: int) -> None:
+    if dist.get_world_size(members) != count:
+        raise ValueError(f"{count} sizes for a group of {dist.get_world_size(members)} ranks")
+
+
+for _op in ("all_to_all", "all_gather", "all_reduce", "halo_exchange"):
+    keep_in_order(getattr(torch.ops.xdit_compile, _op).default)

@@ -1,0 +1,162 @@
+"""Attention over keys and values that travel around a ring of ranks (Ring Attention, arXiv:2310.01889)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from .attention import attention, attention_lse, check_mask, empty_output, output_shape, query_of, token_major
+from .groups import answering, keep_in_order, process_group
+from .merge import Part, merge
+from .registry import choose
+
+_ABSORBED = -(2.0**27)
+_LARGE = -1024.0
+
+_LIBRARY = torch.library.Library("xdit_compile", "FRAGMENT")
+_LIBRARY.define(
+    "ring_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, SymInt[] lengths, float? scale, bool enable_gqa, "
+    "str group, str provider) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_LIBRARY, "ring_attention", "CompositeExplicitAutograd")
+def ring_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    lengths: list[int],
+    scale: float | None,
+    enable_gqa: bool,
+    group: str,
+    provider: str,
+) -> torch.Tensor:
+    """Attention of this rank's queries over the keys of all ranks, equal to attention over their concatenation.
+
+    Keys and values are packed in one buffer, which goes to the next rank while the part at hand is computed. Partial
+    results are merged by log-sum-exp in fp32.
+
+    Args:
+        q: this rank's queries ``[..., Hq, Sq, D]``; zero queries or heads are legal.
+        k: this rank's keys ``[..., Hkv, lengths[position], D]``; zero keys are legal.
+        v: this rank's values ``[..., Hkv, lengths[position], Dv]``.
+        mask: bool or additive, its last dim 1 or ``sum(lengths)`` with the columns in ring order, its other dims
+            broadcastable to ``[..., Hq, Sq]``.
+        lengths: keys of each rank in ring order.
+        scale: of the scores, ``1 / sqrt(D)`` by default.
+        enable_gqa: ``Hq`` is a multiple of ``Hkv``.
+        group: process group of the ring; empty for this rank alone.
+        provider: a provider that returns the log-sum-exp, or ``auto``.
+
+    Returns:
+        ``[..., Hq, Sq, Dv]`` in the dtype of ``q``, with tokens before heads in memory.
+
+    Raises:
+        ValueError: when shapes do not fit ``lengths``.
+        ProviderUnavailable: when the provider cannot compute this.
+        AgreementError: when a peer fails or does not answer in time.
+    """
+    _check(q, k, v, mask, lengths, enable_gqa)
+    if not group:
+        return attention(q, k, v, mask, False, scale, enable_gqa, provider)
+    members = process_group(group)
+    position, count = dist.get_rank(members), dist.get_world_size(members)
+    if count != len(lengths) or k.shape[-2] != lengths[position]:
+        raise ValueError(
+            f"ring position {position} of {count} holds {k.shape[-2]} keys where the ranks have {list(lengths)}"
+        )
+    choose(provider, query_of(q, k, v, mask, lse=True))
+    q, mask = absorbed(q, mask)
+    columns = _columns(mask, lengths)
+    held, done = (k, v), None
+    for step in range(count):
+        here = (position - step) % count
+        coming = lengths[here - 1]
+        finish = _pass_on(held, coming, members) if step + 1 < count else None
+        part = attention_lse(q, *held, columns[here], False, scale, enable_gqa, provider)
+        done = part if done is None else merge([done, part])
+        if finish is not None:
+            held = finish()
+    assert done is not None
+    return token_major(done[0].to(q.dtype))
+
+
+@torch.library.register_fake("xdit_compile::ring_attention", lib=_LIBRARY)
+def _(q, k, v, mask, lengths, scale, enable_gqa, group, provider):
+    _check(q, k, v, mask, lengths, enable_gqa)
+    return empty_output(q, output_shape(q, k, v, None, enable_gqa))
+
+
+def absorbed(q: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same attention with rows of the mask shifted to where a log-sum-exp keeps its digits.
+
+    A row whose every entry is a large negative number (the least finite one, say, for padding) would give each part a
+    log-sum-exp in which the number of its keys is lost to rounding. Softmax ignores a shift of a row, so its greatest
+    entry is taken off; and where that was so large that it swallowed the scores, the queries become 0.
+    """
+    if mask is None or mask.dtype == torch.bool or mask.shape[-1] == 0:
+        return q, mask
+    top = mask.amax(-1, keepdim=True)
+    large = (top < _LARGE) & (top > -math.inf)
+    return torch.where(large & (top < _ABSORBED), 0, q).to(q.dtype), mask - torch.where(large, top, 0)
+
+
+def _columns(mask: torch.Tensor | None, lengths: list[int]) -> list[torch.Tensor | None]:
+    """The mask of each part."""
+    if mask is None or mask.shape[-1] != sum(lengths):
+        return [mask] * len(lengths)
+    return list(mask.split(list(lengths), -1))
+
+
+def _pass_on(held: Part, coming: int, members: dist.ProcessGroup) -> Callable[[], Part]:
+    """Start sending keys and values to the next rank and receiving those of the one before; the result waits for them.
+
+    Parts without keys are not sent: both sides know the lengths.
+    """
+    k, v = held
+    shapes = [(*x.shape[:-2], coming, x.shape[-1]) for x in held]
+    counts = [math.prod(shape) for shape in shapes]
+    buffer = k.new_empty(sum(counts))
+    position, count = dist.get_rank(members), dist.get_world_size(members)
+    operations = []
+    if k.numel() or v.numel():
+        packed = torch.cat([k.reshape(-1), v.reshape(-1)])
+        to = dist.get_global_rank(members, (position + 1) % count)
+        operations.append(dist.P2POp(dist.isend, packed, to, members))
+    if buffer.numel():
+        source = dist.get_global_rank(members, (position - 1) % count)
+        operations.append(dist.P2POp(dist.irecv, buffer, source, members))
+    with answering(members, "ring attention"):
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+    def finish() -> Part:
+        with answering(members, "ring attention"):
+            for work in works:
+                work.wait()
+        received = [x.view(shape) for x, shape in zip(buffer.split(counts), shapes, strict=True)]
+        return received[0], received[1]
+
+    return finish
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    lengths: list[int],
+    enable_gqa: bool,
+) -> None:
+    *heads, queries, _ = output_shape(q, k, v, None, enable_gqa)
+    if k.shape[-2] not in lengths:
+        raise ValueError(f"ring attention with {k.shape[-2]} keys here where the ranks have {list(lengths)}")
+    if mask is not None:
+        check_mask(mask, (*heads, queries, sum(lengths)))
+
+
+keep_in_order(torch.ops.xdit_compile.ring_attention.default)

@@ -1,0 +1,325 @@
+"""The command line as a user types it: every test but the last few starts the real command in its own processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from xdit_compile.request import TINY_PIPELINE
+
+COMMAND = [sys.executable, "-P", "-m", "xdit_compile"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+QUICK = ["--num_inference_steps", "2", "--backend", "eager", "--height", "128", "--width", "128"]
+DIFFERENCE = re.compile(
+    r"greatest difference (\d+) of 255 .* in the float output \(([\d.e+-]+) of its greatest value\)"
+)
+
+
+def run(*arguments: str, cwd: Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One command, away from the repository."""
+    environment = {**_clean_environment(), **environment}
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def _clean_environment() -> dict[str, str]:
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in launcher}
+
+
+def one_error(done: subprocess.CompletedProcess[str], exit_code: int) -> str:
+    """The one line on stderr, progress bars aside."""
+    assert done.returncode == exit_code, done.stderr
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "it/s]" not in line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("xdit-compile: error: ")
+    return lines[0].removeprefix("xdit-compile: error: ")
+
+
+def files(folder: Path) -> set[str]:
+    """Everything in a folder, hidden files too."""
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--nproc 2 --ulysses_degree 3", "ulysses=3 x ring=1 needs 3 processes but 2 are running; start 3"),
+        ("--ulysses_degree 2", "needs 2 processes but 1 are running"),
+        ("--nproc 2 --ulysses_degree -1", "ulysses=-1 must be a whole number of at least 1"),
+        ("--ring-degree 0", "ring=0 must be a whole number of at least 1"),
+        ("--backend tvm", "backend='tvm' is unknown; choose one of inductor, nexfort, eager"),
+        ("--attention magic", "attention='magic' is unknown; choose one of auto, sdpa"),
+        ("--nproc 0", "--nproc 0 must be at least 1"),
+        ("--model ./nowhere", "--model ./nowhere is no folder"),
+        ("--model .", "--model . has no model_index.json"),
+        ("--output picture.bmp", "--output picture.bmp must end in one of .png"),
+        ("--output nowhere/picture.png", "folder nowhere does not exist"),
+        ("--height -8", "--height -8 must be at least 1"),
+        ("--num_inference_steps 0", "--num_inference_steps 0 must be at least 1"),
+        ("--dtype int3", "--dtype int3 is unknown; choose one of auto, float32"),
+        ("--guidance_scale nan", "--guidance_scale nan must be a finite number"),
+        ("--ulysses_degree two", "'two' is not a valid integer"),
+        ("--ulises_degree 2", "No such option '--ulises_degree'"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_2(tmp_path: Path, arguments: str, expected: str):
+    assert expected in one_error(run("generate", *arguments.split(), cwd=tmp_path), exit_code=2)
+    assert files(tmp_path) == set()
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path):
+    wrong = "--ulysses_degree -1 --backend tvm --height 0 --model ./nowhere --output picture.bmp"
+    line = one_error(run("generate", *wrong.split(), cwd=tmp_path), exit_code=2)
+    for name in ("ulysses=-1", "backend='tvm'", "--height 0", "--model ./nowhere", "--output picture.bmp"):
+        assert name in line
+
+
+def test_help_and_usage_errors_do_not_wait_for_torch(tmp_path: Path):
+    code = (
+        "import sys; from xdit_compile.cli import main;"
+        "flags = [['generate', '--help'], ['generate', '--nproc', '2'], ['explain', '--backend', 'x']];"
+        "codes = [main(one) for one in flags];"
+        "print(codes, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=_clean_environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "[0, 2, 2] False"
+
+
+def test_nproc_under_torchrun_is_refused(tmp_path: Path):
+    done = run("generate", "--nproc", "2", cwd=tmp_path, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    assert "2 processes are already launched; leave out --nproc" in one_error(done, exit_code=2)
+
+
+@pytest.fixture
+def broken_model(tmp_path: Path) -> Path:
+    """A pipeline folder whose denoiser's weights are cut short."""
+    folder = tmp_path / "broken"
+    shutil.copytree(TINY_PIPELINE, folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "processes",
+    [
+        pytest.param([], id="one", marks=pytest.mark.slow),
+        pytest.param("--nproc 2 --ulysses_degree 2".split(), id="two"),
+    ],
+)
+def test_a_failure_is_one_line_and_exit_code_1(tmp_path: Path, broken_model: Path, processes: list[str]):
+    done = run("generate", "--model", str(broken_model), *processes, cwd=tmp_path)
+    line = one_error(done, exit_code=1)
+    assert f"--model {broken_model} cannot be loaded" in line
+    assert ("rank " in line) == bool(processes)
+    assert files(tmp_path) == {"broken"}
+
+
+@pytest.mark.slow
+def test_debug_shows_the_traceback(tmp_path: Path, broken_model: Path):
+    done = run("generate", "--model", str(broken_model), "--debug", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("xdit-compile: error: ")
+
+
+def test_one_process_makes_a_picture_and_names_what_it_ignored(tmp_path: Path):
+    done = run("generate", *QUICK, "--width", "160", "--num_frames", "3", "--compare", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ignored, this pipeline does not take them: --num_frames" in done.stdout
+    assert files(tmp_path) == {"out.png"}
+    picture = Image.open(tmp_path / "out.png")
+    assert picture.size == (160, 128)
+    assert np.asarray(picture).std() > 10
+    pixel, relative = DIFFERENCE.search(done.stdout).groups()
+    assert int(pixel) <= 1
+    assert float(relative) < 1e-3
+
+
+@pytest.mark.parametrize("degree", ["--ulysses_degree", pytest.param("--ring_degree", marks=pytest.mark.slow)])
+def test_two_processes_make_the_picture_of_one(tmp_path: Path, degree: str):
+    split = ["--nproc", "2", degree, "2", "--compare", "--output", "split.png", "--seed", "7"]
+    done = run("generate", *QUICK, *split, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pixel, relative = DIFFERENCE.search(done.stdout).groups()
+    assert int(pixel) <= 1
+    assert float(relative) < 1e-3
+    assert done.stdout.count("wrote ") == 1
+    assert files(tmp_path) == {"split.png"}
+
+
+@pytest.mark.slow
+def test_seed_and_prompt_decide_the_picture(tmp_path: Path):
+    for name, more in {"a": [], "b": [], "c": ["--seed", "43"], "d": ["--prompt", "a red fox"]}.items():
+        done = run("generate", *QUICK, "--output", f"{name}.png", *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    a, b, c, d = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in "abcd")
+    assert (a == b).all()
+    assert np.abs(a - c).max() > 8
+    assert np.abs(a - d).max() > 0
+
+
+@pytest.mark.slow
+def test_torchrun_makes_the_picture_of_nproc(tmp_path: Path):
+    arguments = ["generate", *QUICK, "--ulysses_degree", "2"]
+    launched = run(*arguments, "--nproc", "2", "--output", "nproc.png", cwd=tmp_path)
+    assert launched.returncode == 0, launched.stderr
+    done = torchrun([*COMMAND, *arguments, "--output", "torchrun.png"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote torchrun.png") == 1
+    one, other = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("nproc", "torchrun"))
+    assert np.abs(one - other).max() <= 1
+
+
+@pytest.fixture
+def video_model(tmp_path: Path) -> Path:
+    """A tiny video pipeline in a folder, made of the embedded pipeline's tokenizer, text encoder and autoencoder."""
+    import torch
+    from diffusers import DDIMScheduler, DiffusionPipeline, LattePipeline, LatteTransformer3DModel
+
+    tiny = DiffusionPipeline.from_pretrained(TINY_PIPELINE)
+    torch.manual_seed(0)
+    transformer = LatteTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, patch_size=2,
+        cross_attention_dim=32, sample_size=16, caption_channels=64, activation_fn="gelu-approximate",
+        norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, attention_bias=True, video_length=4,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_schedule="linear", steps_offset=1, clip_sample=False)
+    pipe = LattePipeline(tiny.tokenizer_3, tiny.text_encoder_3, tiny.vae, transformer, scheduler)
+    pipe.save_pretrained(tmp_path / "video")
+    return tmp_path / "video"
+
+
+def test_a_video_pipeline_writes_a_video(tmp_path: Path, video_model: Path):
+    import imageio
+
+    arguments = ["--model", str(video_model), "--num_frames", "4", "--output", "v.gif", "--fps", "5", *QUICK]
+    done = run("generate", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 video of 4 frames, 128 x 128 pixels" in done.stdout
+    assert len(imageio.mimread(tmp_path / "v.gif")) == 4
+    assert files(tmp_path) == {"video", "v.gif"}
+
+
+def torchrun(command: list[str], cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """The command on two processes of PyTorch's own launcher."""
+    launcher = [*TORCHRUN, "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    return subprocess.run(
+        [*launcher, "--local_addr", "127.0.0.1", "--no_python", *command],
+        cwd=cwd,
+        env={**_clean_environment(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags_of_rank_1", "expected"),
+    [("--ring_degree 2", "plan"), ("--ulysses_degree 2 --height 192", "input")],
+    ids=["another plan", "other inputs"],
+)
+def test_a_rank_that_disagrees_ends_all(tmp_path: Path, flags_of_rank_1: str, expected: str):
+    command = " ".join([*COMMAND, "generate", *QUICK])
+    script = f'if [ "$RANK" = 1 ]; then exec {command} {flags_of_rank_1}; fi; exec {command} --ulysses_degree 2'
+    done = torchrun(["sh", "-c", script], tmp_path, timeout=120)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("xdit-compile: error: ")]
+    assert lines
+    assert any(expected in line for line in lines), lines
+    assert files(tmp_path) == set()
+
+
+def started(tmp_path: Path) -> tuple[subprocess.Popen[str], dict[int, psutil.Process]]:
+    """A command of two processes that would run for hours, and its workers once both have drawn a step."""
+    arguments = ["generate", "--nproc", "2", "--ulysses_degree", "2", "--backend", "eager"]
+    log = open(tmp_path / "log", "w")  # noqa: SIM115
+    process = subprocess.Popen(
+        [*COMMAND, *arguments, "--num_inference_steps", "900"],
+        cwd=tmp_path,
+        env=_clean_environment(),
+        stdout=log,
+        stderr=log,
+        text=True,
+    )
+    limit = time.monotonic() + 180
+    while "/900" not in (tmp_path / "log").read_text() or " 0/900" in _last_step(tmp_path):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < limit, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    return process, {int(c.environ()["RANK"]): c for c in children if "worker" in c.cmdline()}
+
+
+def _last_step(tmp_path: Path) -> str:
+    return (tmp_path / "log").read_text().replace("\r", "\n").rstrip().splitlines()[-1]
+
+
+def test_a_killed_rank_ends_the_command_within_30_seconds(tmp_path: Path):
+    process, workers = started(tmp_path)
+    assert set(workers) == {0, 1}
+    workers[1].kill()
+    begin = time.monotonic()
+    assert process.wait(timeout=60) == 1
+    assert time.monotonic() - begin < 30
+    lines = (tmp_path / "log").read_text().replace("\r", "\n").splitlines()
+    assert [line for line in lines if line.strip() and "/900" not in line] == [
+        "xdit-compile: error: rank 1 was killed by SIGKILL; see that there is memory enough, and start again"
+    ]
+    assert files(tmp_path) == {"log"}
+    assert not any(worker.is_running() for worker in workers.values())
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_command_that_started_them(tmp_path: Path):
+    process, workers = started(tmp_path)
+    process.kill()
+    process.wait(timeout=30)
+    gone, alive = psutil.wait_procs(list(workers.values()), timeout=30)
+    assert len(gone) == 2
+    assert alive == []
+    assert files(tmp_path) == {"log"}
+
+
+def test_explain_reads_no_weights_and_needs_one_process(tmp_path: Path):
+    shutil.copytree(TINY_PIPELINE, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    done = run("explain", "--model", "model", "--ulysses_degree", "2", "--ring_degree", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "all_to_all" in done.stdout or "all-to-all" in done.stdout
+    assert files(tmp_path) == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--component nothing", "--component nothing is not in this pipeline; choose one of"),
+        ("--component transformer --inputs nowhere.pt", "--inputs nowhere.pt does not exist"),
+        ("--ulysses_degree 0", "ulysses=0 must be"),
+    ],
+)
+def test_explain_refuses_in_one_line(tmp_path: Path, arguments: str, expected: str):
+    assert expected in one_error(run("explain", *arguments.split(), cwd=tmp_path), exit_code=2)
+
+
+def test_request_survives_the_way_to_the_workers():
+    from xdit_compile import Plan
+    from xdit_compile.request import Request
+
+    request = Request(Plan(ulysses=2, timeout_s=3.5), prompt='ein "Leuchtturm"\n—', seed=2**62, guidance_scale=1.5)
+    assert Request.from_json(request.to_json()) == request
+    assert json.loads(request.to_json())["plan"]["ulysses"] == 2

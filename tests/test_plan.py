@@ -1,0 +1,76 @@
+"""Plans: every problem at once, and none where there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xdit_compile import Plan
+from xdit_compile.errors import PlanError, UsageError
+
+
+def test_the_default_plan_fits_one_process():
+    assert Plan().check(1) == Plan()
+    assert Plan().world_size == 1
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 4096))
+def test_degrees_must_multiply_to_the_world(ulysses: int, ring: int, world: int):
+    plan = Plan(ulysses=ulysses, ring=ring)
+    problems = plan.problems(world)
+    assert bool(problems) == (ulysses * ring != world)
+    if problems:
+        assert f"needs {ulysses * ring} processes but {world} are running" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("ulysses", -1, "ulysses=-1 must be"),
+        ("ulysses", 0, "ulysses=0 must be"),
+        ("ring", 2.0, "ring=2.0 must be"),
+        ("ring", True, "ring=True must be"),
+        ("ring", "2", "ring='2' must be"),
+        ("backend", "tvm", "backend='tvm' is unknown; choose one of inductor, nexfort, eager"),
+        ("attention", "magic", "attention='magic' is unknown; choose one of auto"),
+        ("fallback", "hope", "fallback='hope' is unknown"),
+        ("verify", 1, "verify=1 must be True or False"),
+        ("timeout_s", 0, "timeout_s=0 must be a positive"),
+        ("timeout_s", float("nan"), "timeout_s=nan must be a positive"),
+        ("timeout_s", float("inf"), "timeout_s=inf must be a positive"),
+    ],
+)
+def test_each_bad_value_is_named(field: str, value: object, expected: str):
+    with pytest.raises(PlanError, match=r"^" + expected.replace(".", r"\.")):
+        Plan(**{field: value}).check()
+
+
+def test_every_problem_is_listed_at_once_on_one_line():
+    bad = Plan(ulysses=-1, ring=0, backend="tvm", attention="magic", fallback="hope", timeout_s=-3)
+    with pytest.raises(PlanError) as caught:
+        bad.check(8)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [clause.split("=")[0].strip() for clause in message.split("; ") if "=" in clause] == [
+        "ulysses",
+        "ring",
+        "backend",
+        "attention",
+        "fallback",
+        "timeout_s",
+    ]
+
+
+def test_a_plan_is_frozen_and_can_be_hashed():
+    plan = Plan(ulysses=2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.ulysses = 4  # type: ignore[misc]
+    assert {plan, Plan(ulysses=2), Plan(ulysses=2, ring=2)} == {plan, Plan(ulysses=2, ring=2)}
+
+
+def test_plan_problems_are_usage_errors():
+    assert issubclass(PlanError, UsageError)
+    assert PlanError("x").exit_code == 2

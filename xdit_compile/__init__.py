@@ -1,0 +1,23 @@
+"""A compiler for parallel diffusion inference: unmodified diffusers pipelines, split over devices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import XditCompileError
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .api import explain, parallelize, restore
+
+__version__ = "0.1.0"
+__all__ = ["Plan", "XditCompileError", "explain", "parallelize", "restore"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the API, and with it torch, only when it is used: the command line checks its flags without it."""
+    if name in ("explain", "parallelize", "restore"):
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""``python -m xdit_compile`` is the same command as ``xdit-compile``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

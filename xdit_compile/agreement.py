@@ -1,0 +1,123 @@
+"""Ranks tell each other what they are about to do, and stop together where they differ.
+
+Everything goes through the key-value store of the process group, never through a collective: a collective is what must not
+be entered before all agree.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+
+import torch.distributed as dist
+
+from .errors import AgreementError
+from .mesh import Mesh
+
+POLL_SECONDS = 0.02
+
+
+class Agreement:
+    """One rank's side of the talk.
+
+    Args:
+        name: sets this conversation apart from others in the same store; the same on every rank.
+        rank, world_size: this process and all of them.
+        timeout_s: seconds to wait for a rank before giving up.
+    """
+
+    def __init__(self, name: str, rank: int, world_size: int, timeout_s: float):
+        self._name = name
+        self._rank = rank
+        self._world = world_size
+        self._timeout = timeout_s
+        self._talks = 0
+        self._calls = 0
+        self._store = dist.distributed_c10d._get_default_store() if world_size > 1 else None
+
+    @classmethod
+    def over(cls, mesh: Mesh, timeout_s: float) -> Agreement:
+        """A new conversation among the ranks of a mesh; every rank must start its conversations in the same order."""
+        if mesh.world_size == 1:
+            return cls("alone", 0, 1, timeout_s)
+        count = dist.distributed_c10d._get_default_store().add(f"xdit_compile/conversations/{mesh.rank}", 1)
+        return cls(str(count), mesh.rank, mesh.world_size, timeout_s)
+
+    def announce_call(self, what: str) -> None:
+        """Say which call this rank enters now, without waiting for anybody."""
+        if self._store is not None:
+            self._calls += 1
+            self._store.set(self._key("call", self._rank), f"{self._calls} {what}")
+
+    def share(self, value: bytes | None) -> bytes:
+        """Rank 0's bytes on every rank."""
+        if self._store is None:
+            assert value is not None
+            return value
+        self._talks += 1
+        key = self._key(f"share{self._talks}", 0)
+        if self._rank == 0:
+            assert value is not None
+            self._store.set(key, value)
+        return bytes(self._wait(key, 0))
+
+    def agree(self, stage: str, facts: Mapping[str, str]) -> None:
+        """Return once every rank has come to this stage with equal facts.
+
+        Raises:
+            AgreementError: naming the ranks and the facts that differ, a rank that failed, or one that did not come.
+        """
+        said = self._exchange(stage, {"facts": dict(facts)})
+        failed = {rank: other["error"] for rank, other in said.items() if "error" in other}
+        if failed:
+            raise AgreementError("; ".join(f"rank {rank} failed: {why}" for rank, why in sorted(failed.items())))
+        for rank, other in sorted(said.items()):
+            differing = [name for name, value in facts.items() if other["facts"].get(name) != value]
+            if differing:
+                raise AgreementError(
+                    f"rank {rank} was called with another {' and another '.join(differing)} than rank {self._rank}; "
+                    "give every rank the same plan, the same inputs and the same seed"
+                )
+
+    def fail(self, stage: str, error: BaseException) -> None:
+        """Tell the others that this rank will not come to ``stage``; waits for nobody."""
+        if self._store is not None:
+            self._talks += 1
+            self._store.set(self._key(f"{stage}{self._talks}", self._rank), json.dumps({"error": str(error)}))
+
+    def _exchange(self, stage: str, mine: dict) -> dict[int, dict]:
+        if self._store is None:
+            return {}
+        self._talks += 1
+        topic = f"{stage}{self._talks}"
+        self._store.set(self._key(topic, self._rank), json.dumps(mine))
+        others = [rank for rank in range(self._world) if rank != self._rank]
+        return {rank: json.loads(self._wait(self._key(topic, rank), rank)) for rank in others}
+
+    def _wait(self, key: str, rank: int) -> bytes:
+        assert self._store is not None
+        deadline = time.monotonic() + self._timeout
+        mine = self._latest(self._rank)
+        while not self._store.check([key]):
+            theirs = self._latest(rank)
+            if mine is not None and theirs is not None and theirs[0] >= mine[0] and theirs != mine:
+                if not self._store.check([key]):
+                    raise AgreementError(
+                        f"rank {rank} makes another call than rank {self._rank}; give every rank the same inputs"
+                    )
+            if time.monotonic() > deadline:
+                raise AgreementError(f"rank {rank} did not answer within {self._timeout:.0f} s; was it stopped?")
+            time.sleep(POLL_SECONDS)
+        return self._store.get(key)
+
+    def _latest(self, rank: int) -> tuple[int, str] | None:
+        assert self._store is not None
+        key = self._key("call", rank)
+        if not self._store.check([key]):
+            return None
+        count, _, what = self._store.get(key).decode().partition(" ")
+        return int(count), what
+
+    def _key(self, topic: str, rank: int) -> str:
+        return f"xdit_compile/{self._name}/{topic}/{rank}"

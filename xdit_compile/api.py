@@ -1,0 +1,137 @@
+"""What users call: parallelize, restore, explain."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .agreement import Agreement
+from .backends.registry import find_backend
+from .build import analyse, place
+from .errors import UsageError
+from .kernels.providers import AttentionQuery
+from .kernels.registry import choose
+from .mesh import Mesh
+from .pipelines import denoisers, restore_call, synchronise_call
+from .plan import Plan
+from .report import Report, report
+from .runtime import Runner
+from .world import World
+
+RUNNER = "forward"
+
+
+def parallelize(target: Any, plan: Plan | None = None) -> Any:
+    """Make a pipeline's denoisers, or one module, run on all ranks of a plan; changes it in place.
+
+    Under torchrun (or any launcher that sets ``RANK`` and ``WORLD_SIZE``) the default process group is used, and made if
+    need be. Every rank must call this with the same plan on the same weights. With a plan of one rank it works in one
+    process, too. Nothing is captured before the first call.
+
+    Args:
+        target: a diffusers pipeline or an ``nn.Module`` in evaluation mode.
+        plan: degrees and choices; one rank by default.
+
+    Returns:
+        ``target`` itself.
+
+    Raises:
+        PlanError: with every problem of the plan.
+        ProviderUnavailable: a backend or attention provider that cannot be used here.
+        UsageError: a target without a denoiser, or one that is parallelized already.
+    """
+    plan = (plan or Plan()).check()
+    backend = find_backend(plan.backend)
+    modules = dict(denoisers(target))
+    for module in modules.values():
+        _check_provider(plan, module)
+    for name, module in modules.items():
+        if isinstance(vars(module).get(RUNNER), Runner):
+            raise UsageError(f"{name} is parallelized already; call xdit_compile.restore first")
+    _join(plan, next(iter(modules.values())))
+    mesh = Mesh.from_process_group(plan)
+    for module in modules.values():
+        module.forward = Runner(module, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s))
+    if not isinstance(target, nn.Module):
+        synchronise_call(target, Agreement.over(mesh, plan.timeout_s))
+    return target
+
+
+def restore(target: Any) -> Any:
+    """Undo `parallelize`; returns ``target``. Weights were never changed, so nothing needs to be gathered.
+
+    Raises:
+        UsageError: nothing of ``target`` is parallelized.
+    """
+    found = [module for _, module in denoisers(target) if isinstance(vars(module).get(RUNNER), Runner)]
+    if not found:
+        raise UsageError("nothing to restore: this was not parallelized")
+    for module in found:
+        _take_off(module)
+    if not isinstance(target, nn.Module):
+        restore_call(target)
+    return target
+
+
+def explain(target: Any, plan: Plan | None = None, args: tuple = (), kwargs: dict | None = None) -> Report:
+    """How a module is split: axes and roles, boundaries, gathers, collectives with their bytes, imbalance, memory.
+
+    Args:
+        target: a parallelized pipeline or module that was called at least once, which reports on its latest program; or
+            any module together with ``plan`` and example inputs, which may be on the meta device.
+        plan: the degrees; needs no processes.
+        args, kwargs: example inputs.
+
+    Raises:
+        UsageError: for a target that was neither called nor given inputs.
+    """
+    plan_given = plan is not None or args or kwargs
+    for _, module in denoisers(target):
+        runner = vars(module).get(RUNNER)
+        if isinstance(runner, Runner) and not plan_given:
+            prepared = next((known[-1] for known in reversed(runner.prepared.values()) if known), None)
+            if prepared is None:
+                raise UsageError("nothing to explain yet: call the pipeline once, or give a plan and example inputs")
+            return _report(prepared.analysis, runner.plan, runner.mesh.rank)
+    if not (args or kwargs):
+        raise UsageError("explain needs example inputs (args=, kwargs=) for a module that was not parallelized")
+    plan = (plan or Plan()).check()
+    ((_, module),) = list(denoisers(target))[:1]
+    analysis = analyse(module, plan, args, kwargs or {})
+    return _report(analysis, plan, 0)
+
+
+def _report(analysis: Any, plan: Plan, here: int) -> Report:
+    ranks = [place(analysis, plan, Mesh.simulated(plan, rank)) for rank in range(plan.world_size)]
+    return report(analysis, ranks, here)
+
+
+def _check_provider(plan: Plan, module: nn.Module) -> None:
+    """Refuse an attention provider that cannot be used with the module's device and dtype, whatever the shapes."""
+    weight = next(module.parameters(), None)
+    if plan.attention != "auto" and weight is not None:
+        query = AttentionQuery(weight.device.type, weight.dtype, 8, 8, 64, 64, 64, 64, lse=plan.ring > 1)
+        choose(plan.attention, query)
+
+
+def _take_off(module: nn.Module) -> None:
+    runner = vars(module).pop(RUNNER)
+    if getattr(runner.forward, "__self__", None) is not module or runner.forward.__func__ is not type(module).forward:
+        module.forward = runner.forward
+
+
+def _join(plan: Plan, module: nn.Module) -> None:
+    """Make the default process group, where a launcher started this process and nobody made it."""
+    world = World.from_environment()
+    plan.check(dist.get_world_size() if dist.is_initialized() else world.size)
+    if dist.is_initialized() or not world.launched or world.size == 1:
+        return
+    device = next(module.parameters()).device
+    limit = datetime.timedelta(seconds=plan.timeout_s)
+    if device.type == "cuda":
+        torch.cuda.set_device(world.local_rank)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)

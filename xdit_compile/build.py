@@ -1,0 +1,51 @@
+"""From a module and one call of it to what this rank runs: capture, infer, choose, partition."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .capture import capture
+from .mesh import Mesh
+from .passes.infer import Inference, infer
+from .passes.layout import SEQUENCE, Layout
+from .passes.program_partition import Partitioned, partition
+from .passes.rulebook import rulebook
+from .passes.tokens import Units, choose_tokens
+from .plan import Plan
+from .program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What holds for every rank: the captured program, its axes, and the units that the plan splits."""
+
+    program: Program
+    inference: Inference
+    tokens: Units
+
+
+def analyse(
+    module: nn.Module, plan: Plan, args: tuple, kwargs: dict, *, forward: Callable[..., Any] | None = None,
+    check: bool = True,
+) -> Analysis:  # fmt: skip
+    """Capture one call of a module, name its axes and choose what to split.
+
+    Raises:
+        CaptureError: when no capture agrees with the module.
+    """
+    program = capture(module, args, kwargs, forward=forward, check=check)
+    inference = infer(program, rulebook())
+    return Analysis(program, inference, choose_tokens(inference, plan))
+
+
+def place(analysis: Analysis, plan: Plan, mesh: Mesh) -> Partitioned:
+    """The program of one rank of ``mesh``.
+
+    Raises:
+        PartitionError: where something cannot be split and may not be gathered.
+    """
+    return partition(analysis.inference, Layout.of(plan, mesh, {SEQUENCE: analysis.tokens}))

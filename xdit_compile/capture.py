@@ -1,0 +1,135 @@
+"""From a module and example inputs to a program that was seen to agree with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
+
+from .decompose import DataDependence
+from .errors import CaptureError
+from .interpret import run_program
+from .outline import outline
+from .preserve import preserved
+from .program import Program
+from .tracing import Flat, Trace, by_dynamo, by_export, describe_result
+from .valued import by_values
+
+Rung = Callable[[Flat], Trace]
+
+LADDER: tuple[tuple[str, Rung], ...] = (("values", by_values), ("export", by_export), ("dynamo", by_dynamo))
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DATA_DEPENDENT = (DataDependence, GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+
+
+@torch.no_grad()
+def capture(
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    *,
+    check: bool = True,
+    forward: Callable[..., Any] | None = None,
+    ladder: tuple[tuple[str, Rung], ...] = LADDER,
+) -> Program:
+    """Record what a module computes of its inputs as a functional ATen program.
+
+    The module runs once as it is, which fills its caches and gives the numbers to compare with. Then the rungs of a
+    ladder are tried in turn; the first whose program agrees is taken. On the meta device nothing is run or compared;
+    inputs that are not there (masks, lengths) keep their values for the module's code to read.
+
+    Args:
+        module: any module in evaluation mode; it is left as it was found.
+        args, kwargs: example inputs. Tensors may stand in any nest of containers known to pytree; everything that is no
+            tensor is baked in.
+        check: compare the program with the module.
+        forward: what to call instead of ``module.forward``.
+        ladder: names and functions of the rungs to try.
+
+    Raises:
+        CaptureError: with the reason of each rung.
+    """
+    if module.training:
+        raise CaptureError("the module is in training mode: call .eval() before it is captured")
+    flat = Flat(module, forward or module.forward, args, kwargs)
+    weightless = any(t.is_meta for t in [*flat.tensors(), *module.parameters(), *module.buffers()])
+    expected = None if weightless else flat.call(*flat.own_inputs()[0], **flat.own_inputs()[1])
+    if not weightless:
+        flat.seen.result = describe_result(expected)
+    reasons: list[str] = []
+    about_data = False
+    for how, rung in ladder:
+        if how == "dynamo" and (weightless or about_data):
+            continue
+        try:
+            with preserved(module):
+                program = _climb(flat, how, rung)
+            if check and not weightless:
+                compare(run_program(program, module, *flat.own_inputs()), expected)
+            return program
+        except Exception as error:
+            about_data = about_data or _is_about_data(error)
+            reasons.append(f"{how}: {first_line(error)}")
+    raise CaptureError("this module could not be captured; " + "; ".join(reasons))
+
+
+def _climb(flat: Flat, how: str, rung: Rung) -> Program:
+    trace = rung(flat)
+    root, inputs = outline(trace)
+    used = {spec.target for spec in inputs if spec.kind == "constant"}
+    constants = {name: value for name, value in trace.constants.items() if name in used}
+    if flat.seen.result is None:
+        raise CaptureError("the module's result was not seen")
+    outputs, out_spec = flat.seen.result
+    return Program(root, inputs, constants, flat.in_spec, out_spec, outputs, trace.guards, how)
+
+
+def _is_about_data(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, DATA_DEPENDENT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def compare(found: Any, expected: Any) -> None:
+    """Compare two results of a module, tensor by tensor.
+
+    Raises:
+        CaptureError: where they differ by more than rounding, relative to the greatest expected value.
+    """
+    pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
+    for position, (one, other) in enumerate(pairs):
+        if not isinstance(other, torch.Tensor):
+            continue
+        if one.shape != other.shape or one.dtype != other.dtype:
+            raise CaptureError(
+                f"output {position} is {one.dtype}{tuple(one.shape)} instead of {other.dtype}{tuple(other.shape)}"
+            )
+        difference = relative_difference(one, other)
+        if not difference <= TOLERANCE.get(other.dtype, 0.0):
+            raise CaptureError(f"output {position} differs from the module's own by {difference:.1e}")
+
+
+def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Greatest difference of two tensors relative to the greatest finite value of the second; equal infinities and NaNs agree."""
+    if one.numel() == 0:
+        return 0.0
+    wide = torch.complex128 if other.is_complex() else torch.float64
+    one, other = one.to(wide), other.to(wide)
+    same = (one == other) | (one.isnan() & other.isnan())
+    difference = torch.where(same, 0, one - other).abs().max().item()
+    scale = torch.where(other.isfinite(), other, 0).abs().max().item()
+    return difference / scale if scale else (0.0 if difference == 0 else math.inf)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line of bearable length."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300]

@@ -1,0 +1,189 @@
+"""The command line: flags, one line per error, exit code 2 for usage and 1 for failure. Imports torch only to work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import UsageError, XditCompileError, one_line
+from .plan import Plan
+from .request import DTYPES, Request, check_component, check_inputs, find_model, plan_from_flags
+from .world import World
+
+NAME = "xdit-compile"
+INTERRUPTED = 130
+_SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 120,
+    "show_default": True,
+    "token_normalize_func": lambda name: name.replace("-", "_"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors become one line on stderr, or a traceback with --debug.
+
+    The line of a worker's failure stands alone: a progress bar may have been left open where it would go.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        cli.main(args=arguments or ["--help"], prog_name=NAME, standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _fail("interrupted", INTERRUPTED)
+    except click.ClickException as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", NAME)
+        return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", error.exit_code)
+    except Exception as error:
+        return _failed(error, arguments)
+
+
+def entry() -> None:
+    """The installed command."""
+    sys.exit(main())
+
+
+def _failed(error: Exception, arguments: list[str]) -> int:
+    from .launch import WorkerFailed, report_failure
+
+    is_worker = arguments[:1] == ["worker"]
+    if _wants_debug(arguments, is_worker) and not isinstance(error, WorkerFailed):
+        import traceback
+
+        traceback.print_exc()
+    if isinstance(error, XditCompileError):
+        message, exit_code = one_line(error, limit=4000), error.exit_code
+    else:
+        message, exit_code = f"{type(error).__name__}: {one_line(error)} (--debug shows where)", 1
+    if is_worker:
+        report_failure(error, exit_code, message)
+        return exit_code
+    if isinstance(error, WorkerFailed):
+        print(file=sys.stderr)
+    return _fail(message, exit_code)
+
+
+def _wants_debug(arguments: list[str], is_worker: bool) -> bool:
+    return Request.from_json(arguments[1]).debug if is_worker else "--debug" in arguments
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(f"{NAME}: error: {_rank_prefix()}{message}", file=sys.stderr, flush=True)
+    return exit_code
+
+
+def _rank_prefix() -> str:
+    try:
+        world = World.from_environment()
+    except UsageError:
+        return ""
+    return f"rank {world.rank}: " if world.launched else ""
+
+
+def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    flags = (
+        click.option("--ulysses_degree", type=int, default=1, help="Ranks that exchange tokens for heads."),
+        click.option("--ring_degree", type=int, default=1, help="Ranks around which keys and values travel."),
+        click.option("--backend", default=Plan.backend, help="inductor, nexfort or eager."),
+        click.option("--attention", default=Plan.attention, help="Attention provider; auto takes the best available."),
+    )
+    for flag in reversed(flags):
+        command = flag(command)
+    return command
+
+
+def _input_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    flags = (
+        click.option("--model", help="Pipeline folder or Hub id; without it the embedded tiny pipeline."),
+        click.option("--prompt", default=Request.prompt),
+        click.option("--negative_prompt"),
+        click.option("--height", type=int, help="Pixels.  [default: the pipeline's]"),
+        click.option("--width", type=int, help="Pixels.  [default: the pipeline's]"),
+        click.option("--num_frames", type=int, help="Frames of a video.  [default: the pipeline's]"),
+        click.option("--guidance_scale", type=float, help="[default: the pipeline's]"),
+        click.option("--max_sequence_length", type=int, help="Text tokens.  [default: the pipeline's]"),
+        click.option("--dtype", default="auto", help=f"auto or {', '.join(DTYPES)}; auto is bfloat16 on CUDA."),
+        click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages."),
+    )
+    for flag in reversed(flags):
+        command = flag(command)
+    return command
+
+
+@click.group(context_settings=_SETTINGS)
+@click.version_option(__version__)
+def cli() -> None:
+    """Parallel inference for unmodified diffusers pipelines. Flags may be written with - or _."""
+
+
+@cli.command()
+@_input_flags
+@click.option("--num_inference_steps", type=int, help="[default: the pipeline's]")
+@click.option("--num_images_per_prompt", type=int, help="[default: the pipeline's]")
+@click.option("--fps", type=int, default=Request.fps, help="Frames per second of a video file.")
+@click.option("--seed", type=int, default=Request.seed)
+@click.option("--device", default="auto", help="auto, cpu or cuda.")
+@_plan_flags
+@click.option("--output", default=Request.output, help="PNG, JPEG or WebP for images, MP4 or GIF for videos.")
+@click.option("--nproc", type=int, help="Start this many processes here; leave it out under torchrun.")
+@click.option("--compare", is_flag=True, help="Also run the unsplit pipeline and print the greatest difference.")
+def generate(
+    ulysses_degree: int, ring_degree: int, backend: str, attention: str, nproc: int | None, **flags: Any
+) -> None:
+    """Make an image or a video."""
+    plan = plan_from_flags(ulysses=ulysses_degree, ring=ring_degree, backend=backend, attention=attention)
+    request = Request(plan=plan, **flags)
+    world = World.from_environment()
+    request.check(world, nproc)
+    if nproc is None or nproc == 1:
+        from .generate import generate as run
+
+        run(request, world)
+    else:
+        from .launch import launch
+
+        launch(["worker", request.to_json()], nproc, request.debug)
+
+
+@cli.command(hidden=True)
+@click.argument("request_json")
+def worker(request_json: str) -> None:
+    """One of the processes that generate --nproc starts."""
+    from .generate import generate as run
+    from .launch import end_with_parent
+
+    end_with_parent()
+    run(Request.from_json(request_json), World.from_environment())
+
+
+@cli.command()
+@_input_flags
+@_plan_flags
+@click.option("--component", help="Which denoiser; without it the one that the pipeline calls first.")
+@click.option("--inputs", help="Example inputs of the denoiser: torch.save({'args': (...), 'kwargs': {...}}).")
+def explain(
+    ulysses_degree: int,
+    ring_degree: int,
+    backend: str,
+    attention: str,
+    component: str | None,
+    inputs: str | None,
+    **flags: Any,
+) -> None:
+    """Print what a plan makes of a model's graph: axes, gathers, traffic. Reads no weights, needs one process."""
+    plan = plan_from_flags(ulysses=ulysses_degree, ring=ring_degree, backend=backend, attention=attention)
+    request = Request(plan=plan, **flags)
+    request.check(None)
+    check_inputs(inputs)
+    if (folder := Path(find_model(request.model))).is_dir():
+        check_component(folder, component)
+    from .weightless import explain as run
+
+    click.echo(str(run(request, component, inputs)))

@@ -1,0 +1,136 @@
+"""Starting the processes of one command on this machine through PyTorch's elastic launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .errors import XditCompileError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+class WorkerFailed(XditCompileError):
+    """A process that this command started has failed; carries the exit code that process would have given."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def launch(arguments: list[str], nproc: int, debug: bool = False) -> None:
+    """Run ``python -m xdit_compile ARGUMENTS`` in ``nproc`` processes and wait for all of them.
+
+    The first process to fail ends the others. Each process gets its share of the cores unless OMP_NUM_THREADS is set.
+
+    Raises:
+        WorkerFailed: naming the rank that failed first and what it said.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if not debug:
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="xdit-compile-") as folder, _environment(_defaults(nproc, debug)):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=f"xdit-compile-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-P", "-m", "xdit_compile", *arguments)
+        except ChildFailedError as error:
+            raise _worker_failed(error) from None
+
+
+def report_failure(error: BaseException, exit_code: int, message: str) -> None:
+    """Leave a failure where the launcher that started this process looks for it."""
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        return
+    now = time.time()
+    extra = {
+        "py_callstack": traceback.format_exc(),
+        "timestamp": str(int(now)),
+        "time": now,
+        "text": message,
+        "exit_code": exit_code,
+        "on_purpose": isinstance(error, XditCompileError),
+    }
+    with open(path, "w") as file:
+        json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+
+
+def end_with_parent(interval_s: float = 1.0) -> None:
+    """End this process soon after the one that started it is gone, whatever the main thread waits for."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(interval_s)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def _defaults(nproc: int, debug: bool) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores // nproc))}
+    if not debug:
+        wanted |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+@contextlib.contextmanager
+def _environment(added: dict[str, str]) -> Iterator[None]:
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _worker_failed(error: ChildFailedError) -> WorkerFailed:
+    rank, failure = min(error.failures.items(), key=lambda item: _blame(item[1]))
+    extra = _extra(failure)
+    if extra:
+        return WorkerFailed(f"rank {rank}: {extra['text']}", int(extra["exit_code"]))
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        return WorkerFailed(f"rank {rank} was killed by {name}; see that there is memory enough, and start again", 1)
+    return WorkerFailed(f"rank {rank} ended with exit code {failure.exitcode}; start again with --debug", 1)
+
+
+def _blame(failure: ProcessFailure) -> tuple[int, float]:
+    """Order failures by how likely each is the cause: a rank that dies without a word makes its peers fail later."""
+    extra = _extra(failure)
+    if extra:
+        return (1 if extra["on_purpose"] else 2, extra["time"])
+    return (3 if failure.exitcode == -signal.SIGTERM else 0, 0.0)
+
+
+def _extra(failure: ProcessFailure) -> dict[str, Any]:
+    message: Any = failure.message
+    return message["extraInfo"] if isinstance(message, dict) else {}

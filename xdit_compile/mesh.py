@@ -1,0 +1,227 @@
+"""Ranks on a grid of named dimensions, and the process groups over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+
+import torch
+import torch.distributed as dist
+
+from .errors import AgreementError, PlanError
+from .plan import Plan
+
+DIMENSIONS = ("ring", "ulysses")
+ALONE = ""
+_SIMULATED = "sim/"
+
+Names = str | tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """One rank's place on a row-major grid of ranks.
+
+    Dimensions are named from outer to inner: on ``Mesh(("ring", "ulysses"), (2, 3), rank=4)`` rank 4 has ring
+    coordinate 1 and ulysses coordinate 1. Wherever several dimensions are meant at once they count row-major in the
+    mesh's own order, however they are listed.
+
+    Args:
+        names: dimensions, outer to inner.
+        sizes: ranks along each.
+        rank: this rank in the flat order.
+        groups: name of the process group for each set of dimensions (in mesh order) that spans several ranks.
+
+    Raises:
+        PlanError: for sizes below 1, names that repeat, or a rank outside the grid.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    rank: int
+    groups: Mapping[tuple[str, ...], str] = dataclasses.field(
+        default_factory=lambda: MappingProxyType({}), repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.sizes) or len(set(self.names)) != len(self.names):
+            raise PlanError(f"mesh dimensions {self.names} need distinct names and one size each, not {self.sizes}")
+        if any(size < 1 for size in self.sizes):
+            raise PlanError(f"mesh sizes {self.sizes} must all be at least 1")
+        if not 0 <= self.rank < self.world_size:
+            raise PlanError(f"rank {self.rank} is outside a mesh of {self.world_size} ranks")
+
+    @classmethod
+    def simulated(cls, plan: Plan, rank: int) -> Mesh:
+        """The mesh of a plan with groups that exist in name only; ``simulated_members`` reads their ranks back."""
+        mesh = cls._of(plan, rank)
+        groups = {
+            names: f"{_SIMULATED}{','.join(names)}/{','.join(map(str, mesh.peers(names)))}"
+            for names in _subsets(mesh.names)
+            if mesh.size(names) > 1
+        }
+        return dataclasses.replace(mesh, groups=MappingProxyType(groups))
+
+    @classmethod
+    def from_process_group(cls, plan: Plan, timeout: float | None = None) -> Mesh:
+        """The mesh of a plan over the running process group, with a subgroup for every set of dimensions.
+
+        Every rank must call this at the same point. Each new group is used once, so that a rank which is missing is
+        noticed here. Without an initialised process group the world is this process alone.
+
+        Args:
+            plan: gives the degrees.
+            timeout: seconds that a collective waits for a peer, ``plan.timeout_s`` by default.
+
+        Raises:
+            PlanError: when the degrees do not multiply to the world size.
+            AgreementError: when a rank does not answer in time.
+        """
+        ready = dist.is_available() and dist.is_initialized()
+        plan.check(dist.get_world_size() if ready else 1)
+        mesh = cls._of(plan, dist.get_rank() if ready else 0)
+        limit = datetime.timedelta(seconds=plan.timeout_s if timeout is None else timeout)
+        return dataclasses.replace(mesh, groups=MappingProxyType(_make_groups(mesh, limit)))
+
+    @classmethod
+    def _of(cls, plan: Plan, rank: int) -> Mesh:
+        return cls(DIMENSIONS, tuple(getattr(plan, name) for name in DIMENSIONS), rank)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return math.prod(self.sizes)
+
+    def coordinate(self, name: str) -> int:
+        """This rank's position along one dimension."""
+        return self._coordinates()[self._position(name)]
+
+    def size(self, names: Names) -> int:
+        """Ranks along one dimension, or over several together."""
+        return math.prod(self.sizes[self._position(name)] for name in self._ordered(names))
+
+    def index(self, names: Names) -> int:
+        """This rank's position among ``peers(names)``."""
+        return self.peers(names).index(self.rank)
+
+    def peers(self, names: Names) -> list[int]:
+        """Ranks that differ from this one at most in the given dimensions, itself included, in ascending order."""
+        varied = {self._position(name) for name in self._ordered(names)}
+        ranges = [
+            range(size) if position in varied else (coordinate,)
+            for position, (size, coordinate) in enumerate(zip(self.sizes, self._coordinates(), strict=True))
+        ]
+        return [self._rank(coordinates) for coordinates in itertools.product(*ranges)]
+
+    def group(self, names: Names) -> str:
+        """Name of the process group over ``peers(names)``; empty where that is this rank alone.
+
+        Raises:
+            PlanError: for dimensions that the mesh lacks, or a mesh made without groups.
+        """
+        ordered = self._ordered(names)
+        if self.size(ordered) == 1:
+            return ALONE
+        if ordered not in self.groups:
+            raise PlanError(f"this mesh has no group over {ordered}; make it with from_process_group or simulated")
+        return self.groups[ordered]
+
+    def _ordered(self, names: Names) -> tuple[str, ...]:
+        wanted = {names} if isinstance(names, str) else set(names)
+        for name in wanted:
+            self._position(name)
+        return tuple(name for name in self.names if name in wanted)
+
+    def _position(self, name: str) -> int:
+        if name not in self.names:
+            raise PlanError(f"the mesh has no dimension {name!r}; it has {', '.join(self.names)}")
+        return self.names.index(name)
+
+    def _coordinates(self) -> tuple[int, ...]:
+        rest, found = self.rank, []
+        for size in reversed(self.sizes):
+            rest, coordinate = divmod(rest, size)
+            found.append(coordinate)
+        return tuple(reversed(found))
+
+    def _rank(self, coordinates: Iterable[int]) -> int:
+        rank = 0
+        for coordinate, size in zip(coordinates, self.sizes, strict=True):
+            rank = rank * size + coordinate
+        return rank
+
+
+def simulated_members(group: str) -> list[int]:
+    """Ranks of a group made by ``Mesh.simulated``, in group order.
+
+    Raises:
+        PlanError: for the name of any other group.
+    """
+    if not is_simulated(group):
+        raise PlanError(f"{group!r} is no simulated group; only meshes made by Mesh.simulated have them")
+    return [int(rank) for rank in group.rsplit("/", 1)[1].split(",")]
+
+
+def is_simulated(group: str) -> bool:
+    """Whether a group exists in name only."""
+    return group.startswith(_SIMULATED)
+
+
+def _subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [chosen for count in range(1, len(names) + 1) for chosen in itertools.combinations(names, count)]
+
+
+def _make_groups(mesh: Mesh, limit: datetime.timedelta) -> dict[tuple[str, ...], str]:
+    """Make every group, in one order on all ranks; sets of dimensions that span the same ranks share one."""
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    groups = {}
+    for names in _subsets(mesh.names):
+        if mesh.size(names) == 1:
+            continue
+        for other in range(mesh.world_size):
+            ranks = tuple(dataclasses.replace(mesh, rank=other).peers(names))
+            if ranks not in made:
+                with _answering(ranks, limit):
+                    made[ranks] = dist.new_group(list(ranks), timeout=limit, group_desc=",".join(names))
+        groups[names] = made[tuple(mesh.peers(names))].group_name
+    for ranks, group in made.items():
+        if mesh.rank in ranks:
+            with _answering(ranks, limit):
+                _meet(group)
+    return groups
+
+
+def _meet(group: dist.ProcessGroup) -> None:
+    """Use a group once, so that all members connect together: a first point-to-point call would connect only two."""
+    count = torch.ones(1, device=_device_of(group))
+    dist.all_reduce(count, group=group)
+    count.item()
+
+
+@contextmanager
+def _answering(ranks: tuple[int, ...], limit: datetime.timedelta) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise AgreementError(
+            f"ranks {list(ranks)} did not all answer within {limit.total_seconds():g} s ({first_sentence(error)}); "
+            "start every rank with the same plan and look at the first one that failed"
+        ) from error
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of what an error says, without the place in C++ where it was raised."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[[^]]*\]\s*", "", text).split(". ")[0].rstrip(".")
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    if dist.get_backend(group) == "gloo":
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -1,0 +1,78 @@
+"""Keeping a module unharmed while it is traced: whatever a trace puts in its attributes and caches is taken out again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def preserved(module: nn.Module) -> Iterator[None]:
+    """Restore every attribute of a module tree, of the plain objects that hang on it and of their containers.
+
+    A trace runs the module on fakes; a table that the module caches meanwhile would be one and break the next real
+    call. Memoised functions of the classes involved are emptied for the same reason.
+    """
+    saved = _snapshot(module)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for owner, content in saved:
+            _restore(owner, content)
+        _empty_memoised(module)
+
+
+def _empty_memoised(module: nn.Module) -> None:
+    kinds = {kind for child in module.modules() for kind in type(child).__mro__ if _is_foreign(kind)}
+    sources = {sys.modules[kind.__module__] for kind in kinds if kind.__module__ in sys.modules}
+    for value in [value for holder in [*kinds, *sources] for value in list(vars(holder).values())]:
+        if not isinstance(value, type) and callable(clear := getattr(value, "cache_clear", None)):
+            clear()
+
+
+def _is_foreign(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] not in ("torch", "builtins")
+
+
+def _snapshot(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Shallow copies of all mutable holders reachable from a module, without looking inside tensors."""
+    saved: list[tuple[Any, Any]] = []
+    seen: set[int] = set()
+    pending: list[Any] = [module]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen or isinstance(item, torch.Tensor | type):
+            continue
+        seen.add(id(item))
+        if isinstance(item, dict):
+            saved.append((item, dict(item)))
+            pending.extend(item.values())
+        elif isinstance(item, list):
+            saved.append((item, list(item)))
+            pending.extend(item)
+        elif isinstance(item, tuple):
+            pending.extend(item)
+        elif isinstance(item, nn.Module) or _is_plain(item):
+            pending.append(vars(item))
+    return saved
+
+
+def _is_plain(item: Any) -> bool:
+    """An object of a class written in Python, whose attributes stand in its ``__dict__``."""
+    return hasattr(item, "__dict__") and not callable(getattr(item, "__get__", None)) and not hasattr(item, "__spec__")
+
+
+def _restore(owner: Any, content: Any) -> None:
+    if isinstance(owner, dict):
+        if len(owner) != len(content) or any(owner.get(key, owner) is not value for key, value in content.items()):
+            owner.clear()
+            owner.update(content)
+    elif len(owner) != len(content) or any(a is not b for a, b in zip(owner, content, strict=True)):
+        owner[:] = content

@@ -1,0 +1,159 @@
+"""Ways to record what a module does for given inputs, each as one graph whose weights are placeholders."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from .errors import CaptureError
+from .program import Constant, Guard, Input
+
+PREFIX = "module"
+
+
+@dataclasses.dataclass
+class Trace:
+    """A recorded graph: placeholders in the order of ``inputs`` with fakes in ``meta["val"]``, a flat tuple as output.
+
+    Each computing node carries ``meta["calls"]``, the nest of module calls it was made in, outermost first, each as
+    ``(path of the module, key of the call)``. ``functional`` says that no node writes to a tensor and that composite
+    operators are already decomposed.
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[Input, ...]
+    constants: dict[str, torch.Tensor]
+    functional: bool = False
+    guards: tuple[Guard, ...] = ()
+    functionalize: Callable[[], Trace] | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Seen:
+    """What a module was seen to return (see ``describe_result``)."""
+
+    result: tuple[tuple[int | Constant, ...], pytree.TreeSpec] | None = None
+
+
+class Flat(nn.Module):
+    """A module seen as a function of its tensor leaves alone, contiguous ones; every other leaf is baked in.
+
+    ``seen`` says, once the module ran, how its result is made of tensors.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> None:
+        super().__init__()
+        self.module = module
+        self.call = forward
+        leaves, self.in_spec = pytree.tree_flatten((args, kwargs))
+        self.leaves = [leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.positions = tuple(i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor))
+        self.fixed = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        self.seen = Seen()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = list(self.fixed)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+        result = self.call(*args, **kwargs)
+        if not torch.compiler.is_dynamo_compiling() and self.seen.result is None:
+            self.seen.result = describe_result(result)
+        return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+
+    def own_inputs(self) -> tuple[tuple, dict]:
+        """``(args, kwargs)`` of the example call, with tensors that a call may write to without harm."""
+        leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        return pytree.tree_unflatten(leaves, self.in_spec)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensor leaves of the example inputs."""
+        return tuple(self.leaves[i] for i in self.positions)
+
+
+def describe_result(result: Any) -> tuple[tuple[int | Constant, ...], pytree.TreeSpec]:
+    """How a module's result is made: for each flat leaf its number among the tensors or its value, and the containers."""
+    leaves, spec = pytree.tree_flatten(result)
+    numbers = itertools.count()
+    recipe = tuple(next(numbers) if isinstance(leaf, torch.Tensor) else Constant(leaf) for leaf in leaves)
+    return recipe, spec
+
+
+def by_export(flat: Flat) -> Trace:
+    """Non-strict ``torch.export``: Python runs, tensors are fakes."""
+    return _exported(flat, strict=False)
+
+
+def by_dynamo(flat: Flat) -> Trace:
+    """Strict ``torch.export``: bytecode is analysed, so writes to tensor data and attributes are understood."""
+    return _exported(flat, strict=True)
+
+
+def _exported(flat: Flat, strict: bool) -> Trace:
+    with _quiet():
+        program = torch.export.export(flat, flat.tensors(), strict=strict)
+    return _from_exported(program, flat, functional=False)
+
+
+def _from_exported(program: torch.export.ExportedProgram, flat: Flat, functional: bool) -> Trace:
+    def functionalize() -> Trace:
+        with _quiet():
+            return _from_exported(program.run_decompositions({}), flat, functional=True)
+
+    inputs: list[Input] = []
+    constants: dict[str, torch.Tensor] = {}
+    users = iter(flat.positions)
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(Input(name, "user", next(users)))
+        elif spec.kind is InputKind.PARAMETER:
+            inputs.append(Input(name, "parameter", own_name(spec.target)))
+        elif spec.kind is InputKind.BUFFER:
+            inputs.append(Input(name, "buffer", own_name(spec.target)))
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[name] = program.constants[spec.target]
+            inputs.append(Input(name, "constant", name))
+        else:
+            raise CaptureError(f"input {name} of kind {spec.kind.name} is no tensor")
+    for out in program.graph_signature.output_specs:
+        if out.kind is not OutputKind.USER_OUTPUT:
+            if functional:
+                raise CaptureError(f"the module writes to {own_name(out.target or out.arg.name)} ({out.kind.name})")
+    graph = program.graph_module
+    for node in graph.graph.nodes:
+        node.meta["calls"] = tuple(
+            (own_name(path), key) for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items() if path
+        )
+    return Trace(graph, tuple(inputs), constants, functional, functionalize=None if functional else functionalize)
+
+
+def own_name(name: str) -> str:
+    """A qualified name inside ``Flat`` as one inside the user's module."""
+    return name.removeprefix(PREFIX).removeprefix(".")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporters' warnings: a rung that fails is reported once, with its reason."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._dynamo", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
