@@ -92,7 +92,7 @@ def report(analysis: Analysis, ranks: Sequence[Partitioned], here: int) -> Repor
         structures=len(program.structures()),
         axes=_axes(analysis.inference, mine),
         boundaries=_boundaries(analysis.inference),
-        gathers=tuple(gather for gather in ledger.gathers if gather.place.node != OUTPUT),
+        gathers=tuple(gather for gather in ledger.gathers if gather.reason != OUTPUT),
         collectives=_collectives(mine),
         imbalance=max(work) / mean if mean else 1.0,
         replicated_flops=ledger.flops_replicated / ledger.flops if ledger.flops and len(ranks) > 1 else 0.0,
@@ -101,7 +101,7 @@ def report(analysis: Analysis, ranks: Sequence[Partitioned], here: int) -> Repor
     )
 
 
-OUTPUT = "output"
+OUTPUT = "the result"
 
 
 def _boundaries(inference: Inference) -> tuple[BoundaryEntry, ...]:
