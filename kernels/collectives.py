@@ -194,14 +194,10 @@ def halo_exchange(
     wanted = [halo_rows(sizes, rank, before, after) for rank in range(len(sizes))]
     start, end = owned_rows(sizes, index)
     sent = [_overlap((start, end), rows) if rank != index else (0, 0) for rank, rows in enumerate(wanted)]
-    got = [
-        _overlap(owned_rows(sizes, rank), wanted[index]) if rank != index else (0, 0) for rank in range(len(sizes))
-    ]
+    got = [_overlap(owned_rows(sizes, rank), wanted[index]) if rank != index else (0, 0) for rank in range(len(sizes))]
     row = math.prod(size for position, size in enumerate(x.shape) if position != dim)
     pieces = [x.narrow(dim, a - start, b - a).reshape(-1) if b > a else x.new_empty(0) for a, b in sent]
-    flat = all_to_all(
-        torch.cat(pieces), [(b - a) * row for a, b in got], [(b - a) * row for a, b in sent], group
-    )
+    flat = all_to_all(torch.cat(pieces), [(b - a) * row for a, b in got], [(b - a) * row for a, b in sent], group)
     parts = [
         part.view(*x.shape[:dim], b - a, *x.shape[dim + 1 :])
         for part, (a, b) in zip(flat.split([(b - a) * row for a, b in got]), got, strict=True)
@@ -210,9 +206,7 @@ def halo_exchange(
 
 
 @torch.library.register_fake("xdit_compile::halo_exchange", lib=_LIBRARY)
-def _(
-    x: torch.Tensor, dim: int, before: int, after: int, sizes: list[int], index: int, group: str
-) -> torch.Tensor:
+def _(x: torch.Tensor, dim: int, before: int, after: int, sizes: list[int], index: int, group: str) -> torch.Tensor:
     dim = _check_halo(x, dim, sizes, index)
     start, end = halo_rows(sizes, index, before, after)
     return x.new_empty((*x.shape[:dim], end - start, *x.shape[dim + 1 :]))

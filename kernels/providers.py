@@ -303,9 +303,7 @@ SDPA_CUDNN = Provider(
     _sdpa_cudnn,
     (_runs_on("cuda"), _cuda_takes(_HALF), _head_dim_multiple_of(8), _head_dim_up_to(128)),
 )
-FLASH_ATTN = Provider(
-    "flash_attn", _flash_attn, (_installed("flash_attn", _FLASH_ATTN_COMMAND), *_FLASH_ATTN_LIMITS)
-)
+FLASH_ATTN = Provider("flash_attn", _flash_attn, (_installed("flash_attn", _FLASH_ATTN_COMMAND), *_FLASH_ATTN_LIMITS))
 YUNCHANG = Provider(
     "yunchang",
     _yunchang,

@@ -38,9 +38,14 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
         if at > 0
     ]
     part.count(node, typing, choices)
-    result = _call(part, node, [inputs, *others], padding)
     outs = {name: choice.results[0] for name, choice in choices.items()}
-    return [Value(result, typing.outs[0], node.meta["val"].dtype, outs)]
+    value = Value(inputs, typing.outs[0], node.meta["val"].dtype, outs)
+    sizes = part.local.sizes(value)
+    if 0 in sizes:
+        value.node = part.local.call(aten.new_zeros.default, inputs, sizes)
+    else:
+        value.node = _call(part, node, [inputs, *others], padding)
+    return [value]
 
 
 def _with_halo(

@@ -18,6 +18,7 @@ from .infer import Inference
 from .layout import SEQUENCE, Layout
 from .program_partition import partition
 from .records import Ledger
+from .rules import Typing
 
 MOST_FAMILIES = 6
 """Token axes that are tried, costliest attention first."""
@@ -61,13 +62,24 @@ def token_axes(inference: Inference) -> list[Axis]:
     for frame, node, typing in inference.nodes():
         work = flops(node)
         if "attention" in typing.facts:
-            _add(attended, typing.expected[0][typing.facts["attention"]["tokens"]], work)
+            _add(attended, _attended(typing), work)
         elif work and not any(operand in frame.tables for operand in typing.operands):
             for loop in typing.loops:
                 if loop.kind == "sum":
                     operand, dim = loop.args[0]
                     _add(contracted, typing.expected[operand][dim], work)
     return [*_heaviest(attended), *_heaviest({key: pair for key, pair in contracted.items() if key not in attended})]
+
+
+def _attended(typing: Typing) -> Axis:
+    """The query tokens of an attention, with the key tokens where queries attend to themselves among others."""
+    queries, keys = (typing.expected[at][typing.facts["attention"]["tokens"]] for at in (0, 1))
+    among = {id(part) for part in _segments(queries)}
+    return keys if among < {id(part) for part in _segments(keys)} else queries
+
+
+def _segments(axis: Axis) -> Sequence[Axis]:
+    return axis.parts if isinstance(axis, Concat) else (axis,)
 
 
 def _add(weights: dict[int, tuple[Axis, float]], axis: Axis, work: float) -> None:
@@ -79,7 +91,7 @@ def _heaviest(weights: dict[int, tuple[Axis, float]]) -> list[Axis]:
 
 
 def _ways(axis: Axis, parts: int) -> Iterator[Units]:
-    segments = axis.parts if isinstance(axis, Concat) else (axis,)
+    segments = _segments(axis)
     by_factor = tuple(_best_factor(segment, parts) for segment in segments)
     flat = tuple(_flat(segment) for segment in segments)
     yield by_factor

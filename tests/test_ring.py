@@ -158,7 +158,7 @@ def compiled(rank, ranks, backend):
         args = local(case("compiled", lengths, mask=("bool", (2, 1, 1, sum(lengths)))), rank, group)
 
         def block(q, k, v, mask, rest=args[4:]):
-            return RING(q * 2, k.sin(), v, mask, *rest).transpose(1, 2).flatten(2) + 1
+            return RING(q * 3, k.sin(), v, mask, *rest).transpose(1, 2).flatten(2) + 1
 
         run = torch.compile(block, fullgraph=True, backend=backend)
         fine.append(torch.allclose(run(*args[:4]), block(*args[:4]), atol=1e-5))

@@ -55,10 +55,11 @@ class Draw:
 class Case:
     """A model and the call its pipeline makes.
 
-    ``make`` constructs the module, ``feed`` draws inputs for a batch size; ``batch`` is the one the pipeline uses (2 where
-    guidance doubles it). ``idle`` names tensor inputs that need not change the output, with the reason. ``reach`` is the
-    least share of a sample's output that follows one number of its input: below 1 where convolutions see only so far.
-    ``lengths`` names streams of padded tokens whose valid lengths are not given as a mask, with those of each sample.
+    ``make`` constructs the module, ``feed`` draws inputs for a batch size; ``batch`` is the one the pipeline uses (2
+    where guidance doubles it). ``idle`` names tensor inputs that need not change the output, with the reason.
+    ``reach`` is the least share of a sample's output that follows one number of its input: below 1 where
+    convolutions see only so far. ``lengths`` names streams of padded tokens whose valid lengths are not given as a
+    mask, with those of each sample.
     """
 
     name: str
@@ -412,8 +413,19 @@ _CASES = [
     Case(
         "hunyuandit",
         _hunyuandit,
-        partial(hunyuandit, h=14, w=22, text=11, text_t5=13, channels=4, dim=28, dim_t5=24, head_dim=16,
-                lengths=(5, 11), lengths_t5=(7, 13)),  # fmt: skip
+        partial(
+            hunyuandit,
+            h=14,
+            w=22,
+            text=11,
+            text_t5=13,
+            channels=4,
+            dim=28,
+            dim_t5=24,
+            head_dim=16,
+            lengths=(5, 11),
+            lengths_t5=(7, 13),
+        ),  # fmt: skip
         idle=(("style", "an index into a table of one row"),),
     ),
     Case("cogvideox", _cogvideox, _COGVIDEOX),
@@ -422,7 +434,9 @@ _CASES = [
         partial(_cogvideox, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True),
         partial(_COGVIDEOX, head_dim=16),
     ),
-    Case("cogvideox_rotary", partial(_cogvideox, use_rotary_positional_embeddings=True), partial(_COGVIDEOX, head_dim=16)),
+    Case(
+        "cogvideox_rotary", partial(_cogvideox, use_rotary_positional_embeddings=True), partial(_COGVIDEOX, head_dim=16)
+    ),
     Case(
         "cogvideox_1_5",
         partial(_cogvideox, use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False, ofs_embed_dim=22),

@@ -1,4 +1,4 @@
-"""Further diffusers denoisers, tiny, with the inputs their pipelines pass: text to image, control nets, and all the rest."""
+"""Further diffusers denoisers, tiny, with the inputs their pipelines pass: text to image, control nets, the rest."""
 
 from __future__ import annotations
 

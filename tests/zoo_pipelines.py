@@ -1,4 +1,4 @@
-"""Tiny random diffusers pipelines, built in memory and driven by prompt embeddings: real classes, loops and schedulers."""
+"""Tiny random diffusers pipelines, built in memory and called with embeddings: real classes, loops, schedulers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ class PipelineCase:
         return pipe
 
     def call(self, pipe: Any, seed: int = 0, steps: int = 2, output: str = "latent", **more: Any) -> Tensor:
-        """One generation. ``output`` is "latent" or "np" (pixels in 0..1); ``more`` overrides arguments."""
+        """One generation. ``output`` is "latent" or "np" (pixels in 0..1); ``more`` overrides arguments.
+
+        The global generator is seeded as well: some pipelines encode their control image with it.
+        """
         kwargs: dict[str, Any] = {
             **self.arguments(Draw(seed)),
             **self.extra,
@@ -49,7 +52,9 @@ class PipelineCase:
             "return_dict": False,
             **more,
         }
-        result = pipe(**kwargs)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            result = pipe(**kwargs)[0]
         return torch.from_numpy(result) if isinstance(result, np.ndarray) else result
 
 
@@ -139,7 +144,10 @@ _SD3_TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text
 
 def _sd3(model: str = "sd3") -> Any:
     return diffusers.StableDiffusion3Pipeline(
-        transformer=MODELS[model].build(), scheduler=_flow(shift=3.0), vae=_vae(6, shift_factor=0.1), **_none(*_SD3_TEXT)
+        transformer=MODELS[model].build(),
+        scheduler=_flow(shift=3.0),
+        vae=_vae(6, shift_factor=0.1),
+        **_none(*_SD3_TEXT),
     )
 
 
@@ -160,7 +168,8 @@ def _pixart() -> Any:
 def _hunyuandit() -> Any:
     return diffusers.HunyuanDiTPipeline(
         vae=_vae(4), text_encoder=None, tokenizer=None, transformer=MODELS["hunyuandit"].build(),
-        scheduler=diffusers.DDPMScheduler(prediction_type=V, clip_sample=False), safety_checker=None, feature_extractor=None,
+        scheduler=diffusers.DDPMScheduler(prediction_type=V, clip_sample=False), safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False, text_encoder_2=None, tokenizer_2=None,
     )  # fmt: skip
 
@@ -202,7 +211,9 @@ def _sana() -> Any:
 
 def _dit() -> Any:
     return diffusers.DiTPipeline(
-        transformer=MODELS["dit"].build(), vae=_vae(4), scheduler=diffusers.DPMSolverMultistepScheduler(prediction_type=V)
+        transformer=MODELS["dit"].build(),
+        vae=_vae(4),
+        scheduler=diffusers.DPMSolverMultistepScheduler(prediction_type=V),
     )
 
 
@@ -216,7 +227,8 @@ def _ltx() -> Any:
 def _sd15() -> Any:
     return diffusers.StableDiffusionPipeline(
         vae=_vae(4), text_encoder=None, tokenizer=None, unet=MORE["unet_sd15"].build(),
-        scheduler=diffusers.EulerDiscreteScheduler(prediction_type=V, steps_offset=1), safety_checker=None, feature_extractor=None,
+        scheduler=diffusers.EulerDiscreteScheduler(prediction_type=V, steps_offset=1), safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
 
@@ -224,7 +236,8 @@ def _sd15() -> Any:
 def _sdxl() -> Any:
     return diffusers.StableDiffusionXLPipeline(
         vae=_vae(4, force_upcast=False), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        unet=MORE["unet_sdxl"].build(), scheduler=diffusers.EulerDiscreteScheduler(prediction_type=V, steps_offset=1), add_watermarker=False,
+        unet=MORE["unet_sdxl"].build(), scheduler=diffusers.EulerDiscreteScheduler(prediction_type=V,
+        steps_offset=1), add_watermarker=False,
     )  # fmt: skip
 
 
@@ -265,7 +278,8 @@ def _qwenimage_arguments(d: Draw) -> dict[str, Any]:
 
 _CASES = [
     PipelineCase(
-        "flux", partial(_flux, "flux"), lambda d: {**_prompts(d, pooled=22, negative=False), **_IMAGE, "guidance_scale": 3.5}
+        "flux", partial(_flux, "flux"), lambda d: {**_prompts(d, pooled=22, negative=False), **_IMAGE,
+        "guidance_scale": 3.5}
     ),
     PipelineCase(
         "flux_true_cfg", partial(_flux, "flux"), lambda d: {**_prompts(d, pooled=22), **_IMAGE, "true_cfg_scale": 4.0},
@@ -303,7 +317,8 @@ _CASES = [
     PipelineCase("dit", _dit, lambda d: {"class_labels": [3], "guidance_scale": 4.0}, latent=False),
     PipelineCase(
         "ltx", _ltx,
-        lambda d: {**_prompts(d, lengths=(9, 13)), "height": 160, "width": 224, "num_frames": 33, "guidance_scale": 3.0},
+        lambda d: {**_prompts(d, lengths=(9, 13)), "height": 160, "width": 224, "num_frames": 33,
+        "guidance_scale": 3.0},
     ),
     PipelineCase("sd15", _sd15, lambda d: {**_prompts(d), **_IMAGE, "guidance_scale": 7.5}),
     PipelineCase(

@@ -102,16 +102,27 @@ _CASES = [
     RealCase(
         "sd3_5_medium",
         diffusers.SD3Transformer2DModel,
-        {**_SD3_CONFIG, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384,
-         "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},  # fmt: skip
+        {
+            **_SD3_CONFIG,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },  # fmt: skip
         {"num_layers": 24},
         _SD3,
     ),
     RealCase(
         "sd3_5_large",
         diffusers.SD3Transformer2DModel,
-        {**_SD3_CONFIG, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
-         "qk_norm": "rms_norm"},  # fmt: skip
+        {
+            **_SD3_CONFIG,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },  # fmt: skip
         {"num_layers": 38},
         _SD3,
     ),
@@ -125,11 +136,28 @@ _CASES = [
     RealCase(
         "hunyuandit",
         diffusers.HunyuanDiT2DModel,
-        {"in_channels": 4, "patch_size": 2, "sample_size": 128, "hidden_size": 1408, "mlp_ratio": 4.3637,
-         "use_style_cond_and_image_meta_size": False},  # fmt: skip
+        {
+            "in_channels": 4,
+            "patch_size": 2,
+            "sample_size": 128,
+            "hidden_size": 1408,
+            "mlp_ratio": 4.3637,
+            "use_style_cond_and_image_meta_size": False,
+        },  # fmt: skip
         {"num_layers": 40},
-        partial(hunyuandit, h=128, w=128, text=77, text_t5=256, channels=4, dim=1024, dim_t5=2048, head_dim=88,
-                lengths=(77,), lengths_t5=(256,)),  # fmt: skip
+        partial(
+            hunyuandit,
+            h=128,
+            w=128,
+            text=77,
+            text_t5=256,
+            channels=4,
+            dim=1024,
+            dim_t5=2048,
+            head_dim=88,
+            lengths=(77,),
+            lengths_t5=(256,),
+        ),  # fmt: skip
     ),
     RealCase(
         "cogvideox_2b",
@@ -148,18 +176,36 @@ _CASES = [
     RealCase(
         "cogvideox_1_5",
         diffusers.CogVideoXTransformer3DModel,
-        {"num_attention_heads": 48, "use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False,
-         "sample_height": 96, "sample_width": 170, "sample_frames": 81, "max_text_seq_length": 224},  # fmt: skip
+        {
+            "num_attention_heads": 48,
+            "use_rotary_positional_embeddings": True,
+            "patch_size_t": 2,
+            "patch_bias": False,
+            "sample_height": 96,
+            "sample_width": 170,
+            "sample_frames": 81,
+            "max_text_seq_length": 224,
+        },  # fmt: skip
         {"num_layers": 42},
         partial(_COGVIDEOX, frames=22, h=96, w=170, text=224, head_dim=64, patch_t=2, sliced=True),
     ),
     RealCase(
         "latte",
         diffusers.LatteTransformer3DModel,
-        {"attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 1152, "patch_size": 2,
-         "attention_bias": True, "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single",
-         "num_embeds_ada_norm": 1000, "norm_elementwise_affine": False, "norm_eps": 1e-6,
-         "caption_channels": 4096},  # fmt: skip
+        {
+            "attention_head_dim": 72,
+            "in_channels": 4,
+            "out_channels": 8,
+            "cross_attention_dim": 1152,
+            "patch_size": 2,
+            "attention_bias": True,
+            "activation_fn": "gelu-approximate",
+            "norm_type": "ada_norm_single",
+            "num_embeds_ada_norm": 1000,
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "caption_channels": 4096,
+        },  # fmt: skip
         {"num_layers": 28},
         partial(latte, frames=16, h=64, w=64, text=120, channels=4, dim=4096),
     ),

@@ -52,7 +52,8 @@ def _qwenimage21() -> nn.Module:
 
 def _bria_fibo2() -> nn.Module:
     return diffusers.BriaFibo2Transformer2DModel(
-        in_channels=6, dim=80, n_layers=3, n_refiner_layers=2, n_heads=HEADS, cap_feat_dim=DIM, injection_layer_ids=(1,),
+        in_channels=6, dim=80, n_layers=3, n_refiner_layers=2, n_heads=HEADS, cap_feat_dim=DIM,
+        injection_layer_ids=(1,),
         min_num_gist_tokens=7, max_num_gist_tokens=13, gist_step=3, gist_min_text_len=5, gist_max_text_len=20,
         axes_dims=(4, 4, 8), axes_lens=(64, 24, 24),
     )  # fmt: skip
@@ -68,7 +69,8 @@ def _hunyuanimage() -> nn.Module:
 def _nucleus(**config: Any) -> nn.Module:
     return diffusers.NucleusMoEImageTransformer2DModel(
         in_channels=24, out_channels=6, num_layers=3, attention_head_dim=18, num_attention_heads=10,
-        num_key_value_heads=5, joint_attention_dim=DIM, axes_dims_rope=(4, 6, 8), num_experts=4, moe_intermediate_dim=46,
+        num_key_value_heads=5, joint_attention_dim=DIM, axes_dims_rope=(4, 6, 8), num_experts=4,
+        moe_intermediate_dim=46,
         capacity_factors=2.0, dense_moe_strategy="leave_first_block_dense", **config,
     )  # fmt: skip
 
@@ -114,7 +116,8 @@ def _transformer_2d() -> nn.Module:
 
 def _uvit() -> nn.Module:
     return diffusers.UVit2DModel(
-        hidden_size=60, cond_embed_dim=POOLED, micro_cond_encode_dim=6, micro_cond_embed_dim=30, encoder_hidden_size=DIM,
+        hidden_size=60, cond_embed_dim=POOLED, micro_cond_encode_dim=6, micro_cond_embed_dim=30,
+        encoder_hidden_size=DIM,
         vocab_size=40, codebook_size=32, in_channels=20, block_out_channels=20, num_res_blocks=2, block_num_heads=5,
         num_hidden_layers=3, num_attention_heads=HEADS, intermediate_size=94, sample_size=8,
     )  # fmt: skip
@@ -176,7 +179,8 @@ RECENT = [
         target_size=rows(112, 176), crop_coords=rows(0, 0), attention_kwargs=None,
     ),
     case(
-        "ernie_image", _ernie, lengths=[("text_bth", (9, 13))], hidden_states=normal(6, 7, 11), timestep=time(701.0), text_bth=PROMPT,
+        "ernie_image", _ernie, lengths=[("text_bth", (9, 13))], hidden_states=normal(6, 7, 11), timestep=time(701.0),
+        text_bth=PROMPT,
         text_lens=lambda d, b: d.put(torch.tensor([9, 13] * b)[:b]),
     ),
     case(
@@ -185,7 +189,8 @@ RECENT = [
         encoder_attention_mask=mask(9, dtype=BOOL), attention_kwargs=None,
     ),
     case(
-        "qwenimage21", _qwenimage21, 1, reach=0.8, idle=[("img_mask", "a layout, not a mask: another one needs other sizes")],
+        "qwenimage21", _qwenimage21, 1, reach=0.8,
+        idle=[("img_mask", "a layout that the sizes must match")],
         hidden_states=normal(80, 12), encoder_hidden_states=PROMPT, timestep=time(0.7),
         img_shapes=[[(1, 8, 10)]], img_mask=lambda d, b: d.put(torch.arange(TEXT + 20).expand(b, -1) >= TEXT),
         encoder_hidden_states_mask=mask(9), attention_kwargs={},
@@ -195,7 +200,8 @@ RECENT = [
         encoder_attention_mask=mask(7, 13, dtype=BOOL), context_latents=None,
     ),
     case(
-        "hunyuanimage", _hunyuanimage, hidden_states=normal(6, 7, 11), timestep=time(701.0), encoder_hidden_states=PROMPT,
+        "hunyuanimage", _hunyuanimage, hidden_states=normal(6, 7, 11), timestep=time(701.0),
+        encoder_hidden_states=PROMPT,
         encoder_attention_mask=mask(7, 13), encoder_hidden_states_2=normal(11, 26),
         encoder_attention_mask_2=mask(5, 11, total=11), attention_kwargs=None,
     ),
@@ -205,7 +211,8 @@ RECENT = [
     ),
     case(
         "ideogram4", _ideogram,
-        idle=[("segment_ids", "only equality counts"), ("hidden_states", "packed: each stream is zeroed where the other stands")],
+        idle=[("segment_ids", "only equality counts"), ("hidden_states",
+        "packed: each stream is zeroed where the other stands")],
         hidden_states=normal(TEXT + 77, 12), timestep=time(0.7),
         encoder_hidden_states=normal(TEXT + 77, DIM),
         position_ids=lambda d, b: packed(d, (7, 13)[:b], "positions"),
@@ -228,7 +235,8 @@ RECENT = [
         visual_rope_pos=lambda d, b: tuple(d.put(torch.arange(n)) for n in (5, 5, 7)),
     ),
     case(
-        "wan_animate", _wan_animate, 1, idle=[("face_pixel_values", "reaches the output through a narrow motion vector, at 1e-5")],
+        "wan_animate", _wan_animate, 1, idle=[("face_pixel_values",
+        "reaches the output through a narrow motion vector, at 1e-5")],
         hidden_states=normal(16, 5, 10, 14), timestep=step(),
         encoder_hidden_states=normal(512, DIM), encoder_hidden_states_image=normal(9, 26),
         pose_hidden_states=normal(6, 4, 10, 14), face_pixel_values=normal(3, 13, 16, 16), attention_kwargs=None,

@@ -113,7 +113,8 @@ def _unet(**config: Any) -> nn.Module:
 
 def _unet_xl() -> nn.Module:
     return _unet(
-        block_out_channels=(20, 40, 60), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        block_out_channels=(20, 40, 60), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4, 5),
         transformer_layers_per_block=(1, 2, 3), use_linear_projection=True, addition_embed_type="text_time",
         addition_time_embed_dim=8, projection_class_embeddings_input_dim=22 + 6 * 8,

@@ -7,7 +7,11 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.embeddings import get_1d_rotary_pos_embed, get_3d_rotary_pos_embed, get_3d_rotary_pos_embed_allegro
+from diffusers.models.embeddings import (
+    get_1d_rotary_pos_embed,
+    get_3d_rotary_pos_embed,
+    get_3d_rotary_pos_embed_allegro,
+)
 from torch import Tensor, nn
 from zoo import Draw
 from zoo_call import CLIP, DIM, HEADS, POOLED, PROMPT, TEXT, case, fixed, mask, normal, step, time
@@ -198,7 +202,8 @@ VIDEOS = [
         rope_interpolation_scale=(8 / 25, 32, 32), attention_kwargs=None,
     ),
     case(
-        "ltx2", _ltx2, idle=[("sigma", "read by later versions of the model only")], hidden_states=normal(175, 12), audio_hidden_states=normal(17, 10), encoder_hidden_states=PROMPT,
+        "ltx2", _ltx2, idle=[("sigma", "read by later versions of the model only")], hidden_states=normal(175, 12),
+        audio_hidden_states=normal(17, 10), encoder_hidden_states=PROMPT,
         audio_encoder_hidden_states=PROMPT, timestep=step(), sigma=step(), encoder_attention_mask=mask(7, 13),
         audio_encoder_attention_mask=mask(7, 13), num_frames=5, height=5, width=7, fps=24.0, audio_num_frames=17,
         attention_kwargs=None,
@@ -207,7 +212,8 @@ VIDEOS = [
         "allegro", _allegro, hidden_states=CLIP, encoder_hidden_states=PROMPT, encoder_attention_mask=mask(7, 13),
         timestep=step(), image_rotary_emb=lambda d, b: _allegro_rotary(),
     ),
-    case("hunyuan_video", _hunyuan_video, 1, guidance=time(6000.0), **{**HUNYUAN_CALL, "encoder_attention_mask": mask(9)}),
+    case("hunyuan_video", _hunyuan_video, 1, guidance=time(6000.0), **{**HUNYUAN_CALL,
+    "encoder_attention_mask": mask(9)}),
     case("hunyuan_video_ragged", _hunyuan_video, 2, guidance=time(6000.0), **HUNYUAN_CALL),
     case(
         "hunyuan_video15", _hunyuan_video15, hidden_states=normal(13, 5, 5, 7), timestep=time(701.0),
@@ -246,7 +252,8 @@ VIDEOS = [
     case("skyreels", lambda: diffusers.SkyReelsV2Transformer3DModel(**WAN), 1, **WAN_CALL),
     case(
         "wan_vace", lambda: diffusers.WanVACETransformer3DModel(vace_layers=[0, 2], vace_in_channels=10, **WAN), 1,
-        control_hidden_states=normal(10, 5, 10, 14), control_hidden_states_scale=fixed(lambda: torch.tensor([1.0, 0.7])),
+        control_hidden_states=normal(10, 5, 10, 14), control_hidden_states_scale=fixed(lambda: torch.tensor([1.0,
+        0.7])),
         **WAN_CALL,
     ),
     case("chronoedit", lambda: diffusers.ChronoEditTransformer3DModel(**WAN), 1, **WAN_CALL),

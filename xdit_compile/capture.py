@@ -16,7 +16,7 @@ from .decompose import DataDependence
 from .errors import CaptureError
 from .interpret import run_program
 from .outline import outline
-from .preserve import preserved
+from .preserve import preserved, same_random_numbers
 from .program import Program
 from .tracing import Flat, Trace, by_dynamo, by_export, describe_result
 from .valued import by_values
@@ -58,9 +58,17 @@ def capture(
     if module.training:
         raise CaptureError("the module is in training mode: call .eval() before it is captured")
     flat = Flat(module, forward or module.forward, args, kwargs)
+    with same_random_numbers():
+        return _first_that_agrees(flat, ladder, check)
+
+
+def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: bool) -> Program:
+    module = flat.module
     weightless = any(t.is_meta for t in [*flat.tensors(), *module.parameters(), *module.buffers()])
-    expected = None if weightless else flat.call(*flat.own_inputs()[0], **flat.own_inputs()[1])
+    expected = None
     if not weightless:
+        args, kwargs = flat.own_inputs()
+        expected = flat.call(*args, **kwargs)
         flat.seen.result = describe_result(expected)
     reasons: list[str] = []
     about_data = False

@@ -180,7 +180,7 @@ def _subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
 def _make_groups(mesh: Mesh, limit: datetime.timedelta) -> dict[tuple[str, ...], str]:
     """Make every group, in one order on all ranks; sets of dimensions that span the same ranks share one."""
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    groups = {}
+    groups: dict[tuple[str, ...], str] = {}
     for names in _subsets(mesh.names):
         if mesh.size(names) == 1:
             continue

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def same_random_numbers() -> AbstractContextManager[None]:
+    """Give the random generators back as they were."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
 
 
 @contextmanager
@@ -19,10 +24,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
     call. Memoised functions of the classes involved are emptied for the same reason.
     """
     saved = _snapshot(module)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices):
-            yield
+        yield
     finally:
         for owner, content in saved:
             _restore(owner, content)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .errors import CaptureError
 from .program import Guard, Input
 from .simplify import erase_with_sources
-from .tracing import PREFIX, Flat, Trace, own_name
+from .tracing import Flat, Trace, own_name
 from .values import KnownValues, ReadValues
 
 aten = torch.ops.aten
@@ -27,7 +27,8 @@ READERS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero
 def by_values(flat: Flat) -> Trace:
     """Trace on fakes that know their values where these follow from the inputs alone.
 
-    Numbers and sizes that the module's code reads are baked into the graph. Each input they follow from becomes a guard.
+    Numbers and sizes that the module's code reads are baked into the graph. Each input that they follow from becomes a
+    guard.
 
     Raises:
         CaptureError: where the code reads a value that depends on weights.
@@ -148,6 +149,8 @@ def bake(
     """
     graph = module.graph
     for one in known.sized:
+        if not one.parents:
+            known.read |= one.sources
         if id(one.fake) not in nodes or any(id(parent) in nodes for parent in one.parents):
             continue
         node = nodes[id(one.fake)]

@@ -45,8 +45,8 @@ class KnownValues(TorchDispatchMode):
     """Computes real values beside fake ones, and answers from them what a fake cannot: numbers and sizes.
 
     Stands above a ``FakeTensorMode``. Each time a value is read, the inputs it follows from are added to ``read``: the
-    recorded graph holds for these values only. ``sized`` lists the tensors whose sizes came from data, and ``masks`` those
-    used as an index, with the positions they select.
+    recorded graph holds for these values only. ``sized`` lists the tensors whose sizes came from data, and ``masks``
+    those used as an index, with the positions they select.
     """
 
     def __init__(self, fake_mode: FakeTensorMode) -> None:

@@ -12,12 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import UsageError, XditCompileError, one_line
 from .generate import call_arguments, placement, quieten
 from .request import Request, check_component, find_model, pipeline_index
 from .world import World
 
+_ATEN = torch.ops.aten
+_PRODUCTS = {
+    _ATEN.mm,
+    _ATEN.addmm,
+    _ATEN.bmm,
+    _ATEN.baddbmm,
+    _ATEN.convolution,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu,
+}
 CONFIGURATION = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -90,7 +100,7 @@ def _first_call(
     pipe.set_progress_bar_config(disable=True)
     arguments, _ = call_arguments(pipe, dataclasses.replace(request, num_inference_steps=2))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _FreeProducts():
             pipe(**arguments, **({"generator": torch.Generator()} if _takes_generator(pipe) else {}))
     except _FirstCall as call:
         args, kwargs = _to("meta", (call.call_args, call.call_kwargs))
@@ -136,7 +146,7 @@ def _components(folder: Path, dtype: torch.dtype) -> tuple[dict[str, nn.Module],
         else:
             kind = _component_class(*entry[:2])
             if issubclass(kind, nn.Module):
-                modules[name] = _empty_module(kind, folder, name).to(dtype).eval()
+                modules[name] = nn.Module.to(_empty_module(kind, folder, name), dtype).eval()
             else:
                 others[name] = kind.from_pretrained(str(folder), subfolder=name)
     return modules, others
@@ -166,31 +176,28 @@ def _may_denoise(module: nn.Module) -> bool:
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
-    """A copy on the CPU whose parameters are zeros that share one element each.
-
-    Its forward runs on the meta device where the module allows it and else on those zeros: either way the results
-    have the right shapes and dtypes, which is all that the way to the denoiser needs.
-    """
+    """A copy on the CPU whose parameters are zeros, each a single element in memory."""
     copied = copy.deepcopy(module)
     for child in copied.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None:
                 zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
                 child._parameters[name] = nn.Parameter(zeros, requires_grad=False)
-    copied.forward = _on_meta(copy.deepcopy(module).to("meta"), copied.forward)  # type: ignore[method-assign]
     return copied
 
 
-def _on_meta(on_meta: nn.Module, on_zeros: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        try:
-            meta_args, meta_kwargs = _to("meta", (args, kwargs))
-            result = on_meta(*meta_args, **meta_kwargs)
-        except Exception:
-            return on_zeros(*args, **kwargs)
-        return pytree.tree_map_only(torch.Tensor, lambda value: torch.zeros_like(value, device="cpu"), result)
+class _FreeProducts(TorchDispatchMode):
+    """Products and attention of zeros are zeros: of the right shape, without the work.
 
-    return forward
+    Everything else is computed, so a text encoder may look at its masks and a scheduler at its time steps.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket not in _PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        meta_args, meta_kwargs = _to("meta", (args, kwargs or {}))
+        result = func(*meta_args, **meta_kwargs)
+        return pytree.tree_map_only(torch.Tensor, lambda value: torch.zeros_like(value, device="cpu"), result)
 
 
 def _catch(name: str) -> Callable[..., Any]:

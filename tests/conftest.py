@@ -1,0 +1,15 @@
+"""Settings for every test process."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tests run beside one another, and small tensors gain nothing from threads."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)

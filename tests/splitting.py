@@ -1,0 +1,76 @@
+"""Shared by the tests of the partitioner: captures a zoo model once and runs it on simulated meshes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import zoo
+import zoo_more
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from xdit_compile.build import Analysis
+from xdit_compile.capture import capture
+from xdit_compile.mesh import Mesh
+from xdit_compile.passes.infer import Inference, infer
+from xdit_compile.passes.layout import SEQUENCE, Layout
+from xdit_compile.passes.program_partition import Partitioned, partition
+from xdit_compile.passes.rulebook import rulebook
+from xdit_compile.passes.tokens import choose_tokens
+from xdit_compile.plan import Plan
+from xdit_compile.simulated import run_simulated
+
+CASES = {**zoo.MODELS, **zoo_more.MORE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A zoo model with one call, its own result and its typed program."""
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict
+    expected: list[torch.Tensor]
+    inference: Inference
+
+    def analysis(self, plan: Plan) -> Analysis:
+        return Analysis(self.inference.program, self.inference, choose_tokens(self.inference, plan))
+
+
+@functools.lru_cache(maxsize=2)
+def captured(name: str) -> Captured:
+    case = CASES[name]
+    module = case.build()
+    args, kwargs = case.inputs()
+    with torch.no_grad():
+        expected = pytree.tree_leaves(module(*args, **kwargs))
+    return Captured(module, args, kwargs, expected, infer(capture(module, args, kwargs), rulebook()))
+
+
+def partition_all(inference: Inference, plan: Plan, units: Any = None) -> list[Partitioned]:
+    """The programs of all ranks of a simulated mesh."""
+    units = choose_tokens(inference, plan) if units is None else units
+    return [
+        partition(inference, Layout.of(plan, Mesh.simulated(plan, rank), {SEQUENCE: units}))
+        for rank in range(plan.world_size)
+    ]
+
+
+def worst_difference(found: Any, expected: list[Any]) -> float:
+    """Greatest difference of any tensor relative to its greatest value."""
+    worst = 0.0
+    for one, other in zip(pytree.tree_leaves(found), expected, strict=True):
+        if isinstance(other, torch.Tensor):
+            assert one.shape == other.shape and one.dtype == other.dtype
+            worst = max(worst, ((one - other).abs().max() / other.abs().max()).item())
+    return worst
+
+
+def run_split(model: Captured, plan: Plan, units: Any = None) -> tuple[float, list[Partitioned]]:
+    """Worst difference over all ranks, and their programs."""
+    ranks = partition_all(model.inference, plan, units)
+    results = run_simulated([rank.program for rank in ranks], model.module, model.args, model.kwargs)
+    return max(worst_difference(result, model.expected) for result in results), ranks

@@ -1,0 +1,23 @@
+"""Every named model, split over simulated meshes, against the single device."""
+
+from __future__ import annotations
+
+import pytest
+import zoo
+from splitting import captured, run_split
+
+from xdit_compile.plan import Plan
+
+MESHES = [(2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (2, 2), (2, 3), (3, 2), (8, 1), (1, 8)]
+
+
+@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+def test_split_model_equals_the_single_device(name: str) -> None:
+    model = captured(name)
+    for ulysses, ring in MESHES:
+        worst, ranks = run_split(model, Plan(ulysses=ulysses, ring=ring))
+        assert worst <= 2e-5, f"ulysses={ulysses} ring={ring}"
+        collectives = {item.op for item in ranks[0].ledger.collectives}
+        assert collectives & {"all_to_all", "ring_attention", "all_reduce"}, "nothing but gathers"
+        in_blocks = [gather for gather in ranks[0].ledger.gathers if gather.place.repeated]
+        assert not in_blocks
