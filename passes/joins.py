@@ -32,7 +32,10 @@ def cat(rule: Rule) -> None:
             rule.loop("map", [(k, other) for k in joined if rule.shape(k)[dim] or len(joined) == 1], [(0, other)])
     parts = [rule.actual[k][dim] for k in joined if rule.shape(k)[dim]]
     rule.outs[0][dim] = Concat(parts) if len(parts) != 1 else parts[0]
-    rule.add_join([(k, dim) for k in joined if rule.shape(k)[dim]], [(0, dim)])
+    filled = [k for k in joined if rule.shape(k)[dim]]
+    rule.add_join([(k, dim) for k in filled], [(0, dim)])
+    if len(filled) < len(rule.operands) and filled:
+        rule.emit = lambda ctx: ctx.call(ctx.aten.cat.default, [ctx.operand(k) for k in filled], dim)
 
 
 @BOOK.rule("stack")
@@ -80,10 +83,10 @@ def _cut_out(rule: Rule, dim: int, start: int, length: int) -> None:
         rule.loop("map", [(0, dim)], [(0, dim)])
         rule.emit = lambda ctx: ctx.operand(0)
         return
-    if length == 0 or _cut_places(rule.operands[0], dim) > MOST_CUTS:
+    if _cut_places(rule.operands[0], dim) > MOST_CUTS:
         rule.opaque(0, dim, "cut into single steps")
         return
-    if rule.is_table(0):
+    if length == 0 or rule.is_table(0):
         rule.loop("whole", [(0, dim)], [])
         return
     try:

@@ -25,6 +25,9 @@ MOST_FAMILIES = 6
 FLOPS_PER_BYTE = 100.0
 """How much arithmetic a byte on the wire is worth when ways to split are compared."""
 
+BLOCKING = 20.0
+"""How many bytes of a planned exchange one gathered byte inside a repeated block is worth."""
+
 Units = tuple[Unit, ...]
 
 
@@ -51,8 +54,13 @@ def _cost(inference: Inference, plan: Plan, units: Units) -> float:
 
 
 def weigh(ledger: Ledger) -> float:
-    """The cost of one call on the busiest rank, in floating-point operations."""
-    return ledger.flops_here + FLOPS_PER_BYTE * sum(collective.bytes for collective in ledger.collectives)
+    """The cost of one call on the busiest rank, in floating-point operations.
+
+    A gather inside a repeated block stands in the way of everything after it, and weighs more than a planned exchange.
+    """
+    moved = sum(collective.bytes for collective in ledger.collectives)
+    blocking = sum(gather.bytes for gather in ledger.gathers if gather.place.repeated)
+    return ledger.flops_here + FLOPS_PER_BYTE * (moved + BLOCKING * blocking)
 
 
 def token_axes(inference: Inference) -> list[Axis]:

@@ -19,15 +19,7 @@ from .generate import call_arguments, placement, quieten
 from .request import Request, check_component, find_model, pipeline_index
 from .world import World
 
-_ATEN = torch.ops.aten
-_PRODUCTS = {
-    _ATEN.mm,
-    _ATEN.addmm,
-    _ATEN.bmm,
-    _ATEN.baddbmm,
-    _ATEN.convolution,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu,
-}
+LARGE = 4096
 CONFIGURATION = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -100,7 +92,7 @@ def _first_call(
     pipe.set_progress_bar_config(disable=True)
     arguments, _ = call_arguments(pipe, dataclasses.replace(request, num_inference_steps=2))
     try:
-        with torch.no_grad(), _FreeProducts():
+        with torch.no_grad(), _Unvalued():
             pipe(**arguments, **({"generator": torch.Generator()} if _takes_generator(pipe) else {}))
     except _FirstCall as call:
         args, kwargs = _to("meta", (call.call_args, call.call_kwargs))
@@ -181,23 +173,61 @@ def _stand_in(module: nn.Module) -> nn.Module:
     for child in copied.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None:
-                zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-                child._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+                child._parameters[name] = nn.Parameter(_one_zero(parameter), requires_grad=False)
     return copied
 
 
-class _FreeProducts(TorchDispatchMode):
-    """Products and attention of zeros are zeros: of the right shape, without the work.
+class _Unvalued(TorchDispatchMode):
+    """Large floating-point results are zeros of the right shape, each a single element in memory.
 
-    Everything else is computed, so a text encoder may look at its masks and a scheduler at its time steps.
+    Whole numbers, masks and small tensors keep their values, so a text encoder may look at its tokens and a scheduler
+    at its time steps.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket not in _PRODUCTS:
-            return func(*args, **(kwargs or {}))
-        meta_args, meta_kwargs = _to("meta", (args, kwargs or {}))
-        result = func(*meta_args, **meta_kwargs)
-        return pytree.tree_map_only(torch.Tensor, lambda value: torch.zeros_like(value, device="cpu"), result)
+        kwargs = kwargs or {}
+        if not _is_large(args, kwargs):
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            return _written(func, args, kwargs)
+        if any(item.alias_info for item in func._schema.returns):
+            return _viewed(func, args, kwargs)
+        meta_args, meta_kwargs = _to("meta", (args, kwargs))
+        try:
+            result = func(*meta_args, **meta_kwargs)
+        except (NotImplementedError, RuntimeError):
+            return func(*args, **kwargs)
+        if any(not value.is_floating_point() for value in _tensors(result)):
+            return func(*args, **kwargs)
+        return pytree.tree_map_only(torch.Tensor, _one_zero, result)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Any:
+    """Writing into one of those zeros leaves it as it is."""
+    if args and isinstance(args[0], torch.Tensor) and args[0].numel() > 1 and not any(args[0].stride()):
+        return args[0]
+    return func(*args, **kwargs)
+
+
+def _viewed(func: Any, args: Any, kwargs: Any) -> Any:
+    """Some views need memory of their own below them."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda value: value.contiguous(), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _one_zero(value: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((), dtype=value.dtype).expand(value.shape)
+
+
+def _is_large(args: Any, kwargs: Any) -> bool:
+    return any(value.is_floating_point() and value.numel() > LARGE for value in _tensors((args, kwargs)))
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [value for value in pytree.tree_leaves(tree) if isinstance(value, torch.Tensor)]
 
 
 def _catch(name: str) -> Callable[..., Any]:
