@@ -29,7 +29,7 @@ def cat(rule: Rule) -> None:
     joined = [k for k, axes in enumerate(rule.actual) if len(axes) == rank]
     for other in range(rank):
         if other != dim:
-            rule.loop("map", [(k, other) for k in joined if rule.shape(k)[dim] or len(joined) == 1], [(0, other)])
+            rule.loop("map", [(k, other) for k in joined], [(0, other)])
     parts = [rule.actual[k][dim] for k in joined if rule.shape(k)[dim]]
     rule.outs[0][dim] = Concat(parts) if len(parts) != 1 else parts[0]
     filled = [k for k in joined if rule.shape(k)[dim]]

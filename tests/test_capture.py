@@ -1,4 +1,4 @@
-"""A captured program computes what the module does, for inputs it was not captured with, and leaves the module as it was."""
+"""A captured program computes what the module does, also for other inputs, and leaves the module as it was."""
 
 from __future__ import annotations
 
@@ -59,7 +59,11 @@ def assert_same(program: Program, module: nn.Module, args: tuple, kwargs: dict) 
     compare(found, expected)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "pixart", "hunyuandit", "cogvideox", "latte", "dit", "wan_t2v", "sana", "zimage"])
+IMAGES = ("flux", "sd3", "pixart", "hunyuandit", "dit", "sana", "zimage")
+VIDEOS = ("cogvideox", "latte", "wan_t2v")
+
+
+@pytest.mark.parametrize("name", IMAGES + VIDEOS)
 def test_program_agrees_on_other_inputs(name: str) -> None:
     case = MODELS[name]
     module = case.build()
@@ -273,6 +277,19 @@ def test_whole_reads_are_answered() -> None:
     program = capture(module, (torch.randn(6, 2), sizes, other), {}, ladder=only("values"))
     assert [guard.position for guard in program.guards] == [1, 2]
     assert_same(program, module, (torch.randn(6, 2), sizes, other), {})
+
+
+def test_repeats_become_an_index() -> None:
+    class Repeats(nn.Module):
+        def forward(self, x: torch.Tensor, counts: torch.Tensor) -> Any:
+            twice = x.repeat_interleave(2, dim=1)
+            return twice, torch.repeat_interleave(x, counts, 0), x[0].repeat_interleave(counts[:1])
+
+    module, counts = Repeats().eval(), torch.tensor([2, 0, 3])
+    program = capture(module, (torch.randn(3, 2), counts), {}, ladder=only("values"))
+    assert [guard.position for guard in program.guards] == [1]
+    assert_well_formed(program)
+    assert_same(program, module, (torch.randn(3, 2), counts), {})
 
 
 def test_values_overwritten_by_unknown_ones_are_not_trusted() -> None:

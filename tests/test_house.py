@@ -19,9 +19,11 @@ FOLDERS = {
     "xdit_compile.backends": ROOT / "backends",
 }
 CAPTURE = "program tracing values valued decompose simplify blocks outline interpret preserve signature capture"
+RUNTIME = "simulated agreement verification digest build pipelines runtime"
+COMMANDS = "request output generate weightless launch cli __main__"
 LAYERS = [
     {"xdit_compile.errors"},
-    {"xdit_compile.plan"},
+    {"xdit_compile.plan", "xdit_compile.world"},
     {"xdit_compile.mesh"},
     {"xdit_compile.axes", "xdit_compile.shards"},
     {f"xdit_compile.{name}" for name in CAPTURE.split()},
@@ -29,9 +31,9 @@ LAYERS = [
     {"xdit_compile.passes"},
     {"xdit_compile.backends"},
     {"xdit_compile.cache"},
-    {f"xdit_compile.{name}" for name in "simulated runtime agreement".split()},
+    {f"xdit_compile.{name}" for name in RUNTIME.split()},
     {f"xdit_compile.{name}" for name in "api report".split()},
-    {f"xdit_compile.{name}" for name in "world request output generate weightless launch cli __main__".split()},
+    {f"xdit_compile.{name}" for name in COMMANDS.split()},
 ]
 NEUTRAL_CLASSES = {"DiffusionPipeline", "ModelMixin", "AutoModel", "CacheMixin"}
 MODEL_WORDS = re.compile(

@@ -124,7 +124,7 @@ def structural_key(
     """
     index = {node: i for i, node in enumerate([*inputs, *nodes])}
 
-    def encode(value: Any) -> Hashable:
+    def encode(value: Any) -> Any:
         if isinstance(value, fx.Node):
             return ("node", index[value])
         if isinstance(value, list | tuple):
@@ -135,7 +135,7 @@ def structural_key(
             return ("slice", encode(value.start), encode(value.stop), encode(value.step))
         return (type(value), repr(value) if isinstance(value, float) else value)
 
-    def describe(value: Any) -> Hashable:
+    def describe(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             layout = (value.stride(), value.storage_offset()) if strides else ()
             return (tuple(value.shape), value.dtype, value.device, layout)

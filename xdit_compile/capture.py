@@ -25,7 +25,12 @@ Rung = Callable[[Flat], Trace]
 
 LADDER: tuple[tuple[str, Rung], ...] = (("values", by_values), ("export", by_export), ("dynamo", by_dynamo))
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-DATA_DEPENDENT = (DataDependence, GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+DATA_DEPENDENT = (
+    DataDependence,
+    GuardOnDataDependentSymNode,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
 
 @torch.no_grad()
@@ -126,7 +131,10 @@ def compare(found: Any, expected: Any) -> None:
 
 
 def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Greatest difference of two tensors relative to the greatest finite value of the second; equal infinities and NaNs agree."""
+    """Greatest difference of two tensors relative to the greatest finite value of the second.
+
+    Equal infinities and NaNs agree.
+    """
     if one.numel() == 0:
         return 0.0
     wide = torch.complex128 if other.is_complex() else torch.float64

@@ -13,12 +13,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import CaptureError
-from .simplify import simplify, written_arguments
+from .simplify import simplify
+from .writes import written_arguments
 
-aten = torch.ops.aten
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-PRETENDERS = {aten.dropout.default, aten.feature_dropout.default, aten.batch_norm.default, aten.native_batch_norm.default}
-"""Composite operators that alias or write though their schemas do not say so."""
 
 
 class DataDependence(CaptureError):
@@ -67,7 +65,8 @@ def stays_whole(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or not target.has_kernel_for_dispatch_key(COMPOSITE):
         return True
     aliases = any(argument.alias_info is not None for argument in target._schema.arguments)
-    return not aliases and not target._schema.is_mutable and target not in PRETENDERS
+    pretends = torch.Tag.maybe_aliasing_or_mutating in target.tags
+    return not (aliases or pretends or target._schema.is_mutable)
 
 
 class _Decomposition(TorchDispatchMode):

@@ -12,12 +12,15 @@ from torch import fx
 from .blocks import Region, external_values, find_regions, structural_key, used_outside
 from .decompose import check_static, clean, lower
 from .program import Input
-from .simplify import aliased_arguments, simplify, written_arguments
+from .simplify import simplify
 from .tracing import Trace
+from .writes import Memory, rewrite_writes, written_arguments
 
 
 def outline(trace: Trace) -> tuple[fx.GraphModule, tuple[Input, ...]]:
     """Cut a trace into calls of distinct structures.
+
+    A write in place that reaches over a cut is made a new value first; where that cannot be the graph stays whole.
 
     Returns:
         The root graph of a ``Program`` and the placeholders that it uses.
@@ -30,34 +33,26 @@ def outline(trace: Trace) -> tuple[fx.GraphModule, tuple[Input, ...]]:
     for node in graph.nodes:
         if node.users:
             check_static(node)
+    rewrite_writes(graph)
     regions = find_regions(graph)
-    if trace.functionalize is not None and writes_across(graph, regions):
-        return outline(trace.functionalize())
+    if not trace.functional and writes_across(graph, regions):
+        if trace.functionalize is not None:
+            return outline(trace.functionalize())
+        regions = [Region("", False, [node for region in regions for node in region.nodes])]
     return _Assembly(trace).build(regions)
 
 
 def writes_across(graph: fx.Graph, regions: list[Region]) -> bool:
-    """Whether some node writes to memory that another region, or the caller, sees too.
-
-    Memory is followed through every operator whose schema lets its result alias an argument.
-    """
+    """Whether some node writes to memory that another region, or the caller, sees too."""
     home = {node: number for number, region in enumerate(regions) for node in region.nodes}
-    memory: dict[fx.Node, fx.Node] = {}
-
-    def find(node: fx.Node) -> fx.Node:
-        while memory.get(node, node) is not node:
-            node = memory[node]
-        return node
-
-    written = []
+    memory = Memory(graph)
     for node in graph.nodes:
-        for source in aliased_arguments(node):
-            memory[find(node)] = find(source)
-        written += written_arguments(node)
-    seen_by: dict[fx.Node, set[int | None]] = {}
-    for node in graph.nodes:
-        seen_by.setdefault(find(node), set()).update([home.get(node), *(home.get(user) for user in node.users)])
-    return any(len(seen_by[find(node)]) > 1 for node in written)
+        for written in written_arguments(node):
+            family = memory.family(written)
+            seen = {home.get(place) for member in family for place in (member, *member.users)}
+            if len(seen) > 1:
+                return True
+    return False
 
 
 @dataclasses.dataclass

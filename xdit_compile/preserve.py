@@ -1,4 +1,4 @@
-"""Keeping a module unharmed while it is traced: whatever a trace puts in its attributes and caches is taken out again."""
+"""Keeping a module unharmed: whatever a trace puts in its attributes and caches is taken out again."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .agreement import Agreement
 from .backends.base import Backend
 from .build import Analysis, analyse, place
+from .dump import dump
 from .digest import digest, digest_program, digest_shapes, digest_tensors
 from .errors import XditCompileError
 from .interpret import assemble, bind
@@ -77,6 +78,7 @@ class Runner:
         try:
             analysis = analyse(self.module, self.plan, args, kwargs, forward=self.forward, check=self.plan.verify)
             partitioned = place(analysis, self.plan, self.mesh)
+            dump(analysis, partitioned, self.mesh.rank)
             graph = digest([digest_program(analysis.program), analysis.tokens])
             prepared = Prepared(analysis, partitioned, self.backend.compile(partitioned.program.root))
         except Exception as error:

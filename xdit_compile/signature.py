@@ -18,7 +18,7 @@ TORCH_STATE = frozenset(vars(nn.Module()))
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 VALUES = frozenset({bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type})
 
-Fingerprint = dict[str, tuple[Hashable, ...]]
+Fingerprint = dict[str, tuple[Any, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,8 +69,8 @@ def signature(module: nn.Module, args: tuple, kwargs: dict) -> Signature:
 
     Noticed are: containers, shapes, dtypes, devices and non-tensor arguments; autocast; and in the module tree the
     identity of modules, parameters, hooks, patched methods and of every object or function that hangs on a module
-    (attention processors), shapes of buffers, and flags and numbers. Not noticed are: the root's own ``forward``, patched
-    or not; values and strides of tensors; tensors that a module keeps as plain attributes (caches).
+    (attention processors), shapes of buffers, and flags and numbers. Not noticed are: the root's own ``forward``,
+    patched or not; values and strides of tensors; tensors that a module keeps as plain attributes (caches).
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     ambient = tuple(
@@ -91,7 +91,7 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     return found
 
 
-def _state(module: nn.Module, root: bool) -> Iterable[Hashable]:
+def _state(module: nn.Module, root: bool) -> Iterable[Any]:
     own = vars(module)
     yield id(module)
     yield type(module)
@@ -114,7 +114,7 @@ def _state(module: nn.Module, root: bool) -> Iterable[Hashable]:
             yield (name, described)
 
 
-def _attribute(value: Any, depth: int = 0) -> Hashable:
+def _attribute(value: Any, depth: int = 0) -> Any:
     """What counts of an attribute; None for what does not: tensors, and containers that hold only them."""
     if value.__class__ in VALUES:
         return value
@@ -123,8 +123,8 @@ def _attribute(value: Any, depth: int = 0) -> Hashable:
     if isinstance(value, enum.Enum):
         return (type(value), value.name)
     if isinstance(value, dict):
-        items = ((key, _attribute(item, depth + 1)) for key, item in value.items())
-        return tuple((key, item) for key, item in items if item is not None) or None
+        pairs = ((key, _attribute(item, depth + 1)) for key, item in value.items())
+        return tuple((key, item) for key, item in pairs if item is not None) or None
     if isinstance(value, list | tuple | set | frozenset):
         items = tuple(item for item in (_attribute(item, depth + 1) for item in value) if item is not None)
         return (frozenset(items) if isinstance(value, set | frozenset) else items) or None
@@ -175,7 +175,7 @@ def _changed_modules(before: Fingerprint, after: Fingerprint) -> list[str]:
     return found
 
 
-def _changed_state(before: tuple[Hashable, ...], after: tuple[Hashable, ...]) -> str:
+def _changed_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> str:
     if before[0] != after[0]:
         return f"another {_say(after[1])} in place of a {_say(before[1])}"
     if before[2] != after[2]:

@@ -1,8 +1,7 @@
-"""Taking out of a recorded graph what has no meaning for it: assertions, regions of ambient state and identities."""
+"""Taking out of a recorded graph what has no meaning for it: assertions, ambient state and identities."""
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.amp.autocast_mode
 from torch import fx
 
 from .errors import CaptureError
+from .writes import CONVERSIONS, named_arguments, written_arguments
 
 aten = torch.ops.aten
 
@@ -22,9 +22,6 @@ NOISE = {
     aten.sym_constrain_range.default,
     torch._C._set_grad_enabled,
 }
-
-CONVERSIONS = {aten.to, aten.type_as, aten.contiguous, aten.dropout, aten.feature_dropout, aten.lift_fresh_copy}
-"""Operators that return their argument itself where there is nothing to do."""
 
 
 def simplify(module: fx.GraphModule) -> None:
@@ -85,7 +82,7 @@ def inline_regions(module: fx.GraphModule) -> None:
         holder = node.args[place]
         body = module.get_submodule(holder.target)  # type: ignore[union-attr,arg-type]
         if place == 4:
-            check_autocast(node, list(body.graph.nodes))  # type: ignore[union-attr]
+            check_autocast(node, list(body.graph.nodes))  # type: ignore[union-attr,arg-type]
         inline_regions(body)  # type: ignore[arg-type]
         _inline(node, body.graph, node.args[place + 1 :])  # type: ignore[arg-type,union-attr]
         module.graph.erase_node(holder)  # type: ignore[arg-type]
@@ -146,33 +143,3 @@ def _inline(node: fx.Node, body: fx.Graph, arguments: Any) -> None:
             user.replace_all_uses_with(values[results[user.args[1]]])  # type: ignore[index]
             graph.erase_node(user)
     graph.erase_node(node)
-
-
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator by the names of its schema."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    return {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
-
-
-def written_arguments(node: fx.Node) -> list[fx.Node]:
-    """The tensors that a node writes in place, by its operator's schema."""
-    return _arguments(node, write=True)
-
-
-def aliased_arguments(node: fx.Node) -> list[fx.Node]:
-    """The tensors whose memory a node's result may share."""
-    if node.target is operator.getitem or getattr(node.target, "overloadpacket", None) in CONVERSIONS:
-        return [value for value in node.args[:1] if isinstance(value, fx.Node)]
-    return _arguments(node, write=False)
-
-
-def _arguments(node: fx.Node, write: bool) -> list[fx.Node]:
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
-        return []
-    given, found = named_arguments(node), []
-    for argument in schema.arguments:
-        if argument.alias_info is not None and (argument.alias_info.is_write or not write):
-            value = given.get(argument.name)
-            found += [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, fx.Node)]
-    return found

@@ -82,7 +82,7 @@ class Flat(nn.Module):
 
 
 def describe_result(result: Any) -> tuple[tuple[int | Constant, ...], pytree.TreeSpec]:
-    """How a module's result is made: for each flat leaf its number among the tensors or its value, and the containers."""
+    """How a module's result is made: each flat leaf's number among the tensors or its value, and the containers."""
     leaves, spec = pytree.tree_flatten(result)
     numbers = itertools.count()
     recipe = tuple(next(numbers) if isinstance(leaf, torch.Tensor) else Constant(leaf) for leaf in leaves)

@@ -1,4 +1,4 @@
-"""Recording a module whose Python code reads values: known ones are baked in, and the inputs they came from guarded."""
+"""Recording a module whose code reads values: known ones are baked in, and the inputs they came from guarded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
@@ -108,7 +108,7 @@ def _describe(
         if isinstance(target, int):
             inputs.append(Input(node.name, "user", target))
         else:
-            inputs.append(Input(node.name, "parameter" if target in parameters else "buffer", own_name(target)))
+            inputs.append(Input(node.name, "parameter" if target in parameters else "buffer", own_name(str(target))))
     names: dict[int, fx.Node] = {}
     for node in list(module.graph.nodes):
         node.meta.setdefault("calls", ())

@@ -32,6 +32,7 @@ LARGEST = 1 << 23
 """Values of more elements are forgotten: nobody asks a big tensor for a number."""
 
 READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+REPEATS = {torch.repeat_interleave, torch.Tensor.repeat_interleave}
 aten = torch.ops.aten
 
 
@@ -170,7 +171,7 @@ class KnownValues(TorchDispatchMode):
 
 
 class ReadValues(TorchFunctionMode):
-    """Answers the reads of whole tensors that go past the dispatcher."""
+    """Answers the reads of whole tensors that go past the dispatcher, and states repeats as what they are, an index."""
 
     def __init__(self, known: KnownValues) -> None:
         super().__init__()
@@ -179,4 +180,14 @@ class ReadValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READS:
             return really(func, (self.known.reveal(args[0]), *args[1:]), kwargs or {})
+        if func in REPEATS:
+            return _repeat(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _repeat(func: Any, input: Any, repeats: Any = None, dim: int | None = None, **rest: Any) -> Any:
+    if not isinstance(repeats, torch.Tensor):
+        return func(input, repeats, dim=dim, **rest) if repeats is not None else func(input, **rest)
+    whole = input.flatten() if dim is None else input
+    dim = dim or 0
+    return whole.index_select(dim, torch.repeat_interleave(repeats.expand(whole.shape[dim])))

@@ -1,0 +1,127 @@
+"""Ways to run one denoising step that are measured beside each other; each is made inside the process that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from xdit_compile import Plan, parallelize
+from xdit_compile.kernels import collectives
+
+Call = Callable[..., Any]
+
+REFERENCE = "one process, the module as it is"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """``make`` turns a module of its own into what is called; ``stub`` keeps the transfers from happening."""
+
+    name: str
+    processes: int
+    make: Callable[[nn.Module], Call]
+    same_as: str | None = None
+    stub: bool = False
+    exact: bool = True
+
+
+def contenders(backend: str) -> list[Contender]:
+    """Everything that is measured, the reference first and the base of all ratios second."""
+    one = [
+        Contender(REFERENCE, 1, lambda module: module),
+        Contender(base(backend), 1, lambda module: parallelize(module, Plan(backend=backend))),
+    ]
+    if backend == "inductor":
+        one.append(Contender("one process, torch.compile of the module", 1, _compiled))
+    two = []
+    for method in ("ulysses", "ring"):
+        plan = Plan(**{method: 2}, backend=backend)
+        name = f"{method} 2, {backend}"
+        two.append(Contender(name, 2, lambda module, plan=plan: parallelize(module, plan)))
+        two.append(Contender(f"{name}, collectives stubbed", 2, two[-1].make, same_as=name, stub=True, exact=False))
+    for method in ("ulysses", "ring"):
+        two.append(Contender(f"diffusers {method} 2, eager", 2, lambda module, method=method: _native(module, method)))
+        if backend == "inductor":
+            two.append(
+                Contender(
+                    f"diffusers {method} 2, torch.compile", 2, lambda module, method=method: _compiled(_native(module, method))
+                )
+            )
+    return one + two
+
+
+def base(backend: str) -> str:
+    """The contender that all ratios refer to."""
+    return f"one process, {backend}"
+
+
+def _compiled(module: nn.Module) -> Call:
+    return torch.compile(module, dynamic=False)
+
+
+def _native(module: nn.Module, method: str) -> nn.Module:
+    """diffusers' own context parallelism. It counts accelerators, of which a machine with CPUs only has none."""
+    from diffusers import ContextParallelConfig
+
+    count = torch.accelerator.device_count
+    torch.accelerator.device_count = lambda: max(count(), 1)
+    try:
+        module.enable_parallelism(config=ContextParallelConfig(**{f"{method}_degree": dist.get_world_size()}))
+    finally:
+        torch.accelerator.device_count = count
+    return module
+
+
+class Stubs:
+    """Transfers that hand a rank its own data back: what a step would take if peers answered at once.
+
+    ``calls`` counts them, so that a run can be checked to have met every collective of its graph.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[Stubs]:
+        """In the place of torch.distributed's functions, for as long as the block runs."""
+        replaced = [
+            (dist, "all_to_all_single", self._all_to_all),
+            (dist, "all_reduce", self._all_reduce),
+            (dist, "batch_isend_irecv", self._pass_on),
+            (collectives, "_gather_even", self._gather),
+        ]
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+        for owner, name, stub in replaced:
+            setattr(owner, name, stub)
+        try:
+            yield self
+        finally:
+            for owner, name, function in before:
+                setattr(owner, name, function)
+
+    def _all_to_all(self, out: torch.Tensor, given: torch.Tensor, *_: Any, **__: Any) -> None:
+        self.calls += 1
+        count = min(out.numel(), given.numel())
+        out[:count].copy_(given[:count])
+        out[count:].zero_()
+
+    def _gather(self, out: torch.Tensor, given: torch.Tensor, **_: Any) -> None:
+        self.calls += 1
+        out.view(-1, given.numel()).copy_(given.expand(out.numel() // given.numel(), -1))
+
+    def _all_reduce(self, *_: Any, **__: Any) -> None:
+        self.calls += 1
+
+    def _pass_on(self, operations: list[dist.P2POp]) -> list[Any]:
+        self.calls += 1
+        tensors = [operation.tensor for operation in operations]
+        if len(tensors) == 2:
+            count = min(tensor.numel() for tensor in tensors)
+            tensors[1].zero_()[:count].copy_(tensors[0][:count])
+        return []

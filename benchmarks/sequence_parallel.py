@@ -1,0 +1,173 @@
+"""Two processes of one thread each against one: seconds per denoising step, with sequence parallelism of several makes.
+
+Everything runs the same diffusers denoiser with the same weights and inputs. What a contender computes is compared with
+the unsplit module before anything is timed; then all contenders take turns, so that what else the machine does falls on
+all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import random
+import statistics
+from importlib.metadata import version
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from contenders import REFERENCE, Contender, base, contenders
+from denoiser import Size
+from processes import Failed, Setting, Step, Team
+from rich.console import Console
+from rich.table import Table
+
+TOLERANCE = 2e-5
+
+
+@dataclasses.dataclass
+class Entry:
+    """What was found about one contender."""
+
+    contender: Contender
+    first_call_s: float = 0.0
+    difference: float | None = None
+    failure: str | None = None
+    steps: list[Step] = dataclasses.field(default_factory=list)
+
+    def median(self) -> float:
+        return statistics.median(step.wall_s for step in self.steps)
+
+    def ratio(self, to: Entry) -> float:
+        """Median of the ratios round by round."""
+        return statistics.median(a.wall_s / b.wall_s for a, b in zip(self.steps, to.steps, strict=True))
+
+    def as_json(self, to: Entry) -> dict[str, Any]:
+        found = {
+            "name": self.contender.name,
+            "processes": self.contender.processes,
+            "failure": self.failure,
+            "first_call_s": self.first_call_s,
+            "difference": self.difference,
+            "wall_s": [step.wall_s for step in self.steps],
+            "cpu_s": [step.cpu_s for step in self.steps],
+        }
+        if self.steps:
+            found |= {"median_s": self.median(), "least_s": min(step.wall_s for step in self.steps)}
+            found |= {"ratio": self.ratio(to)}
+        return found
+
+
+@click.command()
+@click.option("--backend", type=click.Choice(["inductor", "eager"]), default="inductor", show_default=True)
+@click.option("--hidden", default=Size.hidden, show_default=True)
+@click.option("--blocks", default=Size.blocks, show_default=True, help="Double and single blocks, half of each.")
+@click.option("--tokens", default=Size.tokens, show_default=True, help="Image tokens; a square number.")
+@click.option("--text", default=Size.text, show_default=True, help="Text tokens.")
+@click.option("--head_dim", default=Size.head_dim, show_default=True)
+@click.option("--batch", default=Size.batch, show_default=True)
+@click.option("--rounds", default=15, show_default=True, help="Steps of each contender; all take one in each round.")
+@click.option("--only", multiple=True, help="Run only contenders whose name contains this (and the base).")
+@click.option("--profile", default=0, help="Also print this many rows of a profile of each contender.")
+@click.option("--json", "json_file", type=click.Path(path_type=pathlib.Path), help="Write everything measured here.")
+def main(backend, hidden, blocks, tokens, text, head_dim, batch, rounds, only, profile, json_file) -> None:  # noqa: ANN001
+    """Compare sequence parallelism on two processes with one process, step by step."""
+    console = Console(width=None if Console().is_terminal else 140)
+    setting = Setting(Size(hidden, blocks, tokens, text, head_dim, batch), backend)
+    wanted = [entry for entry in contenders(backend) if _wanted(entry, only, backend)]
+    teams = {count: Team(count, setting) for count in sorted({entry.processes for entry in wanted})}
+    try:
+        entries = _prepare(wanted, teams, console)
+        _measure([entry for entry in entries if entry.failure is None], teams, rounds)
+        for entry in entries:
+            if profile and entry.failure is None:
+                for text_table in teams[entry.contender.processes].profile(entry.contender.name, profile):
+                    console.print(f"{entry.contender.name}\n{text_table}", markup=False, highlight=False)
+    finally:
+        for team in teams.values():
+            team.close()
+    to = next(entry for entry in entries if entry.contender.name == base(backend))
+    console.print(_table(entries, to, setting))
+    if json_file:
+        found = {**_about(setting), "contenders": [entry.as_json(to) for entry in entries]}
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
+    if any(entry.difference is not None and entry.difference > TOLERANCE for entry in entries):
+        raise SystemExit(f"a contender differs from the unsplit module by more than {TOLERANCE:.0e}")
+
+
+def _wanted(entry: Contender, only: tuple[str, ...], backend: str) -> bool:
+    needed = (REFERENCE, base(backend))
+    return not only or entry.name in needed or any(part in entry.name for part in only)
+
+
+def _prepare(wanted: list[Contender], teams: dict[int, Team], console: Console) -> list[Entry]:
+    """Build every contender and compare its result with the unsplit module's."""
+    entries, expected = [], None
+    for contender in wanted:
+        entry = Entry(contender)
+        entries.append(entry)
+        with console.status(f"preparing {contender.name}"):
+            try:
+                result, entry.first_call_s = teams[contender.processes].prepare(contender.name)
+            except Failed as error:
+                entry.failure = str(error)
+                continue
+        if expected is None:
+            expected = result
+        elif contender.exact:
+            entry.difference = float(np.abs(result - expected).max() / np.abs(expected).max())
+    return entries
+
+
+def _measure(entries: list[Entry], teams: dict[int, Team], rounds: int) -> None:
+    order = random.Random(0)
+    for _ in range(rounds):
+        order.shuffle(entries)
+        for entry in entries:
+            entry.steps.append(teams[entry.contender.processes].step(entry.contender.name))
+
+
+def _table(entries: list[Entry], to: Entry, setting: Setting) -> Table:
+    size = setting.size
+    title = (
+        f"{size.blocks} blocks, {size.hidden} hidden, {size.tokens} + {size.text} tokens, batch {size.batch}, fp32; "
+        f"one thread per process; {len(to.steps)} interleaved rounds"
+    )
+    table = Table("contender", title=title, title_justify="left")
+    for column in ("processes", "median s", "least s", "cpu s", "ratio", "difference", "first call s"):
+        table.add_column(column, justify="right")
+    for entry in entries:
+        name, count = entry.contender.name, str(entry.contender.processes)
+        if entry.failure is not None:
+            table.add_row(f"{name}\n  {entry.failure}".replace("[", r"\["), count, "-", "-", "-", "-", "-", "-")
+            continue
+        table.add_row(
+            name,
+            count,
+            f"{entry.median():.3f}",
+            f"{min(step.wall_s for step in entry.steps):.3f}",
+            f"{statistics.median(step.cpu_s for step in entry.steps):.3f}",
+            f"{entry.ratio(to):.3f}",
+            "" if entry.difference is None else f"{entry.difference:.1e}",
+            f"{entry.first_call_s:.1f}",
+        )
+    return table
+
+
+def _about(setting: Setting) -> dict[str, Any]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "setting": dataclasses.asdict(setting),
+        "versions": {name: version(name) for name in ("torch", "diffusers")} | {"python": platform.python_version()},
+        "machine": {"cores": os.cpu_count(), "kind": platform.machine(), "vectors": torch.backends.cpu.get_cpu_capability()},
+        "load_average": os.getloadavg(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What the nodes of a graph write in place, which of them share memory, and how to do without a write."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+CONVERSIONS = {aten.to, aten.type_as, aten.contiguous, aten.dropout, aten.feature_dropout, aten.lift_fresh_copy}
+"""Operators that return their argument itself where there is nothing to do."""
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by the names of its schema."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    return {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node writes in place, by its operator's schema."""
+    return _arguments(node, write=True)
+
+
+def aliased_arguments(node: fx.Node) -> list[fx.Node]:
+    """The tensors whose memory a node's result may share."""
+    if node.target is operator.getitem or getattr(node.target, "overloadpacket", None) in CONVERSIONS:
+        return [value for value in node.args[:1] if isinstance(value, fx.Node)]
+    return _arguments(node, write=False)
+
+
+def _arguments(node: fx.Node, write: bool) -> list[fx.Node]:
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return []
+    given, found = named_arguments(node), []
+    for argument in schema.arguments:
+        if argument.alias_info is not None and (argument.alias_info.is_write or not write):
+            value = given.get(argument.name)
+            values = value if isinstance(value, list | tuple) else [value]
+            found += [item for item in values if isinstance(item, fx.Node)]
+    return found
+
+
+def rewrite_writes(graph: fx.Graph) -> None:
+    """Turn writes in place into new values where nobody can tell: no other view of the memory is read afterwards."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    memory = Memory(graph)
+    for node in list(graph.nodes):
+        if not node.args or written_arguments(node) != [node.args[0]]:
+            continue
+        target, written = _out_of_place(node), node.args[0]
+        family = memory.family(written)
+        if target is None or any(member.op == "placeholder" for member in family):
+            continue
+        others = [member for member in family if member not in (written, node) and order[member] < order[node]]
+        if any(order.get(user, len(order)) > order[node] for member in others for user in member.users):
+            continue
+        value = _value(target, node)
+        if not isinstance(value, torch.Tensor) or _layout(value) != _layout(node.meta["val"]):
+            continue
+        node.target = target
+        written.replace_all_uses_with(node, lambda user, n=node: order.get(user, len(order)) > order[n])  # type: ignore[misc]
+
+
+def _layout(value: torch.Tensor) -> tuple[Any, ...]:
+    return (value.dtype, value.shape, value.stride(), value.device)
+
+
+def _out_of_place(node: fx.Node) -> Any:
+    """The operator that gives as a new tensor what this one writes into its first argument."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is None or not packet.__name__.endswith("_") or packet.__name__.endswith("__"):
+        return None
+    functional = getattr(aten, packet.__name__[:-1], None)
+    return getattr(functional, node.target._overloadname, None)  # type: ignore[union-attr]
+
+
+def _value(target: Any, node: fx.Node) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    with node.meta["val"].fake_mode:
+        return target(*args, **kwargs)
+
+
+class Memory:
+    """Which nodes of a graph may share memory, followed through every operator whose schema allows it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.above: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            for source in aliased_arguments(node):
+                self.above[self.root(node)] = self.root(source)
+        self.members: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            self.members.setdefault(self.root(node), []).append(node)
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The node that stands for all that share memory with this one."""
+        while self.above.get(node, node) is not node:
+            node = self.above[node]
+        return node
+
+    def family(self, node: fx.Node) -> list[fx.Node]:
+        """All nodes that may share memory with this one, itself among them."""
+        return self.members[self.root(node)]
