@@ -77,7 +77,8 @@ class Entry:
 @click.option("--json", "json_file", type=click.Path(path_type=pathlib.Path), help="Write everything measured here.")
 def main(backend, hidden, blocks, tokens, text, head_dim, batch, rounds, only, profile, json_file) -> None:  # noqa: ANN001
     """Compare sequence parallelism on two processes with one process, step by step."""
-    console = Console(width=None if Console().is_terminal else 140)
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)
     setting = Setting(Size(hidden, blocks, tokens, text, head_dim, batch), backend)
     wanted = [entry for entry in contenders(backend) if _wanted(entry, only, backend)]
     teams = {count: Team(count, setting) for count in sorted({entry.processes for entry in wanted})}
@@ -111,12 +112,13 @@ def _prepare(wanted: list[Contender], teams: dict[int, Team], console: Console) 
     for contender in wanted:
         entry = Entry(contender)
         entries.append(entry)
-        with console.status(f"preparing {contender.name}"):
-            try:
-                result, entry.first_call_s = teams[contender.processes].prepare(contender.name)
-            except Failed as error:
-                entry.failure = str(error)
-                continue
+        try:
+            result, entry.first_call_s = teams[contender.processes].prepare(contender.name)
+            console.print(f"prepared in {entry.first_call_s:.1f} s: {contender.name}", highlight=False)
+        except Failed as error:
+            entry.failure = str(error)
+            console.print(f"cannot run: {contender.name}", highlight=False)
+            continue
         if expected is None:
             expected = result
         elif contender.exact:

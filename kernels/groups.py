@@ -18,7 +18,8 @@ def keep_in_order(op: torch._ops.OpOverload) -> None:
     """Have compilers run every call of an op, and all such calls in the order of the graph.
 
     Ranks compile different graphs. Left free, inductor drops a collective whose result is empty on this rank only, and
-    may order independent ones by sizes that differ between ranks; the peers then wait for ever.
+    may order independent ones by sizes that differ between ranks; the peers then wait for ever. With inductor the order
+    also takes ``inductor_order.pin_order``.
     """
     _register_effectful_op(op, _EffectType.ORDERED)
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch._inductor.utils import run_and_get_code
 
 from xdit_compile.errors import AgreementError
+from xdit_compile.kernels.inductor_order import ORDERED, pin_order
 from xdit_compile.kernels.simulate import SIMULATIONS, simulate
 from xdit_compile.kernels.traffic import TRAFFIC, elements_sent
 from xdit_compile.mesh import Mesh
@@ -133,28 +134,36 @@ def test_what_they_do_is_what_the_simulation_says(ranks, backend):
 
 
 def chained(rank, group_size):
-    """Collectives of several kinds in one graph compiled by inductor, two of them independent of each other."""
+    """Whether independent collectives in one compiled graph give what they give eagerly, and the order they run in."""
+    pin_order()
     group = Mesh.from_process_group(Plan(ulysses=group_size), timeout=100).group("ulysses")
     sizes = [5, 4, 4][:group_size]
 
     def block(x, y):
         whole = OPS.all_gather(x * 2, 1, sizes, group)
         other = OPS.all_reduce(y.sin(), group)
-        most = OPS.all_reduce(y.cos(), group, "max")
+        most = OPS.all_reduce(y.cos(), op="max", group=group)
         halo = OPS.halo_exchange(x, 1, 1, 1, sizes, rank, group)
-        splits = [x.numel() // x.shape[1] * 1] * group_size
+        splits = [6] * group_size
         part = OPS.all_to_all(x[:, :group_size].transpose(0, 1).reshape(-1), splits, splits, group)
         return whole + 1, other.mean() + halo, part.relu() * most.sum()
 
     x, y = tensor((2, sizes[rank], 3), rank), tensor((4, 4), rank)
     expected = block(x, y)
-    compiled = torch.compile(block, fullgraph=True)
-    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(compiled(x, y), expected, strict=True))
+    actual, (code,) = run_and_get_code(torch.compile(block, fullgraph=True), x, y)
+    same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(actual, expected, strict=True))
+    return same, ops_called(code)
+
+
+def ops_called(code):
+    return re.findall(r"torch\.ops\.xdit_compile\.(\w+)\.default\(", code)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_inductor_compiles_them_whole(ranks):
-    assert procs.run(chained, ranks, ranks, timeout=200) == [True] * ranks
+def test_inductor_compiles_them_whole_and_in_one_order(ranks):
+    """Left to itself inductor moves the last before the first, and the third to last elsewhere on every rank."""
+    order = ["all_gather", "all_reduce", "all_reduce", "halo_exchange", "all_to_all"]
+    assert procs.run(chained, ranks, ranks, timeout=200) == [(True, order)] * ranks
 
 
 @pytest.mark.parametrize(("name", "count", "op", "args"), CASES, ids=[f"{c[2].name()} {c[0]}" for c in CASES])
@@ -167,16 +176,19 @@ def test_fakes_have_the_shapes_of_the_simulation(name, count, op, args):
         assert (fake.shape, fake.stride(), fake.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
-def test_a_compiler_drops_and_reorders_none():
+def test_a_compiler_drops_none():
     def block(x, y):
         OPS.all_reduce(y.cos(), "", "max")
         nothing = OPS.all_to_all(x[:0], [0], [0], "")
         return OPS.all_gather(y.sin(), 0, [4], ""), nothing + 1, OPS.all_reduce(x * 2, "")
 
-    compiled = torch.compile(block, fullgraph=True)
-    _, (code,) = run_and_get_code(compiled, torch.randn(6), torch.randn(4))
-    found = re.findall(r"torch\.ops\.xdit_compile\.(\w+)\.default\(", code)
-    assert found == ["all_reduce", "all_to_all", "all_gather", "all_reduce"]
+    pin_order()
+    _, (code,) = run_and_get_code(torch.compile(block, fullgraph=True), torch.randn(6), torch.randn(4))
+    assert ops_called(code) == ["all_reduce", "all_to_all", "all_gather", "all_reduce"]
+
+
+def test_every_op_that_reaches_other_ranks_is_ordered():
+    assert {getattr(OPS, name).default for name in ORDERED} == set(SIMULATIONS)
 
 
 def test_alone_they_copy():

@@ -18,8 +18,8 @@ FOLDERS = {
     "xdit_compile.kernels": ROOT / "kernels",
     "xdit_compile.backends": ROOT / "backends",
 }
-CAPTURE = "program tracing values valued decompose simplify blocks outline interpret preserve signature capture"
-RUNTIME = "simulated agreement verification digest build pipelines runtime"
+CAPTURE = "program tracing values valued writes decompose simplify blocks outline interpret preserve signature capture"
+RUNTIME = "simulated agreement verification digest build report dump pipelines runtime"
 COMMANDS = "request output generate weightless launch cli __main__"
 LAYERS = [
     {"xdit_compile.errors"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"xdit_compile.backends"},
     {"xdit_compile.cache"},
     {f"xdit_compile.{name}" for name in RUNTIME.split()},
-    {f"xdit_compile.{name}" for name in "api report".split()},
+    {"xdit_compile.api"},
     {f"xdit_compile.{name}" for name in COMMANDS.split()},
 ]
 NEUTRAL_CLASSES = {"DiffusionPipeline", "ModelMixin", "AutoModel", "CacheMixin"}

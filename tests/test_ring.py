@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from xdit_compile.errors import AgreementError, ProviderUnavailable
 from xdit_compile.kernels.attention import attention_reference
+from xdit_compile.kernels.inductor_order import pin_order
 from xdit_compile.kernels.ring import absorbed
 from xdit_compile.kernels.simulate import simulate
 from xdit_compile.mesh import Mesh
@@ -151,6 +152,7 @@ def test_ring_equals_attention_over_all_keys(ranks):
 
 
 def compiled(rank, ranks, backend):
+    pin_order()
     group = Mesh.from_process_group(Plan(ring=ranks), timeout=100).group("ring")
     fine = []
     for lengths in ([5, 3, 4][:ranks], [5, 0, 4][:ranks]):

@@ -188,17 +188,15 @@ def test_an_object_at_the_address_of_a_dead_one_is_another() -> None:
     class Processor:
         pass
 
-    module = nn.Linear(2, 2)
-    module.processor = Processor()
-    before, address = signature(module, (), {}), id(module.processor)
-    for _ in range(1000):
-        del module.processor
-        gc.collect(0)
+    module, seen = nn.Linear(2, 2), {}
+    for _ in range(10000):
         module.processor = Processor()
-        if id(module.processor) == address:
-            break
-    assert id(module.processor) == address
-    assert before != signature(module, (), {})
+        taken = signature(module, (), {})
+        if id(module.processor) in seen:
+            assert taken != seen[id(module.processor)]
+            return
+        seen[id(module.processor)] = taken
+    pytest.fail("no address was used twice")
 
 
 def test_signature_keeps_no_replaced_weights_alive() -> None:

@@ -27,7 +27,8 @@ def digest_tensors(leaves: Iterable[Any]) -> str:
         if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
             state.update(str((leaf.dtype, tuple(leaf.shape))).encode())
             flat = torch.view_as_real(leaf) if leaf.is_complex() else leaf
-            state.update(flat.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            plain = flat.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+            state.update(plain.view(torch.uint8).numpy().tobytes())
         elif isinstance(leaf, PLAIN):
             state.update(repr(leaf).encode())
     return state.hexdigest()[:16]

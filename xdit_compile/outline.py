@@ -14,7 +14,7 @@ from .decompose import check_static, clean, lower
 from .program import Input
 from .simplify import simplify
 from .tracing import Trace
-from .writes import Memory, rewrite_writes, written_arguments
+from .writes import Memory, drop_copies, rewrite_writes, written_arguments
 
 
 def outline(trace: Trace) -> tuple[fx.GraphModule, tuple[Input, ...]]:
@@ -34,6 +34,7 @@ def outline(trace: Trace) -> tuple[fx.GraphModule, tuple[Input, ...]]:
         if node.users:
             check_static(node)
     rewrite_writes(graph)
+    drop_copies(graph)
     regions = find_regions(graph)
     if not trace.functional and writes_across(graph, regions):
         if trace.functionalize is not None:
@@ -43,16 +44,15 @@ def outline(trace: Trace) -> tuple[fx.GraphModule, tuple[Input, ...]]:
 
 
 def writes_across(graph: fx.Graph, regions: list[Region]) -> bool:
-    """Whether some node writes to memory that another region, or the caller, sees too."""
+    """Whether some node writes to memory that comes from an earlier region or from the caller."""
     home = {node: number for number, region in enumerate(regions) for node in region.nodes}
     memory = Memory(graph)
-    for node in graph.nodes:
-        for written in written_arguments(node):
-            family = memory.family(written)
-            seen = {home.get(place) for member in family for place in (member, *member.users)}
-            if len(seen) > 1:
-                return True
-    return False
+    return any(
+        home.get(member, -1) < home[node]
+        for node in graph.nodes
+        for written in written_arguments(node)
+        for member in memory.family(written)
+    )
 
 
 @dataclasses.dataclass

@@ -59,7 +59,7 @@ def is_identity(node: fx.Node) -> bool:
     if packet not in CONVERSIONS or not isinstance(node.args[0], fx.Node):
         return False
     given = named_arguments(node)
-    if given.get("copy") or given.get("train") or packet is aten.lift_fresh_copy:
+    if given.get("copy") or given.get("train"):
         return False
     before, after = node.args[0].meta.get("val"), node.meta.get("val")
     return (

@@ -10,7 +10,7 @@ from torch import fx
 
 aten = torch.ops.aten
 
-CONVERSIONS = {aten.to, aten.type_as, aten.contiguous, aten.dropout, aten.feature_dropout, aten.lift_fresh_copy}
+CONVERSIONS = {aten.to, aten.type_as, aten.contiguous, aten.dropout, aten.feature_dropout, aten.detach, aten.detach_}
 """Operators that return their argument itself where there is nothing to do."""
 
 
@@ -22,7 +22,7 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The tensors that a node writes in place, by its operator's schema."""
-    return _arguments(node, write=True)
+    return [] if node.target is aten.detach_.default else _arguments(node, write=True)
 
 
 def aliased_arguments(node: fx.Node) -> list[fx.Node]:
@@ -64,6 +64,16 @@ def rewrite_writes(graph: fx.Graph) -> None:
             continue
         node.target = target
         written.replace_all_uses_with(node, lambda user, n=node: order.get(user, len(order)) > order[n])  # type: ignore[misc]
+
+
+def drop_copies(graph: fx.Graph) -> None:
+    """Erase the copies that Python makes of a constant each time it runs, where nobody writes to them."""
+    memory = Memory(graph)
+    written = {memory.root(target) for node in graph.nodes for target in written_arguments(node)}
+    for node in graph.find_nodes(op="call_function", target=aten.lift_fresh_copy.default):
+        if memory.root(node) not in written:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _layout(value: torch.Tensor) -> tuple[Any, ...]:

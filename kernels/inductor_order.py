@@ -1,0 +1,42 @@
+"""Teaches inductor to keep ops that reach other ranks in the order of the graph, on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import collectives, ring  # noqa: F401 - they register the ops
+
+ORDERED = ("all_to_all", "all_gather", "all_reduce", "halo_exchange", "ring_attention")
+
+
+def pin_order() -> None:
+    """Give each op of ``ORDERED`` a lowering that waits for the one before it; to be called before compiling.
+
+    The effect that ``keep_in_order`` registers keeps these ops alive, and in order up to inductor's scheduler. There
+    torch 2.13 files the dependency under the name of a buffer and looks for it under that of an operation, so that the
+    pass which lowers peak memory moves one collective before another, differently for shards of other sizes: a deadlock.
+    Calling this again does nothing. It is no part of importing an op, since it imports inductor.
+    """
+    from torch._inductor import lowering
+
+    for name in ORDERED:
+        op = getattr(torch.ops.xdit_compile, name).default
+        if op not in lowering.lowerings:
+            lowering.register_lowering(op, type_promotion_kind=None)(_lowering(op))
+
+
+def _lowering(op: torch._ops.OpOverload) -> Any:
+    from torch._inductor import ir
+
+    def boxed(value: Any) -> Any:
+        return ir.TensorBox.create(value) if isinstance(value, ir.IRNode) else value
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        rest = op._schema.arguments[len(args) :]
+        every = (*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest))
+        return pytree.tree_map(boxed, ir.EffectfulKernel.create(op, *every))
+
+    return lower
