@@ -7,6 +7,8 @@ import shutil
 import torch
 from torch import fx, nn
 
+from xdit_compile.kernels.inductor_order import pin_order
+
 from .base import Backend
 
 
@@ -21,4 +23,5 @@ class Inductor(Backend):
         return "it needs a C++ compiler on the CPU; install g++, or use backend='eager'"
 
     def compile_structure(self, structure: fx.GraphModule) -> nn.Module:
+        pin_order()
         return torch.compile(structure, backend="inductor", fullgraph=True, dynamic=False)  # type: ignore[return-value]

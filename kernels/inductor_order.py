@@ -17,7 +17,7 @@ def pin_order() -> None:
 
     The effect that ``keep_in_order`` registers keeps these ops alive, and in order up to inductor's scheduler. There
     torch 2.13 files the dependency under the name of a buffer and looks for it under that of an operation, so that the
-    pass which lowers peak memory moves one collective before another, differently for shards of other sizes: a deadlock.
+    pass which lowers peak memory moves one collective before another, otherwise on ranks of other sizes: a deadlock.
     Calling this again does nothing. It is no part of importing an op, since it imports inductor.
     """
     from torch._inductor import lowering

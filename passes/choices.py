@@ -6,7 +6,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from xdit_compile.axes import same
+import numpy as np
+
+from xdit_compile.axes import Axis, same
 from xdit_compile.shards import Split
 
 from .local import Value
@@ -33,7 +35,30 @@ def feasible(typing: Typing, loop: Loop, split: Split) -> Choice | None:
     results = _dims(typing.outs, loop.outs, split)
     if operands is None or results is None or (loop.kind in ("map", "halo") and not results):
         return None
+    if len(loop.dims_of(0)) > 1 or len(loop.outs) > 1 and loop.outs[0][0] == loop.outs[1][0]:
+        if not _same_cut(typing, loop, split, operands[0], results[0]):
+            return None
     return Choice(loop, operands, results)
+
+
+def _same_cut(typing: Typing, loop: Loop, split: Split, operand_dim: int, result_dim: int) -> bool:
+    """Whether a regrouping finds on every rank, in the same order, the positions that its result should hold there."""
+    before = [(typing.expected[0][dim], dim == operand_dim) for dim in loop.dims_of(0)]
+    after = [(typing.outs[0][dim], dim == result_dim) for _, dim in loop.outs]
+    return all(
+        np.array_equal(_flat_positions(before, split, index), _flat_positions(after, split, index))
+        for index in range(split.parts)
+    )
+
+
+def _flat_positions(axes: Sequence[tuple[Axis, bool]], split: Split, index: int) -> np.ndarray:
+    """Positions in the flattened group that a rank holds when the marked axis is split."""
+    at = next(k for k, (_, marked) in enumerate(axes) if marked)
+    outer = math.prod(axis.size for axis, _ in axes[:at])
+    inner = math.prod(axis.size for axis, _ in axes[at + 1 :])
+    axis = axes[at][0]
+    grid = np.arange(outer * axis.size * inner).reshape(outer, axis.size, inner)
+    return grid[:, split.positions(axis, index)].reshape(-1)
 
 
 def _dims(axes: Sequence[Sequence], pairs: Sequence[tuple[int, int]], split: Split) -> dict[int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from .joins import cut_out
 from .rules import Rule, RuleBook, type_opaquely
 
 BOOK = RuleBook()
@@ -21,6 +22,8 @@ def embedding(rule: Rule) -> None:
 @BOOK.rule("index_select")
 def index_select(rule: Rule) -> None:
     chosen = rule.arg(1, "dim") % len(rule.actual[0])
+    if _is_slice(rule, chosen):
+        return
     for dim in range(len(rule.actual[0])):
         if dim == chosen:
             rule.loop("whole", [(0, dim)], [])
@@ -37,6 +40,8 @@ def index(rule: Rule) -> None:
     if not one_run or any(str(value.meta["val"].dtype) in ("torch.bool", "torch.uint8") for value in indices if value is not None):
         type_opaquely(rule, "indices apart from one another or boolean")
         return
+    if len(used) == 1 and _is_slice(rule, used[0]):
+        return
     rank = len(rule.actual[0])
     spread = max(len(axes) for axes in rule.actual[1:])
     for dim in range(rank):
@@ -52,6 +57,23 @@ def index(rule: Rule) -> None:
             if own >= 0 and rule.shape(operand)[own] == rule.out_shape()[out]:
                 pairs.append((operand, own))
         rule.loop("map", pairs, [(0, out)])
+
+
+def _is_slice(rule: Rule, dim: int) -> bool:
+    """Looking up neighbouring positions in order, known beforehand, is a slice."""
+    positions = rule.constant(1)
+    if positions is None or positions.dim() != 1 or len(positions) == 0:
+        return False
+    start, length = int(positions[0]), len(positions)
+    if positions.tolist() != list(range(start, start + length)):
+        return False
+    for other in range(len(rule.actual[0])):
+        if other != dim:
+            rule.loop("map", [(0, other)], [(0, other)])
+    cut_out(rule, dim, start, length)
+    if rule.emit is None:
+        rule.emit = lambda ctx: ctx.call(ctx.aten.slice.Tensor, ctx.operand(0), dim, start, start + length)
+    return True
 
 
 @BOOK.rule("gather", "take_along_dim")

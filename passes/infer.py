@@ -15,6 +15,8 @@ from xdit_compile.program import Program
 from .rules import Rule, RuleBook, Typing, operator_name, tensor_operands, type_opaquely, values
 
 Axes = list[Axis]
+MOST_FOLDED = 65_536
+"""Constants of at most this many elements are followed through the graph."""
 
 
 @dataclasses.dataclass
@@ -26,6 +28,16 @@ class Frame:
     axes: dict[fx.Node, list[Axes]]
     typings: dict[fx.Node, Typing]
     tables: set[fx.Node]
+    constants: dict[fx.Node, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """An argument of a call: its axes, whether it depends on no input of the user, its value where that is known."""
+
+    axes: Axes
+    table: bool
+    value: torch.Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +77,19 @@ def infer(program: Program, book: RuleBook) -> Inference:
     system = AxisSystem()
     axes: dict[fx.Node, list[Axes]] = {}
     frames = []
-    kinds = {given.name: given.kind for given in program.inputs}
+    inputs = {given.name: given for given in program.inputs}
     tables: set[fx.Node] = set()
+    constants: dict[fx.Node, torch.Tensor] = {}
     for node in program.root.graph.nodes:
         if node.op == "placeholder":
             axes[node] = _fresh(node, system)
-            if kinds[node.name] != "user":
+            if inputs[node.name].kind != "user":
                 tables.add(node)
+            if inputs[node.name].kind == "constant":
+                constants[node] = program.constants[str(inputs[node.name].target)]
         elif node.op == "call_module":
             graph = getattr(program.root, str(node.target)).graph
-            given = [(_of(axes, arg), arg in tables) for arg in node.args]
+            given = [Given(_of(axes, arg), arg in tables, constants.get(arg)) for arg in node.args]
             frame = _frame(node, graph, given, system, book)
             frames.append(frame)
             axes[node] = [_of(frame.axes, leaf) for leaf in results_of(graph)]
@@ -101,16 +116,18 @@ def _fresh(node: fx.Node, system: AxisSystem) -> list[Axes]:
 
 
 def _frame(
-    call: fx.Node, graph: fx.Graph, given: list[tuple[Axes, bool]], system: AxisSystem, book: RuleBook
+    call: fx.Node, graph: fx.Graph, given: list[Given], system: AxisSystem, book: RuleBook
 ) -> Frame:
-    frame = Frame(call, graph, {}, {}, set())
+    frame = Frame(call, graph, {}, {}, set(), {})
     arguments = iter(given)
     for node in graph.nodes:
         if node.op == "placeholder":
-            axes, table = next(arguments)
-            frame.axes[node] = [axes]
-            if table:
+            argument = next(arguments)
+            frame.axes[node] = [argument.axes]
+            if argument.table:
                 frame.tables.add(node)
+            if argument.value is not None:
+                frame.constants[node] = argument.value
         elif node.op == "get_attr":
             frame.axes[node] = _fresh(node, system)
             frame.tables.add(node)
@@ -127,15 +144,24 @@ def _type_call(node: fx.Node, frame: Frame, system: AxisSystem, book: RuleBook) 
         frame.axes[node] = [frame.axes[node.args[0]][node.args[1]]]
         return
     typing = _typed(node, frame, operands, system, book)
+    _fold(node, frame, operands)
     frame.typings[node] = typing
     frame.axes[node] = typing.outs
 
 
+def _fold(node: fx.Node, frame: Frame, operands: list[fx.Node]) -> None:
+    """Compute small values made of known constants: index lists are read by rules."""
+    small = all(value.numel() <= MOST_FOLDED for value in values(node))
+    if operands and small and all(operand in frame.constants for operand in operands):
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), frame.constants.__getitem__)
+        folded = node.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(folded, torch.Tensor):
+            frame.constants[node] = folded
+
+
 def _typed(node: fx.Node, frame: Frame, operands: list[fx.Node], system: AxisSystem, book: RuleBook) -> Typing:
     found = book.find(node.target)
-    rule = Rule(
-        node, [frame.axes[operand][0] for operand in operands], system, [operand in frame.tables for operand in operands]
-    )
+    rule = Rule(node, [frame.axes[operand][0] for operand in operands], system, frame.tables, frame.constants)
     if found is None:
         type_opaquely(rule, f"no rule for {node.target}")
     else:

@@ -64,7 +64,7 @@ def slice_(rule: Rule) -> None:
     start, step = _bounded(rule.arg(2, "start"), size, 0), rule.arg(4, "step", 1)
     length = rule.out_shape()[dim]
     if step == 1:
-        _cut_out(rule, dim, start, length)
+        cut_out(rule, dim, start, length)
     elif size % step == 0 and length == size // step:
         _every(rule, dim, start, step)
     else:
@@ -77,7 +77,8 @@ def _bounded(value: Any, size: int, default: int) -> int:
     return max(0, min(size, value + size if value < 0 else value))
 
 
-def _cut_out(rule: Rule, dim: int, start: int, length: int) -> None:
+def cut_out(rule: Rule, dim: int, start: int, length: int) -> None:
+    """The positions ``start`` to ``start + length`` of one dim; cuts its axis where that can be."""
     axis = rule.actual[0][dim]
     if length == axis.size:
         rule.loop("map", [(0, dim)], [(0, dim)])

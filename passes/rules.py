@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -71,11 +71,17 @@ class Rule:
     """The workbench on which a rule types one node."""
 
     def __init__(
-        self, node: fx.Node, actual: Sequence[Sequence[Axis]], system: AxisSystem, tables: Sequence[bool] = ()
+        self,
+        node: fx.Node,
+        actual: Sequence[Sequence[Axis]],
+        system: AxisSystem,
+        tables: Collection[fx.Node] = (),
+        constants: Mapping[fx.Node, torch.Tensor] | None = None,
     ):
         self.node = node
         self.system = system
         self._tables = tables
+        self._constants = constants or {}
         self.operands = tensor_operands(node)
         self.actual = [list(axes) for axes in actual]
         self.expected = [list(axes) for axes in actual]
@@ -97,7 +103,12 @@ class Rule:
 
     def is_table(self, operand: int) -> bool:
         """Whether an operand depends on no input of the user: the first rows of a position table are not an axis of data."""
-        return operand < len(self._tables) and self._tables[operand]
+        return self.operands[operand] in self._tables
+
+    def constant(self, operand: int) -> torch.Tensor | None:
+        """The value of an operand that is the same in every call, where it is known."""
+        value = self._constants.get(self.operands[operand])
+        return None if value is None or value.is_meta else value
 
     def shape(self, operand: int) -> list[int]:
         return [axis.size for axis in self.actual[operand]]

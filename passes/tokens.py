@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from xdit_compile.axes import Axis, Concat, Product
+from xdit_compile.axes import Axis, Concat, Product, atoms
 from xdit_compile.mesh import Mesh
 from xdit_compile.plan import Plan
 from xdit_compile.shards import Split, Unit
@@ -22,6 +22,8 @@ from .rules import Typing
 
 MOST_FAMILIES = 6
 """Token axes that are tried, costliest attention first."""
+MOST_FACTORS = 2
+"""Factors of a grid that are tried, most even share first."""
 FLOPS_PER_BYTE = 100.0
 """How much arithmetic a byte on the wire is worth when ways to split are compared."""
 
@@ -40,7 +42,9 @@ def choose_tokens(inference: Inference, plan: Plan) -> Units:
     for axis in token_axes(inference)[:MOST_FAMILIES]:
         if chosen and Split(SEQUENCE, plan.sequence, chosen).splits(axis):
             continue
-        tried = [chosen + units for units in _ways(axis, plan.sequence)]
+        tried = [chosen + units for units in _ways(axis, plan.sequence) if not _overlap(chosen, units)]
+        if not tried:
+            continue
         costs = [_cost(inference, plan, units) for units in tried]
         if min(costs) < lowest:
             lowest = min(costs)
@@ -99,18 +103,38 @@ def _heaviest(weights: dict[int, tuple[Axis, float]]) -> list[Axis]:
 
 
 def _ways(axis: Axis, parts: int) -> Iterator[Units]:
+    """Ways to cut every segment of a token axis: by a factor that as many segments as possible share, or flat."""
     segments = _segments(axis)
-    by_factor = tuple(_best_factor(segment, parts) for segment in segments)
+    seen = set()
+    for factor in sorted(_all_factors(segments), key=lambda factor: _largest_share(factor, parts))[:MOST_FACTORS]:
+        units = tuple(_by_factor(segment, factor, parts) for segment in segments)
+        if units not in seen:
+            seen.add(units)
+            yield units
     flat = tuple(_flat(segment) for segment in segments)
-    yield by_factor
-    if flat != by_factor:
+    if flat not in seen:
         yield flat
+
+
+def _all_factors(segments: Sequence[Axis]) -> list[Axis]:
+    grids = [segment.factors for segment in segments if isinstance(segment, Product)]
+    return list(dict.fromkeys(factor for grid in grids for factor in grid)) or [segments[0]]
+
+
+def _by_factor(segment: Axis, wanted: Axis, parts: int) -> Unit:
+    factors = segment.factors if isinstance(segment, Product) else (segment,)
+    return (wanted,) if wanted in factors else (min(factors, key=lambda factor: _largest_share(factor, parts)),)
+
+
+def _largest_share(factor: Axis, parts: int) -> float:
+    return -(-factor.size // parts) / factor.size
+
+
+def _overlap(chosen: Units, units: Units) -> bool:
+    """Whether an atom would be cut in two ways."""
+    cut = {id(atom): unit for unit in chosen for axis in unit for atom in atoms(axis)}
+    return any(cut.get(id(atom), unit) != unit for unit in units for axis in unit for atom in atoms(axis))
 
 
 def _flat(segment: Axis) -> Unit:
     return tuple(segment.factors) if isinstance(segment, Product) else (segment,)
-
-
-def _best_factor(segment: Axis, parts: int) -> Unit:
-    factors: Sequence[Axis] = segment.factors if isinstance(segment, Product) else (segment,)
-    return (min(factors, key=lambda factor: -(-factor.size // parts) / factor.size),)

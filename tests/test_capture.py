@@ -292,6 +292,29 @@ def test_repeats_become_an_index() -> None:
     assert_same(program, module, (torch.randn(3, 2), counts), {})
 
 
+def test_sizes_inside_whole_operators_are_guarded() -> None:
+    class Repeats(nn.Module):
+        def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten.repeat_interleave.self_Tensor(x, counts, 0) * 2
+
+    program = capture(Repeats().eval(), (torch.randn(2, 2), torch.tensor([2, 1])), {}, ladder=only("values"))
+    assert [guard.position for guard in program.guards] == [1]
+
+
+def test_memoised_functions_forget_what_a_trace_gave_them() -> None:
+    class Memoises(nn.Module):
+        @functools.lru_cache  # noqa: B019
+        def table(self, size: int) -> torch.Tensor:
+            return torch.arange(size) * 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.table(x.shape[-1])
+
+    module = Memoises().eval()
+    capture(module, (torch.randn(2, 3, device="meta"),), {}, ladder=only("values"))
+    assert not isinstance(module.table(3), FakeTensor)
+
+
 def test_values_overwritten_by_unknown_ones_are_not_trusted() -> None:
     class Overwrites(nn.Module):
         def __init__(self) -> None:

@@ -80,9 +80,17 @@ def _steps(module: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Step, Any
         elif node.target in SIMULATIONS and (group := _group(args)) is not None:
             env[node] = yield node.target, args, group
         else:
-            env[node] = node.target(*args, **kwargs)
+            env[node] = _called(node, args, kwargs)
         _check_shape(node, env.get(node))
     raise AssertionError("a graph without output")
+
+
+def _called(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        name = node.meta.get("shape", (node.name,))[0]
+        raise PartitionError(f"{name} ({node.target}) cannot run on its shards: {error}") from error
 
 
 def _check_shape(node: fx.Node, value: Any) -> None:
