@@ -1,7 +1,7 @@
 """Seconds from a full-size denoiser without weights to the graphs that each rank runs, phase by phase.
 
-The model is FLUX at its published size (19 double and 38 single blocks, 1024 x 1024 pixels, 512 text tokens) on the meta
-device: nothing is computed, so what is measured is the compiler alone.
+The model is FLUX at its published size (19 double and 38 single blocks, 1024 x 1024 pixels, 512 text tokens) on meta
+tensors: nothing is computed, so what is measured is the compiler alone.
 """
 
 from __future__ import annotations
@@ -126,11 +126,14 @@ def main(double: int, single: int, ulysses: int, ring: int, rounds: int, json_fi
     if json_file:
         about = {
             "date": datetime.date.today().isoformat(),
-            "versions": {name: version(name) for name in ("torch", "diffusers")} | {"python": platform.python_version()},
+            "versions": {name: version(name) for name in ("torch", "diffusers")}
+            | {"python": platform.python_version()},
             "cores": os.cpu_count(),
             "load_average": os.getloadavg(),
         }
-        json_file.write_text(json.dumps({**about, "rounds": [dataclasses.asdict(one) for one in found]}, indent=1) + "\n")
+        json_file.write_text(
+            json.dumps({**about, "rounds": [dataclasses.asdict(one) for one in found]}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def contenders(backend: str) -> list[Contender]:
         if backend == "inductor":
             two.append(
                 Contender(
-                    f"diffusers {method} 2, torch.compile", 2, lambda module, method=method: _compiled(_native(module, method))
+                    f"diffusers {method} 2, torch.compile",
+                    2,
+                    lambda module, method=method: _compiled(_native(module, method)),
                 )
             )
     return one + two

@@ -166,7 +166,11 @@ def _about(setting: Setting) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "setting": dataclasses.asdict(setting),
         "versions": {name: version(name) for name in ("torch", "diffusers")} | {"python": platform.python_version()},
-        "machine": {"cores": os.cpu_count(), "kind": platform.machine(), "vectors": torch.backends.cpu.get_cpu_capability()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "kind": platform.machine(),
+            "vectors": torch.backends.cpu.get_cpu_capability(),
+        },
         "load_average": os.getloadavg(),
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -147,10 +148,10 @@ class _Exchanged(_Local):
         if len(self.typing.expected[0]) == 2:
             q, k, v = (self.local.call(aten.unsqueeze.default, x, 0) for x in (q, k, v))
         if self.ulysses > 1:
-            q, k, v = self._to_heads(q, k, v)
+            q, k, v = self._rows_to_heads(q, k, v) if self.regular else self._to_heads(q, k, v)
         result = self._attend(q, self._aligned(k), self._aligned(v))
         if self.ulysses > 1:
-            result = self._to_tokens(result)
+            result = self._rows_to_tokens(result) if self.regular else self._to_tokens(result)
         if len(self.typing.expected[0]) == 2:
             result = self.local.call(aten.squeeze.dim, result, 0)
         self._count()
@@ -169,17 +170,66 @@ class _Exchanged(_Local):
         piece = self.local.call(aten.slice.Tensor, x, dim, start, stop)
         return self.local.call(aten.reshape.default, piece, [-1])
 
-    def _exchange(self, pieces: list[fx.Node], sent: list[int], received: list[int]) -> list[fx.Node]:
-        """One all-to-all within the Ulysses group: ``pieces`` flat in order of their rank, back one flat piece per rank."""
-        packed = self.local.call(aten.cat.default, pieces, 0)
+    def _exchange(self, packed: fx.Node, sent: list[int], received: list[int]) -> fx.Node:
+        """One all-to-all within the Ulysses group of flat pieces, in order of their rank there and here."""
         arrived = self.local.call(
             ops.all_to_all.default, packed, received, sent, self.part.layout.mesh.group("ulysses")
         )
         self.part.ledger.sent("all_to_all", "attention", sum(sent) - sent[self.u], self.dtype)
-        split = self.local.call(aten.split_with_sizes.default, arrived, received, 0)
-        import operator
+        return arrived
 
+    def _exchange_pieces(self, pieces: list[fx.Node], sent: list[int], received: list[int]) -> list[fx.Node]:
+        """One all-to-all: ``pieces`` flat in order of their rank, back one flat piece per rank."""
+        arrived = self._exchange(self.local.call(aten.cat.default, pieces, 0), sent, received)
+        split = self.local.call(aten.split_with_sizes.default, arrived, received, 0)
         return [self.local.call(operator.getitem, split, i) for i in range(len(received))]
+
+    @property
+    def regular(self) -> bool:
+        """Every rank computes equally many heads, and keys lie as queries do."""
+        even = self.query_heads % self.ulysses == 0 and self.key_heads % self.ulysses == 0
+        return even and self.query_lengths == self.key_lengths
+
+    def _rows_to_heads(self, *tensors: fx.Node) -> list[fx.Node]:
+        """``_to_heads`` with tokens outermost in every piece: pieces join in the order they arrive, uneven or not, and
+        queries, keys and values are views of them."""
+        batch, lengths = math.prod(self.batch), [self.query_lengths[peer] for peer in self.members(self.r)]
+        mine, outer = lengths[self.u], len(self.batch)
+        heads = [count // self.ulysses for count in (self.query_heads, self.key_heads, self.key_heads)]
+        dims = (self.head_dim, self.head_dim, self.value_dim)
+        widths = [count * dim for count, dim in zip(heads, dims, strict=True)]
+        rows = []
+        for x, width in zip(tensors, widths, strict=True):
+            x = self.local.call(aten.permute.default, x, [outer + 1, *range(outer + 1), outer + 2])
+            x = self.local.call(aten.reshape.default, x, [mine, batch, self.ulysses, width])
+            rows.append(self.local.call(aten.permute.default, x, [2, 0, 1, 3]))
+        packed = self.local.call(aten.reshape.default, self.local.call(aten.cat.default, rows, 3), [-1])
+        row = batch * sum(widths)
+        arrived = self._exchange(packed, [mine * row] * self.ulysses, [length * row for length in lengths])
+        arrived = self.local.call(aten.reshape.default, arrived, [sum(lengths), *self.batch, sum(widths)])
+        parts = self.local.call(aten.split_with_sizes.default, arrived, widths, outer + 1)
+        found = []
+        for at, (count, dim) in enumerate(zip(heads, dims, strict=True)):
+            part = self.local.call(operator.getitem, parts, at)
+            part = self.local.call(aten.reshape.default, part, [sum(lengths), *self.batch, count, dim])
+            found.append(self.local.call(aten.permute.default, part, [*range(1, outer + 2), 0, outer + 2]))
+        return found
+
+    def _rows_to_tokens(self, result: fx.Node) -> fx.Node:
+        """``_to_tokens`` with tokens outermost: what attention returns is sent as it lies in memory."""
+        lengths, outer = [self.query_lengths[peer] for peer in self.members(self.r)], len(self.batch)
+        mine, count = lengths[self.u], self.query_heads // self.ulysses
+        rows = self.local.call(aten.permute.default, result, [outer + 1, *range(outer + 1), outer + 2])
+        row = math.prod(self.batch) * count * self.value_dim
+        packed = self.local.call(aten.reshape.default, rows, [-1])
+        arrived = self._exchange(packed, [length * row for length in lengths], [mine * row] * self.ulysses)
+        shape = [self.ulysses, mine, *self.batch, count, self.value_dim]
+        arrived = self.local.call(aten.reshape.default, arrived, shape)
+        order = [*range(2, outer + 2), 1, 0, outer + 2, outer + 3]
+        arrived = self.local.call(aten.permute.default, arrived, order)
+        whole = [*self.batch, mine, self.query_heads, self.value_dim]
+        arrived = self.local.call(aten.reshape.default, arrived, whole)
+        return self.local.call(aten.permute.default, arrived, [*range(outer), outer + 1, outer, outer + 2])
 
     def _to_heads(self, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
         batch, me = math.prod(self.batch), self.part.sharding.index[SEQUENCE]
@@ -196,7 +246,7 @@ class _Exchanged(_Local):
             incoming = (self.query_lengths[peer], self.key_lengths[peer], self.key_lengths[peer])
             shapes.append([[*self.batch, c, n, d] for c, n, d in zip(counts, incoming, dims, strict=True)])
             received.append(sum(math.prod(shape) for shape in shapes[-1]))
-        arrived = self._exchange(pieces, sent, received)
+        arrived = self._exchange_pieces(pieces, sent, received)
         unpacked = [self._unpack(flat, shape) for flat, shape in zip(arrived, shapes, strict=True)]
         joined = [self.local.call(aten.cat.default, [parts[i] for parts in unpacked], rank - 2) for i in range(3)]
         return joined[0], joined[1], joined[2]
@@ -220,7 +270,7 @@ class _Exchanged(_Local):
             sent.append(batch * self.heads(self.u).query_count * self.query_lengths[peer] * self.value_dim)
             shapes.append([*self.batch, self.heads(u).query_count, self.query_lengths[me], self.value_dim])
             received.append(math.prod(shapes[-1]))
-        arrived = self._exchange(pieces, sent, received)
+        arrived = self._exchange_pieces(pieces, sent, received)
         parts = [self.local.call(aten.reshape.default, x, shape) for x, shape in zip(arrived, shapes, strict=True)]
         return self.local.call(aten.cat.default, parts, rank - 3)
 

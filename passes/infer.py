@@ -107,6 +107,7 @@ def _of(axes: dict[fx.Node, list[Axes]], node: object) -> Axes:
 
 
 def results_of(graph: fx.Graph) -> Sequence[object]:
+    """The leaves of a graph's output."""
     (result,) = next(node for node in reversed(graph.nodes) if node.op == "output").args
     return result if isinstance(result, tuple | list) else (result,)
 

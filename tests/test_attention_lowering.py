@@ -141,3 +141,14 @@ def test_elements_that_leave_a_rank_are_those_of_the_papers(ulysses: int, ring: 
         tokens, hidden = 32, 48
         expected = 4 * tokens * hidden * (ranks - 1) / ranks**2 if ulysses > 1 else 2 * tokens * hidden * (ranks - 1) / ranks
         assert sent == expected
+
+
+@pytest.mark.parametrize("key_heads", [6, 12])
+@pytest.mark.parametrize("text", [0, 3])
+def test_heads_that_divide_and_tokens_that_do_not(key_heads: int, text: int) -> None:
+    shape = Shape(heads=12, key_heads=key_heads, text=text)
+    mask = torch.randn(2, 12, 11 + text, 11 + text, generator=torch.Generator().manual_seed(3))
+    meshes = [(2, 1), (3, 1), (6, 1), (2, 2)]
+    split_and_compare(shape, meshes=meshes, enable_gqa=key_heads != 12)
+    split_and_compare(shape, meshes=meshes, mask=mask, enable_gqa=key_heads != 12)
+    split_and_compare(dataclasses.replace(shape, tokens=4), meshes=[(6, 1)], enable_gqa=key_heads != 12)

@@ -226,13 +226,18 @@ class WritesThroughView(Block):
         return x
 
 
-@pytest.mark.parametrize(("rung", "found"), [("values", []), ("export", blocks("layers", 0, 0, 0))])
-def test_writes_to_a_view_of_an_earlier_block(rung: str, found: list) -> None:
+@pytest.mark.parametrize(("rung", "found"), [("values", 0), ("export", 3)])
+def test_writes_to_a_view_of_an_earlier_block(rung: str, found: int) -> None:
     module = Stack(WritesThroughView(), WritesThroughView(), WritesThroughView())
-    assert layout(captured(module, torch.randn(2, 3, 6), rung=rung)) == found
+    assert len(layout(captured(module, torch.randn(2, 3, 6), rung=rung))) == found
 
 
 def test_later_readers_do_not_forbid_writes() -> None:
+    class Views(Block):
+        def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+            assert skip is not None
+            return super().forward(x, skip.view(3, 2, 6).view(2, 3, 6))
+
     class MasksFirst(Stack):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             mask = x * 2
@@ -241,7 +246,7 @@ def test_later_readers_do_not_forbid_writes() -> None:
                 x = layer(x, mask)
             return x
 
-    assert layout(captured(MasksFirst(Block(), Block()), torch.randn(2, 3, 6))) == blocks("layers", 0, 0)
+    assert layout(captured(MasksFirst(Views(), Views()), torch.randn(2, 3, 6))) == blocks("layers", 0, 0)
 
 
 def test_writes_within_a_block_stay_there() -> None:
@@ -259,7 +264,7 @@ def test_writes_within_a_block_stay_there() -> None:
 def test_an_ignored_result_of_the_last_block_does_not_tell_it_apart() -> None:
     class Two(Block):
         def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> Any:
-            return super().forward(x), skip * 2 + x
+            return super().forward(x, skip), skip * 2 + x
 
     class Both(Stack):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

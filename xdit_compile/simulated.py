@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,19 @@ Step = tuple[Any, tuple[Any, ...], str]
 
 
 @torch.no_grad()
-def run_simulated(programs: Sequence[Program], module: nn.Module, args: tuple, kwargs: dict) -> list[Any]:
+def run_simulated(
+    programs: Sequence[Program],
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    observe: Callable[[int, Any, tuple[Any, ...]], None] | None = None,
+) -> list[Any]:
     """Each rank's result of a call, collectives computed by their plain definitions.
 
     Args:
         programs: the local program of every rank, partitioned on a simulated mesh.
         module: holds the weights.
+        observe: told of every collective: the rank, the op and its arguments.
 
     Raises:
         AgreementError: when ranks do not meet at the same collectives.
@@ -40,6 +47,9 @@ def run_simulated(programs: Sequence[Program], module: nn.Module, args: tuple, k
         if ready is None:
             raise AgreementError(f"ranks wait for one another: {[(r, str(s[0]), s[2]) for r, s in waiting.items()]}")
         steps = [waiting.pop(rank) for rank in ready]
+        for rank, (op, given, _) in zip(ready, steps, strict=True):
+            if observe is not None:
+                observe(rank, op, given)
         outputs = simulate(steps[0][0], [step[1] for step in steps])
         for rank, output in zip(ready, outputs, strict=True):
             _advance(rank, ranks[rank], output, waiting, results)

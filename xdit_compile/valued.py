@@ -148,13 +148,13 @@ def bake(
         constant: adds a placeholder for a tensor.
     """
     graph = module.graph
+    known.read |= {source for one in known.sized if not one.parents for source in one.sources}
     for one in known.sized:
-        if not one.parents:
-            known.read |= one.sources
         if id(one.fake) not in nodes or any(id(parent) in nodes for parent in one.parents):
             continue
+        if not one.sources <= known.read:
+            continue
         node = nodes[id(one.fake)]
-        known.read |= one.sources
         node.replace_all_uses_with(constant(one.value))
         erase_with_sources(node)
     places = {nodes[id(mask)]: positions for mask, positions in known.masks if id(mask) in nodes}
