@@ -1,7 +1,7 @@
 # A fresh clone needs Python 3.11 or newer and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -11,12 +11,12 @@ TESTS := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 
 env: $(VENV)/.installed
 
-# torch first and by itself: the CPU build, unless TORCH_INDEX names another index, e.g. .../whl/cu130.
+# torch first and by itself, from TORCH_INDEX where one is given: PyTorch has an index for each build (cpu, cu130, ...).
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --no-deps --retries 1 $(TORCH) --extra-index-url $(TORCH_INDEX)
+	$(PIP) --no-deps $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) -c constraints.txt -e '.[test]'
 	@touch $@
 

@@ -19,11 +19,13 @@ class Nexfort(Backend):
         if not missing:
             return None
         return (
-            f"{' and '.join(missing)} not installed; onediff comes with `pip install xdit-compile[onediff]`, nexfort for "
+            f"{' and '.join(missing)} not installed; `pip install xdit-compile[onediff]` brings onediff, nexfort for "
             "CUDA from https://github.com/siliconflow/onediff (src/onediff/infer_compiler/backends/nexfort)"
         )
 
     def compile_structure(self, structure: fx.GraphModule) -> nn.Module:
         from onediff.infer_compiler import compile as onediff_compile
 
-        return onediff_compile(structure, backend="nexfort", options={"mode": "max-optimize:max-autotune:low-precision"})
+        return onediff_compile(
+            structure, backend="nexfort", options={"mode": "max-optimize:max-autotune:low-precision"}
+        )

@@ -1,8 +1,8 @@
 """Attention over split tokens: Ulysses, ring, and both together (USP, arXiv:2405.07719).
 
-Ulysses (arXiv:2309.14509) exchanges tokens for heads: queries, keys and values of one head travel to one rank, packed in
-one all-to-all, and the result travels back in another. Ring attention (arXiv:2310.01889) lets keys and values travel from
-rank to rank. Attention does not care in which order keys stand, so every rank keeps what it holds; a mask is permuted.
+Ulysses (arXiv:2309.14509) exchanges tokens for heads: queries, keys and values of one head travel to one rank, packed
+in one all-to-all, and the result travels back in another. Ring attention (arXiv:2310.01889) lets keys and values travel
+from rank to rank. Attention does not care in which order keys stand, so every rank keeps what it holds; a mask is permuted.
 """
 
 from __future__ import annotations
@@ -67,7 +67,13 @@ class _Local:
         if causal and chosen.operands.get(0) == self.facts["tokens"]:
             mask, causal = self._causal_rows(), False
         result = self.local.call(
-            ops.attention.default, *tensors[:3], mask, causal, self.facts["scale"], self.facts["enable_gqa"], self.provider()
+            ops.attention.default,
+            *tensors[:3],
+            mask,
+            causal,
+            self.facts["scale"],
+            self.facts["enable_gqa"],
+            self.provider(),
         )
         self.part.count(self.node, self.typing, self.choices)
         outs = {SEQUENCE: chosen.results[0]}
@@ -96,7 +102,7 @@ class _Heads:
 
     @staticmethod
     def of(query_heads: int, key_heads: int, ranks: int, index: int) -> _Heads:
-        """Whole groups of query heads go with their key head; with fewer key heads than ranks, key heads are replicated."""
+        """Query heads go with their key head; with fewer key heads than ranks, key heads are replicated."""
         group = query_heads // key_heads
         if key_heads >= ranks or group == 1:
             keys = share(key_heads, ranks, index)
@@ -143,7 +149,8 @@ class _Exchanged(_Local):
             raise ValueError(f"{self.node.name}: attention with dropout cannot be split")
         tokens = self.facts["tokens"]
         q, k, v = (
-            self.part.coerce(self.operands[at], self.typing.expected[at], {SEQUENCE: tokens}, self.node, at) for at in range(3)
+            self.part.coerce(self.operands[at], self.typing.expected[at], {SEQUENCE: tokens}, self.node, at)
+            for at in range(3)
         )
         if len(self.typing.expected[0]) == 2:
             q, k, v = (self.local.call(aten.unsqueeze.default, x, 0) for x in (q, k, v))

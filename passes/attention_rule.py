@@ -9,7 +9,7 @@ BOOK = RuleBook()
 
 @BOOK.rule("scaled_dot_product_attention")
 def attention(rule: Rule) -> None:
-    """Unifies batch and heads of queries, keys and values, tokens of keys and values, tokens of queries and the result."""
+    """Unifies batch and heads of queries, keys and values; tokens of keys and values; tokens of queries and result."""
     rank = len(rule.actual[0])
     tokens, channels = rank - 2, rank - 1
     mask = 3 if len(rule.operands) > 3 else None
@@ -19,7 +19,11 @@ def attention(rule: Rule) -> None:
         if dim == rank - 3 and grouped:
             _grouped_heads(rule, dim)
             continue
-        rule.loop("map", [pair for pair in users if rule.shape(pair[0])[dim] == rule.out_shape()[dim]] + _masked(rule, mask, dim), [(0, dim)])
+        rule.loop(
+            "map",
+            [pair for pair in users if rule.shape(pair[0])[dim] == rule.out_shape()[dim]] + _masked(rule, mask, dim),
+            [(0, dim)],
+        )
     rule.loop("map", [(0, tokens), *_masked(rule, mask, tokens)], [(0, tokens)])
     rule.loop("keys", [(1, tokens), (2, tokens), *_masked(rule, mask, channels, rule.shape(1)[tokens])], [])
     rule.loop("whole", [(0, channels), (1, channels)], [])

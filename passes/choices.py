@@ -28,7 +28,7 @@ RUNS_SPLIT = ("map", "sum", "mean", "halo")
 
 
 def feasible(typing: Typing, loop: Loop, split: Split) -> Choice | None:
-    """How ``loop`` looks when it is split, or None when it cannot be: exactly one dim per operand and result must be."""
+    """How ``loop`` looks when it is split: on exactly one dim per operand and result; None when it cannot be."""
     if loop.kind not in RUNS_SPLIT:
         return None
     operands = _dims(typing.expected, loop.args, split)

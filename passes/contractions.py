@@ -79,7 +79,9 @@ def einsum(rule: Rule) -> None:
     if any(len(set(term)) != len(term.replace("...", ".")) for term in terms):
         type_opaquely(rule, "a diagonal in einsum")
         return
-    rank = max((len(axes) - len(term.replace("...", "")) for term, axes in zip(terms, rule.actual, strict=True)), default=0)
+    rank = max(
+        (len(axes) - len(term.replace("...", "")) for term, axes in zip(terms, rule.actual, strict=True)), default=0
+    )
     places: dict[str, list[tuple[int, int]]] = {}
     for operand, term in enumerate(terms):
         for dim, label in enumerate(_labels(term, rank, len(rule.actual[operand]))):

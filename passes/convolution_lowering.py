@@ -33,7 +33,9 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     for name, choice in halos.items():
         inputs = _with_halo(part, typing, inputs, name, choice.operands[0], shape, padding)
     others = [
-        part.coerce(value, typing.expected[at], {n: c.operands[at] for n, c in choices.items() if at in c.operands}, node, at)
+        part.coerce(
+            value, typing.expected[at], {n: c.operands[at] for n, c in choices.items() if at in c.operands}, node, at
+        )
         for at, value in enumerate(operands)
         if at > 0
     ]
@@ -49,7 +51,13 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
 
 
 def _with_halo(
-    part: FramePartitioner, typing: Typing, inputs: fx.Node, name: str, dim: int, shape: dict[str, Any], padding: list[int]
+    part: FramePartitioner,
+    typing: Typing,
+    inputs: fx.Node,
+    name: str,
+    dim: int,
+    shape: dict[str, Any],
+    padding: list[int],
 ) -> fx.Node:
     k = dim - 2
     before = shape["padding"][k]

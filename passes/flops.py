@@ -37,7 +37,10 @@ def _einsum(node: fx.Node, shapes: list[Shape], out: Shape) -> int:
     sizes: dict[str, int] = {}
     for term, shape in zip(equation.split("->")[0].split(","), shapes, strict=True):
         sizes.update(zip(reversed(term), reversed(shape), strict=False))
-    batch = max(math.prod(shape[: len(shape) - len(term)]) for term, shape in zip(equation.split("->")[0].split(","), shapes, strict=True))
+    batch = max(
+        math.prod(shape[: len(shape) - len(term)])
+        for term, shape in zip(equation.split("->")[0].split(","), shapes, strict=True)
+    )
     return (2 if len(shapes) > 1 else 0) * math.prod(sizes.values()) * batch
 
 

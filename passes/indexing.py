@@ -37,7 +37,9 @@ def index(rule: Rule) -> None:
     indices = list(rule.arg(1, "indices"))
     used = [dim for dim, value in enumerate(indices) if isinstance(value, fx.Node)]
     one_run = used == list(range(used[0], used[-1] + 1))
-    if not one_run or any(str(value.meta["val"].dtype) in ("torch.bool", "torch.uint8") for value in indices if value is not None):
+    if not one_run or any(
+        str(value.meta["val"].dtype) in ("torch.bool", "torch.uint8") for value in indices if value is not None
+    ):
         type_opaquely(rule, "indices apart from one another or boolean")
         return
     if len(used) == 1 and _is_slice(rule, used[0]):

@@ -116,9 +116,7 @@ def _fresh(node: fx.Node, system: AxisSystem) -> list[Axes]:
     return [[system.atom(size) for size in value.shape] for value in values(node)]
 
 
-def _frame(
-    call: fx.Node, graph: fx.Graph, given: list[Given], system: AxisSystem, book: RuleBook
-) -> Frame:
+def _frame(call: fx.Node, graph: fx.Graph, given: list[Given], system: AxisSystem, book: RuleBook) -> Frame:
     frame = Frame(call, graph, {}, {}, set(), {})
     arguments = iter(given)
     for node in graph.nodes:

@@ -48,7 +48,7 @@ def stack(rule: Rule) -> None:
 
 def _cut_places(node: fx.Node, dim: int) -> int:
     """At how many places the slices of ``node`` along ``dim`` cut it."""
-    places = set()
+    places: set[Any] = set()
     for user in node.users:
         if "slice" in str(user.target) and (user.args[1] if len(user.args) > 1 else 0) == dim:
             places.update(user.args[2:4])
@@ -272,8 +272,6 @@ def pixel_shuffle(rule: Rule) -> None:
     for dim in (rank - 2, rank - 1):
         rule.add_join([(0, dim)], [(0, dim)])
         rule.outs[0][dim] = Product((rule.actual[0][dim], rule.system.atom(factor)))
-
-
 
 
 @BOOK.rule("pad_sequence")

@@ -1,4 +1,4 @@
-"""The graph that one rank runs in place of a captured one, and the values in it: what is split, whole or a partial sum."""
+"""The graph that one rank runs in place of a captured one, and its values: split, whole, or partial sums."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MOST_PIECES = 8
 class Value:
     """A tensor on this rank.
 
-    ``split`` maps a mesh dimension to the tensor dim that it splits; ``partial`` holds the mesh dimensions over which the
-    tensor must still be summed.
+    ``split`` maps a mesh dimension to the tensor dim that it splits; over the mesh dimensions in ``partial`` the tensor
+    must still be summed.
     """
 
     node: fx.Node
@@ -91,13 +91,9 @@ class LocalGraph:
 
     def gather(self, node: fx.Node, dim: int, axis: Axis, name: str, also: Sequence[str]) -> tuple[fx.Node, list[int]]:
         """All positions along mesh dimension ``name`` in their true order; also each rank's share."""
-        held = [
-            self.sharding.positions(axis, [*also, name], {name: index}) for index in range(self.parts[name])
-        ]
+        held = [self.sharding.positions(axis, [*also, name], {name: index}) for index in range(self.parts[name])]
         sizes = [len(positions) for positions in held]
-        gathered = self.call(
-            torch.ops.xdit_compile.all_gather.default, node, dim, sizes, self.groups[name]
-        )
+        gathered = self.call(torch.ops.xdit_compile.all_gather.default, node, dim, sizes, self.groups[name])
         arrived = np.concatenate(held)
         return self.take(gathered, dim, np.argsort(arrived, kind="stable"), len(arrived)), sizes
 

@@ -33,7 +33,9 @@ def group_norm(rule: Rule) -> None:
         rule.loop("stats", [(0, dim)], [(0, dim)])
 
 
-@BOOK.rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "_safe_softmax")
+@BOOK.rule(
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "_safe_softmax"
+)
 def along(rule: Rule) -> None:
     dim = rule.arg(1, "dim", -1)
     _over(rule, {dim % max(len(rule.actual[0]), 1)})

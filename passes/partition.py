@@ -12,7 +12,6 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -67,9 +66,7 @@ class FramePartitioner:
                 self.env[node] = [self.env[node.args[0]][node.args[1]]]
             elif node.op == "call_function":
                 self.env[node] = self._visit(node)
-        finals = [
-            self._result(leaf, form) for leaf, forms in zip(results, requests, strict=True) for form in forms
-        ]
+        finals = [self._result(leaf, form) for leaf, forms in zip(results, requests, strict=True) for form in forms]
         module = self.local.finish([final.node if final is not None else None for final in finals])
         return LocalStructure(module, finals, self.ledger)
 
@@ -206,7 +203,12 @@ class FramePartitioner:
             local, _ = self.local.gather(local, dim, value.axes[dim], name, also)
             sent = self.ledger.collective("all_gather", "gather", local, before, self.local, self.parts(name))
             self.ledger.gathers.append(
-                Gather(self.place(node), "the result" if at < 0 else _reason(self.frame.typings.get(node), at, dim), tuple(split), sent)
+                Gather(
+                    self.place(node),
+                    "the result" if at < 0 else _reason(self.frame.typings.get(node), at, dim),
+                    tuple(split),
+                    sent,
+                )
             )
             if self.layout.refuse_gathers and at >= 0:
                 raise PartitionError(f"{self.place(node)} would gather: {self.ledger.gathers[-1].reason}")

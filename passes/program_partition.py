@@ -1,4 +1,4 @@
-"""Partitions a whole program: one local structure for all calls that are alike, wired together as the captured one was."""
+"""Partitions a whole program: one local structure for all calls that are alike, wired as the captured one was."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ class _ProgramPartitioner:
         for node in sliced:
             value = self.env[node].whole
             assert value is not None
-            inner, split = local.graph.placeholder(node.name), {}
+            inner = local.graph.placeholder(node.name)
+            split: dict[str, int] = {}
             for name, dim in self.layout.natural(value.axes).items():
                 also = [other for other, own in split.items() if own == dim]
                 inner = local.slice(inner, dim, value.axes[dim], name, also)
@@ -158,10 +159,10 @@ class _ProgramPartitioner:
             repeated=node.meta.get("repeated", False),
         )  # fmt: skip
         position = 0
-        for k, item in users.items():
+        for item in users.values():
             self.env[item] = Form()
         for k in range(len(results)):
-            for form in requests[k]:
+            for _ in requests[k]:
                 value = structure.results[position]
                 if value is not None:
                     local = self.graph.call_function(operator.getitem, (call, position))
@@ -230,5 +231,3 @@ class Fingerprint:
             for split in self._layout.sharding.splits.values()
         )
         return number, axis.size, lengths
-
-

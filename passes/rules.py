@@ -102,7 +102,7 @@ class Rule:
         return self.node.args[index] if index < len(self.node.args) else self.node.kwargs.get(name, default)
 
     def is_table(self, operand: int) -> bool:
-        """Whether an operand depends on no input of the user: the first rows of a position table are not an axis of data."""
+        """Whether an operand depends on no input of the user: rows of a position table are not an axis of data."""
         return self.operands[operand] in self._tables
 
     def constant(self, operand: int) -> torch.Tensor | None:
@@ -117,7 +117,7 @@ class Rule:
         return list(values(self.node)[result].shape)
 
     def merge(self, pairs: Iterable[tuple[int, int]], axis: Axis | None = None) -> Axis:
-        """Unify the given dims of operands (and ``axis``); a dim that refuses becomes a boundary that expects the rest."""
+        """Unify the given dims of operands (and ``axis``); one that refuses becomes a boundary and expects the rest."""
         for operand, dim in pairs:
             own = self.actual[operand][dim]
             if axis is None:
@@ -167,11 +167,22 @@ class Rule:
 
     def typing(self) -> Typing:
         outs = [
-            [axis if axis is not None else self.system.atom(size) for axis, size in zip(axes, self.out_shape(k), strict=True)]
+            [
+                axis if axis is not None else self.system.atom(size)
+                for axis, size in zip(axes, self.out_shape(k), strict=True)
+            ]
             for k, axes in enumerate(self.outs)
         ]
         return Typing(
-            self.operands, self.expected, outs, self.loops, self.boundaries, self.emit, self.bias, self.facts, self._kept
+            self.operands,
+            self.expected,
+            outs,
+            self.loops,
+            self.boundaries,
+            self.emit,
+            self.bias,
+            self.facts,
+            self._kept,
         )
 
 

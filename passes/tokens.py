@@ -1,7 +1,7 @@
 """Finds the tokens: what sequence parallelism splits.
 
-Every attention names a token axis. A flattened grid can be cut flat, which is even, or by one of its factors, which lives
-on where the graph takes the grid apart. What is better shows when the program is partitioned on paper.
+Every attention names a token axis. A flattened grid can be cut flat, which is even, or by one of its factors, which
+lives on where the graph takes the grid apart. What is better shows when the program is partitioned on paper.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class Attention(nn.Module):
         joint = x if text is None else torch.cat([text, x], dim=1)
         batch, tokens, _ = joint.shape
         q, k, v = (
-            proj(joint).view(batch, tokens, -1, self.shape.head_dim).transpose(1, 2) for proj in (self.q, self.k, self.v)
+            proj(joint).view(batch, tokens, -1, self.shape.head_dim).transpose(1, 2)
+            for proj in (self.q, self.k, self.v)
         )
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **self.options)
         y = joint + self.out(y.transpose(1, 2).flatten(2))
@@ -139,7 +140,9 @@ def test_elements_that_leave_a_rank_are_those_of_the_papers(ulysses: int, ring: 
     for rank in partition_all(model, Plan(ulysses=ulysses, ring=ring)):
         sent = sum(item.elements for item in rank.ledger.collectives if item.purpose == "attention")
         tokens, hidden = 32, 48
-        expected = 4 * tokens * hidden * (ranks - 1) / ranks**2 if ulysses > 1 else 2 * tokens * hidden * (ranks - 1) / ranks
+        expected = (
+            4 * tokens * hidden * (ranks - 1) / ranks**2 if ulysses > 1 else 2 * tokens * hidden * (ranks - 1) / ranks
+        )
         assert sent == expected
 
 

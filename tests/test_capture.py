@@ -342,6 +342,20 @@ def test_writes_to_inputs_are_refused_and_inputs_unharmed() -> None:
     assert torch.equal(x, before)
 
 
+def test_tensors_made_by_the_code_may_be_written_to() -> None:
+    class Fills(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            table = torch.tensor([1.0, 2.0, 3.0])
+            table[0] = x[1]
+            return table * x
+
+    module = Fills().eval()
+    program = capture(module, (torch.randn(3),), {}, ladder=only("values"))
+    assert_well_formed(program)
+    assert_same(program, module, (torch.randn(3),), {})
+    assert_same(program, module, (torch.randn(3),), {})
+
+
 def test_inputs_of_other_strides_are_taken() -> None:
     class Views(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

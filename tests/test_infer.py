@@ -35,9 +35,7 @@ def sizes(axis: Axis) -> object:
 def user_axes(name: str, shape: tuple[int, ...]) -> list[Axis]:
     """Axes of the model's input of that shape."""
     inference = captured(name).inference
-    (node,) = (
-        node for node in inference.axes if node.op == "placeholder" and tuple(node.meta["val"].shape) == shape
-    )
+    (node,) = (node for node in inference.axes if node.op == "placeholder" and tuple(node.meta["val"].shape) == shape)
     return inference.axes[node][0]
 
 

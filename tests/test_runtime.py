@@ -30,14 +30,18 @@ def run_model(rank: int, name: str, plan: Plan) -> float:
     return worst
 
 
-@pytest.mark.parametrize("plan", [Plan(ulysses=2, backend="eager"), Plan(ring=2, backend="eager")], ids=["ulysses", "ring"])
+@pytest.mark.parametrize(
+    "plan", [Plan(ulysses=2, backend="eager"), Plan(ring=2, backend="eager")], ids=["ulysses", "ring"]
+)
 @pytest.mark.parametrize("name", ["flux", "sana", "latte", "qwenimage_masked"])
 def test_two_processes_give_what_one_gives(name: str, plan: Plan) -> None:
     assert max(procs.run(run_model, 2, name, plan)) <= 2e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", [Plan(ulysses=2, backend="eager"), Plan(ring=2, backend="eager")], ids=["ulysses", "ring"])
+@pytest.mark.parametrize(
+    "plan", [Plan(ulysses=2, backend="eager"), Plan(ring=2, backend="eager")], ids=["ulysses", "ring"]
+)
 @pytest.mark.parametrize("name", sorted(zoo.MODELS))
 def test_every_model_in_two_processes(name: str, plan: Plan) -> None:
     assert max(procs.run(run_model, 2, name, plan)) <= 2e-5
@@ -170,7 +174,9 @@ def test_a_rank_that_left_is_noticed_in_time() -> None:
 
 def other_plan(rank: int) -> str:
     module, args, kwargs = small_module()
-    xdit_compile.parallelize(module, Plan(ulysses=2, backend="eager", attention=["sdpa", "sdpa_flash"][rank], timeout_s=20))
+    xdit_compile.parallelize(
+        module, Plan(ulysses=2, backend="eager", attention=["sdpa", "sdpa_flash"][rank], timeout_s=20)
+    )
     try:
         module(*args, **kwargs)
     except AgreementError as error:

@@ -64,7 +64,9 @@ def test_two_mesh_dimensions_split_one_grid() -> None:
     grid = Product((h, w))
     splits = {"rows": Split("rows", 3, [(h,)]), "columns": Split("columns", 2, [(w,)])}
     held = [
-        Sharding(splits, {"rows": r, "columns": c}).positions(grid, ["rows", "columns"]) for r in range(3) for c in range(2)
+        Sharding(splits, {"rows": r, "columns": c}).positions(grid, ["rows", "columns"])
+        for r in range(3)
+        for c in range(2)
     ]
     assert sorted(np.concatenate(held)) == list(range(24))
     assert Sharding(splits, {"rows": 0, "columns": 1}).length(grid, ["rows", "columns"]) == 4

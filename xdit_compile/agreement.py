@@ -1,7 +1,7 @@
 """Ranks tell each other what they are about to do, and stop together where they differ.
 
-Everything goes through the key-value store of the process group, never through a collective: a collective is what must not
-be entered before all agree.
+Everything goes through the key-value store of the process group, never through a collective: a collective is what must
+not be entered before all agree.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Agreement:
         key = self._key(f"share{self._talks}", 0)
         if self._rank == 0:
             assert value is not None
-            self._store.set(key, value)
-        return bytes(self._wait(key, 0))
+            self._store.set(key, value.hex())
+        return bytes.fromhex(self._wait(key, 0).decode())
 
     def agree(self, stage: str, facts: Mapping[str, str]) -> None:
         """Return once every rank has come to this stage with equal facts.

@@ -28,9 +28,9 @@ RUNNER = "forward"
 def parallelize(target: Any, plan: Plan | None = None) -> Any:
     """Make a pipeline's denoisers, or one module, run on all ranks of a plan; changes it in place.
 
-    Under torchrun (or any launcher that sets ``RANK`` and ``WORLD_SIZE``) the default process group is used, and made if
-    need be. Every rank must call this with the same plan on the same weights. With a plan of one rank it works in one
-    process, too. Nothing is captured before the first call.
+    Under torchrun (or any launcher that sets ``RANK`` and ``WORLD_SIZE``) the default process group is used, and made
+    if need be. Every rank must call this with the same plan on the same weights. With a plan of one rank it works in
+    one process, too. Nothing is captured before the first call.
 
     Args:
         target: a diffusers pipeline or an ``nn.Module`` in evaluation mode.

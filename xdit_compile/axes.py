@@ -170,7 +170,7 @@ class AxisSystem:
         return Concat([outer for outer, _ in pairs]), pairs[0][1]
 
     def _split_chunks(self, axis: Axis, inner: int) -> tuple[Axis, Axis]:
-        """A concatenation whose parts are smaller than ``inner``: every run of ``inner`` positions is one and the same axis."""
+        """A concatenation of parts smaller than ``inner``: every run of ``inner`` positions is the same axis."""
         chunk, rest = self.cut(axis, inner)
         count = axis.size // inner
         for left in range(count - 1, 0, -1):
@@ -210,8 +210,8 @@ class AxisSystem:
             inner = axis.size // axis.factors[0].size
             if at % inner:
                 raise Conflict(f"a cut at {at} falls inside a factor of {inner} of {axis!r}")
-            low, high = self.cut(axis.factors[0], at // inner)
-            return product((low, *axis.factors[1:])), product((high, *axis.factors[1:]))
+            head, tail = self.cut(axis.factors[0], at // inner)
+            return product((head, *axis.factors[1:])), product((tail, *axis.factors[1:]))
         assert isinstance(axis, Concat)
         before: list[Axis] = []
         after: list[Axis] = []
@@ -222,9 +222,9 @@ class AxisSystem:
             elif offset >= at:
                 after.append(part)
             else:
-                low, high = self.cut(part, at - offset)
-                before.append(low)
-                after.append(high)
+                head, tail = self.cut(part, at - offset)
+                before.append(head)
+                after.append(tail)
             offset += part.size
         return concat(before), concat(after)
 

@@ -10,7 +10,6 @@ import torch
 
 from .program import Program
 
-
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, type(None))
 """Leaves whose text says all that counts."""
 

@@ -40,7 +40,7 @@ def denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
 class _Synchronised:
     """Mixed into a pipeline's class: its outer call draws the same random numbers on every rank.
 
-    Python looks ``__call__`` up on the class, so an instance alone cannot change it; name, module and ``isinstance`` stay.
+    Python looks ``__call__`` up on the class, so an instance alone cannot change it; name and ``isinstance`` stay.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

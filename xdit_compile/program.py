@@ -27,12 +27,12 @@ class Input:
 class Program:
     """Prologue, blocks and epilogue of one module for one signature.
 
-    ``root`` is a GraphModule whose placeholders stand in the order of ``inputs`` and carry ``meta["val"]`` fakes. Each of
-    its computing nodes is a ``call_module`` whose target is one entry of ``structures`` (several calls may share one) or
-    an ``operator.getitem`` on such a call; its output is a flat tuple. A call carries ``meta["path"]``, the path of the
-    module it stands for (``""`` for what lies between blocks), and ``meta["repeated"]``, whether it belongs to a list of
-    repeated blocks. Every structure is a functional ATen GraphModule: placeholders, ``call_function`` nodes and one flat
-    tuple as output, each node with ``meta["val"]``; weights come in as arguments.
+    ``root`` is a GraphModule whose placeholders stand in the order of ``inputs`` and carry ``meta["val"]`` fakes. Each
+    of its computing nodes is a ``call_module`` whose target is one entry of ``structures`` (several calls may share one)
+    or an ``operator.getitem`` on such a call; its output is a flat tuple. A call carries ``meta["path"]``, the path of
+    the module it stands for (``""`` for what lies between blocks), and ``meta["repeated"]``, whether it belongs to a
+    list of repeated blocks. Every structure is a functional ATen GraphModule: placeholders, ``call_function`` nodes and
+    one flat tuple as output, each node with ``meta["val"]``; weights come in as arguments.
 
     ``outputs`` says how the module's flat result is made: an ``int`` is a position in the root's output tuple, anything
     else is wrapped in ``Constant``.
@@ -65,7 +65,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """A value that the capture baked in: flat tensor input ``position`` must equal ``value`` or the module is captured anew."""
+    """A value that the capture baked in: a call whose flat input ``position`` has another is captured anew."""
 
     position: int
     value: torch.Tensor

@@ -50,8 +50,8 @@ class CollectiveEntry:
 class Report:
     """How a plan splits one call of a module, seen from one rank.
 
-    ``imbalance`` is the busiest rank's arithmetic over the mean; ``replicated_flops`` the share of the graph's arithmetic
-    that every rank repeats; ``memory`` bytes by kind on this rank.
+    ``imbalance`` is the busiest rank's arithmetic over the mean; ``replicated_flops`` the share of the graph's
+    arithmetic that every rank repeats; ``memory`` bytes by kind on this rank.
     """
 
     ranks: int
@@ -176,7 +176,9 @@ def _rendered(found: Report) -> list[Any]:
 
     axes = Table("axis", "role", "size", "split", "first seen", title="axes of attention", title_justify="left")
     for entry in found.axes:
-        axes.add_row(entry.axis.replace("[", r"\["), entry.role, str(entry.size), "yes" if entry.split else "", entry.where)
+        axes.add_row(
+            entry.axis.replace("[", r"\["), entry.role, str(entry.size), "yes" if entry.split else "", entry.where
+        )
     collectives = Table(
         "collective", "purpose", "calls", "elements", "bytes", title="per call of the module, leaving this rank",
         title_justify="left",
@@ -188,9 +190,9 @@ def _rendered(found: Report) -> list[Any]:
         place = f"{gather.place.path} {gather.place.node}".strip()
         gathers.add_row(place, "yes" if gather.place.repeated else "", gather.reason, f"{gather.bytes:,}")
     head = (
-        f"{found.ranks} ranks; captured by {found.captured_by}; {found.blocks} repeated blocks, {found.structures} distinct "
-        f"structures\n{found.flops / 1e9:,.2f} GFLOP a call; {found.replicated_flops:.2%} replicated; busiest rank "
-        f"{found.imbalance:.3f} of the mean; weights {found.memory['weights'] / 2**20:,.1f} MiB a rank; "
+        f"{found.ranks} ranks; captured by {found.captured_by}; {found.blocks} repeated blocks, {found.structures} "
+        f"distinct structures\n{found.flops / 1e9:,.2f} GFLOP a call; {found.replicated_flops:.2%} replicated; busiest "
+        f"rank {found.imbalance:.3f} of the mean; weights {found.memory['weights'] / 2**20:,.1f} MiB a rank; "
         f"{len(found.boundaries)} boundaries"
     )
     parts: list[Any] = [head, axes, collectives]

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from .agreement import Agreement
 from .backends.base import Backend
 from .build import Analysis, analyse, place
-from .dump import dump
 from .digest import digest, digest_program, digest_shapes, digest_tensors
+from .dump import dump
 from .errors import XditCompileError
 from .interpret import assemble, bind
 from .mesh import Mesh

@@ -18,7 +18,7 @@ Unit = tuple[Axis, ...]
 
 
 def share(size: int, parts: int, index: int) -> tuple[int, int]:
-    """Start and stop of part ``index`` of ``size`` positions cut into ``parts`` as evenly as they go, larger parts first."""
+    """Start and stop of part ``index`` of ``size`` positions in ``parts`` parts, even as they go, larger ones first."""
     base, extra = divmod(size, parts)
     start = index * base + min(index, extra)
     return start, start + base + (index < extra)
@@ -77,11 +77,11 @@ class Split:
         if run is False:
             return axis.size
         if run is True:
-            return sum(self.length(part, index) for part in axis.parts)  # type: ignore[attr-defined]
-        outer, middle, inner = self._parts(axis, run)
+            return sum(self.length(part, index) for part in _parts(axis))
+        outer, middle, inner = self._around(axis, run)
         return math.prod(f.size for f in (*outer, *inner)) * self._held(middle, index)
 
-    def _parts(self, axis: Axis, run: tuple[int, int]) -> tuple[Sequence[Axis], Sequence[Axis], Sequence[Axis]]:
+    def _around(self, axis: Axis, run: tuple[int, int]) -> tuple[Sequence[Axis], Sequence[Axis], Sequence[Axis]]:
         factors = _factors(axis)
         return factors[: run[0]], factors[run[0] : run[1]], factors[run[1] :]
 
@@ -97,12 +97,10 @@ class Split:
         if run is False:
             return np.arange(axis.size)
         if run is True:
-            parts = axis.parts  # type: ignore[attr-defined]
+            parts = _parts(axis)
             offsets = np.cumsum([0] + [part.size for part in parts])
-            return np.concatenate(
-                [self.positions(part, index) + at for part, at in zip(parts, offsets, strict=False)]
-            )
-        outer, middle, inner = self._parts(axis, run)
+            return np.concatenate([self.positions(part, index) + at for part, at in zip(parts, offsets, strict=False)])
+        outer, middle, inner = self._around(axis, run)
         if len(middle) == 1 and isinstance(middle[0], Concat) and middle not in self.units:
             kept = self.positions(middle[0], index)
         else:
@@ -143,3 +141,7 @@ class Sharding:
 
 def _factors(axis: Axis) -> Sequence[Axis]:
     return axis.factors if isinstance(axis, Product) else (axis,)
+
+
+def _parts(axis: Axis) -> Sequence[Axis]:
+    return axis.parts if isinstance(axis, Concat) else (axis,)

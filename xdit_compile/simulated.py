@@ -65,7 +65,9 @@ def _ready(waiting: dict[int, Step]) -> list[int] | None:
     return None
 
 
-def _advance(rank: int, steps: Generator, value: Any, waiting: dict[int, Step], results: dict[int, tuple]) -> None:
+def _advance(
+    rank: int, steps: Generator[Step, Any, tuple], value: Any, waiting: dict[int, Step], results: dict[int, tuple]
+) -> None:
     try:
         waiting[rank] = steps.send(value)
     except StopIteration as finished:

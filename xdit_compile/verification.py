@@ -20,15 +20,13 @@ def verify(found: Any, expected: Any) -> None:
     Raises:
         VerificationError: where they differ by more than rounding; the message says what to do.
     """
-    for position, (one, other) in enumerate(
-        zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
-    ):
+    for position, (one, other) in enumerate(zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)):
         if not isinstance(other, torch.Tensor):
             continue
         difference = relative_difference(one, other) if one.shape == other.shape else float("inf")
         limit = TOLERANCE.get(other.dtype, 0.0)
         if not difference <= limit:
             raise VerificationError(
-                f"output {position} of the split program differs from the unsplit one by {difference:.1e} of its greatest "
-                f"value (allowed {limit:.0e}); please report this model, and run it with ulysses=1, ring=1 until then"
+                f"output {position} of the split program differs from the unsplit one by {difference:.1e} of its "
+                f"greatest value (allowed {limit:.0e}); please report this model, and run it on one rank until then"
             )
