@@ -2,7 +2,8 @@
 
 Ulysses (arXiv:2309.14509) exchanges tokens for heads: queries, keys and values of one head travel to one rank, packed
 in one all-to-all, and the result travels back in another. Ring attention (arXiv:2310.01889) lets keys and values travel
-from rank to rank. Attention does not care in which order keys stand, so every rank keeps what it holds; a mask is permuted.
+from rank to rank. Attention does not care in which order keys stand, so every rank keeps what it holds, and a mask is
+permuted.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ SEQUENCE = "sequence"
 class Layout:
     """One rank's view of how a program is split.
 
-    ``groups`` and ``parts`` are by the name of the mesh dimension; ``sequence`` stands for the ring and Ulysses dimensions
-    taken as one.
+    ``groups`` and ``parts`` are by the name of the mesh dimension; ``sequence`` stands for the ring and Ulysses
+    dimensions taken as one.
     """
 
     mesh: Mesh

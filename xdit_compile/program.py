@@ -28,7 +28,7 @@ class Program:
     """Prologue, blocks and epilogue of one module for one signature.
 
     ``root`` is a GraphModule whose placeholders stand in the order of ``inputs`` and carry ``meta["val"]`` fakes. Each
-    of its computing nodes is a ``call_module`` whose target is one entry of ``structures`` (several calls may share one)
+    of its computing nodes is a ``call_module`` whose target is one entry of ``structures`` (several calls may share it)
     or an ``operator.getitem`` on such a call; its output is a flat tuple. A call carries ``meta["path"]``, the path of
     the module it stands for (``""`` for what lies between blocks), and ``meta["repeated"]``, whether it belongs to a
     list of repeated blocks. Every structure is a functional ATen GraphModule: placeholders, ``call_function`` nodes and
