@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -50,18 +52,13 @@ class Team:
         self._folder = tempfile.TemporaryDirectory(prefix="benchmark-")
         pairs = [context.Pipe() for _ in range(count)]
         self._ends = [mine for mine, _ in pairs]
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
         self._members = [
             context.Process(target=_serve, args=(theirs, rank, count, self._folder.name, setting), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
-        for member in self._members:
-            member.start()
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        with _environment({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "DIFFUSERS_VERBOSITY": "error"}):
+            for member in self._members:
+                member.start()
 
     def prepare(self, name: str) -> tuple[Any, float]:
         """Build a contender and run its first call: its result on the first process, and the seconds that took."""
@@ -101,6 +98,21 @@ class Team:
         if errors:
             raise Failed(errors[0])
         return [value for _, value in answers]
+
+
+@contextlib.contextmanager
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
+    """Variables that processes started in the block inherit."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _serve(end: Connection, rank: int, count: int, folder: str, setting: Setting) -> None:

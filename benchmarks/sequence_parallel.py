@@ -84,6 +84,8 @@ def main(backend, hidden, blocks, tokens, text, head_dim, batch, rounds, only, p
     teams = {count: Team(count, setting) for count in sorted({entry.processes for entry in wanted})}
     try:
         entries = _prepare(wanted, teams, console)
+        load = os.getloadavg()[0]
+        console.print(f"measuring {rounds} rounds; load average {load:.1f} on {os.cpu_count()} cores", highlight=False)
         _measure([entry for entry in entries if entry.failure is None], teams, rounds)
         for entry in entries:
             if profile and entry.failure is None:
@@ -93,9 +95,12 @@ def main(backend, hidden, blocks, tokens, text, head_dim, batch, rounds, only, p
         for team in teams.values():
             team.close()
     to = next(entry for entry in entries if entry.contender.name == base(backend))
-    console.print(_table(entries, to, setting))
+    console.print(_table(entries, to, setting, load))
+    for entry in entries:
+        if entry.failure is not None:
+            console.print(f"not measured: {entry.contender.name}: {entry.failure}", markup=False, highlight=False)
     if json_file:
-        found = {**_about(setting), "contenders": [entry.as_json(to) for entry in entries]}
+        found = {**_about(setting), "load_average": load, "contenders": [entry.as_json(to) for entry in entries]}
         json_file.write_text(json.dumps(found, indent=1) + "\n")
     if any(entry.difference is not None and entry.difference > TOLERANCE for entry in entries):
         raise SystemExit(f"a contender differs from the unsplit module by more than {TOLERANCE:.0e}")
@@ -134,11 +139,11 @@ def _measure(entries: list[Entry], teams: dict[int, Team], rounds: int) -> None:
             entry.steps.append(teams[entry.contender.processes].step(entry.contender.name))
 
 
-def _table(entries: list[Entry], to: Entry, setting: Setting) -> Table:
+def _table(entries: list[Entry], to: Entry, setting: Setting, load: float) -> Table:
     size = setting.size
     title = (
         f"{size.blocks} blocks, {size.hidden} hidden, {size.tokens} + {size.text} tokens, batch {size.batch}, fp32; "
-        f"one thread per process; {len(to.steps)} interleaved rounds"
+        f"one thread per process;\n{len(to.steps)} interleaved rounds; load average {load:.1f} on {os.cpu_count()} cores"
     )
     table = Table("contender", title=title, title_justify="left")
     for column in ("processes", "median s", "least s", "cpu s", "ratio", "difference", "first call s"):
@@ -146,7 +151,6 @@ def _table(entries: list[Entry], to: Entry, setting: Setting) -> Table:
     for entry in entries:
         name, count = entry.contender.name, str(entry.contender.processes)
         if entry.failure is not None:
-            table.add_row(f"{name}\n  {entry.failure}".replace("[", r"\["), count, "-", "-", "-", "-", "-", "-")
             continue
         table.add_row(
             name,
@@ -171,7 +175,6 @@ def _about(setting: Setting) -> dict[str, Any]:
             "kind": platform.machine(),
             "vectors": torch.backends.cpu.get_cpu_capability(),
         },
-        "load_average": os.getloadavg(),
     }
 
 

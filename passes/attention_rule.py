@@ -27,7 +27,7 @@ def attention(rule: Rule) -> None:
     rule.loop("map", [(0, tokens), *_masked(rule, mask, tokens)], [(0, tokens)])
     rule.loop("keys", [(1, tokens), (2, tokens), *_masked(rule, mask, channels, rule.shape(1)[tokens])], [])
     rule.loop("whole", [(0, channels), (1, channels)], [])
-    rule.loop("map", [(2, channels)], [(0, channels)])
+    rule.loop("whole", [(2, channels)], [(0, channels)])
     rule.facts["attention"] = {
         "tokens": tokens,
         "mask": mask,

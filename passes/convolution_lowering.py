@@ -16,38 +16,46 @@ if TYPE_CHECKING:
 
 
 def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
-    """The convolution with halos, where the input is split along a dim that it slides over."""
+    """The convolution on this rank's shards, or None where nothing of it is split.
+
+    Rows that it slides over bring their neighbours' rows; split channels are a partial sum, whose bias is added once;
+    a depthwise convolution has as many groups as this rank has channels.
+    """
     choices: dict[str, Choice] = {}
     for name, split in part.sharding.splits.items():
         chosen = choose(typing, operands, split)
         if chosen is not None:
             choices[name] = chosen
-    halos = {name: choice for name, choice in choices.items() if choice.loop.kind == "halo"}
-    if not halos:
+    if not choices:
         return None
     shape = typing.facts["convolution"]
-    inputs = part.coerce(
-        operands[0], typing.expected[0], {n: c.operands[0] for n, c in choices.items() if 0 in c.operands}, node, 0
-    )
-    padding = list(shape["padding"])
-    for name, choice in halos.items():
-        inputs = _with_halo(part, typing, inputs, name, choice.operands[0], shape, padding)
-    others = [
-        part.coerce(
-            value, typing.expected[at], {n: c.operands[at] for n, c in choices.items() if at in c.operands}, node, at
-        )
-        for at, value in enumerate(operands)
-        if at > 0
+    tensors = [
+        part.coerce(value, typing.expected[at], _required(choices, at), node, at) for at, value in enumerate(operands)
     ]
+    padding = list(shape["padding"])
+    for name, choice in choices.items():
+        if choice.loop.kind == "halo":
+            tensors[0] = _with_halo(part, typing, tensors[0], name, choice.operands[0], shape, padding)
     part.count(node, typing, choices)
-    outs = {name: choice.results[0] for name, choice in choices.items()}
-    value = Value(inputs, typing.outs[0], node.meta["val"].dtype, outs)
+    summed = frozenset(name for name, choice in choices.items() if choice.loop.kind == "sum")
+    outs = {name: choice.results[0] for name, choice in choices.items() if choice.results}
+    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, outs, summed)
     sizes = part.local.sizes(value)
-    if 0 in sizes:
-        value.node = part.local.call(aten.new_zeros.default, inputs, sizes)
+    given = Value(tensors[0], typing.expected[0], value.dtype, _required(choices, 0))
+    if 0 in sizes or 0 in part.local.sizes(given):
+        value.node = part.local.call(aten.new_zeros.default, tensors[0], sizes)
     else:
-        value.node = _call(part, node, [inputs, *others], padding)
+        groups = sizes[1] if typing.facts.get("depthwise") else shape["groups"]
+        value.node = _call(part, node, tensors[:2] if summed else tensors, padding, groups)
+    if summed and len(tensors) > 2:
+        value = part.summed(value)
+        column = part.local.call(aten.reshape.default, tensors[2], [-1, *[1] * (len(sizes) - 2)])
+        value.node = part.local.call(aten.add.Tensor, value.node, column)
     return [value]
+
+
+def _required(choices: dict[str, Choice], operand: int) -> dict[str, int]:
+    return {name: choice.operands[operand] for name, choice in choices.items() if operand in choice.operands}
 
 
 def _with_halo(
@@ -82,13 +90,10 @@ def _with_halo(
     return inputs
 
 
-def _call(part: FramePartitioner, node: fx.Node, tensors: list[fx.Node], padding: list[int]) -> fx.Node:
-    args = list(node.args)
-    args[: len(tensors)] = tensors
-    defaults = [None, None, None, [1], [0], [1], 1]
-    while len(args) < 5:
-        args.append(defaults[len(args)] if len(args) != 2 else None)
-    if len(tensors) == 2:
-        args[2] = None
-    args[4] = padding
-    return part.local.call(node.target, *args, **{k: v for k, v in node.kwargs.items() if k not in ("padding", "bias")})
+def _call(part: FramePartitioner, node: fx.Node, tensors: list[fx.Node], padding: list[int], groups: int) -> fx.Node:
+    stride, dilation = (node.args[at] if len(node.args) > at else [1] for at in (3, 5))
+    bias = tensors[2] if len(tensors) > 2 else None
+    if "convolution" in str(node.target):
+        tail = (node.args[6], node.args[7], groups)
+        return part.local.call(node.target, *tensors[:2], bias, stride, padding, dilation, *tail)
+    return part.local.call(node.target, *tensors[:2], bias, stride, padding, dilation, groups)

@@ -27,11 +27,18 @@ def convolution(rule: Rule) -> None:
         return
     stride, padding = _per_dim(rule.arg(3, "stride", 1), rank), _per_dim(rule.arg(4, "padding", 0), rank)
     dilation = _per_dim(rule.arg(5, "dilation", 1), rank)
-    _channels(rule, rule.arg(8, "groups", 1) if general else rule.arg(6, "groups", 1))
+    groups = rule.arg(8, "groups", 1) if general else rule.arg(6, "groups", 1)
+    _channels(rule, groups)
     kernel = rule.shape(1)[2:]
     for k in range(rank):
         _space(rule, k + 2, kernel[k], stride[k], padding[k], dilation[k])
-    rule.facts["convolution"] = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    rule.facts["convolution"] = {
+        "kernel": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+    }
 
 
 def _channels(rule: Rule, groups: int) -> None:

@@ -149,8 +149,6 @@ class FramePartitioner:
     def _biased(self, node: fx.Node, typing: Typing, value: Value) -> Value:
         total = self.summed(value)
         bias = self.env[typing.operands[typing.bias]][0]  # type: ignore[index]
-        if "convolution" in typing.facts:
-            raise PartitionError(f"{node.name}: a convolution contracted over a split dim with a bias")
         column = {name: len(bias.axes) - 1 for name, dim in total.split.items() if dim == len(total.axes) - 1}
         local = self.coerce(bias, typing.expected[typing.bias], column, node, typing.bias)  # type: ignore[index]
         return dataclasses.replace(total, node=self.local.call(aten.add.Tensor, total.node, local))
@@ -295,8 +293,6 @@ class Emission:
             return self._mean()
         if summed and self.typing.bias is not None:
             return self._unbiased()
-        if "convolution" in self.typing.facts and 0 in self.out_sizes(0):
-            return self.call(aten.new_zeros.default, self.operand(0), self.out_sizes(0))
         return self.typing.emit(self) if self.typing.emit is not None else self.same()
 
     def _mean(self) -> fx.Node:

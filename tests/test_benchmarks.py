@@ -1,0 +1,59 @@
+"""The benchmarks run, at sizes too small to measure anything."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = pathlib.Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+LARGEST_DIFFERENCE = 2e-5
+
+
+def run(script: str, *options: str, tmp_path: pathlib.Path) -> dict:
+    """What a benchmark writes as JSON."""
+    out = tmp_path / "found.json"
+    command = [sys.executable, str(BENCHMARKS / script), *options, "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+def test_sequence_parallel_compares_every_contender_before_it_times_them(tmp_path: pathlib.Path) -> None:
+    sizes = ["--hidden", "32", "--head_dim", "16", "--blocks", "2", "--tokens", "16", "--text", "3"]
+    found = run("sequence_parallel.py", "--backend", "eager", "--rounds", "2", *sizes, tmp_path=tmp_path)
+    contenders = {entry["name"]: entry for entry in found["contenders"]}
+    for name in ("one process, eager", "ulysses 2, eager", "ring 2, eager", "diffusers ulysses 2, eager"):
+        entry = contenders[name]
+        assert entry["failure"] is None and len(entry["wall_s"]) == 2 and entry["ratio"] > 0
+        assert entry["difference"] <= LARGEST_DIFFERENCE
+    for name in ("ulysses 2, eager, collectives stubbed", "ring 2, eager, collectives stubbed"):
+        assert contenders[name]["failure"] is None and contenders[name]["median_s"] > 0
+    assert contenders["one process, eager"]["ratio"] == 1
+
+
+def test_capture_counts_what_it_made(tmp_path: pathlib.Path) -> None:
+    found = run("capture.py", "--double", "3", "--single", "3", "--rounds", "1", tmp_path=tmp_path)
+    (one,) = found["rounds"]
+    assert all(seconds > 0 for seconds in one["seconds"].values())
+    assert one["counts"]["collectives"] == 2 * 6 + 1
+    assert one["counts"]["captured nodes, each structure once"] < one["counts"]["captured nodes, every call"]
+
+
+def test_stubs_are_taken_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from contenders import Stubs
+
+    real = dist.all_to_all_single
+    x, out = torch.arange(4.0), torch.empty(4)
+    with pytest.raises(KeyError), Stubs().installed() as stubs:
+        dist.all_to_all_single(out, x, [2, 2], [2, 2])
+        assert stubs.calls == 1 and torch.equal(out, x)
+        raise KeyError
+    assert dist.all_to_all_single is real
