@@ -143,7 +143,7 @@ def _table(entries: list[Entry], to: Entry, setting: Setting, load: float) -> Ta
     size = setting.size
     title = (
         f"{size.blocks} blocks, {size.hidden} hidden, {size.tokens} + {size.text} tokens, batch {size.batch}, fp32; "
-        f"one thread per process;\n{len(to.steps)} interleaved rounds; load average {load:.1f} on {os.cpu_count()} cores"
+        f"one thread per process;\n{len(to.steps)} interleaved rounds; load average {load:.1f}, {os.cpu_count()} cores"
     )
     table = Table("contender", title=title, title_justify="left")
     for column in ("processes", "median s", "least s", "cpu s", "ratio", "difference", "first call s"):

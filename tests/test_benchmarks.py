@@ -25,8 +25,9 @@ def run(script: str, *options: str, tmp_path: pathlib.Path) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_sequence_parallel_compares_every_contender_before_it_times_them(tmp_path: pathlib.Path) -> None:
-    sizes = ["--hidden", "32", "--head_dim", "16", "--blocks", "2", "--tokens", "16", "--text", "3"]
+    sizes = ["--hidden", "32", "--head_dim", "16", "--blocks", "2", "--tokens", "16", "--text", "4"]
     found = run("sequence_parallel.py", "--backend", "eager", "--rounds", "2", *sizes, tmp_path=tmp_path)
     contenders = {entry["name"]: entry for entry in found["contenders"]}
     for name in ("one process, eager", "ulysses 2, eager", "ring 2, eager", "diffusers ulysses 2, eager"):

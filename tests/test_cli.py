@@ -61,7 +61,7 @@ def files(folder: Path) -> set[str]:
         ("--ulysses_degree 2", "needs 2 processes but 1 are running"),
         ("--nproc 2 --ulysses_degree -1", "ulysses=-1 must be a whole number of at least 1"),
         ("--ring-degree 0", "ring=0 must be a whole number of at least 1"),
-        ("--backend tvm", "backend='tvm' is unknown; choose one of inductor, nexfort, eager"),
+        ("--backend tvm", "backend='tvm' is unknown; choose one of auto, inductor, nexfort, eager"),
         ("--attention magic", "attention='magic' is unknown; choose one of auto, sdpa"),
         ("--nproc 0", "--nproc 0 must be at least 1"),
         ("--model ./nowhere", "--model ./nowhere is no folder"),

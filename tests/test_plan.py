@@ -34,7 +34,7 @@ def test_degrees_must_multiply_to_the_world(ulysses: int, ring: int, world: int)
         ("ring", 2.0, "ring=2.0 must be"),
         ("ring", True, "ring=True must be"),
         ("ring", "2", "ring='2' must be"),
-        ("backend", "tvm", "backend='tvm' is unknown; choose one of inductor, nexfort, eager"),
+        ("backend", "tvm", "backend='tvm' is unknown; choose one of auto, inductor, nexfort, eager"),
         ("attention", "magic", "attention='magic' is unknown; choose one of auto"),
         ("fallback", "hope", "fallback='hope' is unknown"),
         ("verify", 1, "verify=1 must be True or False"),

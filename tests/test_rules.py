@@ -1,4 +1,4 @@
-"""Every rule, with each dim of its input split over ranks that do not divide it: exact, whatever the rule says of the dim."""
+"""Every rule, with each dim of its input split over ranks that do not divide it: exact, whatever the rule says."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OPERATORS: dict[str, Function] = {
     "odd step": lambda x: x[:, ::3],
     "chunk": lambda x: sum(x.chunk(2, 1)),
     "split sizes": lambda x: torch.cat(x.split([3, 4, 7], 1)[::-1], 1),
-    "single steps": lambda x: torch.cat([part for part in x.split(1, 1)][::-1], 1),
+    "single steps": lambda x: torch.cat(x.split(1, 1)[::-1], 1),
     "unbind": lambda x: torch.stack(x.unbind(1), 1),
     "select": lambda x: x.select(1, 3) + x.select(1, -1),
     "write a part": lambda x: torch.slice_scatter(x, x[:, :4] * 3, 1, 5, 9),
@@ -106,7 +106,7 @@ OPERATORS: dict[str, Function] = {
     "split attention": lambda x: F.scaled_dot_product_attention(*(x.transpose(1, 2),) * 3),
     "attention of a few": lambda x: F.scaled_dot_product_attention(x[:, :2].transpose(1, 2), *(x.transpose(1, 2),) * 2),
     "attention of others": lambda x: F.scaled_dot_product_attention(x.transpose(1, 2), *(table(2, 5, 3, 6),) * 2),
-    "causal across": lambda x: F.scaled_dot_product_attention(x.transpose(1, 2), *(table(2, 5, 14, 6),) * 2, is_causal=True),
+    "causal": lambda x: F.scaled_dot_product_attention(x.transpose(1, 2), *(table(2, 5, 14, 6),) * 2, is_causal=True),
 }  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     flags = (
         click.option("--ulysses_degree", type=int, default=1, help="Ranks that exchange tokens for heads."),
         click.option("--ring_degree", type=int, default=1, help="Ranks around which keys and values travel."),
-        click.option("--backend", default=Plan.backend, help="inductor, nexfort or eager."),
+        click.option("--backend", default=Plan.backend, help="auto, inductor, nexfort or eager."),
         click.option("--attention", default=Plan.attention, help="Attention provider; auto takes the best available."),
     )
     for flag in reversed(flags):

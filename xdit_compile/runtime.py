@@ -78,6 +78,7 @@ class Runner:
         try:
             analysis = analyse(self.module, self.plan, args, kwargs, forward=self.forward, check=self.plan.verify)
             partitioned = place(analysis, self.plan, self.mesh)
+            partitioned.program.root.to(_device(leaves))
             dump(analysis, partitioned, self.mesh.rank)
             graph = digest([digest_program(analysis.program), analysis.tokens])
             prepared = Prepared(analysis, partitioned, self.backend.compile(partitioned.program.root))
@@ -97,3 +98,9 @@ class Runner:
             self._agreement.fail("verdict", error)
             raise
         self._agreement.agree("verdict", {})
+
+
+def _device(leaves: list[Any]) -> torch.device:
+    """Where the largest input lies; index lists that the passes made must lie there too."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return max(tensors, key=torch.Tensor.numel).device if tensors else torch.device("cpu")

@@ -1,0 +1,69 @@
+"""Backends: what they compile, and what they say where they cannot be used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx
+
+from xdit_compile.backends import registry
+from xdit_compile.backends.eager import Eager
+from xdit_compile.backends.inductor import Inductor
+from xdit_compile.errors import ProviderUnavailable
+from xdit_compile.plan import BACKENDS
+
+
+def root_of_two_calls() -> fx.GraphModule:
+    class Block(torch.nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
+            return (torch.relu(x @ w),)
+
+    graph = fx.Graph()
+    x, v, w = (graph.placeholder(name) for name in "xvw")
+    first = graph.call_module("block", (x, v))
+    second = graph.call_module("block", (graph.call_function(lambda t: t[0], (first,)), w))
+    graph.output(second)
+    return fx.GraphModule({"block": fx.symbolic_trace(Block())}, graph)
+
+
+def inputs() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, 4, generator=generator) for _ in range(3)]
+
+
+def test_every_backend_of_a_plan_is_registered() -> None:
+    assert set(registry.backends()) | {"auto"} == set(BACKENDS)
+    assert registry.find_backend("auto").unavailable() is None
+
+
+def test_a_structure_called_twice_is_compiled_once() -> None:
+    root = root_of_two_calls()
+    (expected,) = root(*inputs())
+    compiled = []
+
+    class Counting(Eager):
+        def compile_structure(self, structure: fx.GraphModule) -> torch.nn.Module:
+            compiled.append(structure)
+            return super().compile_structure(structure)
+
+    (found,) = Counting().compile(root)(*inputs())
+    assert len(compiled) == 1 and torch.equal(found, expected)
+
+
+def test_inductor_gives_the_same() -> None:
+    root = root_of_two_calls()
+    (expected,) = root(*inputs())
+    (found,) = Inductor().compile(root)(*inputs())
+    torch.testing.assert_close(found, expected)
+
+
+def test_nexfort_says_how_to_get_it_where_it_is_missing() -> None:
+    if registry.backends()["nexfort"].unavailable() is None:
+        pytest.skip("nexfort is installed")
+    with pytest.raises(ProviderUnavailable, match=r"nexfort.*not installed.*pip install"):
+        registry.find_backend("nexfort")
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(ProviderUnavailable, match="'tvm' is unknown; choose one of"):
+        registry.find_backend("tvm")
