@@ -7,7 +7,6 @@ from xdit_compile.errors import ProviderUnavailable
 from . import eager, inductor, nexfort
 from .base import Backend
 
-
 BEST_FIRST = ("inductor", "eager")
 """What ``auto`` tries; the last is always available."""
 

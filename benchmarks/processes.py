@@ -21,6 +21,12 @@ from denoiser import Size, build, inputs, like
 from torch.utils import _pytree as pytree
 
 LIMIT_S = 900.0
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "DIFFUSERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Team:
             context.Process(target=_serve, args=(theirs, rank, count, self._folder.name, setting), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
-        with _environment({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "DIFFUSERS_VERBOSITY": "error"}):
+        with _environment(ENVIRONMENT):
             for member in self._members:
                 member.start()
 

@@ -20,8 +20,8 @@ class Plan:
         ulysses: ranks that exchange tokens for heads around each attention (DeepSpeed-Ulysses, arXiv:2309.14509).
         ring: ranks around which keys and values travel (Ring Attention, arXiv:2310.01889). ``ulysses * ring`` ranks
             split the tokens together (USP, arXiv:2405.07719).
-        backend: what runs the rewritten graphs: ``inductor``, ``nexfort`` or ``eager``; ``auto`` takes ``inductor`` where
-            it can be used and ``eager`` elsewhere.
+        backend: what runs the rewritten graphs: ``inductor``, ``nexfort`` or ``eager``; ``auto`` takes ``inductor``
+            where it can be used and ``eager`` elsewhere.
         attention: which kernel computes attention; ``auto`` takes the best that is available.
         fallback: ``gather`` runs what cannot be split on gathered tensors and reports it, ``error`` refuses.
         verify: compare the first call of every new graph with the unsplit module.
