@@ -9,6 +9,7 @@ from torch import nn
 from xdit_compile.axes import Atom, Axis, Concat, Product
 from xdit_compile.capture import capture
 from xdit_compile.passes.infer import Inference, infer
+from xdit_compile.passes.roles import roles
 from xdit_compile.passes.rulebook import rulebook
 
 
@@ -136,3 +137,20 @@ def test_an_operator_without_a_rule_is_a_boundary_with_a_reason() -> None:
     inference = inferred(Odd(), torch.eye(4) * 2)
     reasons = {boundary.reason for _, _, typing in inference.nodes() for boundary in typing.boundaries}
     assert any(reason.startswith("no rule for aten.") for reason in reasons)
+
+
+def roles_of(name: str) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for use in roles(captured(name).inference):
+        found.setdefault(use.role, set()).add(use.axis.size)
+    return found
+
+
+def test_roles_follow_from_use() -> None:
+    flux = roles_of("flux")
+    assert flux["query tokens"] == {90} and flux["heads"] == {5}
+    width = captured("flux").module.config.attention_head_dim * 5
+    assert flux["hidden"] == {width} and 4 * width in flux["ffn"]
+    wan = roles_of("wan_t2v")
+    assert wan["frames"] and wan["rows"] and wan["columns"]
+    assert 5 in roles_of("latte")["key tokens"]

@@ -13,11 +13,12 @@ from .build import Analysis
 from .passes.infer import Inference, Place
 from .passes.program_partition import Partitioned
 from .passes.records import Gather
+from .passes.roles import roles
 
 
 @dataclasses.dataclass(frozen=True)
 class AxisEntry:
-    """An axis that attention runs over: its structure, role and whether the plan splits it."""
+    """An axis with a role: its structure, whether the plan splits it, and where it was first seen."""
 
     axis: str
     role: str
@@ -123,19 +124,16 @@ def _collectives(mine: Partitioned) -> tuple[CollectiveEntry, ...]:
 
 
 def _axes(inference: Inference, mine: Partitioned) -> tuple[AxisEntry, ...]:
+    """Axes by role; axes of one role and shape that only differ from block to block are listed once."""
     names = AxisNames()
-    found: dict[tuple[int, str], AxisEntry] = {}
-    for frame, node, typing in inference.nodes():
-        if "attention" not in typing.facts:
-            continue
-        tokens = typing.facts["attention"]["tokens"]
-        where = inference.place(frame, node)
-        roles = [("query tokens", typing.expected[0][tokens]), ("key tokens", typing.expected[1][tokens])]
-        roles += [("heads" if dim == tokens - 1 else "batch", typing.expected[0][dim]) for dim in range(tokens)]
-        for role, axis in roles:
-            split = any(one.splits(axis) for one in mine.layout.sharding.splits.values())
-            entry = AxisEntry(names.write(axis), role, axis.size, split, where.path or where.node)
-            found.setdefault((id(axis), role), entry)
+    found: dict[tuple[str, str], AxisEntry] = {}
+    for use in roles(inference):
+        split = any(one.splits(use.axis) for one in mine.layout.sharding.splits.values())
+        where = inference.place(use.frame, use.node)
+        tokens = use.role.endswith("tokens")
+        key = (names.write(use.axis) if tokens else repr(use.axis.size), use.role)
+        if key not in found:
+            found[key] = AxisEntry(names.write(use.axis), use.role, use.axis.size, split, where.path or where.node)
     return tuple(found.values())
 
 
@@ -174,7 +172,7 @@ def _memory(analysis: Analysis, mine: Partitioned) -> dict[str, int]:
 def _rendered(found: Report) -> list[Any]:
     from rich.table import Table
 
-    axes = Table("axis", "role", "size", "split", "first seen", title="axes of attention", title_justify="left")
+    axes = Table("axis", "role", "size", "split", "first seen", title="axes", title_justify="left")
     for entry in found.axes:
         axes.add_row(
             entry.axis.replace("[", r"\["), entry.role, str(entry.size), "yes" if entry.split else "", entry.where

@@ -1,0 +1,90 @@
+"""From the way an axis is used it gets a role: tokens, heads, batch, ffn, rows, columns, frames, hidden."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from torch import fx
+
+from xdit_compile.axes import Axis, atoms
+
+from .infer import Frame, Inference
+from .rules import Typing
+
+PRECEDENCE = (
+    "query tokens",
+    "key tokens",
+    "heads",
+    "head channels",
+    "frames",
+    "rows",
+    "columns",
+    "hidden",
+    "ffn",
+    "batch",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """An axis in a role, and the first node that uses it so."""
+
+    axis: Axis
+    role: str
+    frame: Frame
+    node: fx.Node
+
+
+def roles(inference: Inference) -> list[Use]:
+    """Every axis that has a role, in the order of `PRECEDENCE`; an axis may have several."""
+    found: dict[tuple[int, str], Use] = {}
+    for frame, node, typing in inference.nodes():
+        for axis, role in (*_attended(typing), *_convolved(typing), *_normalised(node, typing)):
+            if axis.size > 1:
+                found.setdefault((id(axis), role), Use(axis, role, frame, node))
+    taken = {id(atom) for use in found.values() for atom in atoms(use.axis)}
+    for use in _feed_forward(inference):
+        if not taken & {id(atom) for atom in atoms(use.axis)}:
+            found.setdefault((id(use.axis), use.role), use)
+    return sorted(found.values(), key=lambda use: PRECEDENCE.index(use.role))
+
+
+def _attended(typing: Typing) -> Iterable[tuple[Axis, str]]:
+    if "attention" not in typing.facts:
+        return
+    queries, keys = typing.expected[:2]
+    tokens = typing.facts["attention"]["tokens"]
+    yield queries[tokens], "query tokens"
+    yield keys[tokens], "key tokens"
+    yield queries[tokens + 1], "head channels"
+    for dim in range(tokens):
+        yield queries[dim], "heads" if dim == tokens - 1 else "batch"
+
+
+def _convolved(typing: Typing) -> Iterable[tuple[Axis, str]]:
+    """The space that a convolution of more than one position slides over, and the rows and columns that it makes."""
+    if "convolution" not in typing.facts or max(typing.facts["convolution"]["kernel"]) == 1:
+        return
+    for axes in (typing.expected[0], typing.outs[0]):
+        names = ("frames", "rows", "columns")[5 - len(axes) :] if len(axes) > 3 else ("columns",)
+        yield from zip(axes[2:], names, strict=False)
+
+
+def _normalised(node: fx.Node, typing: Typing) -> Iterable[tuple[Axis, str]]:
+    if "layer_norm" in str(node.target):
+        for loop in typing.loops:
+            if loop.kind == "whole":
+                yield typing.expected[0][loop.dims_of(0)[0]], "hidden"
+
+
+def _feed_forward(inference: Inference) -> Iterable[Use]:
+    """Axes that one linear makes and another contracts."""
+    made: dict[int, Use] = {}
+    contracted: set[int] = set()
+    for frame, node, typing in inference.nodes():
+        if not str(node.target).startswith("aten.linear"):
+            continue
+        contracted.add(id(typing.expected[0][-1]))
+        made.setdefault(id(typing.outs[0][-1]), Use(typing.outs[0][-1], "ffn", frame, node))
+    return [use for key, use in made.items() if key in contracted]
