@@ -75,7 +75,19 @@ class Entry:
 @click.option("--only", multiple=True, help="Run only contenders whose name contains this (and the base).")
 @click.option("--profile", default=0, help="Also print this many rows of a profile of each contender.")
 @click.option("--json", "json_file", type=click.Path(path_type=pathlib.Path), help="Write everything measured here.")
-def main(backend, hidden, blocks, tokens, text, head_dim, batch, rounds, only, profile, json_file) -> None:  # noqa: ANN001
+def main(
+    backend: str,
+    hidden: int,
+    blocks: int,
+    tokens: int,
+    text: int,
+    head_dim: int,
+    batch: int,
+    rounds: int,
+    only: tuple[str, ...],
+    profile: int,
+    json_file: pathlib.Path | None,
+) -> None:
     """Compare sequence parallelism on two processes with one process, step by step."""
     console = Console()
     console = console if console.is_terminal else Console(width=140)

@@ -1,4 +1,4 @@
-"""Run a function in N spawned gloo processes, with a limit on how long they may take."""
+"""Run a function in N gloo processes, with a limit on how long they may take."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 GRACE_S = 5.0
+PRELOADED = ["torch", "torch.distributed", "diffusers", "diffusers.models.transformers", "xdit_compile.api"]
+"""Imported once by the server that children are forked from; it never computes, so it has no threads to lose."""
 
 
 class RankFailed(AssertionError):
@@ -39,7 +41,8 @@ def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 12
         RankFailed: with the traceback of every rank that raised, or what became of those that did not answer.
     """
     with tempfile.TemporaryDirectory(prefix="procs-") as folder, _one_thread():
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         processes = [
             context.Process(target=_child, args=(fn, rank, world_size, folder, timeout, args), daemon=True)
             for rank in range(world_size)
