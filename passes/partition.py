@@ -66,7 +66,11 @@ class FramePartitioner:
                 self.env[node] = [self.env[node.args[0]][node.args[1]]]
             elif node.op == "call_function":
                 self.env[node] = self._visit(node)
-        finals = [self._result(leaf, form) for leaf, forms in zip(results, requests, strict=True) for form in forms]
+        finals = [
+            self._result(leaf, form, len(forms) == 1)
+            for leaf, forms in zip(results, requests, strict=True)
+            for form in forms
+        ]
         module = self.local.finish([final.node if final is not None else None for final in finals])
         return LocalStructure(module, finals, self.ledger)
 
@@ -75,14 +79,15 @@ class FramePartitioner:
         local = self.local.constant(value)
         self.env[node] = [Value(local, self.frame.axes[node][0], value.dtype)]
 
-    def _result(self, leaf: fx.Node, form: str) -> Value | None:
+    def _result(self, leaf: fx.Node, form: str, only: bool) -> Value | None:
+        """A result in one form; None where a split value was wanted whole and is given split as well."""
         value = self.summed(self.env[leaf][0])
         if form == "gathered":
             whole = self.coerce(value, value.axes, {}, leaf, -1)
             return dataclasses.replace(value, node=whole, split={})
         if form == "split" and value.replicated:
             return self.sliced_where_possible(value)
-        return value if form == "split" or value.replicated else None
+        return value if form == "split" or value.replicated or only else None
 
     def sliced_where_possible(self, value: Value) -> Value:
         split: dict[str, int] = {}
