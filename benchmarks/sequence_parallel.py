@@ -149,7 +149,7 @@ def _refuse_wrong(entries: list[Entry]) -> None:
     for entry in entries:
         if entry.difference is not None and not entry.difference <= TOLERANCE:
             raise SystemExit(
-                f"{entry.contender.name} differs from the unsplit module by {entry.difference:.1e} of its greatest value "
+                f"{entry.contender.name} is off the unsplit module by {entry.difference:.1e} of its largest value "
                 f"(allowed {TOLERANCE:.0e}); nothing was timed"
             )
 

@@ -21,5 +21,7 @@ def wants_whole(frame: Frame, wanted_results: list[fx.Node]) -> set[fx.Node]:
         if typing is not None and typing.facts.get("attention", {}).get("mask") is not None:
             wanted.add(typing.operands[typing.facts["attention"]["mask"]])
         if node in wanted and node.op == "call_function" and not flops(node):
-            wanted.update(tensor_operands(node))
+            operands = tensor_operands(node)
+            read = typing.read() if typing is not None else range(len(operands))
+            wanted.update(operands[at] for at in read)
     return wanted

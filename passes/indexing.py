@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from .joins import cut_out
-from .rules import Rule, RuleBook, type_opaquely
+from .rules import Rule, RuleBook, operator_name, type_opaquely
 
 BOOK = RuleBook()
 
@@ -94,16 +96,35 @@ def gather(rule: Rule) -> None:
 
 @BOOK.rule("full", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 def constant(rule: Rule) -> None:
-    """Equal everywhere: any rank can make just its own positions."""
-    for dim in range(len(rule.out_shape())):
-        rule.loop("map", [], [(0, dim)])
+    """Equal everywhere: any rank can make just its own positions. A tensor given as a model is not looked at."""
+    _anything(rule)
     at = 1 if "new_" in str(rule.node.target) else 0
 
-    def emit(ctx):  # type: ignore[no-untyped-def]
+    def emit(ctx: Any) -> Any:
         first = [ctx.operand(0)] if at else []
         return ctx.call(ctx.node.target, *first, ctx.out_sizes(0), *ctx.node.args[at + 1 :], **ctx.node.kwargs)
 
     rule.emit = emit
+
+
+@BOOK.rule("zeros_like", "ones_like", "full_like", "empty_like")
+def constant_like(rule: Rule) -> None:
+    """The same for operators that take their shape from a tensor."""
+    _anything(rule)
+    kind = operator_name(rule.node.target).removesuffix("_like")
+    options = {name: value for name, value in rule.node.kwargs.items() if name != "memory_format"}
+    rule.emit = lambda ctx: ctx.call(
+        getattr(ctx.aten, f"new_{kind}").default, ctx.operand(0), ctx.out_sizes(0), *ctx.node.args[1:], **options
+    )
+
+
+def _anything(rule: Rule) -> None:
+    for dim in range(len(rule.out_shape())):
+        rule.loop("map", [], [(0, dim)])
+    for operand in range(len(rule.operands)):
+        rule.ignore(operand)
+    if operator_name(rule.node.target).endswith("_like"):
+        rule.outs[0] = list(rule.actual[0])
 
 
 @BOOK.rule("arange", "linspace", "scalar_tensor", "rand", "randn", "randperm", "eye", "logspace")

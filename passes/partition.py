@@ -100,7 +100,7 @@ class FramePartitioner:
     def _visit(self, node: fx.Node) -> list[Value]:
         typing = self.frame.typings[node]
         operands = [self.env[operand][0] for operand in typing.operands]
-        whole = node in self.wanted and all(v.replicated for v in operands)
+        whole = node in self.wanted and all(operands[at].replicated for at in typing.read())
         lowered = None if whole else self._special(node, typing, operands)
         if lowered is not None:
             return lowered
@@ -122,6 +122,9 @@ class FramePartitioner:
         """Call the operator on this rank with the chosen loops split."""
         locals_ = []
         for at, value in enumerate(operands):
+            if at in typing.ignored:
+                locals_.append(value.node)
+                continue
             required = {name: choice.operands[at] for name, choice in choices.items() if at in choice.operands}
             locals_.append(self.coerce(value, typing.expected[at], required, node, at))
         outs = [

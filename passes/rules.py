@@ -54,6 +54,11 @@ class Typing:
     bias: int | None = None
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     kept: list[Axis] = dataclasses.field(default_factory=list)
+    ignored: set[int] = dataclasses.field(default_factory=set)
+
+    def read(self) -> list[int]:
+        """Operands whose values matter."""
+        return [operand for operand in range(len(self.operands)) if operand not in self.ignored]
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
@@ -92,6 +97,7 @@ class Rule:
         self.bias: int | None = None
         self.facts: dict[str, Any] = {}
         self._kept: list[Axis] = []
+        self._ignored: set[int] = set()
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -153,6 +159,10 @@ class Rule:
         """Record a loop over dims that hold different parts of one axis; the rule has named the results' axes."""
         self.loops.append(Loop("map", tuple(args), tuple(outs)))
 
+    def ignore(self, operand: int) -> None:
+        """An operand of which only dtype and device matter: it may lie as it likes."""
+        self._ignored.add(operand)
+
     def keep(self, axis: Axis | None) -> int | None:
         """Hold on to an axis of which the emission asks the local length; answers with the handle to ask by."""
         if axis is None:
@@ -183,6 +193,7 @@ class Rule:
             self.bias,
             self.facts,
             self._kept,
+            self._ignored,
         )
 
 
