@@ -127,9 +127,17 @@ def _anything(rule: Rule) -> None:
         rule.outs[0] = list(rule.actual[0])
 
 
-@BOOK.rule("arange", "linspace", "scalar_tensor", "rand", "randn", "randperm", "eye", "logspace")
+@BOOK.rule("arange", "linspace", "scalar_tensor", "rand", "randn", "randint", "randperm", "eye", "logspace")
 def table(rule: Rule) -> None:
     """Made whole on every rank and sliced where it meets a split tensor."""
+
+
+@BOOK.rule("rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal", "rrelu_with_noise")
+def draw(rule: Rule) -> None:
+    """Random numbers are drawn whole: a rank that drew only its own would draw others."""
+    for operand, axes in enumerate(rule.actual):
+        for dim in range(len(axes)):
+            rule.loop("whole", [(operand, dim)], [])
 
 
 @BOOK.rule("tril", "triu")

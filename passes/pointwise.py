@@ -10,7 +10,7 @@ BOOK = RuleBook()
 @BOOK.rule(
     "pointwise", "clone", "alias", "detach", "_to_copy", "copy", "lift_fresh_copy", "dropout", "native_dropout",
     "contiguous", "to", "fill", "gelu", "type_as", "masked_fill", "rsub", "nan_to_num", "where", "conj", "_conj",
-    "resolve_conj", "feature_dropout", "rand_like", "randn_like", "hardtanh", "softplus", "isclose", "bitwise_and",
+    "resolve_conj", "feature_dropout", "hardtanh", "softplus", "isclose", "bitwise_and",
 )  # fmt: skip
 def broadcast(rule: Rule) -> None:
     """Dims are aligned from the right; size 1 stands for anything."""

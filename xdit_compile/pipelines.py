@@ -44,8 +44,7 @@ class _Synchronised:
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("generator") is None:
-            share_random_state(vars(self)[AGREEMENT])
+        share_random_state(vars(self)[AGREEMENT])
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -53,7 +52,7 @@ AGREEMENT = "_xdit_compile_agreement"
 
 
 def synchronise_call(pipe: Any, agreement: Agreement) -> None:
-    """Let every outer call without a generator start from rank 0's random state."""
+    """Let every outer call start from rank 0's random state: some draw from it even when they are given a generator."""
     cls = type(pipe)
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     object.__setattr__(pipe, AGREEMENT, agreement)
