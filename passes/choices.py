@@ -38,7 +38,15 @@ def feasible(typing: Typing, loop: Loop, split: Split) -> Choice | None:
     if len(loop.dims_of(0)) > 1 or len(loop.outs) > 1 and loop.outs[0][0] == loop.outs[1][0]:
         if not _same_cut(typing, loop, split, operands[0], results[0]):
             return None
+    if loop.kind == "halo" and not _neighbours(typing.expected[0][operands[0]], split):
+        return None
     return Choice(loop, operands, results)
+
+
+def _neighbours(axis: Axis, split: Split) -> bool:
+    """Whether every rank holds positions that lie side by side, so that its neighbours hold those around them."""
+    held = np.concatenate([split.positions(axis, index) for index in range(split.parts)])
+    return np.array_equal(held, np.arange(axis.size))
 
 
 def _same_cut(typing: Typing, loop: Loop, split: Split, operand_dim: int, result_dim: int) -> bool:

@@ -83,6 +83,8 @@ OPERATORS: dict[str, Function] = {
     "conv 1x1": lambda x: F.conv2d(x, table(4, 14, 1, 1), table(4)),
     "conv same": lambda x: F.conv2d(x, table(4, 14, 3, 3), table(4), padding=1),
     "conv wide": lambda x: F.conv2d(x, table(4, 14, 5, 5), padding=4, dilation=2),
+    "conv between parts": lambda x: F.conv1d(x.flatten(2), table(4, 14, 3), padding=1).view(2, 4, 5, 6),
+    "conv of joined rows": lambda x: F.conv2d(torch.cat([x, x[:, :, 1:3]], 2), table(4, 14, 3, 3), padding=1),
     "conv depthwise": lambda x: F.conv2d(x, table(14, 1, 3, 3), table(14), padding=1, groups=14),
     "conv grouped": lambda x: F.conv2d(x, table(4, 7, 1, 1), groups=2),
     "conv strided": lambda x: F.conv2d(x, table(4, 14, 3, 3), stride=2, padding=1),
