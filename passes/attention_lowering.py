@@ -45,9 +45,17 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
         return None
     if not over_tokens:
         return _Local(part, node, typing, operands, {SEQUENCE: chosen}).emit()
-    if split.splits(typing.expected[1][tokens]) and operands[1].split.get(SEQUENCE) == tokens:
+    lies = split.splits(typing.expected[1][tokens]) and operands[1].split.get(SEQUENCE) == tokens
+    if lies and _one_to_one(typing):
         return _Exchanged(part, node, typing, operands, chosen).emit()
     return _Local(part, node, typing, operands, {SEQUENCE: chosen}).emit()
+
+
+def _one_to_one(typing: Typing) -> bool:
+    """Whether no batch entry and no value head is broadcast: those are not exchanged."""
+    queries, keys, values = ([axis.size for axis in axes[:-2]] for axes in typing.expected[:3])
+    whole_groups = not queries or queries[-1] % keys[-1] == 0
+    return queries[:-1] == keys[:-1] and keys == values and whole_groups
 
 
 class _Local:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rules import Rule, RuleBook
+from .rules import Rule, RuleBook, type_opaquely
 
 BOOK = RuleBook()
 
@@ -11,13 +11,16 @@ BOOK = RuleBook()
 def attention(rule: Rule) -> None:
     """Unifies batch and heads of queries, keys and values; tokens of keys and values; tokens of queries and result."""
     rank = len(rule.actual[0])
+    if any(len(axes) != rank for axes in rule.actual[1:3]):
+        type_opaquely(rule, "queries, keys and values of different ranks")
+        return
     tokens, channels = rank - 2, rank - 1
     mask = 3 if len(rule.operands) > 3 else None
     grouped = bool(rule.node.kwargs.get("enable_gqa", False)) and rule.shape(0)[-3] != rule.shape(1)[-3]
     for dim in range(rank - 2):
         users = [(0, dim), (1, dim), (2, dim)]
         if dim == rank - 3 and grouped:
-            _grouped_heads(rule, dim)
+            _grouped_heads(rule, dim, _masked(rule, mask, dim))
             continue
         rule.loop(
             "map",
@@ -47,7 +50,7 @@ def _masked(rule: Rule, mask: int | None, dim: int, size: int | None = None) -> 
     return [(mask, own)] if own >= 0 and rule.shape(mask)[own] == size and size > 1 else []
 
 
-def _grouped_heads(rule: Rule, dim: int) -> None:
+def _grouped_heads(rule: Rule, dim: int, masked: list[tuple[int, int]]) -> None:
     """Query heads are key heads times a group, outermost first."""
     from xdit_compile.axes import Conflict
 
@@ -56,9 +59,10 @@ def _grouped_heads(rule: Rule, dim: int) -> None:
     try:
         outer, _ = rule.system.split(rule.actual[0][dim], group)
         rule.system.unify(outer, key_heads)
+        rule.merge(masked, rule.actual[0][dim])
     except Conflict as conflict:
         for operand in range(3):
             rule.opaque(operand, dim, str(conflict))
         return
     rule.outs[0][dim] = rule.actual[0][dim]
-    rule.add_join([(0, dim), (1, dim), (2, dim)], [(0, dim)])
+    rule.add_join([(0, dim), (1, dim), (2, dim), *masked], [(0, dim)])

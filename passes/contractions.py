@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rules import Rule, RuleBook, type_opaquely
+from .rules import Kind, Rule, RuleBook, type_opaquely
 
 BOOK = RuleBook()
 
@@ -46,14 +46,20 @@ def _batch(rule: Rule, dim: int, rank: int, batch_dims: dict[int, int]) -> None:
 
 @BOOK.rule("addmm")
 def addmm(rule: Rule) -> None:
-    rule.loop("sum", [(1, 1), (2, 0)], [])
+    rule.loop(_contracted(rule), [(1, 1), (2, 0)], [])
     _added(rule, {0: [(1, 0)], 1: [(2, 1)]})
 
 
 @BOOK.rule("baddbmm")
 def baddbmm(rule: Rule) -> None:
-    rule.loop("sum", [(1, 2), (2, 1)], [])
+    rule.loop(_contracted(rule), [(1, 2), (2, 1)], [])
     _added(rule, {0: [(1, 0), (2, 0)], 1: [(1, 1)], 2: [(2, 2)]})
+
+
+def _contracted(rule: Rule) -> Kind:
+    """A product that is scaled while something is added to it is not taken apart into partial sums."""
+    scaled = rule.node.kwargs.get("alpha", 1) != 1 or rule.node.kwargs.get("beta", 1) != 1
+    return "whole" if scaled else "sum"
 
 
 def _added(rule: Rule, users: dict[int, list[tuple[int, int]]]) -> None:
@@ -85,10 +91,11 @@ def einsum(rule: Rule) -> None:
     places: dict[str, list[tuple[int, int]]] = {}
     for operand, term in enumerate(terms):
         for dim, label in enumerate(_labels(term, rank, len(rule.actual[operand]))):
-            if rule.shape(operand)[dim] != 1 or label.isalpha():
-                places.setdefault(label, []).append((operand, dim))
+            places.setdefault(label, []).append((operand, dim))
     out_labels = _labels(output, rank, len(rule.out_shape()))
-    for label, pairs in places.items():
+    for label, everywhere in places.items():
+        size = max(rule.shape(operand)[dim] for operand, dim in everywhere)
+        pairs = [(operand, dim) for operand, dim in everywhere if rule.shape(operand)[dim] == size]
         if label in out_labels:
             rule.loop("map", pairs, [(0, out_labels.index(label))])
         else:
@@ -104,17 +111,17 @@ def _labels(term: str, ellipsis_rank: int, rank: int) -> list[str]:
     return [*head, *(str(ellipsis_rank - inside + k) for k in range(inside)), *tail]
 
 
-def _reduced(rule: Rule, index: int = 1) -> tuple[set[int], bool]:
+def _reduced(rule: Rule) -> tuple[set[int], bool]:
     rank = len(rule.actual[0])
-    dims = rule.arg(index, "dim")
-    if dims is None or dims == []:
-        return set(range(rank)), bool(rule.arg(index + 1, "keepdim", False))
+    dims, keep = rule.named("dim"), bool(rule.named("keepdim", False))
+    if dims is None or dims == [] or rank == 0:
+        return set(range(rank)), keep
     dims = [dims] if isinstance(dims, int) else dims
-    return {dim % rank for dim in dims}, bool(rule.arg(index + 1, "keepdim", False))
+    return {dim % rank for dim in dims}, keep
 
 
-def _reduce(rule: Rule, kind: str, index: int = 1) -> None:
-    gone, keep = _reduced(rule, index)
+def _reduce(rule: Rule, kind: str) -> None:
+    gone, keep = _reduced(rule)
     out = 0
     for dim in range(len(rule.actual[0])):
         if dim in gone:
@@ -143,5 +150,4 @@ def reduce_whole(rule: Rule) -> None:
     if len(rule.operands) > 1:
         type_opaquely(rule, "no rule for this overload")
         return
-    name = str(rule.node.target)
-    _reduce(rule, "whole", 2 if "norm" in name else 1)
+    _reduce(rule, "whole")

@@ -7,7 +7,7 @@ from typing import Any
 
 from xdit_compile.axes import Conflict, Product
 
-from .rules import Rule, RuleBook
+from .rules import Rule, RuleBook, type_opaquely
 
 BOOK = RuleBook()
 
@@ -19,7 +19,10 @@ def _per_dim(value: Any, rank: int) -> list[int]:
 
 @BOOK.rule("conv1d", "conv2d", "conv3d", "convolution")
 def convolution(rule: Rule) -> None:
-    rank = len(rule.actual[0]) - 2
+    rank = len(rule.actual[1]) - 2
+    if len(rule.actual[0]) != len(rule.actual[1]):
+        type_opaquely(rule, "a convolution without a batch dim")
+        return
     general = "convolution" in str(rule.node.target)
     if isinstance(rule.arg(4, "padding", 0), str) or (general and rule.arg(6, "transposed")):
         _opaque_space(rule, range(rank), "padding by name or a transposed convolution")
@@ -88,19 +91,30 @@ def _opaque_space(rule: Rule, dims: Sequence[int], reason: str) -> None:
            "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")  # fmt: skip
 def upsample_nearest(rule: Rule) -> None:
     rank = len(rule.actual[0])
+    scales = _given_scales(rule, rank)
     for dim in range(2):
         rule.loop("map", [(0, dim)], [(0, dim)])
     for dim in range(2, rank):
         size, out = rule.shape(0)[dim], rule.out_shape()[dim]
         if size == out:
             rule.loop("map", [(0, dim)], [(0, dim)])
-        elif out % size == 0:
+        elif out % size == 0 and scales.get(dim, out // size) == out // size:
             rule.outs[0][dim] = Product((rule.actual[0][dim], rule.system.atom(out // size)))
             rule.add_join([(0, dim)], [(0, dim)])
         else:
             rule.opaque(0, dim, f"resized from {size} to {out}")
-    name = str(rule.node.target).split(".")[1]
-    rule.emit = lambda ctx: ctx.call(getattr(ctx.aten, name).vec, ctx.operand(0), ctx.out_sizes(0)[2:], None)
+    if rule.arg(1, "output_size") is not None:
+        rule.emit = lambda ctx: ctx.call(
+            ctx.node.target, ctx.operand(0), ctx.out_sizes(0)[2:], *ctx.node.args[2:], **ctx.node.kwargs
+        )
+
+
+def _given_scales(rule: Rule, rank: int) -> dict[int, float]:
+    """The factors by which dims are scaled where the call names them: positions follow from them, not from sizes."""
+    given = [rule.named("scale_factors")] if rule.named("scale_factors") else []
+    factors = given[0] if given else [rule.named(name) for name in ("scales_d", "scales_h", "scales_w", "scales")]
+    factors = [factor for factor in factors if factor is not None]
+    return {rank - len(factors) + k: factor for k, factor in enumerate(factors)}
 
 
 @BOOK.rule("pixel_unshuffle")
@@ -124,7 +138,8 @@ def pool(rule: Rule) -> None:
         rule.loop("map", [(0, dim)], [(0, dim)])
     for k in range(space):
         dim = rank - space + k
-        if kernel[k] == stride[k] and not padding[k] and rule.shape(0)[dim] % kernel[k] == 0:
+        size, out = rule.shape(0)[dim], rule.out_shape()[dim]
+        if kernel[k] == stride[k] and not padding[k] and out * kernel[k] == size:
             _patches(rule, dim, kernel[k])
         else:
             rule.opaque(0, dim, "an overlapping pool")

@@ -68,9 +68,12 @@ def _is_slice(rule: Rule, dim: int) -> bool:
     positions = rule.constant(1)
     if positions is None or positions.dim() != 1 or len(positions) == 0:
         return False
-    start, length = int(positions[0]), len(positions)
-    if positions.tolist() != list(range(start, start + length)):
+    size, length = rule.shape(0)[dim], len(positions)
+    found = [position % size for position in positions.tolist()]
+    start = found[0]
+    if found != list(range(start, start + length)):
         return False
+    rule.facts["slice"] = (dim, start, length)
     for other in range(len(rule.actual[0])):
         if other != dim:
             rule.loop("map", [(0, other)], [(0, other)])
@@ -80,7 +83,7 @@ def _is_slice(rule: Rule, dim: int) -> bool:
     return True
 
 
-@BOOK.rule("gather", "take_along_dim")
+@BOOK.rule("gather")
 def gather(rule: Rule) -> None:
     chosen = rule.arg(1, "dim") % len(rule.actual[0])
     for dim in range(len(rule.actual[0])):

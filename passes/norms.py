@@ -18,7 +18,7 @@ def _over(rule: Rule, whole: set[int], kind: str = "whole") -> None:
 def trailing_norm(rule: Rule) -> None:
     rank, count = len(rule.actual[0]), len(rule.arg(1, "normalized_shape"))
     for dim in range(rank - count):
-        rule.loop("map", [(0, dim)], [(0, dim)])
+        rule.loop("map", [(0, dim)], [(result, dim) for result in range(len(rule.outs))])
     for dim in range(rank - count, rank):
         scales = [(operand, dim - (rank - count)) for operand in range(1, len(rule.operands))]
         rule.loop("whole", [(0, dim), *scales], [(0, dim)])

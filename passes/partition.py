@@ -12,6 +12,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -304,18 +305,21 @@ class Emission:
         return self.typing.emit(self) if self.typing.emit is not None else self.same()
 
     def _mean(self) -> fx.Node:
-        """A mean over split positions is a sum of what is here over the number of all."""
+        """A mean over split positions is a sum of what is here over the number of all, in a range that holds it."""
         contracted = [dim for loop in self.typing.loops if loop.kind == "mean" for dim in loop.dims_of(0)]
         count = math.prod(self.typing.expected[0][dim].size for dim in contracted)
         keep = len(self.typing.outs[0]) == len(self.typing.expected[0])
-        total = self.call(aten.sum.dim_IntList, self.operand(0), contracted, keep, dtype=self.node.kwargs.get("dtype"))
-        return self.call(aten.div.Scalar, total, count)
+        dtype = self.node.meta["val"].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        total = self.call(aten.sum.dim_IntList, self.operand(0), contracted, keep, dtype=wide)
+        part = self.call(aten.div.Scalar, total, count)
+        return part if wide == dtype else self.call(aten._to_copy.default, part, dtype=dtype)
 
     def _unbiased(self) -> fx.Node:
         name = self.node.target._schema.name.split("::")[1]
         if name == "linear":
             return self.call(aten.linear.default, self.operand(0), self.operand(1), None)
         product = {"addmm": aten.mm.default, "baddbmm": aten.bmm.default}.get(name)
-        if product is None or self.node.kwargs.get("alpha", 1) != 1 or self.node.kwargs.get("beta", 1) != 1:
+        if product is None:
             raise PartitionError(f"{self.node.name}: {name} contracted over a split dim")
         return self.call(product, self.operand(1), self.operand(2))

@@ -214,11 +214,13 @@ class Fingerprint:
         self._seen: list[Axis] = []
 
     def of(self, frame: Frame) -> tuple:
-        shapes = []
+        shapes: list[tuple] = []
+        for node in frame.graph.find_nodes(op="placeholder"):
+            shapes.append(tuple(self._describe(axis) for axis in frame.axes[node][0]))
         for typing in frame.typings.values():
-            for axes in (*typing.expected, *typing.outs):
+            for axes in (*typing.expected, *typing.outs, typing.kept):
                 shapes.append(tuple(self._describe(axis) for axis in axes))
-            shapes.append(tuple(typing.loops))
+            shapes.append((*typing.loops, typing.facts.get("slice")))
         return tuple(shapes)
 
     def _describe(self, axis: Axis) -> tuple:
@@ -226,8 +228,5 @@ class Fingerprint:
         if number is None:
             number = self._names[id(axis)] = len(self._names)
             self._seen.append(axis)
-        lengths = tuple(
-            tuple(split.length(axis, index) for index in range(split.parts)) if split.splits(axis) else None
-            for split in self._layout.sharding.splits.values()
-        )
-        return number, axis.size, lengths
+        lies = tuple(split.places(axis) for split in self._layout.sharding.splits.values())
+        return number, axis.size, lies

@@ -107,6 +107,11 @@ class Rule:
         """A positional or keyword argument of the node."""
         return self.node.args[index] if index < len(self.node.args) else self.node.kwargs.get(name, default)
 
+    def named(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operator's schema, wherever this overload has it; ``default`` where not."""
+        names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
+        return self.arg(names.index(name), name, default) if name in names else default
+
     def is_table(self, operand: int) -> bool:
         """Whether an operand depends on no input of the user: rows of a position table are not an axis of data."""
         return self.operands[operand] in self._tables

@@ -42,7 +42,7 @@ def choose_tokens(inference: Inference, plan: Plan) -> Units:
     for axis in token_axes(inference)[:MOST_FAMILIES]:
         if chosen and Split(SEQUENCE, plan.sequence, chosen).splits(axis):
             continue
-        tried = [chosen + units for units in _ways(axis, plan.sequence) if not _overlap(chosen, units)]
+        tried = [chosen + units for units in _ways(axis, plan.sequence) if not _overlap(chosen + units, units)]
         if not tried:
             continue
         costs = [_cost(inference, plan, units) for units in tried]

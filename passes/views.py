@@ -8,7 +8,7 @@ from typing import Any
 
 from xdit_compile.axes import Concat, Conflict, Product, resolve
 
-from .rules import Rule, RuleBook
+from .rules import Rule, RuleBook, type_opaquely
 
 BOOK = RuleBook()
 
@@ -47,6 +47,9 @@ def emit_sizes(ctx: Any) -> Any:
 @BOOK.rule("view", "reshape", "_unsafe_view", "unflatten", "flatten", "_reshape_alias")
 def view(rule: Rule) -> None:
     before, after = rule.shape(0), rule.out_shape()
+    if rule.named("dtype") is not None:
+        type_opaquely(rule, "bits read as another type")
+        return
     rule.emit = lambda ctx: ctx.call(ctx.aten.reshape.default, ctx.operand(0), ctx.out_sizes(0))
     if math.prod(before) == 0:
         return
@@ -154,8 +157,6 @@ def _tiled(rule: Rule, count: int, axis: Any) -> Any:
 
 @BOOK.rule("repeat_interleave")
 def repeat_interleave(rule: Rule) -> None:
-    from .rules import type_opaquely
-
     count, which = rule.arg(1, "repeats"), rule.arg(2, "dim")
     if not isinstance(count, int) or which is None:
         type_opaquely(rule, "repeats are data")

@@ -51,7 +51,7 @@ class Agreement:
             self._store.set(self._key("call", self._rank), f"{self._calls} {what}")
 
     def share(self, value: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank."""
+        """Rank 0's bytes on every rank; the last one to read them takes them out of the store."""
         if self._store is None:
             assert value is not None
             return value
@@ -60,7 +60,11 @@ class Agreement:
         if self._rank == 0:
             assert value is not None
             self._store.set(key, value.hex())
-        return bytes.fromhex(self._wait(key, 0).decode())
+        shared = bytes.fromhex(self._wait(key, 0).decode())
+        if self._store.add(f"{key}/read", 1) == self._world:
+            self._store.delete_key(key)
+            self._store.delete_key(f"{key}/read")
+        return shared
 
     def agree(self, stage: str, facts: Mapping[str, str]) -> None:
         """Return once every rank has come to this stage with equal facts.

@@ -15,7 +15,6 @@ from .backends.base import Backend
 from .build import Analysis, analyse, place
 from .digest import digest, digest_program, digest_shapes, digest_tensors
 from .dump import dump
-from .errors import XditCompileError
 from .interpret import assemble, bind
 from .mesh import Mesh
 from .passes.program_partition import Partitioned
@@ -91,10 +90,10 @@ class Runner:
         return prepared
 
     def _verify(self, prepared: Prepared, args: tuple, kwargs: dict, leaves: list[Any]) -> None:
-        found = prepared.run(*bind(prepared.program, self.module, leaves))
         try:
+            found = prepared.run(*bind(prepared.program, self.module, leaves))
             verify(assemble(prepared.program, found), self.forward(*args, **kwargs))
-        except XditCompileError as error:
+        except Exception as error:
             self._agreement.fail("verdict", error)
             raise
         self._agreement.agree("verdict", {})

@@ -6,6 +6,7 @@ Axes given here must be interned (one object per structure), as axis inference l
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -38,6 +39,7 @@ class Split:
         self.parts = parts
         self.units = tuple(sorted(units, key=len, reverse=True))
         self._known: dict[int, tuple[Axis, tuple[int, int] | bool]] = {}
+        self._places: dict[int, tuple[Axis, tuple[bytes, ...] | None]] = {}
 
     def splits(self, axis: Axis) -> bool:
         """Whether ranks can hold different positions of ``axis``: exactly one factor of a product, or every part of a
@@ -62,7 +64,7 @@ class Split:
             at += max(length, 1)
         if runs:
             return runs[0] if len(runs) == 1 else False
-        return isinstance(axis, Concat) and all(self.splits(part) for part in axis.parts)
+        return isinstance(axis, Concat) and bool(axis.parts) and all(self.splits(part) for part in axis.parts)
 
     def _match(self, factors: Sequence[Axis], at: int) -> int:
         for unit in self.units:
@@ -107,6 +109,16 @@ class Split:
             kept = np.arange(*share(math.prod(f.size for f in middle), self.parts, index))
         shape = [math.prod(f.size for f in group) for group in (outer, middle, inner)]
         return np.arange(axis.size).reshape(shape)[:, kept].reshape(-1)
+
+    def places(self, axis: Axis) -> tuple[bytes, ...] | None:
+        """What tells apart how axes lie on the ranks: a digest of every rank's positions; None for one not split."""
+        if id(axis) not in self._places:
+            found = None
+            if self.splits(axis):
+                held = (self.positions(axis, index).tobytes() for index in range(self.parts))
+                found = tuple(hashlib.sha256(positions).digest() for positions in held)
+            self._places[id(axis)] = (axis, found)
+        return self._places[id(axis)][1]
 
 
 @dataclasses.dataclass(frozen=True)

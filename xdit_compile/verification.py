@@ -23,7 +23,8 @@ def verify(found: Any, expected: Any) -> None:
     for position, (one, other) in enumerate(zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)):
         if not isinstance(other, torch.Tensor):
             continue
-        difference = relative_difference(one, other) if one.shape == other.shape else float("inf")
+        alike = one.shape == other.shape and one.dtype == other.dtype
+        difference = relative_difference(one, other) if alike else float("inf")
         limit = TOLERANCE.get(other.dtype, 0.0)
         if not difference <= limit:
             raise VerificationError(
