@@ -78,7 +78,9 @@ ODD: dict[str, Function] = {
     "mask of one key": lambda x: SDPA(*(x.transpose(1, 2),) * 3, attn_mask=table(14, 1)),
     "mask of 2d": lambda x: SDPA(*(x.transpose(1, 2),) * 3, attn_mask=table(14, 14) > 0),
     "mask of heads": lambda x: SDPA(*(x.transpose(1, 2),) * 3, attn_mask=table(1, 5, 14, 14)),
-    "mask from data": lambda x: SDPA(*(x.transpose(1, 2),) * 3, attn_mask=x.mean((2, 3))[:, None, None] * x[:, None, :, 0, :1]),
+    "mask from data": lambda x: SDPA(
+        *(x.transpose(1, 2),) * 3, attn_mask=x.mean(2)[:, None, None, :, 0] * x[:, None, :, 0, :1]
+    ),
     "causal of few": lambda x: SDPA(x[:, :5].transpose(1, 2), *(x.transpose(1, 2),) * 2, is_causal=True),
     "causal of many": lambda x: SDPA(x.transpose(1, 2), *(x[:, :5].transpose(1, 2),) * 2, is_causal=True),
     "grouped": lambda x: SDPA(x.repeat_interleave(2, 2).transpose(1, 2), *(x.transpose(1, 2),) * 2, enable_gqa=True),
