@@ -297,6 +297,10 @@ class Emission:
         return self.call(self.node.target, *args, **kwargs)
 
     def run(self, summed: Sequence[str]) -> fx.Node:
+        """The operator's call on this rank; a shard without positions needs none, and many operators refuse one."""
+        tensors = values(self.node)
+        if self._operands and len(tensors) == 1 and 0 in self.out_sizes(0):
+            return self.call(aten.new_zeros.default, self.operand(0), self.out_sizes(0), dtype=tensors[0].dtype)
         kinds = {self._choices[name].loop.kind for name in summed}
         if "mean" in kinds:
             return self._mean()

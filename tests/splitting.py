@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def worst_difference(found: Any, expected: list[Any]) -> float:
     for one, other in zip(pytree.tree_leaves(found), expected, strict=True):
         if isinstance(other, torch.Tensor):
             assert one.shape == other.shape and one.dtype == other.dtype
-            worst = max(worst, ((one - other).abs().max() / other.abs().max()).item())
+            difference = ((one - other).abs().max() / other.abs().max()).item()
+            worst = max(worst, difference if difference == difference else math.inf)
     return worst
 
 
