@@ -5,6 +5,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PROMPT := a large red star in the center on a striped mint background
 TESTS := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 
 .PHONY: env demo test test-slow lint pipeline clean
@@ -21,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: env
-	$(BIN)/xdit-compile generate --nproc 2 --ulysses_degree 2 --prompt "a lighthouse at dusk" --compare --output demo.png
+	$(BIN)/xdit-compile generate --nproc 2 --ulysses_degree 2 --prompt "$(PROMPT)" --compare --output demo.png
 
 test: env
 	$(TESTS) -m "not slow"
@@ -35,9 +36,9 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Makes the embedded pipeline anew; the files are committed, so only a change of the script needs this.
+# Trains the embedded pipeline anew (hours); the files are committed, so only a change of the script needs this.
 pipeline: env
-	$(BIN)/python examples/make_tiny_pipeline.py
+	$(BIN)/python examples/train_demo/train.py --work demo_run
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -23,6 +23,7 @@ import xdit_compile.kernels.ring  # noqa: F401  (registers the op)
 from xdit_compile.shards import share
 
 from .choices import Choice, choose
+from .flops import flops
 from .layout import SEQUENCE
 from .local import Value, aten
 from .rules import Typing
@@ -35,20 +36,17 @@ ops = torch.ops.xdit_compile
 
 def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
     """What this rank runs for one attention, or None where every operand is whole."""
-    split = part.sharding.splits.get(SEQUENCE)
-    if split is None:
+    choices = {
+        name: chosen for name, split in part.sharding.splits.items() if (chosen := choose(typing, operands, split))
+    }
+    if not choices:
         return None
     tokens = typing.facts["attention"]["tokens"]
-    chosen = choose(typing, operands, split)
-    over_tokens = chosen is not None and chosen.operands.get(0) == tokens
-    if chosen is None:
-        return None
-    if not over_tokens:
-        return _Local(part, node, typing, operands, {SEQUENCE: chosen}).emit()
-    lies = split.splits(typing.expected[1][tokens]) and operands[1].split.get(SEQUENCE) == tokens
-    if lies and _one_to_one(typing):
-        return _Exchanged(part, node, typing, operands, chosen).emit()
-    return _Local(part, node, typing, operands, {SEQUENCE: chosen}).emit()
+    if SEQUENCE in choices and choices[SEQUENCE].operands.get(0) == tokens:
+        keys_split = part.sharding.splits[SEQUENCE].splits(typing.expected[1][tokens])
+        if keys_split and operands[1].split.get(SEQUENCE) == tokens and _one_to_one(typing):
+            return _Exchanged(part, node, typing, operands, choices).emit()
+    return _Local(part, node, typing, operands, choices).emit()
 
 
 def _one_to_one(typing: Typing) -> bool:
@@ -71,9 +69,8 @@ class _Local:
     def emit(self) -> list[Value]:
         tensors = [self._coerced(at) for at in range(len(self.operands))]
         mask = tensors[3] if len(tensors) > 3 else None
-        chosen = self.choices[SEQUENCE]
         causal = self.facts["is_causal"]
-        if causal and chosen.operands.get(0) == self.facts["tokens"]:
+        if causal and SEQUENCE in self.choices and self.choices[SEQUENCE].operands.get(0) == self.facts["tokens"]:
             mask, causal = self._causal_rows(), False
         result = self.local.call(
             ops.attention.default,
@@ -85,8 +82,21 @@ class _Local:
             self.provider(),
         )
         self.part.count(self.node, self.typing, self.choices)
-        outs = {SEQUENCE: chosen.results[0]}
-        return [Value(result, self.typing.outs[0], self.node.meta["val"].dtype, outs)]
+        return [Value(result, self.typing.outs[0], self.node.meta["val"].dtype, self.results())]
+
+    def results(self) -> dict[str, int]:
+        """The dim of the result that each mesh dimension splits."""
+        return {name: choice.results[0] for name, choice in self.choices.items()}
+
+    def sizes(self, at: int) -> list[int]:
+        """The shape of an operand as the mesh dimensions other than the sequence leave it."""
+        return [
+            self.part.sharding.length(axis, [n for n, choice in self._others() if choice.operands.get(at) == dim])
+            for dim, axis in enumerate(self.typing.expected[at])
+        ]
+
+    def _others(self) -> list[tuple[str, Choice]]:
+        return [(name, choice) for name, choice in self.choices.items() if name != SEQUENCE]
 
     def provider(self) -> str:
         return "sdpa" if self.part.layout.provider == "auto" else self.part.layout.provider
@@ -131,8 +141,10 @@ class _Heads:
 class _Exchanged(_Local):
     """Attention whose keys lie on all ranks."""
 
-    def __init__(self, part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value], chosen: Choice):
-        super().__init__(part, node, typing, operands, {SEQUENCE: chosen})
+    def __init__(
+        self, part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value], choices: dict[str, Choice]
+    ):
+        super().__init__(part, node, typing, operands, choices)
         mesh = part.layout.mesh
         self.ulysses, self.ring = mesh.size("ulysses"), mesh.size("ring")
         self.u, self.r = mesh.coordinate("ulysses"), mesh.coordinate("ring")
@@ -140,7 +152,7 @@ class _Exchanged(_Local):
         self.query_axis, self.key_axis = typing.expected[0][tokens], typing.expected[1][tokens]
         self.query_lengths = [split.length(self.query_axis, index) for index in range(split.parts)]
         self.key_lengths = [split.length(self.key_axis, index) for index in range(split.parts)]
-        shape, keys, values_ = ([axis.size for axis in typing.expected[at]] for at in range(3))
+        shape, keys, values_ = (self.sizes(at) for at in range(3))
         self.batch = shape[:-3]
         self.query_heads, self.key_heads = (shape[-3], keys[-3]) if len(shape) > 2 else (1, 1)
         self.head_dim, self.value_dim = shape[-1], values_[-1]
@@ -148,7 +160,9 @@ class _Exchanged(_Local):
 
     def members(self, ring: int) -> list[int]:
         """Sequence ranks of one Ulysses group."""
-        return [ring * self.ulysses + u for u in range(self.ulysses)]
+        mesh = self.part.layout.mesh
+        outer = mesh.names.index("ring") < mesh.names.index("ulysses")
+        return [ring * self.ulysses + u if outer else u * self.ring + ring for u in range(self.ulysses)]
 
     def heads(self, u: int) -> _Heads:
         return _Heads.of(self.query_heads, self.key_heads, self.ulysses, u)
@@ -158,7 +172,7 @@ class _Exchanged(_Local):
             raise ValueError(f"{self.node.name}: attention with dropout cannot be split")
         tokens = self.facts["tokens"]
         q, k, v = (
-            self.part.coerce(self.operands[at], self.typing.expected[at], {SEQUENCE: tokens}, self.node, at)
+            self.part.coerce(self.operands[at], self.typing.expected[at], self._required(at, tokens), self.node, at)
             for at in range(3)
         )
         if len(self.typing.expected[0]) == 2:
@@ -171,16 +185,17 @@ class _Exchanged(_Local):
         if len(self.typing.expected[0]) == 2:
             result = self.local.call(aten.squeeze.dim, result, 0)
         self._count()
-        outs = {SEQUENCE: self.choices[SEQUENCE].results[0]}
-        return [Value(result, self.typing.outs[0], self.dtype, outs)]
+        return [Value(result, self.typing.outs[0], self.dtype, self.results())]
+
+    def _required(self, at: int, tokens: int) -> dict[str, int]:
+        return {SEQUENCE: tokens, **{n: choice.operands[at] for n, choice in self._others() if at in choice.operands}}
 
     def _count(self) -> None:
-        from .flops import flops
-
         total = flops(self.node)
         rows = sum(self.query_lengths[i] for i in self.members(self.r)) / self.query_axis.size
-        mine = self.heads(self.u).query_count / self.query_heads
-        self.part.ledger.work(total, rows * mine, (SEQUENCE,))
+        mine = self.heads(self.u).query_count / self.query_heads if self.query_heads else 0.0
+        others = math.prod(self.sizes(0)[:-2]) / math.prod(axis.size for axis in self.typing.expected[0][:-2])
+        self.part.ledger.work(total, rows * mine * others, tuple(self.choices))
 
     def _flat(self, x: fx.Node, dim: int, start: int, stop: int) -> fx.Node:
         piece = self.local.call(aten.slice.Tensor, x, dim, start, stop)
@@ -326,14 +341,16 @@ class _Exchanged(_Local):
         """The mask of this rank's heads and queries, its columns in the order in which keys arrive."""
         split = self.part.sharding.splits[SEQUENCE]
         rows = np.concatenate([split.positions(self.query_axis, i) for i in self.members(self.r)])
-        columns = np.concatenate([split.positions(self.key_axis, i) for i in range(split.parts)])
+        arriving = [i for r in range(self.ring) for i in self.members(r)]
+        columns = np.concatenate([split.positions(self.key_axis, i) for i in arriving])
         if self.facts["is_causal"]:
             return self.local.constant(torch.from_numpy(columns[None, :] <= rows[:, None]))
         at = self.facts["mask"]
         if at is None:
             return None
-        mask = self.part.coerce(self.operands[at], self.typing.expected[at], {}, self.node, at)
-        shape = [axis.size for axis in self.typing.expected[at]]
+        required = {name: choice.operands[at] for name, choice in self._others() if at in choice.operands}
+        mask = self.part.coerce(self.operands[at], self.typing.expected[at], required, self.node, at)
+        shape = self.sizes(at)
         wanted = {-1: columns, -2: rows, -3: np.arange(*self.heads(self.u).queries) if self.ulysses > 1 else None}
         for back, positions in wanted.items():
             if positions is not None and len(shape) >= -back and shape[back] > 1:

@@ -15,14 +15,21 @@ from xdit_compile.shards import Sharding, Split, Unit
 from .infer import Frame
 
 SEQUENCE = "sequence"
+BATCH = "cfg"
+TENSOR = "tensor"
+MEMBERS = {SEQUENCE: ("ring", "ulysses"), BATCH: ("cfg",), TENSOR: ("tensor",)}
+"""The mesh dimensions behind each name that a program is split by."""
+
+Chosen = Mapping[str, Sequence[Unit]]
+"""What is split, by the name of what splits it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """One rank's view of how a program is split.
 
-    ``groups`` and ``parts`` are by the name of the mesh dimension; ``sequence`` stands for the ring and Ulysses
-    dimensions taken as one.
+    ``groups`` and ``parts`` are by the names of `MEMBERS`; ``sequence`` stands for the ring and Ulysses dimensions
+    taken as one.
     """
 
     mesh: Mesh
@@ -33,10 +40,9 @@ class Layout:
     refuse_gathers: bool = False
 
     @classmethod
-    def of(cls, plan: Plan, mesh: Mesh, units: Mapping[str, Sequence[Unit]]) -> Layout:
+    def of(cls, plan: Plan, mesh: Mesh, units: Chosen) -> Layout:
         """The layout of a plan once the units to split are chosen."""
-        names = {SEQUENCE: ("ring", "ulysses")}
-        active = {dim: names[dim] for dim in units if mesh.size(names[dim]) > 1 and units[dim]}
+        active = {dim: MEMBERS[dim] for dim in MEMBERS if units.get(dim) and mesh.size(MEMBERS[dim]) > 1}
         parts = {dim: mesh.size(members) for dim, members in active.items()}
         splits = {dim: Split(dim, parts[dim], units[dim]) for dim in active}
         index = {dim: mesh.index(members) for dim, members in active.items()}

@@ -13,14 +13,13 @@ import zoo_more
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_compile.build import Analysis
+from xdit_compile.build import Analysis, choose_units
 from xdit_compile.capture import capture
 from xdit_compile.mesh import Mesh
 from xdit_compile.passes.infer import Inference, infer
 from xdit_compile.passes.layout import SEQUENCE, Layout
 from xdit_compile.passes.program_partition import Partitioned, partition
 from xdit_compile.passes.rulebook import rulebook
-from xdit_compile.passes.tokens import choose_tokens
 from xdit_compile.plan import Plan
 from xdit_compile.simulated import run_simulated
 
@@ -38,7 +37,7 @@ class Captured:
     inference: Inference
 
     def analysis(self, plan: Plan) -> Analysis:
-        return Analysis(self.inference.program, self.inference, choose_tokens(self.inference, plan))
+        return Analysis(self.inference.program, self.inference, choose_units(self.inference, plan))
 
 
 @functools.lru_cache(maxsize=2)
@@ -53,10 +52,9 @@ def captured(name: str) -> Captured:
 
 def partition_all(inference: Inference, plan: Plan, units: Any = None) -> list[Partitioned]:
     """The programs of all ranks of a simulated mesh."""
-    units = choose_tokens(inference, plan) if units is None else units
+    chosen = choose_units(inference, plan) if units is None else {SEQUENCE: units}
     return [
-        partition(inference, Layout.of(plan, Mesh.simulated(plan, rank), {SEQUENCE: units}))
-        for rank in range(plan.world_size)
+        partition(inference, Layout.of(plan, Mesh.simulated(plan, rank), chosen)) for rank in range(plan.world_size)
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,49 +14,21 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from commands import COMMAND, TINY_PIPELINE, clean_environment, files, one_error, run
 from PIL import Image
 
-from xdit_compile.request import TINY_PIPELINE
-
-COMMAND = [sys.executable, "-P", "-m", "xdit_compile"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-QUICK = ["--num_inference_steps", "2", "--backend", "eager", "--height", "128", "--width", "128"]
+SMALL = ["--model", str(TINY_PIPELINE), "--backend", "eager"]
+QUICK = [*SMALL, "--num_inference_steps", "2", "--height", "128", "--width", "128"]
 DIFFERENCE = re.compile(
     r"greatest difference (\d+) of 255 .* in the float output \(([\d.e+-]+) of its greatest value\)"
 )
 
 
-def run(*arguments: str, cwd: Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    """One command, away from the repository."""
-    environment = {**_clean_environment(), **environment}
-    return subprocess.run(
-        [*COMMAND, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-
-
-def _clean_environment() -> dict[str, str]:
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in launcher}
-
-
-def one_error(done: subprocess.CompletedProcess[str], exit_code: int) -> str:
-    """The one line on stderr, progress bars aside."""
-    assert done.returncode == exit_code, done.stderr
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "it/s]" not in line]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("xdit-compile: error: ")
-    return lines[0].removeprefix("xdit-compile: error: ")
-
-
-def files(folder: Path) -> set[str]:
-    """Everything in a folder, hidden files too."""
-    return {path.name for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--nproc 2 --ulysses_degree 3", "ulysses=3 x ring=1 needs 3 processes but 2 are running; start 3"),
+        ("--nproc 2 --ulysses_degree 3", "ulysses=3 needs 3 processes but 2 are running; start 3"),
         ("--ulysses_degree 2", "needs 2 processes but 1 are running"),
         ("--nproc 2 --ulysses_degree -1", "ulysses=-1 must be a whole number of at least 1"),
         ("--ring-degree 0", "ring=0 must be a whole number of at least 1"),
@@ -96,7 +67,7 @@ def test_help_and_usage_errors_do_not_wait_for_torch(tmp_path: Path):
         "print(codes, 'torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=_clean_environment(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60
     )
     assert done.stdout.splitlines()[-1] == "[0, 2, 2] False"
 
@@ -189,7 +160,7 @@ def test_torchrun_makes_the_picture_of_nproc(tmp_path: Path):
 
 @pytest.fixture
 def video_model(tmp_path: Path) -> Path:
-    """A tiny video pipeline in a folder, made of the embedded pipeline's tokenizer, text encoder and autoencoder."""
+    """A tiny video pipeline in a folder, made of the tiny pipeline's tokenizer, text encoder and autoencoder."""
     import torch
     from diffusers import DDIMScheduler, DiffusionPipeline, LattePipeline, LatteTransformer3DModel
 
@@ -209,7 +180,7 @@ def video_model(tmp_path: Path) -> Path:
 def test_a_video_pipeline_writes_a_video(tmp_path: Path, video_model: Path):
     import imageio
 
-    arguments = ["--model", str(video_model), "--num_frames", "4", "--output", "v.gif", "--fps", "5", *QUICK]
+    arguments = [*QUICK, "--model", str(video_model), "--num_frames", "4", "--output", "v.gif", "--fps", "5"]
     done = run("generate", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1 video of 4 frames, 128 x 128 pixels" in done.stdout
@@ -223,7 +194,7 @@ def torchrun(command: list[str], cwd: Path, timeout: float = 240) -> subprocess.
     return subprocess.run(
         [*launcher, "--local_addr", "127.0.0.1", "--no_python", *command],
         cwd=cwd,
-        env={**_clean_environment(), "OMP_NUM_THREADS": "1"},
+        env={**clean_environment(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -248,12 +219,12 @@ def test_a_rank_that_disagrees_ends_all(tmp_path: Path, flags_of_rank_1: str, ex
 
 def start(tmp_path: Path) -> subprocess.Popen[str]:
     """A command of two processes that would run for a long time; what it prints goes to a file."""
-    arguments = ["generate", "--nproc", "2", "--ulysses_degree", "2", "--backend", "eager"]
+    arguments = ["generate", *SMALL, "--nproc", "2", "--ulysses_degree", "2"]
     with open(tmp_path / "log", "w") as log:
         return subprocess.Popen(
             [*COMMAND, *arguments, "--num_inference_steps", "900"],
             cwd=tmp_path,
-            env=_clean_environment(),
+            env=clean_environment(),
             stdout=log,
             stderr=log,
             text=True,
@@ -331,6 +302,8 @@ def test_request_survives_the_way_to_the_workers():
     from xdit_compile import Plan
     from xdit_compile.request import Request
 
-    request = Request(Plan(ulysses=2, timeout_s=3.5), prompt='ein "Leuchtturm"\n—', seed=2**62, guidance_scale=1.5)
+    request = Request(
+        Plan(ulysses=2, timeout_s=3.5), prompt=('ein "Leuchtturm"\n—', "b"), seed=2**62, guidance_scale=1.5
+    )
     assert Request.from_json(request.to_json()) == request
     assert json.loads(request.to_json())["plan"]["ulysses"] == 2

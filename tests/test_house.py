@@ -14,13 +14,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
     "xdit_compile": ROOT / "xdit_compile",
+    "xdit_compile.evaluation": ROOT / "xdit_compile" / "evaluation",
     "xdit_compile.passes": ROOT / "passes",
     "xdit_compile.kernels": ROOT / "kernels",
     "xdit_compile.backends": ROOT / "backends",
 }
 CAPTURE = "program tracing values valued writes decompose simplify blocks outline interpret preserve signature capture"
-RUNTIME = "simulated agreement verification digest build report dump pipelines runtime"
-COMMANDS = "request output generate weightless launch cli __main__"
+RUNTIME = "simulated agreement verification digest build report dump deferred guidance replicas pipelines runtime"
+COMMANDS = (
+    "model_folder request evaluation_request output pipeline_call generate evaluate weightless launch cli __main__"
+)
 LAYERS = [
     {"xdit_compile.errors"},
     {"xdit_compile.plan", "xdit_compile.world"},
@@ -33,6 +36,7 @@ LAYERS = [
     {"xdit_compile.cache"},
     {f"xdit_compile.{name}" for name in RUNTIME.split()},
     {"xdit_compile.api"},
+    {"xdit_compile.evaluation"},
     {f"xdit_compile.{name}" for name in COMMANDS.split()},
 ]
 NEUTRAL_CLASSES = {"DiffusionPipeline", "ModelMixin", "AutoModel", "CacheMixin"}
@@ -161,7 +165,8 @@ def test_every_module_and_public_function_says_what_it_does():
 
 def test_importing_the_package_imports_nothing_heavy():
     code = (
-        "import sys, xdit_compile, xdit_compile.cli; print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
+        "import sys, xdit_compile, xdit_compile.cli;"
+        "print(sorted({'torch', 'diffusers', 'numpy', 'scipy', 'torchmetrics'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("xdit_compile", "passes", "kernels", "backends")
+SUBPACKAGES = ("evaluation",)
 LIMIT = 4_000_000
 
 
@@ -39,7 +41,10 @@ def test_every_module_ships(wheel: Path):
         for folder in FOLDERS
         for path in (ROOT / folder).glob("*.py")
     }
-    assert len(expected) > 30
+    inner = ROOT / "xdit_compile"
+    expected |= {str(path.relative_to(ROOT)) for name in SUBPACKAGES for path in (inner / name).glob("*.py")}
+    assert len(expected) > 40
+    assert "xdit_compile/evaluation/checker.py" in expected
     assert expected - shipped == set()
 
 
@@ -48,18 +53,26 @@ def test_there_is_no_nested_python_package_that_the_list_leaves_out():
         str(path.relative_to(ROOT))
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*.py")
-        if path.parent != ROOT / folder and not any(part.is_symlink() for part in path.parents)
+        if path.parent not in (ROOT / folder, *(ROOT / "xdit_compile" / name for name in SUBPACKAGES))
+        and not any(part.is_symlink() for part in path.parents)
     ]
     assert nested == []
 
 
 def test_the_embedded_pipeline_ships_whole_and_small(wheel: Path):
-    folder = ROOT / "xdit_compile" / "data" / "tiny_pipeline"
-    expected = {f"xdit_compile/data/tiny_pipeline/{f.relative_to(folder)}" for f in folder.rglob("*") if f.is_file()}
-    assert "xdit_compile/data/tiny_pipeline/model_index.json" in expected
+    folder = ROOT / "xdit_compile" / "data" / "demo_pipeline"
+    expected = {f"xdit_compile/data/demo_pipeline/{f.relative_to(folder)}" for f in folder.rglob("*") if f.is_file()}
+    assert "xdit_compile/data/demo_pipeline/model_index.json" in expected
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < LIMIT
     assert all(f.stat().st_mode & 0o444 == 0o444 for f in folder.rglob("*"))
+
+
+def test_the_features_ship_small_and_readable(wheel: Path):
+    weights = ROOT / "xdit_compile" / "data" / "features.safetensors"
+    assert "xdit_compile/data/features.safetensors" in zipfile.ZipFile(wheel).namelist()
+    assert weights.stat().st_size < 500_000
+    assert weights.stat().st_mode & 0o444 == 0o444
 
 
 def test_only_the_package_is_at_the_top(wheel: Path):
@@ -82,7 +95,7 @@ def test_the_installed_wheel_works_from_anywhere(wheel: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         str(target / "xdit_compile" / "__init__.py"),
-        str(target / "xdit_compile" / "data" / "tiny_pipeline"),
+        str(target / "xdit_compile" / "data" / "demo_pipeline"),
     ]
 
 
@@ -97,9 +110,10 @@ def test_constraints_pin_every_dependency_within_its_range():
             name, version = re.fullmatch(r"([\w.-]+)==(\S+)", line).groups()
             pins[canonicalize_name(name)] = version
     extras = project["optional-dependencies"]
-    wanted = [Requirement(text) for text in [*project["dependencies"], *extras["test"], *extras["dev"]]]
+    pinned = itertools.chain(*(extras[name] for name in ("evaluate", "train", "test", "dev")))
+    wanted = [Requirement(text) for text in [*project["dependencies"], *pinned]]
     for requirement in wanted:
         name = canonicalize_name(requirement.name)
         if name != "xdit-compile":
             assert requirement.specifier.contains(pins[name]), f"{requirement} and {name}=={pins[name]}"
-    assert set(extras) >= {"flash-attn", "onediff", "yunchang", "distvae", "test", "dev"}
+    assert set(extras) >= {"flash-attn", "onediff", "yunchang", "distvae", "evaluate", "train", "test", "dev"}

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
 from .errors import AgreementError
-from .mesh import Mesh
+from .mesh import REPLICA, Mesh
 
 POLL_SECONDS = 0.02
 
@@ -22,27 +22,29 @@ class Agreement:
     """One rank's side of the talk.
 
     Args:
-        name: sets this conversation apart from others in the same store; the same on every rank.
-        rank, world_size: this process and all of them.
+        name: sets this conversation apart from others in the same store; the same on every rank that takes part.
+        rank: this process.
+        members: the ranks that take part, in ascending order; the first of them has the say in `share`.
         timeout_s: seconds to wait for a rank before giving up.
     """
 
-    def __init__(self, name: str, rank: int, world_size: int, timeout_s: float):
+    def __init__(self, name: str, rank: int, members: Sequence[int], timeout_s: float):
         self._name = name
         self._rank = rank
-        self._world = world_size
+        self._members = members
         self._timeout = timeout_s
         self._talks = 0
         self._calls = 0
-        self._store = dist.distributed_c10d._get_default_store() if world_size > 1 else None
+        self._store = dist.distributed_c10d._get_default_store() if len(members) > 1 else None
 
     @classmethod
     def over(cls, mesh: Mesh, timeout_s: float) -> Agreement:
-        """A new conversation among the ranks of a mesh; every rank must start its conversations in the same order."""
-        if mesh.world_size == 1:
-            return cls("alone", 0, 1, timeout_s)
+        """A new conversation among the ranks that make the same images; all must start theirs in the same order."""
+        members = mesh.peers(REPLICA)
+        if len(members) == 1:
+            return cls("alone", mesh.rank, members, timeout_s)
         count = dist.distributed_c10d._get_default_store().add(f"xdit_compile/conversations/{mesh.rank}", 1)
-        return cls(str(count), mesh.rank, mesh.world_size, timeout_s)
+        return cls(f"{members[0]}/{count}", mesh.rank, members, timeout_s)
 
     def announce_call(self, what: str) -> None:
         """Say which call this rank enters now, without waiting for anybody."""
@@ -51,17 +53,18 @@ class Agreement:
             self._store.set(self._key("call", self._rank), f"{self._calls} {what}")
 
     def share(self, value: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank; the last one to read them takes them out of the store."""
+        """The first member's bytes on every rank; the last one to read them takes them out of the store."""
         if self._store is None:
             assert value is not None
             return value
         self._talks += 1
-        key = self._key(f"share{self._talks}", 0)
-        if self._rank == 0:
+        first = self._members[0]
+        key = self._key(f"share{self._talks}", first)
+        if self._rank == first:
             assert value is not None
             self._store.set(key, value.hex())
-        shared = bytes.fromhex(self._wait(key, 0).decode())
-        if self._store.add(f"{key}/read", 1) == self._world:
+        shared = bytes.fromhex(self._wait(key, first).decode())
+        if self._store.add(f"{key}/read", 1) == len(self._members):
             self._store.delete_key(key)
             self._store.delete_key(f"{key}/read")
         return shared
@@ -96,7 +99,7 @@ class Agreement:
         self._talks += 1
         topic = f"{stage}{self._talks}"
         self._store.set(self._key(topic, self._rank), json.dumps(mine))
-        others = [rank for rank in range(self._world) if rank != self._rank]
+        others = [rank for rank in self._members if rank != self._rank]
         return {rank: json.loads(self._wait(self._key(topic, rank), rank)) for rank in others}
 
     def _wait(self, key: str, rank: int) -> bytes:

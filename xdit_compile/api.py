@@ -13,11 +13,13 @@ from .agreement import Agreement
 from .backends.registry import find_backend
 from .build import analyse, place
 from .errors import UsageError
+from .guidance import Branches
 from .kernels.providers import AttentionQuery
 from .kernels.registry import choose
 from .mesh import Mesh
-from .pipelines import denoisers, restore_call, synchronise_call
+from .pipelines import Outer, denoisers, restore_call, wrap_call
 from .plan import Plan
+from .replicas import Replicas
 from .report import Report, report
 from .runtime import Runner
 from .world import World
@@ -54,10 +56,11 @@ def parallelize(target: Any, plan: Plan | None = None) -> Any:
             raise UsageError(f"{name} is parallelized already; call xdit_compile.restore first")
     _join(plan, next(iter(modules.values())))
     mesh = Mesh.from_process_group(plan)
+    branches = Branches(mesh)
     for module in modules.values():
-        module.forward = Runner(module, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s))
+        module.forward = Runner(module, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s), branches)
     if not isinstance(target, nn.Module):
-        synchronise_call(target, Agreement.over(mesh, plan.timeout_s))
+        wrap_call(target, Outer(Agreement.over(mesh, plan.timeout_s), branches, Replicas(mesh)))
     return target
 
 

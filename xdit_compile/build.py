@@ -10,11 +10,13 @@ from torch import nn
 
 from .capture import capture
 from .mesh import Mesh
+from .passes.batch import choose_batch
+from .passes.features import choose_features
 from .passes.infer import Inference, infer
-from .passes.layout import SEQUENCE, Layout
+from .passes.layout import BATCH, SEQUENCE, TENSOR, Chosen, Layout
 from .passes.program_partition import Partitioned, partition
 from .passes.rulebook import rulebook
-from .passes.tokens import Units, choose_tokens
+from .passes.tokens import choose_tokens
 from .plan import Plan
 from .program import Program
 
@@ -25,7 +27,7 @@ class Analysis:
 
     program: Program
     inference: Inference
-    tokens: Units
+    units: Chosen
 
 
 def analyse(
@@ -39,7 +41,16 @@ def analyse(
     """
     program = capture(module, args, kwargs, forward=forward, check=check)
     inference = infer(program, rulebook())
-    return Analysis(program, inference, choose_tokens(inference, plan))
+    return Analysis(program, inference, choose_units(inference, plan))
+
+
+def choose_units(inference: Inference, plan: Plan) -> Chosen:
+    """What each kind of parallelism in the plan splits; a batch of one is not split, its calls are shared instead."""
+    return {
+        BATCH: choose_batch(inference, plan.cfg),
+        SEQUENCE: choose_tokens(inference, plan),
+        TENSOR: choose_features(inference, plan),
+    }
 
 
 def place(analysis: Analysis, plan: Plan, mesh: Mesh) -> Partitioned:
@@ -48,4 +59,4 @@ def place(analysis: Analysis, plan: Plan, mesh: Mesh) -> Partitioned:
     Raises:
         PartitionError: where something cannot be split and may not be gathered.
     """
-    return partition(analysis.inference, Layout.of(plan, mesh, {SEQUENCE: analysis.tokens}))
+    return partition(analysis.inference, Layout.of(plan, mesh, analysis.units))

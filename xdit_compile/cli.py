@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +13,10 @@ import click
 
 from . import __version__
 from .errors import UsageError, XditCompileError, one_line
+from .evaluation_request import DEFAULT_COUNT, FEATURES, EvaluationRequest
+from .model_folder import check_component
 from .plan import Plan
-from .request import DTYPES, Request, check_component, check_inputs, find_model, plan_from_flags
+from .request import DTYPES, PipelineRequest, Request, check_inputs, find_model, plan_from_flags
 from .world import World
 
 NAME = "xdit-compile"
@@ -71,7 +75,7 @@ def _failed(error: Exception, arguments: list[str]) -> int:
 
 
 def _wants_debug(arguments: list[str], is_worker: bool) -> bool:
-    return Request.from_json(arguments[1]).debug if is_worker else "--debug" in arguments
+    return bool(json.loads(arguments[-1])["debug"]) if is_worker else "--debug" in arguments
 
 
 def _fail(message: str, exit_code: int) -> int:
@@ -88,30 +92,87 @@ def _rank_prefix() -> str:
 
 
 def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    flags = (
-        click.option("--ulysses_degree", type=int, default=1, help="Ranks that exchange tokens for heads."),
-        click.option("--ring_degree", type=int, default=1, help="Ranks around which keys and values travel."),
-        click.option("--backend", default=Plan.backend, help="auto, inductor, nexfort or eager."),
-        click.option("--attention", default=Plan.attention, help="Attention provider; auto takes the best available."),
-    )
-    for flag in reversed(flags):
-        command = flag(command)
-    return command
+    """The flags of a plan; the command is given the plan that they make."""
+    flags = {
+        "ulysses_degree": click.option(
+            "--ulysses_degree", type=int, default=1, help="Ranks that exchange tokens for heads."
+        ),
+        "ring_degree": click.option(
+            "--ring_degree", type=int, default=1, help="Ranks around which keys and values travel."
+        ),
+        "data_parallel_degree": click.option(
+            "--data_parallel_degree", type=int, default=1, help="Replicas that share the images."
+        ),
+        "tensor_parallel_degree": click.option(
+            "--tensor_parallel_degree", type=int, default=1, help="Ranks that share heads and feed-forward channels."
+        ),
+        "use_cfg_parallel": click.option(
+            "--use_cfg_parallel", is_flag=True, help="Two ranks share the branches of guidance."
+        ),
+        "split_scheme": click.option(
+            "--split_scheme",
+            default=Plan.split_scheme,
+            help="What tensor parallel splits: all (also row), heads or ffn.",
+        ),
+        "mesh_order": click.option(
+            "--mesh_order", default=",".join(Plan.mesh_order), help="Degrees from the farthest ranks to the nearest."
+        ),
+        "backend": click.option("--backend", default=Plan.backend, help="auto, inductor, nexfort or eager."),
+        "attention": click.option(
+            "--attention", default=Plan.attention, help="Attention provider; auto takes the best available."
+        ),
+    }
+
+    @functools.wraps(command)
+    def with_plan(**given: Any) -> Any:
+        plan = plan_from_flags(**{name: given.pop(name) for name in flags})
+        return command(plan=plan, **given)
+
+    return _flagged(with_plan, *flags.values())
 
 
-def _input_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    flags = (
-        click.option("--model", help="Pipeline folder or Hub id; without it the embedded tiny pipeline."),
-        click.option("--prompt", default=Request.prompt),
+def _model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags of whatever runs a pipeline."""
+    return _flagged(
+        command,
+        click.option(
+            "--model", help="Pipeline folder or Hub id; without it the embedded one, which draws shapes."
+        ),
         click.option("--negative_prompt"),
         click.option("--height", type=int, help="Pixels.  [default: the pipeline's]"),
         click.option("--width", type=int, help="Pixels.  [default: the pipeline's]"),
-        click.option("--num_frames", type=int, help="Frames of a video.  [default: the pipeline's]"),
         click.option("--guidance_scale", type=float, help="[default: the pipeline's]"),
         click.option("--max_sequence_length", type=int, help="Text tokens.  [default: the pipeline's]"),
+        click.option(
+            "--use_resolution_binning/--no_use_resolution_binning",
+            default=None,
+            help="Work at the nearest of the pipeline's own sizes and resize.  [default: without a size]",
+        ),
         click.option("--dtype", default="auto", help=f"auto or {', '.join(DTYPES)}; auto is bfloat16 on CUDA."),
         click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages."),
     )
+
+
+def _picture_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What to show, for the commands that look at one picture or video."""
+    return _flagged(
+        command,
+        click.option("--prompt", multiple=True, default=Request.prompt, help="Give it again for more images."),
+        click.option("--num_frames", type=int, help="Frames of a video.  [default: the pipeline's]"),
+    )
+
+
+def _run_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags of what runs a pipeline to the end."""
+    return _flagged(
+        command,
+        click.option("--num_inference_steps", type=int, help="[default: the pipeline's]"),
+        click.option("--device", default="auto", help="auto, cpu or cuda."),
+        click.option("--nproc", type=int, help="Start this many processes here; leave it out under torchrun."),
+    )
+
+
+def _flagged(command: Callable[..., Any], *flags: Callable[..., Any]) -> Callable[..., Any]:
     for flag in reversed(flags):
         command = flag(command)
     return command
@@ -124,63 +185,85 @@ def cli() -> None:
 
 
 @cli.command()
-@_input_flags
-@click.option("--num_inference_steps", type=int, help="[default: the pipeline's]")
+@_model_flags
+@_picture_flags
+@_run_flags
 @click.option("--num_images_per_prompt", type=int, help="[default: the pipeline's]")
 @click.option("--fps", type=int, default=Request.fps, help="Frames per second of a video file.")
 @click.option("--seed", type=int, default=Request.seed)
-@click.option("--device", default="auto", help="auto, cpu or cuda.")
 @_plan_flags
 @click.option("--output", default=Request.output, help="PNG, JPEG or WebP for images, MP4 or GIF for videos.")
-@click.option("--nproc", type=int, help="Start this many processes here; leave it out under torchrun.")
 @click.option("--compare", is_flag=True, help="Also run the unsplit pipeline and print the greatest difference.")
-def generate(
-    ulysses_degree: int, ring_degree: int, backend: str, attention: str, nproc: int | None, **flags: Any
-) -> None:
+def generate(plan: Plan, nproc: int | None, **flags: Any) -> None:
     """Make an image or a video."""
-    plan = plan_from_flags(ulysses=ulysses_degree, ring=ring_degree, backend=backend, attention=attention)
-    request = Request(plan=plan, **flags)
-    world = World.from_environment()
-    request.check(world, nproc)
-    if nproc is None or nproc == 1:
-        from .generate import generate as run
-
-        run(request, world)
-    else:
-        from .launch import launch
-
-        launch(["worker", request.to_json()], nproc, request.debug)
-
-
-@cli.command(hidden=True)
-@click.argument("request_json")
-def worker(request_json: str) -> None:
-    """One of the processes that generate --nproc starts."""
-    from .generate import generate as run
-    from .launch import end_with_parent
-
-    end_with_parent()
-    run(Request.from_json(request_json), World.from_environment())
+    _start("generate", Request(plan=plan, **flags), nproc)
 
 
 @cli.command()
-@_input_flags
+@_model_flags
+@_run_flags
+@click.option("--prompts", help="A file with one prompt a line; without it, captions of drawn scenes.")
+@click.option("--num_prompts", type=int, help=f"How many of them.  [default: all; {DEFAULT_COUNT} captions]")
+@click.option(
+    "--seed", type=int, default=EvaluationRequest.seed, help="Of the first picture; each next one has one more."
+)
+@click.option("--batch_size", type=int, default=EvaluationRequest.batch_size, help="Prompts in one call.")
+@_plan_flags
+@click.option(
+    "--features", default=EvaluationRequest.features, help=f"Of the Frechet distance: {' or '.join(FEATURES)}."
+)
+@click.option("--images", is_flag=True, help="Also write every picture.")
+@click.option("--output", default=EvaluationRequest.output, help="Folder for report.json and sheet.png.")
+def evaluate(plan: Plan, nproc: int | None, **flags: Any) -> None:
+    """Compare the pictures of a plan with those of one process: distances, what they show, a sheet of both."""
+    _start("evaluate", EvaluationRequest(plan=plan, **flags), nproc)
+
+
+def _start(command: str, request: PipelineRequest, nproc: int | None) -> None:
+    """Check a request, then run it here or in processes of its own."""
+    world = World.from_environment()
+    request.check(world, nproc)
+    if nproc is None or nproc == 1:
+        _run(request, world)
+    else:
+        from .launch import launch
+
+        launch(["worker", command, request.to_json()], nproc, request.debug)
+
+
+def _run(request: PipelineRequest, world: World) -> None:
+    if isinstance(request, EvaluationRequest):
+        from .evaluate import evaluate as compare
+
+        compare(request, world)
+    elif isinstance(request, Request):
+        from .generate import generate as make
+
+        make(request, world)
+
+
+@cli.command(hidden=True)
+@click.argument("command", type=click.Choice(["generate", "evaluate"]))
+@click.argument("request_json")
+def worker(command: str, request_json: str) -> None:
+    """One of the processes that --nproc starts."""
+    from .launch import end_with_parent
+
+    end_with_parent()
+    kind: type[PipelineRequest] = EvaluationRequest if command == "evaluate" else Request
+    _run(kind.from_json(request_json), World.from_environment())
+
+
+@cli.command()
+@_model_flags
+@_picture_flags
 @_plan_flags
 @click.option("--component", help="Which denoiser; without it the one that the pipeline calls first.")
 @click.option("--inputs", help="Example inputs of the denoiser: torch.save({'args': (...), 'kwargs': {...}}).")
-def explain(
-    ulysses_degree: int,
-    ring_degree: int,
-    backend: str,
-    attention: str,
-    component: str | None,
-    inputs: str | None,
-    **flags: Any,
-) -> None:
+def explain(plan: Plan, component: str | None, inputs: str | None, **flags: Any) -> None:
     """Print what a plan makes of a model's graph: axes, gathers, traffic. Reads no weights, needs one process."""
-    plan = plan_from_flags(ulysses=ulysses_degree, ring=ring_degree, backend=backend, attention=attention)
     request = Request(plan=plan, **flags)
-    request.check(None)
+    request.check(None, weights=False)
     check_inputs(inputs)
     if (folder := Path(find_model(request.model))).is_dir():
         check_component(folder, component)

@@ -17,7 +17,11 @@ import torch.distributed as dist
 from .errors import AgreementError, PlanError
 from .plan import Plan
 
-DIMENSIONS = ("ring", "ulysses")
+SEQUENCE = ("ring", "ulysses")
+TEAM = ("ring", "ulysses", "tensor")
+"""Ranks that compute one call of a denoiser together, whatever the batch."""
+REPLICA = ("cfg", *TEAM)
+"""Ranks that make the same images."""
 ALONE = ""
 _SIMULATED = "sim/"
 
@@ -91,7 +95,7 @@ class Mesh:
 
     @classmethod
     def _of(cls, plan: Plan, rank: int) -> Mesh:
-        return cls(DIMENSIONS, tuple(getattr(plan, name) for name in DIMENSIONS), rank)
+        return cls(plan.mesh_order, tuple(getattr(plan, name) for name in plan.mesh_order), rank)
 
     @property
     def world_size(self) -> int:
@@ -128,6 +132,8 @@ class Mesh:
         ordered = self._ordered(names)
         if self.size(ordered) == 1:
             return ALONE
+        if ordered not in self.groups:
+            ordered = next((kept for kept in self.groups if self.peers(kept) == self.peers(ordered)), ordered)
         if ordered not in self.groups:
             raise PlanError(f"this mesh has no group over {ordered}; make it with from_process_group or simulated")
         return self.groups[ordered]
@@ -174,7 +180,9 @@ def is_simulated(group: str) -> bool:
 
 
 def _subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    return [chosen for count in range(1, len(names) + 1) for chosen in itertools.combinations(names, count)]
+    """The sets of dimensions that have a group, each in mesh order."""
+    wanted = [*((name,) for name in names), SEQUENCE, TEAM, REPLICA, names]
+    return list(dict.fromkeys(tuple(name for name in names if name in chosen) for chosen in wanted))
 
 
 def _make_groups(mesh: Mesh, limit: datetime.timedelta) -> dict[tuple[str, ...], str]:

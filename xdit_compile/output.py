@@ -97,14 +97,15 @@ def write(pixels: Pixels, output: str, fps: int) -> list[Path]:
     written = []
     for index, item in enumerate(pixels.bytes()):
         target = path if index == 0 else path.with_name(f"{path.stem}-{index}{path.suffix}")
-        with _whole_file(target) as temporary:
+        with whole_file(target) as temporary:
             (_write_video if pixels.is_video else _write_image)(item, temporary, fps)
         written.append(target)
     return written
 
 
 @contextlib.contextmanager
-def _whole_file(target: Path) -> Iterator[Path]:
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write to; the target appears, whole, once the block ends without an error."""
     temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
         yield temporary

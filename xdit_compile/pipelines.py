@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import nn
 
 from .agreement import Agreement
 from .errors import UsageError
+from .guidance import Branches
+from .replicas import Replicas
 
 DENOISERS = ("transformer", "unet", "controlnet", "prior", "decoder", "dit")
 """Component names that diffusers gives to denoisers; a pipeline with several numbers them (``transformer_2``)."""
@@ -37,37 +41,53 @@ def denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
     yield from found
 
 
-class _Synchronised:
-    """Mixed into a pipeline's class: its outer call draws the same random numbers on every rank.
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    """What happens around the outer call of a pipeline."""
 
-    Python looks ``__call__`` up on the class, so an instance alone cannot change it; name and ``isinstance`` stay.
+    agreement: Agreement
+    branches: Branches
+    replicas: Replicas
+
+
+class _Parallel:
+    """Marks the class that `wrap_call` gives a pipeline."""
+
+
+OUTER = "_xdit_compile_outer"
+
+
+def wrap_call(pipe: Any, outer: Outer) -> None:
+    """Make a pipeline's outer call this rank's part of a call of all ranks.
+
+    The ranks that make the same images start from the same random state, since some pipelines draw from the default
+    generators even when they are given one; images are shared out over replicas. Python looks ``__call__`` up on the
+    class, so an instance alone cannot change it: the pipeline gets a class derived from its own, of the same name.
     """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        share_random_state(vars(self)[AGREEMENT])
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-
-AGREEMENT = "_xdit_compile_agreement"
-
-
-def synchronise_call(pipe: Any, agreement: Agreement) -> None:
-    """Let every outer call start from rank 0's random state: some draw from it even when they are given a generator."""
     cls = type(pipe)
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    object.__setattr__(pipe, AGREEMENT, agreement)
-    pipe.__class__ = type(cls.__name__, (_Synchronised, cls), body)
+    own = cls.__call__
+
+    @functools.wraps(own)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = outer.replicas.arguments(functools.partial(own, self), args, kwargs)
+        share_random_state(outer.agreement)
+        outer.branches.begin()
+        return outer.replicas.joined(own(self, *args, **kwargs))
+
+    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__call__": call}
+    object.__setattr__(pipe, OUTER, outer)
+    pipe.__class__ = type(cls.__name__, (_Parallel, cls), body)
 
 
 def restore_call(pipe: Any) -> None:
     """Give a pipeline its own class back."""
-    if isinstance(pipe, _Synchronised):
-        vars(pipe).pop(AGREEMENT)
+    if isinstance(pipe, _Parallel):
+        vars(pipe).pop(OUTER)
         pipe.__class__ = type(pipe).__mro__[2]
 
 
 def share_random_state(agreement: Agreement) -> None:
-    """Set the default generators of all ranks to rank 0's state."""
+    """Set the default generators of all ranks to the state of the first."""
     devices = [torch.default_generator]
     if torch.cuda.is_available():
         devices.append(torch.cuda.default_generators[torch.cuda.current_device()])

@@ -10,6 +10,14 @@ from .errors import PlanError
 BACKENDS = ("auto", "inductor", "nexfort", "eager")
 ATTENTIONS = ("auto", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash_attn", "yunchang")
 FALLBACKS = ("gather", "error")
+DEGREES = ("data", "cfg", "ring", "ulysses", "tensor")
+SPLIT_SCHEMES = ("all", "heads", "ffn")
+_CHOICES = (
+    ("backend", BACKENDS),
+    ("attention", ATTENTIONS),
+    ("fallback", FALLBACKS),
+    ("split_scheme", SPLIT_SCHEMES),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +28,12 @@ class Plan:
         ulysses: ranks that exchange tokens for heads around each attention (DeepSpeed-Ulysses, arXiv:2309.14509).
         ring: ranks around which keys and values travel (Ring Attention, arXiv:2310.01889). ``ulysses * ring`` ranks
             split the tokens together (USP, arXiv:2405.07719).
+        cfg: ranks that share the branches of classifier-free guidance.
+        data: replicas that share the images of one call.
+        tensor: ranks that share heads and feed-forward channels, and with them the weights (Megatron-LM,
+            arXiv:1909.08053).
+        split_scheme: what ``tensor`` splits: ``heads``, ``ffn`` or ``all``.
+        mesh_order: the degrees from the farthest ranks to the nearest; those that talk most stand last.
         backend: what runs the rewritten graphs: ``inductor``, ``nexfort`` or ``eager``; ``auto`` takes ``inductor``
             where it can be used and ``eager`` elsewhere.
         attention: which kernel computes attention; ``auto`` takes the best that is available.
@@ -30,6 +44,11 @@ class Plan:
 
     ulysses: int = 1
     ring: int = 1
+    cfg: int = 1
+    data: int = 1
+    tensor: int = 1
+    split_scheme: str = "all"
+    mesh_order: tuple[str, ...] = DEGREES
     backend: str = "auto"
     attention: str = "auto"
     fallback: str = "gather"
@@ -44,28 +63,35 @@ class Plan:
     @property
     def world_size(self) -> int:
         """Ranks that the plan needs in all."""
-        return self.sequence
+        return math.prod(getattr(self, name) for name in DEGREES)
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Every reason why this plan cannot run, each as one clause that says what to change."""
         found = []
-        for name in ("ulysses", "ring"):
+        for name in DEGREES:
             degree = getattr(self, name)
             if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
                 found.append(f"{name}={degree!r} must be a whole number of at least 1")
-        for name, allowed in (("backend", BACKENDS), ("attention", ATTENTIONS), ("fallback", FALLBACKS)):
+        for name, allowed in _CHOICES:
             if getattr(self, name) not in allowed:
                 found.append(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        if sorted(self.mesh_order) != sorted(DEGREES):
+            found.append(f"mesh_order={self.mesh_order!r} must name each of {', '.join(DEGREES)} once")
         if not isinstance(self.verify, bool):
             found.append(f"verify={self.verify!r} must be True or False")
         if not isinstance(self.timeout_s, int | float) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
             found.append(f"timeout_s={self.timeout_s!r} must be a positive number of seconds")
         if not found and world_size is not None and self.world_size != world_size:
+            degrees = " x ".join(f"{name}={getattr(self, name)}" for name in self._shown())
             found.append(
-                f"ulysses={self.ulysses} x ring={self.ring} needs {self.world_size} processes "
+                f"{degrees} needs {self.world_size} processes "
                 f"but {world_size} are running; start {self.world_size} or change the degrees"
             )
         return found
+
+    def _shown(self) -> list[str]:
+        """The degrees worth naming: those above 1, and the two of sequence parallelism where none is."""
+        return [name for name in DEGREES if getattr(self, name) > 1] or ["ulysses", "ring"]
 
     def check(self, world_size: int | None = None) -> Plan:
         """Return the plan itself.

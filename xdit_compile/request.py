@@ -1,4 +1,4 @@
-"""What one ``generate`` command asks for, and every reason that can be seen before anything heavy is imported."""
+"""What a command asks for, and every reason against it that can be seen before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from .errors import UsageError, one_line
+from .errors import UsageError
+from .model_folder import check_parts, check_size
 from .plan import Plan
 from .world import World
 
@@ -23,51 +25,59 @@ DTYPES = {
 }
 DEVICES = ("auto", "cpu", "cuda")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".mp4", ".gif")
-TINY_PIPELINE = Path(__file__).parent / "data" / "tiny_pipeline"
+DEMO_PIPELINE = Path(__file__).parent / "data" / "demo_pipeline"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """One picture or video to make. ``None`` leaves a value to the pipeline's own default."""
+class PipelineRequest:
+    """What every command that runs a pipeline asks for. ``None`` leaves a value to the pipeline's own default."""
 
     plan: Plan = dataclasses.field(default_factory=Plan)
     model: str | None = None
-    prompt: str = "a lighthouse at dusk"
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
-    num_frames: int | None = None
-    fps: int = 8
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     max_sequence_length: int | None = None
-    num_images_per_prompt: int | None = None
+    use_resolution_binning: bool | None = None
     seed: int = 42
     dtype: str = "auto"
     device: str = "auto"
-    output: str = "out.png"
-    compare: bool = False
     debug: bool = False
+
+    counts: ClassVar[tuple[str, ...]] = ("height", "width", "num_inference_steps", "max_sequence_length")
+    """Fields that must be at least 1."""
 
     def to_json(self) -> str:
         """The request as one line, for the processes that a launcher starts."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Request:
+    def from_json(cls, text: str) -> Self:
         """The request that ``to_json`` wrote."""
         fields = json.loads(text)
-        return cls(plan=Plan(**fields.pop("plan")), **fields)
+        return cls(plan=Plan(**_tuples(fields.pop("plan"))), **_tuples(fields))
 
-    def check(self, world: World | None, nproc: int | None = None) -> None:
+    @property
+    def binning(self) -> bool | None:
+        """Whether the pipeline may work at the nearest of its own sizes and resize: not with a size that was asked for,
+        unless that was asked for too."""
+        asked = self.height is not None or self.width is not None
+        return False if self.use_resolution_binning is None and asked else self.use_resolution_binning
+
+    def check(self, world: World | None, nproc: int | None = None, weights: bool = True) -> None:
         """Look at everything that needs no model; without a ``world`` any number of processes will do.
+
+        Args:
+            weights: whether the command reads the model's weights.
 
         Raises:
             UsageError: naming every problem at once.
         """
         found = [*_world_problems(self.plan, world, nproc), *self._number_problems(), *self._choice_problems()]
-        for check in (lambda: find_model(self.model), self._check_output):
+        for check in (lambda: self._check_model(weights), *self._more_checks()):
             try:
                 check()
             except UsageError as error:
@@ -75,10 +85,12 @@ class Request:
         if found:
             raise UsageError("; ".join(found))
 
+    def _more_checks(self) -> list[Callable[[], None]]:
+        return []
+
     def _number_problems(self) -> list[str]:
         found = []
-        whole = ("height", "width", "num_frames", "fps", "num_inference_steps", "max_sequence_length")
-        for name in (*whole, "num_images_per_prompt"):
+        for name in self.counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"--{name} {value} must be at least 1")
@@ -96,6 +108,40 @@ class Request:
             found.append(f"--device {self.device} is unknown; choose one of {', '.join(DEVICES)}")
         return found
 
+    def _check_model(self, weights: bool) -> None:
+        """A folder is looked into; what an id of the Hub stands for is seen when it is fetched."""
+        if (folder := Path(find_model(self.model))).is_dir():
+            check_parts(folder, weights)
+            sides = [side if side is None or side > 0 else None for side in (self.height, self.width)]
+            check_size(folder, sides[0], sides[1], bool(self.binning))
+
+
+@dataclasses.dataclass(frozen=True)
+class Request(PipelineRequest):
+    """One picture or video to make."""
+
+    prompt: tuple[str, ...] = ("a large red star in the center on a striped mint background",)
+    num_frames: int | None = None
+    fps: int = 8
+    num_images_per_prompt: int | None = None
+    output: str = "out.png"
+    compare: bool = False
+
+    counts: ClassVar[tuple[str, ...]] = (*PipelineRequest.counts, "num_frames", "fps", "num_images_per_prompt")
+
+    def _more_checks(self) -> list[Callable[[], None]]:
+        return [self._check_prompt, self._check_output]
+
+    @property
+    def seeds(self) -> int | list[int]:
+        """One seed an image, counted up from ``seed``, so that how images are shared out changes none of them."""
+        count = len(self.prompt) * (self.num_images_per_prompt or 1)
+        return self.seed if count == 1 else [self.seed + image for image in range(count)]
+
+    def _check_prompt(self) -> None:
+        if not self.prompt:
+            raise UsageError("--prompt is missing; say what to show")
+
     def _check_output(self) -> None:
         path = Path(self.output)
         if path.suffix.lower() not in SUFFIXES:
@@ -106,6 +152,11 @@ class Request:
             raise UsageError(f"--output {self.output}: folder {path.parent} does not exist; make it first")
 
 
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as they were before JSON, which has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
 def find_model(name: str | None) -> str:
     """The folder or Hub id to load: the embedded pipeline where none is named.
 
@@ -113,9 +164,9 @@ def find_model(name: str | None) -> str:
         UsageError: ``name`` is neither a folder in diffusers format nor of the form ``org/name``.
     """
     if name is None:
-        if not (TINY_PIPELINE / "model_index.json").is_file():
+        if not (DEMO_PIPELINE / "model_index.json").is_file():
             raise UsageError("the embedded pipeline is missing; install again, or give --model FOLDER_OR_ID")
-        return str(TINY_PIPELINE)
+        return str(DEMO_PIPELINE)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -124,29 +175,6 @@ def find_model(name: str | None) -> str:
     if folder.exists() or not _HUB_ID.fullmatch(name) or folder.parent.is_dir():
         raise UsageError(f"--model {name} is no folder; give a pipeline folder in diffusers format or an id ORG/NAME")
     return name
-
-
-def pipeline_index(folder: Path) -> dict[str, Any]:
-    """What a pipeline folder consists of: each component's library and class.
-
-    Raises:
-        UsageError: the folder's index cannot be read.
-    """
-    try:
-        return dict(json.loads((folder / "model_index.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / 'model_index.json'} cannot be read: {one_line(error)}") from error
-
-
-def check_component(folder: Path, component: str | None) -> None:
-    """See that a pipeline folder has a component of that name.
-
-    Raises:
-        UsageError: naming those it has.
-    """
-    names = [name for name, entry in pipeline_index(folder).items() if isinstance(entry, list) and entry[0]]
-    if component is not None and component not in names:
-        raise UsageError(f"--component {component} is not in this pipeline; choose one of {', '.join(names)}")
 
 
 def check_inputs(path: str | None) -> None:
@@ -169,6 +197,21 @@ def _world_problems(plan: Plan, world: World | None, nproc: int | None) -> list[
     return plan.problems(nproc or world.size)
 
 
+_DEGREES = {
+    "ulysses": "ulysses_degree",
+    "ring": "ring_degree",
+    "data": "data_parallel_degree",
+    "tensor": "tensor_parallel_degree",
+}
+
+
 def plan_from_flags(**flags: Any) -> Plan:
-    """A plan from the command line's flags; those not given keep the plan's own defaults."""
-    return Plan(**{name: value for name, value in flags.items() if value is not None})
+    """A plan from the command line's flags, which have xDiT's names and spellings."""
+    return Plan(
+        **{field: flags[name] for field, name in _DEGREES.items()},
+        cfg=2 if flags["use_cfg_parallel"] else 1,
+        split_scheme="all" if flags["split_scheme"] == "row" else flags["split_scheme"],
+        mesh_order=tuple(name.strip() for name in flags["mesh_order"].split(",")),
+        backend=flags["backend"],
+        attention=flags["attention"],
+    )

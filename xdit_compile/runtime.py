@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ from torch.utils import _pytree as pytree
 from .agreement import Agreement
 from .backends.base import Backend
 from .build import Analysis, analyse, place
+from .deferred import Deferred, values_of
 from .digest import digest, digest_program, digest_shapes, digest_tensors
 from .dump import dump
+from .guidance import Branches
 from .interpret import assemble, bind
 from .mesh import Mesh
+from .passes.layout import BATCH
 from .passes.program_partition import Partitioned
 from .plan import Plan
 from .program import Program
@@ -48,7 +51,9 @@ class Runner:
     compared with the module itself. Values of guards that changed make a new program too.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh, backend: Backend, agreement: Agreement):
+    def __init__(
+        self, module: nn.Module, plan: Plan, mesh: Mesh, backend: Backend, agreement: Agreement, branches: Branches
+    ):
         self.module = module
         self.plan = plan
         self.mesh = mesh
@@ -56,9 +61,11 @@ class Runner:
         self.forward = module.forward
         self.prepared: dict[Signature, list[Prepared]] = {}
         self._agreement = agreement
+        self._branches = branches
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._arrived(args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         known = self.prepared.setdefault(signature(self.module, args, kwargs), [])
         prepared = next((one for one in known if one.fits(leaves)), None)
@@ -66,8 +73,31 @@ class Runner:
         if prepared is None:
             prepared = self._prepare(args, kwargs, leaves)
             known.append(prepared)
+        if self._branches.active:
+            if not prepared.analysis.units[BATCH]:
+                return self._deferred(prepared, leaves)
+            self._branches.shared += 1
         tensors = bind(prepared.program, self.module, leaves)
         return assemble(prepared.program, prepared.run(*tensors))
+
+    def _arrived(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The inputs with the values of those that another denoiser has not computed yet."""
+        if any(isinstance(leaf, Deferred) and not leaf.settled for leaf in pytree.tree_leaves((args, kwargs))):
+            self._branches.flush(needed=False)
+        return pytree.tree_map(values_of, (args, kwargs))
+
+    def _deferred(self, prepared: Prepared, leaves: list[Any]) -> Any:
+        """One branch of guidance: its inputs are kept as they are now, its results come with the other branches'."""
+        device = _device(leaves)
+        kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+        def run() -> Sequence[torch.Tensor]:
+            return prepared.run(*bind(prepared.program, self.module, kept))
+
+        (output,) = prepared.analysis.program.root.graph.find_nodes(op="output")
+        fakes = [leaf.meta["val"] for leaf in output.args[0]]
+        likes = [torch.empty(fake.shape, dtype=fake.dtype, device=device) for fake in fakes]
+        return assemble(prepared.program, tuple(self._branches.call(run, likes)))
 
     def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
         self._agreement.agree(
@@ -79,7 +109,7 @@ class Runner:
             partitioned = place(analysis, self.plan, self.mesh)
             partitioned.program.root.to(_device(leaves))
             dump(analysis, partitioned, self.mesh.rank)
-            graph = digest([digest_program(analysis.program), analysis.tokens])
+            graph = digest([digest_program(analysis.program), analysis.units])
             prepared = Prepared(analysis, partitioned, self.backend.compile(partitioned.program.root))
         except Exception as error:
             self._agreement.fail("graph", error)

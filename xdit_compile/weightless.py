@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import UsageError, XditCompileError, one_line
-from .generate import call_arguments, placement, quieten
-from .request import Request, check_component, find_model, pipeline_index
+from .model_folder import check_component, pipeline_index
+from .pipeline_call import call_arguments, placement, quieten
+from .request import Request, find_model
 from .world import World
 
 LARGE = 4096
@@ -93,7 +94,7 @@ def _first_call(
     arguments, _ = call_arguments(pipe, dataclasses.replace(request, num_inference_steps=2))
     try:
         with torch.no_grad(), _Unvalued():
-            pipe(**arguments, **({"generator": torch.Generator()} if _takes_generator(pipe) else {}))
+            pipe(**arguments | ({"generator": torch.Generator()} if "generator" in arguments else {}))
     except _FirstCall as call:
         args, kwargs = _to("meta", (call.call_args, call.call_kwargs))
         return DenoiserCall(call.name, candidates[call.name], args, kwargs)
@@ -239,12 +240,6 @@ def _catch(name: str) -> Callable[..., Any]:
 
 def _to(device: str, tree: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda value: value.to(device), tree)
-
-
-def _takes_generator(pipe: Any) -> bool:
-    import inspect
-
-    return "generator" in inspect.signature(type(pipe).__call__).parameters
 
 
 def _read_inputs(path: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""Makes the tiny text-to-image pipeline that ships inside the package, in the folder format of diffusers.
+"""Makes the tiny text-to-image pipeline that the tests load, in the folder format of diffusers.
 
 Every part is the real class with a tiny configuration and seeded random weights, so ``from_pretrained`` loads the
 folder as it loads any other. The default picture is 256 x 256 pixels: 256 image tokens beside the text tokens.
 
-    python examples/make_tiny_pipeline.py [FOLDER]
+    python tests/make_tiny_pipeline.py [FOLDER]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
-DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "xdit_compile" / "data" / "tiny_pipeline"
+DEFAULT_FOLDER = Path(__file__).resolve().parent / "data" / "tiny_pipeline"
 SEED = 20240
 TEXT_TOKENS = 32
 TEXT_WIDTH = 32
@@ -137,7 +137,7 @@ def make_pipeline(seed: int = SEED) -> StableDiffusion3Pipeline:
 
 
 def main() -> None:
-    """Write the folder anew; weights are stored as float16 to keep the package small."""
+    """Write the folder anew; weights are stored as float16 to keep the folder small."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=DEFAULT_FOLDER)
     folder = parser.parse_args().folder

@@ -1,0 +1,37 @@
+"""Finds the batch: the axis along which a call is several independent ones."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from xdit_compile.axes import Axis, atoms
+
+from .infer import Inference
+from .tokens import Units
+
+
+def choose_batch(inference: Inference, parts: int) -> Units:
+    """The units whose split gives every rank whole entries of the batch; none where there are fewer than ``parts``.
+
+    The batch is the outermost axis that an input and a result have in common. Guidance branches that a pipeline stacks
+    are halves of it.
+    """
+    axis = batch_axis(inference)
+    return () if parts == 1 or axis is None or axis.size < parts else ((axis,),)
+
+
+def batch_axis(inference: Inference) -> Axis | None:
+    """The one atom that is the first dim of the results and of the largest input that has it."""
+    users = {given.name for given in inference.program.inputs if given.kind == "user"}
+    root = inference.program.root.graph
+    entering = {
+        id(inference.axes[node][0][0])
+        for node in root.find_nodes(op="placeholder")
+        if node.name in users and inference.axes[node][0]
+    }
+    (output,) = root.find_nodes(op="output")
+    for leaf in output.args[0]:
+        axes = inference.axes[leaf][0] if isinstance(leaf, fx.Node) else ()
+        if axes and id(axes[0]) in entering and len(list(atoms(axes[0]))) == 1:
+            return axes[0]
+    return None

@@ -1,0 +1,51 @@
+"""Tensor parallel: heads and feed-forward channels, found in the graph, over simulated and real ranks."""
+
+from __future__ import annotations
+
+import procs
+import pytest
+import zoo
+from splitting import captured, run_split
+from test_runtime import run_model
+
+from xdit_compile.passes.layout import TENSOR
+from xdit_compile.plan import Plan
+
+MESHES = [Plan(tensor=2), Plan(tensor=3), Plan(tensor=4), Plan(tensor=2, ulysses=2), Plan(tensor=2, ring=2)]
+QUICK = ["flux", "pixart", "wan_t2v"]
+
+
+def check(name: str, plan: Plan) -> None:
+    model = captured(name)
+    worst, ranks = run_split(model, plan)
+    assert worst <= 2e-5, f"{plan}"
+    assert "all_reduce" in {item.op for item in ranks[0].ledger.collectives}
+    assert ranks[0].ledger.flops_here < 0.85 * ranks[0].ledger.flops / plan.sequence
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_split_model_equals_the_single_device(name: str) -> None:
+    for plan in MESHES:
+        check(name, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(zoo.MODELS) - set(QUICK)))
+def test_every_named_model_equals_the_single_device(name: str) -> None:
+    for plan in MESHES:
+        check(name, plan)
+
+
+@pytest.mark.parametrize(("scheme", "share"), [("heads", 0.9), ("ffn", 0.85)])
+def test_a_scheme_splits_what_it_says(scheme: str, share: float) -> None:
+    both = run_split(captured("pixart"), Plan(tensor=2))[1][0]
+    worst, ranks = run_split(captured("pixart"), Plan(tensor=2, split_scheme=scheme))
+    assert worst <= 2e-5
+    assert both.ledger.flops_here < ranks[0].ledger.flops_here < share * ranks[0].ledger.flops
+    (units,) = {len(rank.layout.sharding.splits[TENSOR].units) for rank in ranks}
+    assert units < len(both.layout.sharding.splits[TENSOR].units)
+
+
+@pytest.mark.parametrize("plan", [Plan(tensor=2, backend="eager"), Plan(tensor=2, ulysses=2, backend="eager")], ids=str)
+def test_on_real_processes(plan: Plan) -> None:
+    assert max(procs.run(run_model, plan.world_size, "pixart", plan)) <= 2e-5

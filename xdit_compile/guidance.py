@@ -1,0 +1,114 @@
+"""Classifier-free guidance over ranks for pipelines that call the denoiser once for each branch.
+
+The first call of a step returns deferred tensors; once as many calls wait as there are ranks, each rank computes one
+and they exchange the results. Nothing is assumed about which call is conditional: calls are independent as long as none
+reads another's values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+import xdit_compile.kernels.collectives  # noqa: F401  (registers the op)
+
+from .deferred import Source
+from .errors import XditCompileError
+from .mesh import Mesh
+
+DIMENSION = "cfg"
+Run = Callable[[], Sequence[torch.Tensor]]
+
+
+@dataclasses.dataclass
+class _Waiting:
+    run: Run
+    likes: Sequence[torch.Tensor]
+    source: Source
+
+
+class Branches:
+    """The calls of one pipeline that wait for one another.
+
+    Over the latest generation ``shared`` counts the calls that ranks shared, by splitting their batch or by computing
+    one each, and ``alone`` those that every rank had to compute by itself.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._size = mesh.size(DIMENSION)
+        self._index = mesh.coordinate(DIMENSION)
+        self._group = mesh.group(DIMENSION)
+        self._waiting: list[_Waiting] = []
+        self.shared = 0
+        self.alone = 0
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to share."""
+        return self._size > 1
+
+    def begin(self) -> None:
+        """Start another generation; what a failed one left waiting is dropped."""
+        self._waiting.clear()
+        self.shared = 0
+        self.alone = 0
+
+    def call(self, run: Run, likes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The results of ``run``, which have the forms of ``likes``: deferred, or there with the last branch."""
+        source = Source(self.flush)
+        results = source.deferred(likes)
+        self._waiting.append(_Waiting(run, likes, source))
+        if len(self._waiting) < self._size:
+            return list(results)
+        self.flush()
+        return [result.value() for result in results]
+
+    def flush(self, needed: bool = True) -> None:
+        """Compute what waits.
+
+        Args:
+            needed: the values are read by the pipeline; ``False`` where only another denoiser's input asks for them.
+
+        Raises:
+            XditCompileError: one call waits in a generation in which no two ever met: there is no guidance to share.
+        """
+        waiting, self._waiting = self._waiting, []
+        if len(waiting) == 1:
+            if needed and not self.shared:
+                raise XditCompileError(
+                    f"cfg={self._size} but this pipeline makes one call of the denoiser with one image per step: it is "
+                    "guidance-distilled or runs without guidance; use cfg=1, or a guidance scale above 1"
+                )
+            self.alone += 1
+            waiting[0].source.fill(waiting[0].run())
+        elif waiting:
+            self.shared += len(waiting)
+            for one, values in zip(waiting, self._exchanged(waiting), strict=True):
+                one.source.fill(values)
+
+    def _exchanged(self, waiting: Sequence[_Waiting]) -> list[list[torch.Tensor]]:
+        """The results of all calls; this rank computes one of them, if there are enough."""
+        mine = list(waiting[self._index].run()) if self._index < len(waiting) else []
+        flat: dict[torch.dtype, torch.Tensor] = {}
+        for dtype in dict.fromkeys(like.dtype for one in waiting for like in one.likes):
+            sizes = [sum(like.numel() for like in one.likes if like.dtype == dtype) for one in waiting]
+            sizes += [0] * (self._size - len(waiting))
+            parts = [value.reshape(-1) for value in mine if value.dtype == dtype]
+            own = torch.cat(parts) if parts else waiting[0].likes[0].new_empty(0, dtype=dtype)
+            flat[dtype] = torch.ops.xdit_compile.all_gather(own, 0, sizes, self._group)
+        return _unpacked(waiting, flat)
+
+
+def _unpacked(waiting: Sequence[_Waiting], flat: dict[torch.dtype, torch.Tensor]) -> list[list[torch.Tensor]]:
+    at = dict.fromkeys(flat, 0)
+    found = []
+    for one in waiting:
+        values = []
+        for like in one.likes:
+            start = at[like.dtype]
+            at[like.dtype] += like.numel()
+            values.append(flat[like.dtype][start : at[like.dtype]].view(like.shape).clone())
+        found.append(values)
+    return found

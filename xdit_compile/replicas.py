@@ -1,0 +1,148 @@
+"""Data parallel: the images of one pipeline call are shared out over replicas, and their results joined in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .errors import UsageError
+from .mesh import Mesh
+from .shards import share
+
+DIMENSION = "data"
+_PER_IMAGE = "num_images_per_prompt"
+_OTHER_PER_IMAGE = ("num_videos_per_prompt",)
+_SHARED_OUT = ("prompt", "embeds", "mask", "latents", "generator", "image", "video", "class_labels")
+_NOT_SHARED_OUT = ("num_", "output", "callback", "guidance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The images of one call: ``prompts`` entries, each wanted ``each`` times, counted in the order of the result."""
+
+    prompts: int
+    each: int
+
+    @property
+    def total(self) -> int:
+        """Images in all."""
+        return self.prompts * self.each
+
+
+class Replicas:
+    """This rank's place among the replicas."""
+
+    def __init__(self, mesh: Mesh):
+        self._count = mesh.size(DIMENSION)
+        self._index = mesh.coordinate(DIMENSION)
+        self._group = mesh.group(DIMENSION)
+
+    def arguments(self, call: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with which this replica makes its share of the images.
+
+        Every image becomes an entry of its own: lists and tensors with one entry a prompt are repeated as
+        ``num_images_per_prompt`` asks, those with one an image are cut. A single generator gives every replica but the
+        first a stream of its own, so only a list of generators gives the same images as one process does.
+
+        Args:
+            call: the pipeline's own ``__call__``.
+
+        Raises:
+            UsageError: there are fewer images than replicas.
+        """
+        if self._count == 1:
+            return args, dict(kwargs)
+        bound = inspect.signature(call).bind_partial(*args, **kwargs)
+        given = dict(bound.arguments)
+        for parameter in bound.signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given.update(given.pop(parameter.name, {}))
+        images = count_images(given)
+        if images.total < self._count:
+            raise UsageError(
+                f"data={self._count} replicas but {images.total} image{'s' if images.total > 1 else ''}: give more "
+                f"prompts or --{_PER_IMAGE}, or use fewer replicas"
+            )
+        mine = range(*share(images.total, self._count, self._index))
+        return (), {name: self._part(name, value, images, mine) for name, value in given.items()}
+
+    def _part(self, name: str, value: Any, images: Images, mine: range) -> Any:
+        if name in (_PER_IMAGE, *_OTHER_PER_IMAGE):
+            return 1
+        if isinstance(value, torch.Generator):
+            return value if self._index == 0 else _stream(value, self._index)
+        if name.startswith(_NOT_SHARED_OUT) or not any(word in name for word in _SHARED_OUT):
+            return value
+        if isinstance(value, str):
+            return [value] * len(mine)
+        return _entries(value, images, mine)
+
+    def joined(self, result: Any) -> Any:
+        """All images in order on the ranks of the first replica; the others keep their own."""
+        if self._count == 1:
+            return result
+        group = dist.distributed_c10d._resolve_process_group(self._group)
+        parts: list[Any] | None = [None] * self._count if self._index == 0 else None
+        dist.gather_object(_plain(result), parts, group_dst=0, group=group)
+        return result if parts is None else _join(result, parts)
+
+
+def count_images(given: Mapping[str, Any]) -> Images:
+    """How many images the arguments of a call ask for."""
+    each = next((int(given[name]) for name in (_PER_IMAGE, *_OTHER_PER_IMAGE) if given.get(name)), 1)
+    for name in ("prompt", "prompt_embeds", "class_labels"):
+        value = given.get(name)
+        if isinstance(value, list | tuple):
+            return Images(len(value), each)
+        if isinstance(value, torch.Tensor):
+            return Images(value.shape[0], each)
+    return Images(1, each)
+
+
+def _entries(value: Any, images: Images, mine: range) -> Any:
+    """This replica's entries of something with one entry an image or a prompt; anything else stays whole."""
+    length = value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else None
+    length = len(value) if isinstance(value, list | tuple) else length
+    if length == images.total:
+        wanted = list(mine)
+    elif length == images.prompts:
+        wanted = [image // images.each for image in mine]
+    else:
+        return value
+    return value[wanted] if isinstance(value, torch.Tensor) else [value[at] for at in wanted]
+
+
+def _stream(generator: torch.Generator, index: int) -> torch.Generator:
+    """Another replica's stream: seeded by the generator's next number, so it follows its state."""
+    state = generator.get_state()
+    (number,) = torch.randint(2**62, (1,), generator=generator, device=generator.device).tolist()
+    generator.set_state(state)
+    return torch.Generator(generator.device).manual_seed((number + index) % 2**63)
+
+
+def _plain(result: Any) -> list[Any]:
+    values = result if isinstance(result, tuple) else list(result.values())
+    return [value.cpu() if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def _join(result: Any, parts: Sequence[list[Any]]) -> Any:
+    joined = [_concatenated(list(pieces)) for pieces in zip(*parts, strict=True)]
+    if isinstance(result, tuple):
+        return type(result)(joined)
+    return type(result)(**dict(zip(result.keys(), joined, strict=True)))
+
+
+def _concatenated(pieces: list[Any]) -> Any:
+    if isinstance(pieces[0], torch.Tensor):
+        return torch.cat(pieces)
+    if isinstance(pieces[0], np.ndarray):
+        return np.concatenate(pieces)
+    if isinstance(pieces[0], list):
+        return [entry for piece in pieces for entry in piece]
+    return pieces[0]
