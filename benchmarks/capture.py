@@ -27,15 +27,14 @@ from rich.table import Table
 from torch import nn
 
 from xdit_compile import Plan
-from xdit_compile.build import Analysis, place
+from xdit_compile.build import Analysis, choose_units, place
 from xdit_compile.capture import capture
 from xdit_compile.mesh import Mesh
 from xdit_compile.passes.infer import infer
 from xdit_compile.passes.rulebook import rulebook
-from xdit_compile.passes.tokens import choose_tokens
 from xdit_compile.program import Program
 
-PHASES = ("capture", "infer axes", "choose tokens", "partition, one rank")
+PHASES = ("capture", "infer axes", "choose what to split", "partition, one rank")
 SIDE, TEXT = 64, 512
 
 
@@ -77,8 +76,8 @@ def measure(double: int, single: int, plan: Plan) -> Found:
 
     program = timed(PHASES[0], lambda: capture(model, (), call))
     inference = timed(PHASES[1], lambda: infer(program, rulebook()))
-    tokens = timed(PHASES[2], lambda: choose_tokens(inference, plan))
-    analysis = Analysis(program, inference, tokens)
+    units = timed(PHASES[2], lambda: choose_units(inference, plan))
+    analysis = Analysis(program, inference, units)
     placed = timed(PHASES[3], lambda: place(analysis, plan, Mesh.simulated(plan, 0)))
     counts = _counts("captured", program) | _counts("partitioned", placed.program)
     counts["gathers"] = len(placed.ledger.gathers)

@@ -92,9 +92,9 @@ def run_three_branches(rank: int) -> tuple[float, int, int]:
     for at, kwargs in enumerate(inputs):
         kwargs["encoder_hidden_states"] = kwargs["encoder_hidden_states"] + at
     with torch.no_grad():
-        expected = [module(**kwargs, return_dict=False)[0] for kwargs in inputs]
+        expected = [module(**kwargs)[0] for kwargs in inputs]
     xdit_compile.parallelize(module, PLAN)
-    found = [module(**kwargs, return_dict=False)[0] for kwargs in inputs]
+    found = [module(**kwargs)[0] for kwargs in inputs]
     guided = found[0] + 2 * (found[1] - found[0]) + 3 * (found[2] - found[1])
     reference = expected[0] + 2 * (expected[1] - expected[0]) + 3 * (expected[2] - expected[1])
     branches = module.forward._branches

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("xdit_compile", "passes", "kernels", "backends")
 SUBPACKAGES = ("evaluation",)
-LIMIT = 4_000_000
+LIMIT = 24_000_000
 
 
 @pytest.fixture(scope="module")

@@ -135,9 +135,7 @@ def _model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags of whatever runs a pipeline."""
     return _flagged(
         command,
-        click.option(
-            "--model", help="Pipeline folder or Hub id; without it the embedded one, which draws shapes."
-        ),
+        click.option("--model", help="Pipeline folder or Hub id; without it the embedded one, which draws shapes."),
         click.option("--negative_prompt"),
         click.option("--height", type=int, help="Pixels.  [default: the pipeline's]"),
         click.option("--width", type=int, help="Pixels.  [default: the pipeline's]"),

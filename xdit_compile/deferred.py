@@ -113,7 +113,9 @@ class Deferred(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         pending = [
             leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Deferred) and not leaf.settled

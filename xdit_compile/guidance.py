@@ -24,6 +24,7 @@ Run = Callable[[], Sequence[torch.Tensor]]
 
 @dataclasses.dataclass
 class _Waiting:
+    module: object
     run: Run
     likes: Sequence[torch.Tensor]
     source: Source
@@ -41,6 +42,7 @@ class Branches:
         self._index = mesh.coordinate(DIMENSION)
         self._group = mesh.group(DIMENSION)
         self._waiting: list[_Waiting] = []
+        self._lonely: list[object] = []
         self.shared = 0
         self.alone = 0
 
@@ -52,35 +54,42 @@ class Branches:
     def begin(self) -> None:
         """Start another generation; what a failed one left waiting is dropped."""
         self._waiting.clear()
+        self._lonely.clear()
         self.shared = 0
         self.alone = 0
 
-    def call(self, run: Run, likes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The results of ``run``, which have the forms of ``likes``: deferred, or there with the last branch."""
+    def call(self, module: object, run: Run, likes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The results of ``run``, a call of ``module``: deferred, or there with the last branch.
+
+        Args:
+            likes: tensors of the shapes, dtypes and device of the results.
+        """
         source = Source(self.flush)
         results = source.deferred(likes)
-        self._waiting.append(_Waiting(run, likes, source))
+        self._waiting.append(_Waiting(module, run, likes, source))
         if len(self._waiting) < self._size:
             return list(results)
         self.flush()
         return [result.value() for result in results]
 
-    def flush(self, needed: bool = True) -> None:
+    def flush(self, asking: object = None) -> None:
         """Compute what waits.
 
         Args:
-            needed: the values are read by the pipeline; ``False`` where only another denoiser's input asks for them.
+            asking: the module whose next call takes the values as its input; none where the pipeline reads them.
 
         Raises:
             XditCompileError: one call waits in a generation in which no two ever met: there is no guidance to share.
         """
         waiting, self._waiting = self._waiting, []
         if len(waiting) == 1:
-            if needed and not self.shared:
+            module = waiting[0].module
+            if not self.shared and (asking in (None, module) or module in self._lonely):
                 raise XditCompileError(
                     f"cfg={self._size} but this pipeline makes one call of the denoiser with one image per step: it is "
                     "guidance-distilled or runs without guidance; use cfg=1, or a guidance scale above 1"
                 )
+            self._lonely.append(module)
             self.alone += 1
             waiting[0].source.fill(waiting[0].run())
         elif waiting:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import UsageError
+from .kernels.groups import process_group
 from .mesh import Mesh
 from .shards import share
 
@@ -87,7 +88,7 @@ class Replicas:
         """All images in order on the ranks of the first replica; the others keep their own."""
         if self._count == 1:
             return result
-        group = dist.distributed_c10d._resolve_process_group(self._group)
+        group = process_group(self._group)
         parts: list[Any] | None = [None] * self._count if self._index == 0 else None
         dist.gather_object(_plain(result), parts, group_dst=0, group=group)
         return result if parts is None else _join(result, parts)

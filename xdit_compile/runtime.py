@@ -83,7 +83,7 @@ class Runner:
     def _arrived(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The inputs with the values of those that another denoiser has not computed yet."""
         if any(isinstance(leaf, Deferred) and not leaf.settled for leaf in pytree.tree_leaves((args, kwargs))):
-            self._branches.flush(needed=False)
+            self._branches.flush(asking=self.module)
         return pytree.tree_map(values_of, (args, kwargs))
 
     def _deferred(self, prepared: Prepared, leaves: list[Any]) -> Any:
@@ -97,7 +97,7 @@ class Runner:
         (output,) = prepared.analysis.program.root.graph.find_nodes(op="output")
         fakes = [leaf.meta["val"] for leaf in output.args[0]]
         likes = [torch.empty(fake.shape, dtype=fake.dtype, device=device) for fake in fakes]
-        return assemble(prepared.program, tuple(self._branches.call(run, likes)))
+        return assemble(prepared.program, tuple(self._branches.call(self.module, run, likes)))
 
     def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
         self._agreement.agree(
