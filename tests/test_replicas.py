@@ -93,7 +93,7 @@ def run_pipeline(rank: int, name: str, plan: Plan, images: int) -> tuple[list[in
     [
         ("pixart", Plan(data=2, backend="eager"), 3),
         ("flux", Plan(data=2, backend="eager"), 2),
-        pytest.param("sd3", Plan(data=2, cfg=2, backend="eager"), 2, marks=pytest.mark.slow),
+        pytest.param("pixart", Plan(data=2, cfg=2, backend="eager"), 3, marks=pytest.mark.slow),
     ],
     ids=str,
 )
