@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import random
 
 import numpy as np
@@ -228,3 +229,12 @@ def test_scenes_draw_everything_the_grammar_has():
     assert {mention.place for mention in mentions} - {None} == set(PLACES)
     assert {request.background for request in requests} == set(BACKGROUNDS)
     assert {request.relation for request in requests} - {None} == set(RELATIONS)
+
+
+@pytest.mark.parametrize("things", [1, 2])
+def test_what_was_seen_and_judged_can_be_written_as_json(things: int):
+    rng = random.Random(things)
+    for _ in range(8):
+        scene, request = draw_scene(rng, things)
+        image = draw(scene, 128)
+        json.dumps([dataclasses.asdict(judge(request, image)), dataclasses.asdict(look(image))])

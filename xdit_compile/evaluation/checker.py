@@ -127,7 +127,7 @@ def _seen(pixels: np.ndarray, foreground: np.ndarray, core: np.ndarray) -> Seen:
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     height, width = mask.shape
-    middle = ((left + right) / 2 / width, (top + bottom) / 2 / height)
+    middle = (float((left + right) / 2 / width), float((top + bottom) / 2 / height))
     names, palette = list(COLOURS), np.array(list(COLOURS.values()), np.float32)
     inner = ndimage.binary_erosion(core)
     colour = names[int(_distances(np.median(pixels[inner if inner.any() else core], 0), palette).argmin())]
