@@ -22,7 +22,7 @@ import xdit_compile.kernels.attention  # noqa: F401  (registers the op)
 import xdit_compile.kernels.ring  # noqa: F401  (registers the op)
 from xdit_compile.shards import share
 
-from .choices import Choice, choose
+from .choices import Choice, choose_all
 from .flops import flops
 from .layout import SEQUENCE
 from .local import Value, aten
@@ -36,9 +36,7 @@ ops = torch.ops.xdit_compile
 
 def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
     """What this rank runs for one attention, or None where every operand is whole."""
-    choices = {
-        name: chosen for name, split in part.sharding.splits.items() if (chosen := choose(typing, operands, split))
-    }
+    choices = choose_all(typing, operands, part.sharding.splits)
     if not choices:
         return None
     tokens = typing.facts["attention"]["tokens"]

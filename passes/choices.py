@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -98,3 +98,8 @@ def choose(typing: Typing, operands: Sequence[Value], split: Split) -> Choice | 
         if lying > most:
             best, most = choice, lying
     return best
+
+
+def choose_all(typing: Typing, operands: Sequence[Value], splits: Mapping[str, Split]) -> dict[str, Choice]:
+    """`choose` for every mesh dimension; those along which nothing is split are left out."""
+    return {name: chosen for name, split in splits.items() if (chosen := choose(typing, operands, split)) is not None}

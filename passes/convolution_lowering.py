@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .choices import Choice, choose
+from .choices import Choice, choose_all
 from .local import Value, aten
 from .rules import Typing
 
@@ -21,11 +21,7 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     Rows that it slides over bring their neighbours' rows; split channels are a partial sum, whose bias is added once;
     a depthwise convolution has as many groups as this rank has channels.
     """
-    choices: dict[str, Choice] = {}
-    for name, split in part.sharding.splits.items():
-        chosen = choose(typing, operands, split)
-        if chosen is not None:
-            choices[name] = chosen
+    choices = choose_all(typing, operands, part.sharding.splits)
     if not choices:
         return None
     shape = typing.facts["convolution"]

@@ -21,7 +21,7 @@ from xdit_compile.errors import PartitionError
 from xdit_compile.shards import Sharding
 
 from . import attention_lowering, convolution_lowering
-from .choices import Choice, choose
+from .choices import Choice, choose_all
 from .flops import flops
 from .infer import Frame
 from .layout import Layout
@@ -105,11 +105,7 @@ class FramePartitioner:
         lowered = None if whole else self._special(node, typing, operands)
         if lowered is not None:
             return lowered
-        choices: dict[str, Choice] = {}
-        for name, split in self.sharding.splits.items():
-            chosen = None if whole else choose(typing, operands, split)
-            if chosen is not None:
-                choices[name] = chosen
+        choices = {} if whole else choose_all(typing, operands, self.sharding.splits)
         return self.emit(node, typing, operands, choices)
 
     def _special(self, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:

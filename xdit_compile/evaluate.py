@@ -14,7 +14,7 @@ import numpy as np
 from .errors import XditCompileError
 from .evaluation_request import DEFAULT_COUNT, EvaluationRequest, read_prompts
 from .output import Pixels, whole_file, write
-from .pipeline_call import call_arguments, call_pipeline, leave, load_pipeline, placement, processes, quieten, say
+from .pipeline_call import call_arguments, call_pipeline, leave, open_pipeline, processes, say
 from .world import World
 
 if TYPE_CHECKING:
@@ -35,10 +35,7 @@ def evaluate(request: EvaluationRequest, world: World) -> None:
     """
     from .api import parallelize
 
-    if not request.debug:
-        quieten()
-    device, dtype = placement(request, world)
-    pipe = load_pipeline(request, device, dtype)
+    pipe, device = open_pipeline(request, world)
     batches = _batches(_questions(request), request.batch_size)
     arguments, ignored = call_arguments(pipe, request, prompt=_captions(batches[0]))
     if "prompt" not in arguments:

@@ -7,10 +7,8 @@ from .pipeline_call import (
     call_arguments,
     call_pipeline,
     leave,
-    load_pipeline,
-    placement,
+    open_pipeline,
     processes,
-    quieten,
     say,
 )
 from .request import Request
@@ -25,10 +23,7 @@ def generate(request: Request, world: World) -> None:
     """
     from .api import parallelize, restore
 
-    if not request.debug:
-        quieten()
-    device, dtype = placement(request, world)
-    pipe = load_pipeline(request, device, dtype)
+    pipe, _ = open_pipeline(request, world)
     arguments, ignored = call_arguments(pipe, request)
     if ignored:
         say(world, f"ignored, this pipeline does not take them: {', '.join(ignored)}")

@@ -78,6 +78,18 @@ def load_pipeline(request: PipelineRequest, device: torch.device, dtype: torch.d
         raise XditCompileError(f"--model {name} cannot be loaded: {one_line(error)}") from error
 
 
+def open_pipeline(request: PipelineRequest, world: World) -> tuple[Any, torch.device]:
+    """The pipeline of a request on this rank's device, and the device.
+
+    Raises:
+        XditCompileError: it cannot be loaded, or there is no such device.
+    """
+    if not request.debug:
+        quieten()
+    device, dtype = placement(request, world)
+    return load_pipeline(request, device, dtype), device
+
+
 def call_arguments(pipe: Any, request: PipelineRequest, **others: Any) -> tuple[dict[str, Any], list[str]]:
     """What of the request and of ``others`` this pipeline's call takes, and the flags it does not.
 

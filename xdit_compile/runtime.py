@@ -65,7 +65,8 @@ class Runner:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = self._arrived(args, kwargs)
+        if self._branches.active:
+            args, kwargs = self._arrived(args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         known = self.prepared.setdefault(signature(self.module, args, kwargs), [])
         prepared = next((one for one in known if one.fits(leaves)), None)
