@@ -71,15 +71,16 @@ def test_it_draws_what_the_default_prompt_says(pipe, side: int) -> None:
     assert not judge(parse(prompt.replace("red", "blue")), images[0]).right
 
 
-def train(folder: Path, stops: list[int], seed: int = 3) -> dict[str, torch.Tensor]:
-    """The averages after a run over two phases that is stopped after each number of steps, and gone on with."""
+def train(folder: Path, stops: list[int], seed: int = 3, rounds: int = 2) -> dict[str, torch.Tensor]:
+    """The averages after rounds of one or two phases, stopped after each number of steps, and gone on with."""
     from loop import Phase, Training
 
     for stop in stops:
         torch.manual_seed(seed)
         module = nn.Linear(4, 2)
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
-        training = Training("toy", folder, {"toy": module}, [optimizer], (Phase(8, 2, 30), Phase(16, 1, 20)))
+        plan = ((Phase(8, 2, 30), Phase(16, 1, 20)), (Phase(8, 2, 10),))[:rounds]
+        training = Training("toy", folder, {"toy": module}, [optimizer], plan)
 
         def loss(phase, step, module=module, stop=stop):
             if step == stop:
@@ -98,13 +99,22 @@ def train(folder: Path, stops: list[int], seed: int = 3) -> dict[str, torch.Tens
 @pytest.mark.usefixtures("scripts")
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", [-1])
-    stopped = train(tmp_path / "stopped", [7, 33, -1])
+    stopped = train(tmp_path / "stopped", [7, 33, 55, -1])
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     other = train(tmp_path / "other", [-1], seed=4)
     assert not torch.equal(whole["weight"], other["weight"])
     rows = [(folder / "toy.csv").read_text().splitlines() for folder in (tmp_path / "whole", tmp_path / "stopped")]
     steps = [[int(row.split(",")[0]) for row in log] for log in rows]
     assert steps == [[25, 50], [25, 50]]
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_further_round_can_be_added_to_a_finished_run(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", [-1])
+    first = train(tmp_path / "added", [-1], rounds=1)
+    assert not torch.equal(first["weight"], whole["weight"])
+    added = train(tmp_path / "added", [-1])
+    assert all(torch.equal(whole[name], added[name]) for name in whole)
 
 
 @pytest.mark.slow

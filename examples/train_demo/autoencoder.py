@@ -41,7 +41,7 @@ def train_autoencoder(folder: Path, seed: int, phases: Sequence[Phase] = PHASES)
     torch.manual_seed(seed)
     vae = make_autoencoder().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    training = Training("autoencoder", folder, {"vae": vae}, [optimizer], phases, average=0.998)
+    training = Training("autoencoder", folder, {"vae": vae}, [optimizer], [phases], average=0.998)
 
     def compute(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):

@@ -142,7 +142,7 @@ def main(work: Path, weights: Path, seed: int, threads: int, smoke: bool) -> Non
     parameters = [*net.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-3)
     phases = SMOKE_PHASES if smoke else PHASES
-    training = Training("classifier", work, {"net": net, "heads": heads}, [optimizer], phases, average=0.995)
+    training = Training("classifier", work, {"net": net, "heads": heads}, [optimizer], [phases], average=0.995)
 
     def loss(phase: Phase, step: int) -> torch.Tensor:
         scenes = training_scenes(seed * 1_000_003 + step, two_share=0.5)

@@ -20,7 +20,10 @@ from transformers import T5EncoderModel
 from xdit_compile.evaluation.drawing import draw
 from xdit_compile.evaluation.scenes import phrase, training_scenes
 
-PHASES = (Phase(128, 64, 1500), Phase(256, 24, 480), *(Phase(256, 24, 14), Phase(512, 6, 1)) * 25)
+ROUNDS = (
+    (Phase(128, 64, 1500), Phase(256, 24, 480), *(Phase(256, 24, 14), Phase(512, 6, 1)) * 25),
+    (Phase(128, 64, 1700), Phase(256, 24, 1000), *(Phase(256, 24, 14), Phase(512, 6, 1)) * 50),
+)
 IMAGES = {128: 24_000, 256: 7_000, 512: 400}
 _CAPTIONS = 4
 _LONGEST = 24
@@ -54,19 +57,20 @@ def train_denoiser(
     folder: Path,
     vae: AutoencoderKL,
     seed: int,
-    phases: Sequence[Phase] = PHASES,
+    rounds: Sequence[Sequence[Phase]] = ROUNDS,
     images: dict[int, int] = IMAGES,
 ) -> tuple[PixArtTransformer2DModel, T5EncoderModel]:
     """Train, or go on from the last checkpoint; the averaged weights come back."""
     torch.manual_seed(seed)
     transformer, encoder = make_transformer(), make_text_encoder(make_tokenizer())
-    data = {side: Latents(folder, vae, seed, side, images[side]) for side in sorted({phase.side for phase in phases})}
+    sides = sorted({phase.side for phases in rounds for phase in phases})
+    data = {side: Latents(folder, vae, seed, side, images[side]) for side in sides}
     training = Training(
         "denoiser",
         folder,
         {"transformer": transformer, "text_encoder": encoder},
         _optimizers(transformer, encoder),
-        phases,
+        rounds,
         average=0.998,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +30,9 @@ Loss = Callable[[Phase, int], torch.Tensor]
 class Training:
     """Trains modules with one loss; stops and resumes at any step with the same random numbers.
 
-    ``loss(phase, step)`` must draw everything random from ``step``. The rate rises over ``warmup`` steps, stays, and
-    falls to nothing over the last fifth. Averages of the weights (EMA) are what is kept.
+    ``loss(phase, step)`` must draw everything random from ``step``. Training goes in rounds of phases: in
+    each the rate rises over ``warmup`` steps, stays, and falls to nothing over the last fifth, so that what a round
+    leaves is usable and a further one can still be added. Averages of the weights (EMA) are what is kept.
     """
 
     def __init__(
@@ -39,15 +41,14 @@ class Training:
         folder: Path,
         modules: dict[str, nn.Module],
         optimizers: list[torch.optim.Optimizer],
-        phases: Sequence[Phase],
+        rounds: Sequence[Sequence[Phase]],
         average: float = 0.999,
         warmup: int = 100,
         clip: float = 1.0,
     ):
         self._name, self._folder, self._modules, self._optimizers = name, folder, modules, optimizers
-        self._phases, self._average, self._clip = list(phases), average, clip
-        self._total = sum(phase.steps for phase in phases)
-        self._warmup = min(warmup, max(self._total // 10, 1))
+        self._rounds, self._average, self._clip = rounds, average, clip
+        self._total, self._warmup = sum(_length(phases) for phases in rounds), warmup
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self._step, self._seconds = 0, 0.0
         self._kept = {key: _copy(module) for key, module in modules.items()}
@@ -65,8 +66,8 @@ class Training:
         with tqdm(total=self._total, initial=self._step, desc=self._name, smoothing=0.02, mininterval=10) as bar:
             while self._step < self._total:
                 start = time.monotonic()
-                phase = self._phase()
-                self._set_rates()
+                phase, done, length = self._place()
+                self._set_rates(done, length)
                 value = loss(phase, self._step)
                 value.backward()
                 parameters = [p for module in self._modules.values() for p in module.parameters()]
@@ -86,17 +87,20 @@ class Training:
         self._save()
         log.close()
 
-    def _phase(self) -> Phase:
-        left = self._step
-        for phase in self._phases:
-            if left < phase.steps:
-                return phase
-            left -= phase.steps
-        raise IndexError(f"step {self._step} lies beyond the last phase")
+    def _place(self) -> tuple[Phase, int, int]:
+        """The phase of this step, the steps done in its round, and the length of that round."""
+        done = self._step
+        for phases in self._rounds:
+            length = _length(phases)
+            if done < length:
+                ends = itertools.accumulate(phase.steps for phase in phases)
+                return next(phase for phase, end in zip(phases, ends, strict=True) if done < end), done, length
+            done -= length
+        raise IndexError(f"step {self._step} lies beyond the last round")
 
-    def _set_rates(self) -> None:
-        done = self._step / self._total
-        scale = min((self._step + 1) / self._warmup, 1.0) * min(1.0, (1 - done) / 0.2)
+    def _set_rates(self, done: int, length: int) -> None:
+        warmup = min(self._warmup, max(length // 10, 1))
+        scale = min((done + 1) / warmup, 1.0) * min(1.0, (1 - done / length) / 0.2)
         for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * scale
@@ -157,6 +161,10 @@ class _Log:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _length(phases: Sequence[Phase]) -> int:
+    return sum(phase.steps for phase in phases)
 
 
 def _copy(module: nn.Module) -> dict[str, torch.Tensor]:

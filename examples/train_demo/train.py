@@ -17,15 +17,14 @@ import torch
 from autoencoder import PHASES as AUTOENCODER_PHASES
 from autoencoder import reconstruction_psnr, train_autoencoder
 from curve import draw_curves
-from denoiser import IMAGES, train_denoiser
-from denoiser import PHASES as DENOISER_PHASES
+from denoiser import IMAGES, ROUNDS, train_denoiser
 from diffusers import AutoencoderKL
 from loop import Phase
 from parts import save_pipeline
 
 DEFAULT_PIPELINE = Path(__file__).resolve().parents[2] / "xdit_compile" / "data" / "demo_pipeline"
 SMOKE_AUTOENCODER = (Phase(64, 8, 20), Phase(128, 4, 5))
-SMOKE_DENOISER = (Phase(128, 8, 10), Phase(256, 2, 2))
+SMOKE_DENOISER = ((Phase(128, 8, 6),), (Phase(128, 8, 4), Phase(256, 2, 2)))
 SMOKE_IMAGES = {128: 64, 256: 8}
 MEGABYTE = 1e6
 
@@ -44,8 +43,8 @@ def main(work: Path, pipeline: Path, seed: int, threads: int, smoke: bool) -> No
     vae = _autoencoder(work, seed, smoke)
     for side in (128, 256) if smoke else (128, 256, 512):
         print(f"autoencoder: {reconstruction_psnr(vae, seed + 99, side, 8 if smoke else 32):.1f} dB at {side} px")
-    phases, images = (SMOKE_DENOISER, SMOKE_IMAGES) if smoke else (DENOISER_PHASES, IMAGES)
-    transformer, encoder = train_denoiser(work, vae, seed, phases, images)
+    rounds, images = (SMOKE_DENOISER, SMOKE_IMAGES) if smoke else (ROUNDS, IMAGES)
+    transformer, encoder = train_denoiser(work, vae, seed, rounds, images)
     size = save_pipeline(pipeline, vae, transformer, encoder)
     draw_curves(work, work / "loss.png")
     print(f"wrote {pipeline}: {size / MEGABYTE:.1f} MB; loss curves: {work / 'loss.png'}")
