@@ -9,6 +9,7 @@ BOOK = RuleBook()
 
 @BOOK.rule("linear")
 def linear(rule: Rule) -> None:
+    rule.facts["linear"] = True
     last = len(rule.actual[0]) - 1
     for dim in range(last):
         rule.loop("map", [(0, dim)], [(0, dim)])

@@ -6,30 +6,33 @@ from collections.abc import Iterable
 
 from xdit_compile.axes import Axis, Concat, Product, atoms
 from xdit_compile.plan import Plan
-from xdit_compile.shards import Unit
+from xdit_compile.shards import Split, Unit
 
+from .column_lowering import has_few_rows
 from .infer import Inference
-from .roles import roles
+from .layout import TENSOR
+from .roles import end_to_end, roles
+from .rules import Typing
 from .tokens import Units
 
 
 def choose_features(inference: Inference, plan: Plan) -> Units:
-    """The units of heads and feed-forward channels that ``plan.split_scheme`` names; none with one tensor rank."""
+    """The units of heads and feed-forward channels that ``plan.split_scheme`` names; none with one tensor rank.
+
+    Channels of linears with few rows are left out: those are computed by columns, each by itself.
+    """
     if plan.tensor == 1:
         return ()
     wanted = {"heads": ("heads",), "ffn": ("ffn",), "all": ("heads", "ffn")}[plan.split_scheme]
     found: dict[int, Unit] = {}
     for use in roles(inference):
-        if use.role in wanted:
-            for axis in _parts(use.axis):
+        if use.role in wanted and not (use.role == "ffn" and has_few_rows(use.node)):
+            for axis in end_to_end(use.axis):
                 unit = _outermost(axis)
                 if unit.size > 1:
                     found.setdefault(id(unit), (unit,))
-    return tuple(_disjoint(found.values()))
-
-
-def _parts(axis: Axis) -> Iterable[Axis]:
-    return axis.parts if isinstance(axis, Concat) else (axis,)
+    linears = [typing for _, _, typing in inference.nodes() if "linear" in typing.facts]
+    return tuple(_summable(linears, _unchained(linears, _disjoint(found.values())), plan.tensor))
 
 
 def _outermost(axis: Axis) -> Axis:
@@ -47,3 +50,44 @@ def _disjoint(units: Iterable[Unit]) -> list[Unit]:
             taken |= own
             kept.append(unit)
     return kept
+
+
+def _unchained(linears: Iterable[Typing], units: Iterable[Unit]) -> list[Unit]:
+    """Units of which no linear contracts one to make another: splitting both would add a sum and save nothing."""
+    partners: dict[int, set[int]] = {}
+    for typing in linears:
+        made, contracted = ({id(_outermost(part)) for part in end_to_end(axis)} for axis in _ends(typing))
+        for one, others in ((made, contracted), (contracted, made)):
+            for axis in one:
+                partners.setdefault(axis, set()).update(others)
+    kept: dict[int, Unit] = {}
+    for unit in units:
+        if not partners.get(id(unit[0]), set()) & kept.keys():
+            kept[id(unit[0])] = unit
+    return list(kept.values())
+
+
+def _ends(typing: Typing) -> tuple[Axis, Axis]:
+    """What a linear makes and what it contracts."""
+    return typing.outs[0][-1], typing.expected[0][-1]
+
+
+def _summable(linears: Iterable[Typing], units: list[Unit], parts: int) -> list[Unit]:
+    """Units without those that a linear contracts end to end with something that is not split.
+
+    A contraction is a partial sum only where every part is split: another would be counted once by each rank.
+    """
+    joined = [axis for typing in linears if isinstance(axis := _ends(typing)[1], Concat)]
+    while True:
+        split = Split(TENSOR, parts, units)
+        wrong = {
+            id(_outermost(part))
+            for axis in joined
+            if not split.splits(axis)
+            for part in axis.parts
+            if split.splits(part)
+        }
+        kept = [unit for unit in units if id(unit[0]) not in wrong]
+        if len(kept) == len(units):
+            return kept
+        units = kept

@@ -12,7 +12,10 @@ from torch import fx
 
 import xdit_compile.kernels.collectives  # noqa: F401  (registers the ops that the graph calls)
 from xdit_compile.axes import Axis
+from xdit_compile.program import Piece
 from xdit_compile.shards import Sharding
+
+from .weight_slices import SLICE
 
 aten = torch.ops.aten
 MOST_PIECES = 8
@@ -76,18 +79,24 @@ class LocalGraph:
     def _take(self, node: fx.Node, dim: int, positions: np.ndarray) -> fx.Node:
         if len(positions) == 0:
             return self.call(aten.slice.Tensor, node, dim, 0, 0)
-        breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-        runs = np.split(positions, breaks)
+        runs = _runs(positions)
         if len(runs) > MOST_PIECES:
             return self.call(aten.index_select.default, node, dim, self.constant(torch.from_numpy(positions)))
-        pieces = [self.call(aten.slice.Tensor, node, dim, int(run[0]), int(run[-1]) + 1) for run in runs]
+        pieces = [self.call(aten.slice.Tensor, node, dim, start, stop) for start, stop in runs]
         return pieces[0] if len(pieces) == 1 else self.call(aten.cat.default, pieces, dim)
 
     def slice(self, node: fx.Node, dim: int, axis: Axis, name: str, also: Sequence[str]) -> fx.Node:
         """This rank's positions along mesh dimension ``name`` of a dim that ``also`` splits already."""
         held = self.sharding.positions(axis, also)
         kept = np.flatnonzero(np.isin(held, self.sharding.positions(axis, [*also, name])))
-        return self.take(node, dim, kept, len(held))
+        return self.cut(node, dim, kept, len(held), name)
+
+    def cut(self, node: fx.Node, dim: int, positions: np.ndarray, size: int, name: str) -> fx.Node:
+        """What a rank of mesh dimension ``name`` takes of one dim of ``size``."""
+        taken = self.take(node, dim, positions, size)
+        if taken is not node:
+            taken.meta[SLICE] = (node, name, Piece(dim, _runs(positions)))
+        return taken
 
     def gather(self, node: fx.Node, dim: int, axis: Axis, name: str, also: Sequence[str]) -> tuple[fx.Node, list[int]]:
         """All positions along mesh dimension ``name`` in their true order; also each rank's share."""
@@ -108,3 +117,11 @@ class LocalGraph:
         for name, value in self.constants.items():
             owner.register_buffer(name, value, persistent=False)
         return fx.GraphModule(owner, self.graph)
+
+
+def _runs(positions: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Stretches of neighbouring positions as ``(start, stop)``; one empty stretch where there are none."""
+    if len(positions) == 0:
+        return ((0, 0),)
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks))

@@ -16,6 +16,7 @@ def _over(rule: Rule, whole: set[int], kind: str = "whole") -> None:
 
 @BOOK.rule("layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm")
 def trailing_norm(rule: Rule) -> None:
+    rule.facts["norm"] = True
     rank, count = len(rule.actual[0]), len(rule.arg(1, "normalized_shape"))
     for dim in range(rank - count):
         rule.loop("map", [(0, dim)], [(result, dim) for result in range(len(rule.outs))])

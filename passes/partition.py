@@ -20,7 +20,7 @@ from xdit_compile.axes import Axis, same
 from xdit_compile.errors import PartitionError
 from xdit_compile.shards import Sharding
 
-from . import attention_lowering, convolution_lowering
+from . import attention_lowering, column_lowering, convolution_lowering, norm_lowering
 from .choices import Choice, choose_all
 from .flops import flops
 from .infer import Frame
@@ -28,6 +28,14 @@ from .layout import Layout
 from .local import LocalGraph, Value, aten
 from .records import Gather, Ledger
 from .rules import Typing, values
+
+LOWERINGS = {
+    "attention": attention_lowering.lower,
+    "convolution": convolution_lowering.lower,
+    "linear": column_lowering.lower,
+    "norm": norm_lowering.lower,
+}
+"""What runs operators that need more than one of their loops split, by the fact that their rules state."""
 
 
 @dataclasses.dataclass
@@ -109,11 +117,8 @@ class FramePartitioner:
         return self.emit(node, typing, operands, choices)
 
     def _special(self, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
-        if "attention" in typing.facts:
-            return attention_lowering.lower(self, node, typing, operands)
-        if "convolution" in typing.facts:
-            return convolution_lowering.lower(self, node, typing, operands)
-        return None
+        found = next((lower for fact, lower in LOWERINGS.items() if fact in typing.facts), None)
+        return found(self, node, typing, operands) if found is not None else None
 
     def emit(self, node: fx.Node, typing: Typing, operands: list[Value], choices: Mapping[str, Choice]) -> list[Value]:
         """Call the operator on this rank with the chosen loops split."""
@@ -158,11 +163,11 @@ class FramePartitioner:
         local = self.coerce(bias, typing.expected[typing.bias], column, node, typing.bias)  # type: ignore[index]
         return dataclasses.replace(total, node=self.local.call(aten.add.Tensor, total.node, local))
 
-    def summed(self, value: Value) -> Value:
+    def summed(self, value: Value, purpose: str = "partial sum") -> Value:
         """The value with its partial sums added up."""
         for name in sorted(value.partial):
             node = self.local.reduce(value.node, name)
-            self.ledger.collective("all_reduce", "partial sum", node, value, self.local, self.parts(name))
+            self.ledger.collective("all_reduce", purpose, node, value, self.local, self.parts(name))
             value.node, value.partial = node, value.partial - {name}
         return value
 

@@ -15,10 +15,11 @@ from xdit_compile.program import Program
 
 from .demand import wants_whole
 from .infer import Frame, Inference, results_of
-from .layout import Layout
+from .layout import TENSOR, Layout
 from .local import LocalGraph, Value
 from .partition import FramePartitioner, LocalStructure
 from .records import Ledger
+from .weight_slices import keep_slices
 
 
 @dataclasses.dataclass
@@ -94,7 +95,7 @@ class _ProgramPartitioner:
             elif node.op == "output":
                 self._output(node)
         module = fx.GraphModule(self.modules, self.graph)
-        program = dataclasses.replace(self.inference.program, root=module)
+        program = keep_slices(dataclasses.replace(self.inference.program, root=module), TENSOR)
         return Partitioned(program, self.layout, self.ledger)
 
     def _inputs(self) -> None:

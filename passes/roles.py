@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from xdit_compile.axes import Axis, atoms
+from xdit_compile.axes import Axis, Concat, atoms
 
 from .infer import Frame, Inference
 from .rules import Typing
@@ -79,12 +79,17 @@ def _normalised(node: fx.Node, typing: Typing) -> Iterable[tuple[Axis, str]]:
 
 
 def _feed_forward(inference: Inference) -> Iterable[Use]:
-    """Axes that one linear makes and another contracts."""
+    """Axes that one linear makes and another contracts, on their own or laid end to end with others."""
     made: dict[int, Use] = {}
     contracted: set[int] = set()
     for frame, node, typing in inference.nodes():
-        if not str(node.target).startswith("aten.linear"):
-            continue
-        contracted.add(id(typing.expected[0][-1]))
-        made.setdefault(id(typing.outs[0][-1]), Use(typing.outs[0][-1], "ffn", frame, node))
+        if "linear" in typing.facts:
+            contracted |= {id(part) for part in end_to_end(typing.expected[0][-1])}
+            for part in end_to_end(typing.outs[0][-1]):
+                made.setdefault(id(part), Use(part, "ffn", frame, node))
     return [use for key, use in made.items() if key in contracted]
+
+
+def end_to_end(axis: Axis) -> tuple[Axis, ...]:
+    """The parts of a concatenation; any other axis alone."""
+    return axis.parts if isinstance(axis, Concat) else (axis,)

@@ -19,14 +19,15 @@ FOLDERS = {
     "xdit_compile.kernels": ROOT / "kernels",
     "xdit_compile.backends": ROOT / "backends",
 }
-CAPTURE = "program tracing values valued writes decompose simplify blocks outline interpret preserve signature capture"
-RUNTIME = "simulated agreement verification digest build report dump deferred guidance replicas pipelines runtime"
-COMMANDS = (
-    "model_folder request evaluation_request output pipeline_call generate evaluate weightless launch cli __main__"
+CAPTURE = (
+    "program weights checkpoint tracing values valued writes decompose simplify blocks outline interpret preserve "
+    "signature capture"
 )
+RUNTIME = "simulated agreement verification digest build report dump deferred guidance replicas pipelines empty runtime"
+COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
 LAYERS = [
     {"xdit_compile.errors"},
-    {"xdit_compile.plan", "xdit_compile.world"},
+    {"xdit_compile.plan", "xdit_compile.world", "xdit_compile.model_folder"},
     {"xdit_compile.mesh"},
     {"xdit_compile.axes", "xdit_compile.shards"},
     {f"xdit_compile.{name}" for name in CAPTURE.split()},
@@ -36,6 +37,7 @@ LAYERS = [
     {"xdit_compile.cache"},
     {f"xdit_compile.{name}" for name in RUNTIME.split()},
     {"xdit_compile.api"},
+    {"xdit_compile.loading"},
     {"xdit_compile.evaluation"},
     {f"xdit_compile.{name}" for name in COMMANDS.split()},
 ]

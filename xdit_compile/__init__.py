@@ -9,9 +9,10 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from .api import explain, parallelize, restore
+    from .loading import from_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "XditCompileError", "explain", "parallelize", "restore"]
+__all__ = ["Plan", "XditCompileError", "explain", "from_pretrained", "parallelize", "restore"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from . import api
 
         return getattr(api, name)
+    if name == "from_pretrained":
+        from . import loading
+
+        return loading.from_pretrained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,12 +18,15 @@ from .errors import UsageError
 from .guidance import Branches
 from .kernels.providers import AttentionQuery
 from .kernels.registry import choose
+from .kernels.whole import gather_whole
 from .mesh import Mesh
+from .passes.layout import TENSOR
 from .pipelines import Outer, denoisers, restore_call, wrap_call
 from .plan import Plan
 from .replicas import Replicas
 from .report import Report, report
 from .runtime import Runner
+from .weights import Weights
 from .world import World
 
 RUNNER = "forward"
@@ -36,7 +41,8 @@ def parallelize(target: Any, plan: Plan | None = None) -> Any:
 
     Args:
         target: a diffusers pipeline or an ``nn.Module`` in evaluation mode.
-        plan: degrees and choices; one rank by default.
+        plan: degrees and choices; one rank by default. With ``tensor`` above 1 each rank releases the parameters of
+            which it needs a slice once the first call was verified; ``restore`` gathers them.
 
     Returns:
         ``target`` itself.
@@ -46,7 +52,11 @@ def parallelize(target: Any, plan: Plan | None = None) -> Any:
         ProviderUnavailable: a backend or attention provider that cannot be used here.
         UsageError: a target without a denoiser, or one that is parallelized already.
     """
-    plan = (plan or Plan()).check()
+    return attach(target, (plan or Plan()).check(), {})
+
+
+def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
+    """What `parallelize` does, with the weights of some components given by name."""
     backend = find_backend(plan.backend)
     modules = dict(denoisers(target))
     for module in modules.values():
@@ -57,15 +67,19 @@ def parallelize(target: Any, plan: Plan | None = None) -> Any:
     _join(plan, next(iter(modules.values())))
     mesh = Mesh.from_process_group(plan)
     branches = Branches(mesh)
-    for module in modules.values():
-        module.forward = Runner(module, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s), branches)
+    for name, module in modules.items():
+        own = weights.get(name) or Weights(module)
+        module.forward = Runner(own, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s), branches)
     if not isinstance(target, nn.Module):
         wrap_call(target, Outer(Agreement.over(mesh, plan.timeout_s), branches, Replicas(mesh)))
     return target
 
 
 def restore(target: Any) -> Any:
-    """Undo `parallelize`; returns ``target``. Weights were never changed, so nothing needs to be gathered.
+    """Undo `parallelize`; returns ``target``.
+
+    Weights that were released are gathered, or read where they came from: with tensor parallelism every rank must call
+    this, and has room for the whole module afterwards.
 
     Raises:
         UsageError: nothing of ``target`` is parallelized.
@@ -123,6 +137,7 @@ def _check_provider(plan: Plan, module: nn.Module) -> None:
 
 def _take_off(module: nn.Module) -> None:
     runner = vars(module).pop(RUNNER)
+    runner.weights.recover(functools.partial(gather_whole, runner.mesh.group(TENSOR)))
     if getattr(runner.forward, "__self__", None) is not module or runner.forward.__func__ is not type(module).forward:
         module.forward = runner.forward
 

@@ -7,10 +7,11 @@ from .pipeline_call import (
     call_arguments,
     call_pipeline,
     leave,
-    open_pipeline,
+    open_parallel,
     processes,
     say,
 )
+from .reference import reference
 from .request import Request
 from .world import World
 
@@ -21,25 +22,21 @@ def generate(request: Request, world: World) -> None:
     Raises:
         XditCompileError: with a line that says what to change.
     """
-    from .api import parallelize, restore
-
-    pipe, _ = open_pipeline(request, world)
+    pipe = open_parallel(request, world)
     arguments, ignored = call_arguments(pipe, request)
     if ignored:
         say(world, f"ignored, this pipeline does not take them: {', '.join(ignored)}")
     pipe.set_progress_bar_config(disable=world.rank != 0)
-    parallelize(pipe, request.plan)
     pixels, seconds = call_pipeline(pipe, arguments, request.seeds)
     if world.rank == 0:
         files = ", ".join(str(file) for file in write(pixels, request.output, request.fps))
         say(world, f"wrote {files}: {_describe(pixels)}, {seconds:.1f} s on {processes(world.size)}")
-    if request.compare:
-        restore(pipe)
-        if world.rank == 0:
-            reference, seconds = call_pipeline(pipe, arguments, request.seeds)
-            say(world, f"unsplit pipeline: {seconds:.1f} s on 1 process")
-            say(world, f"split against unsplit: {difference(pixels, reference)}")
     leave()
+    if request.compare and world.rank == 0:
+        del pipe
+        unsplit, seconds = reference(request)
+        say(world, f"unsplit pipeline: {seconds:.1f} s on 1 process")
+        say(world, f"split against unsplit: {difference(pixels, unsplit)}")
 
 
 def _describe(pixels: Pixels) -> str:

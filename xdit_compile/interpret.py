@@ -9,10 +9,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .program import Constant, Program
+from .weights import Weights
 
 
-def bind(program: Program, module: nn.Module, leaves: list[Any]) -> list[torch.Tensor]:
-    """The tensors for the program's placeholders, from a module and the flat leaves of ``(args, kwargs)``.
+def bind(program: Program, weights: Weights, leaves: list[Any]) -> list[torch.Tensor]:
+    """The tensors for the program's placeholders, from a module's weights and the flat leaves of ``(args, kwargs)``.
 
     Inputs are made contiguous: a program is captured for contiguous ones.
     """
@@ -22,10 +23,8 @@ def bind(program: Program, module: nn.Module, leaves: list[Any]) -> list[torch.T
             found.append(leaves[int(spec.target)].contiguous())
         elif spec.kind == "constant":
             found.append(program.constants[str(spec.target)])
-        elif spec.kind == "parameter":
-            found.append(module.get_parameter(str(spec.target)))
         else:
-            found.append(module.get_buffer(str(spec.target)))
+            found.append(weights.find(spec))
     return found
 
 
@@ -46,5 +45,5 @@ def run_program(program: Program, module: nn.Module, args: tuple, kwargs: dict) 
     Returns:
         The same container as the module returns.
     """
-    tensors = bind(program, module, pytree.tree_leaves((args, kwargs)))
+    tensors = bind(program, Weights(module), pytree.tree_leaves((args, kwargs)))
     return assemble(program, fx.Interpreter(program.root).run(*tensors))

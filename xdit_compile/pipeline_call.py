@@ -90,6 +90,28 @@ def open_pipeline(request: PipelineRequest, world: World) -> tuple[Any, torch.de
     return load_pipeline(request, device, dtype), device
 
 
+def open_parallel(request: PipelineRequest, world: World) -> Any:
+    """The pipeline of a request, parallelized; with tensor parallelism each rank reads its part of the weights.
+
+    Raises:
+        XditCompileError: it cannot be loaded, or there is no such device.
+    """
+    from . import from_pretrained, parallelize
+
+    if request.plan.tensor == 1:
+        pipe, _ = open_pipeline(request, world)
+        return parallelize(pipe, request.plan)
+    if not request.debug:
+        quieten()
+    device, dtype = placement(request, world)
+    try:
+        return from_pretrained(find_model(request.model), request.plan, device=device, dtype=dtype)
+    except XditCompileError:
+        raise
+    except Exception as error:
+        raise XditCompileError(f"--model {request.model} cannot be loaded: {one_line(error)}") from error
+
+
 def call_arguments(pipe: Any, request: PipelineRequest, **others: Any) -> tuple[dict[str, Any], list[str]]:
     """What of the request and of ``others`` this pipeline's call takes, and the flags it does not.
 
@@ -130,7 +152,7 @@ def call_pipeline(pipe: Any, arguments: dict[str, Any], seed: int | Sequence[int
     """Call a pipeline; what it draws depends on the seed alone, or for each picture on a seed of its own.
 
     Args:
-        arguments: those of ``call_arguments``, made before the pipeline was parallelized.
+        arguments: those of ``call_arguments``.
 
     Returns:
         What it made, and the seconds it took.

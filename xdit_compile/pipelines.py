@@ -32,13 +32,16 @@ def denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
     if not isinstance(components, dict):
         raise UsageError(f"a {type(target).__name__} is neither a diffusers pipeline nor a module")
     found = [
-        (name, module)
-        for name, module in components.items()
-        if isinstance(module, nn.Module) and name.rstrip("_0123456789") in DENOISERS
+        (name, module) for name, module in components.items() if isinstance(module, nn.Module) and is_denoiser(name)
     ]
     if not found:
         raise UsageError(f"this pipeline has no denoiser among {', '.join(components)}; parallelize the module itself")
     yield from found
+
+
+def is_denoiser(component: str) -> bool:
+    """Whether diffusers gives a component of this name to a denoiser."""
+    return component.rstrip("_0123456789") in DENOISERS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,7 @@ class Plan:
         tensor: ranks that share heads and feed-forward channels, and with them the weights (Megatron-LM,
             arXiv:1909.08053).
         split_scheme: what ``tensor`` splits: ``heads``, ``ffn`` or ``all``.
+        keep_weights: keep the whole weights on every rank, where ``tensor`` would let it hold its slices alone.
         mesh_order: the degrees from the farthest ranks to the nearest; those that talk most stand last.
         backend: what runs the rewritten graphs: ``inductor``, ``nexfort`` or ``eager``; ``auto`` takes ``inductor``
             where it can be used and ``eager`` elsewhere.
@@ -48,6 +49,7 @@ class Plan:
     data: int = 1
     tensor: int = 1
     split_scheme: str = "all"
+    keep_weights: bool = False
     mesh_order: tuple[str, ...] = DEGREES
     backend: str = "auto"
     attention: str = "auto"
@@ -77,8 +79,9 @@ class Plan:
                 found.append(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
         if sorted(self.mesh_order) != sorted(DEGREES):
             found.append(f"mesh_order={self.mesh_order!r} must name each of {', '.join(DEGREES)} once")
-        if not isinstance(self.verify, bool):
-            found.append(f"verify={self.verify!r} must be True or False")
+        for name in ("verify", "keep_weights"):
+            if not isinstance(getattr(self, name), bool):
+                found.append(f"{name}={getattr(self, name)!r} must be True or False")
         if not isinstance(self.timeout_s, int | float) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
             found.append(f"timeout_s={self.timeout_s!r} must be a positive number of seconds")
         if not found and world_size is not None and self.world_size != world_size:

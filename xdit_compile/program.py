@@ -11,16 +11,36 @@ from torch.utils import _pytree as pytree
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+    """The positions that are kept of one dim, as runs of ``(start, stop)`` in order."""
+
+    dim: int
+    runs: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """How many positions are kept."""
+        return sum(stop - start for start, stop in self.runs)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """These positions of a tensor; a view where they are one run."""
+        parts = [tensor.narrow(self.dim, start, stop - start) for start, stop in self.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+
+
+@dataclasses.dataclass(frozen=True)
 class Input:
     """One placeholder of the root graph.
 
     ``target`` is a qualified name in the module for a parameter or buffer, a key of ``Program.constants`` for a
-    constant, and for a user input the position among the flat leaves of ``(args, kwargs)``.
+    constant, and for a user input the position among the flat leaves of ``(args, kwargs)``. Of a parameter or buffer
+    with ``pieces`` the program takes only these, one after the other.
     """
 
     name: str
     kind: Literal["parameter", "buffer", "constant", "user"]
     target: str | int
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclasses.dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,7 +99,7 @@ def report(analysis: Analysis, ranks: Sequence[Partitioned], here: int) -> Repor
         imbalance=max(work) / mean if mean else 1.0,
         replicated_flops=ledger.flops_replicated / ledger.flops if ledger.flops and len(ranks) > 1 else 0.0,
         flops=ledger.flops,
-        memory=_memory(analysis, mine),
+        memory=_memory(mine),
     )
 
 
@@ -158,14 +159,17 @@ def _letter(number: int) -> str:
     return letters[number % 26] + (str(number // 26) if number >= 26 else "")
 
 
-def _memory(analysis: Analysis, mine: Partitioned) -> dict[str, int]:
-    program = analysis.program
+def _memory(mine: Partitioned) -> dict[str, int]:
+    program = mine.program
     by_name = {node.name: node for node in program.root.graph.nodes if node.op == "placeholder"}
     weights = 0
     for given in program.inputs:
-        value = by_name[given.name].meta["val"]
         if given.kind in ("parameter", "buffer"):
-            weights += value.numel() * value.element_size()
+            value = by_name[given.name].meta["val"]
+            sizes = list(value.shape)
+            for piece in given.pieces:
+                sizes[piece.dim] = piece.size
+            weights += math.prod(sizes) * value.element_size()
     return {"weights": weights, "largest_activation": mine.ledger.largest_activation}
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
@@ -23,8 +22,9 @@ from .passes.layout import BATCH
 from .passes.program_partition import Partitioned
 from .plan import Plan
 from .program import Program
-from .signature import Signature, signature
+from .signature import Signature, fingerprint, signature
 from .verification import verify
+from .weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,19 @@ class Runner:
     """
 
     def __init__(
-        self, module: nn.Module, plan: Plan, mesh: Mesh, backend: Backend, agreement: Agreement, branches: Branches
+        self,
+        weights: Weights,
+        plan: Plan,
+        mesh: Mesh,
+        backend: Backend,
+        agreement: Agreement,
+        branches: Branches,
     ):
-        self.module = module
+        self.weights, self.module = weights, weights.module
         self.plan = plan
         self.mesh = mesh
         self.backend = backend
-        self.forward = module.forward
+        self.forward = self.module.forward
         self.prepared: dict[Signature, list[Prepared]] = {}
         self._agreement = agreement
         self._branches = branches
@@ -78,7 +84,7 @@ class Runner:
             if not prepared.analysis.units[BATCH]:
                 return self._deferred(prepared, leaves)
             self._branches.shared += 1
-        tensors = bind(prepared.program, self.module, leaves)
+        tensors = bind(prepared.program, self.weights, leaves)
         return assemble(prepared.program, prepared.run(*tensors))
 
     def _arrived(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -93,7 +99,7 @@ class Runner:
         kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
         def run() -> Sequence[torch.Tensor]:
-            return prepared.run(*bind(prepared.program, self.module, kept))
+            return prepared.run(*bind(prepared.program, self.weights, kept))
 
         (output,) = prepared.analysis.program.root.graph.find_nodes(op="output")
         fakes = [leaf.meta["val"] for leaf in output.args[0]]
@@ -116,13 +122,30 @@ class Runner:
             self._agreement.fail("graph", error)
             raise
         self._agreement.agree("graph", {"graph": graph})
-        if self.plan.verify and self.mesh.world_size > 1:
+        if self.plan.verify and self.mesh.world_size > 1 and not self.weights.partial:
             self._verify(prepared, args, kwargs, leaves)
+        self._settle(prepared.program)
         return prepared
+
+    def _settle(self, program: Program) -> None:
+        """Bring the weights that a program needs, and release what it leaves; known signatures follow the module."""
+        before = fingerprint(self.module)
+        try:
+            self.weights.load(program)
+            if not self.plan.keep_weights:
+                self.weights.release(program)
+        except Exception as error:
+            self._agreement.fail("weights", error)
+            raise
+        self._agreement.agree("weights", {})
+        after = fingerprint(self.module)
+        if after != before:
+            for key in [key for key in self.prepared if key.modules == before]:
+                self.prepared[dataclasses.replace(key, modules=after)] = self.prepared.pop(key)
 
     def _verify(self, prepared: Prepared, args: tuple, kwargs: dict, leaves: list[Any]) -> None:
         try:
-            found = prepared.run(*bind(prepared.program, self.module, leaves))
+            found = prepared.run(*bind(prepared.program, self.weights, leaves))
             verify(assemble(prepared.program, found), self.forward(*args, **kwargs))
         except Exception as error:
             self._agreement.fail("verdict", error)

@@ -14,6 +14,7 @@ from .interpret import assemble, bind
 from .kernels.simulate import SIMULATIONS, simulate
 from .mesh import is_simulated, simulated_members
 from .program import Program
+from .weights import Weights
 
 Step = tuple[Any, tuple[Any, ...], str]
 
@@ -36,8 +37,8 @@ def run_simulated(
     Raises:
         AgreementError: when ranks do not meet at the same collectives.
     """
-    leaves = pytree.tree_leaves((args, kwargs))
-    ranks = [_steps(program.root, bind(program, module, leaves)) for program in programs]
+    leaves, weights = pytree.tree_leaves((args, kwargs)), Weights(module)
+    ranks = [_steps(program.root, bind(program, weights, leaves)) for program in programs]
     waiting: dict[int, Step] = {}
     results: dict[int, tuple] = {}
     for rank in range(len(ranks)):

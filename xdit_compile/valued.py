@@ -36,7 +36,8 @@ def by_values(flat: Flat) -> Trace:
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     weights = {**dict(flat.named_parameters()), **dict(flat.named_buffers())}
     known = KnownValues(mode)
-    fakes = [_fake(mode, tensor) for tensor in flat.tensors()]
+    device = next((tensor.device for tensor in flat.tensors() if not tensor.is_meta), torch.device("cpu"))
+    fakes = [_fake(mode, tensor, device) for tensor in flat.tensors()]
     for position, fake, tensor in zip(flat.positions, fakes, flat.tensors(), strict=True):
         if not tensor.is_meta:
             known.learn(fake, tensor.clone(), frozenset([position]))
@@ -55,16 +56,17 @@ def by_values(flat: Flat) -> Trace:
     tracer = make_fx(
         run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
     )
-    module = tracer([_fake(mode, tensor) for tensor in weights.values()], fakes)
+    module = tracer([_fake(mode, tensor, device) for tensor in weights.values()], fakes)
     inputs, constants = _describe(module, flat, list(weights), mode)
     bake(module, known, nodes, lambda value: add_constant(module.graph, value, inputs, constants, mode))
     guards = tuple(Guard(p, flat.leaves[p].detach().clone()) for p in sorted(known.read))
     return Trace(module, tuple(inputs), constants, guards=guards)
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> FakeTensor:
+    """A fake of a tensor; one on the meta device stands for one beside the inputs."""
     fake = mode.from_tensor(tensor.detach(), static_shapes=True)
-    return FakeTensor(mode, fake, torch.device("cpu")) if tensor.is_meta else fake
+    return FakeTensor(mode, fake, device) if tensor.is_meta else fake
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .empty import component_class, empty_module
 from .errors import UsageError, XditCompileError, one_line
 from .model_folder import check_component, pipeline_index
 from .pipeline_call import call_arguments, placement, quieten
@@ -137,28 +137,12 @@ def _components(folder: Path, dtype: torch.dtype) -> tuple[dict[str, nn.Module],
         elif entry[0] is None:
             others[name] = None
         else:
-            kind = _component_class(*entry[:2])
+            kind = component_class(*entry[:2])
             if issubclass(kind, nn.Module):
-                modules[name] = nn.Module.to(_empty_module(kind, folder, name), dtype).eval()
+                modules[name] = empty_module(kind, folder, name, dtype)
             else:
                 others[name] = kind.from_pretrained(str(folder), subfolder=name)
     return modules, others
-
-
-def _component_class(library: str, name: str) -> Any:
-    import diffusers
-
-    package = getattr(diffusers.pipelines, library, None) or importlib.import_module(library)
-    return getattr(package, name)
-
-
-def _empty_module(kind: Any, folder: Path, name: str) -> nn.Module:
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        if hasattr(kind, "load_config"):
-            return kind.from_config(kind.load_config(str(folder), subfolder=name))
-        return kind(kind.config_class.from_pretrained(str(folder), subfolder=name))
 
 
 def _may_denoise(module: nn.Module) -> bool:

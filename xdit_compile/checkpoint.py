@@ -1,0 +1,105 @@
+"""Reads a model's weights, whole or in pieces, from safetensors files in one or several shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import UsageError, one_line
+from .program import Piece
+
+INDEX = ".safetensors.index.json"
+NAME = "diffusion_pytorch_model"
+MOST_NAMED = 3
+
+
+class Checkpoint:
+    """The tensors of one model's folder by name.
+
+    Only headers are read when it is opened. Every read opens its file anew and closes it, so that pages of a mapped
+    file do not stay in memory.
+
+    Args:
+        folder: the model's folder.
+        variant: the word in the files' names that diffusers calls so (``fp16``).
+
+    Raises:
+        UsageError: there are no safetensors files, one is missing, or one is cut short.
+    """
+
+    def __init__(self, folder: Path, variant: str | None = None):
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, list[int]] = {}
+        for file in _files(folder, variant):
+            try:
+                with safe_open(file, "pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118  (no mapping)
+                        self._files[name] = file
+                        self._shapes[name] = opened.get_slice(name).get_shape()
+            except (SafetensorError, OSError) as error:
+                raise UsageError(f"{file} is damaged or cut short ({one_line(error)}); download it again") from error
+
+    def check(self, expected: Mapping[str, Sequence[int]]) -> None:
+        """See that every tensor of these names is there in this shape.
+
+        Raises:
+            UsageError: naming those that are not.
+        """
+        missing = [name for name in expected if name not in self._shapes]
+        if missing:
+            raise UsageError(f"{self.folder} lacks the weights of {_some(missing)}; download the whole folder")
+        wrong = [
+            f"{name} is {tuple(self._shapes[name])} instead of {tuple(shape)}"
+            for name, shape in expected.items()
+            if list(shape) != self._shapes[name]
+        ]
+        if wrong:
+            raise UsageError(f"{self.folder} does not fit its config.json: {_some(wrong)}")
+
+    def read(self, name: str, pieces: tuple[Piece, ...] = ()) -> torch.Tensor:
+        """One tensor, or pieces of it, in memory of its own; only the first piece's positions are read."""
+        with safe_open(self._files[name], "pt") as opened:
+            if not pieces:
+                return opened.get_tensor(name).clone()
+            first, *rest = pieces
+            whole = opened.get_slice(name)
+            before = (slice(None),) * first.dim
+            parts = [whole[(*before, slice(*run))] for run in first.runs]
+            value = parts[0] if len(parts) == 1 else torch.cat(parts, first.dim)
+            for piece in rest:
+                value = piece.of(value)
+            return value.clone(memory_format=torch.contiguous_format) if rest else value.contiguous()
+
+
+def _files(folder: Path, variant: str | None) -> list[Path]:
+    """The shards that the index lists, or the only file."""
+    stem = f"{NAME}.safetensors" if variant is None else f"{NAME}.{variant}.safetensors"
+    single, index = folder / stem, folder / f"{stem}.index.json"
+    if variant is not None:
+        index = folder / f"{NAME}.safetensors.index.{variant}.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UsageError(f"{index} cannot be read: {one_line(error)}") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UsageError(f"{folder} lacks {_some(missing)} of {len(names)} shards; download the whole folder")
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".safetensors", ".pt", ".ckpt"))
+    raise UsageError(
+        f"{folder} has no {stem} (it has {_some(others) if others else 'no weights'}); "
+        "save it with save_pretrained(..., safe_serialization=True)"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
