@@ -38,6 +38,8 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     """What this rank runs for one attention, or None where every operand is whole."""
     choices = choose_all(typing, operands, part.sharding.splits)
     if not choices:
+        elements = sum(math.prod(axis.size for axis in axes) for axes in typing.expected[1:3])
+        part.ledger.hold_keys(elements * node.meta["val"].dtype.itemsize)
         return None
     tokens = typing.facts["attention"]["tokens"]
     if SEQUENCE in choices and choices[SEQUENCE].operands.get(0) == tokens:
@@ -80,6 +82,8 @@ class _Local:
             self.provider(),
         )
         self.part.count(self.node, self.typing, self.choices)
+        keys, values_ = (self._held(at) for at in (1, 2))
+        self.part.ledger.hold_keys((keys + values_) * self.node.meta["val"].dtype.itemsize)
         return [Value(result, self.typing.outs[0], self.node.meta["val"].dtype, self.results())]
 
     def results(self) -> dict[str, int]:
@@ -98,6 +102,13 @@ class _Local:
 
     def provider(self) -> str:
         return "sdpa" if self.part.layout.provider == "auto" else self.part.layout.provider
+
+    def _held(self, at: int) -> int:
+        """Elements of an operand on this rank."""
+        return math.prod(
+            self.part.sharding.length(axis, [n for n, choice in self.choices.items() if choice.operands.get(at) == dim])
+            for dim, axis in enumerate(self.typing.expected[at])
+        )
 
     def _coerced(self, at: int) -> fx.Node:
         required = {name: choice.operands[at] for name, choice in self.choices.items() if at in choice.operands}
@@ -194,6 +205,10 @@ class _Exchanged(_Local):
         mine = self.heads(self.u).query_count / self.query_heads if self.query_heads else 0.0
         others = math.prod(self.sizes(0)[:-2]) / math.prod(axis.size for axis in self.typing.expected[0][:-2])
         self.part.ledger.work(total, rows * mine * others, tuple(self.choices))
+        tokens = sum(self.key_lengths[i] for i in self.members(self.r))
+        heads = self.heads(self.u).key_count if self.ulysses > 1 else self.key_heads
+        held = math.prod(self.batch) * heads * tokens * (self.head_dim + self.value_dim)
+        self.part.ledger.hold_keys(held * self.dtype.itemsize)
 
     def _flat(self, x: fx.Node, dim: int, start: int, stop: int) -> fx.Node:
         piece = self.local.call(aten.slice.Tensor, x, dim, start, stop)

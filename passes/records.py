@@ -38,6 +38,7 @@ class Ledger:
     flops_here: float = 0.0
     flops_replicated: float = 0.0
     largest_activation: int = 0
+    keys_values: int = 0
 
     def work(self, total: float, portion: float, split: tuple[str, ...]) -> None:
         """Count ``total`` operations of which this rank does ``portion``."""
@@ -49,6 +50,10 @@ class Ledger:
     def hold(self, size: int) -> None:
         """Note a tensor of ``size`` bytes."""
         self.largest_activation = max(self.largest_activation, size)
+
+    def hold_keys(self, size: int) -> None:
+        """Note one attention's keys and values of ``size`` bytes together."""
+        self.keys_values = max(self.keys_values, size)
 
     def collective(self, op: str, purpose: str, node: Any, value: Any, local: Any, parts: int) -> int:
         """Count an all-gather or all-reduce of ``value``; returns its bytes."""
@@ -71,3 +76,4 @@ class Ledger:
         self.flops_here += other.flops_here
         self.flops_replicated += other.flops_replicated
         self.largest_activation = max(self.largest_activation, other.largest_activation)
+        self.keys_values = max(self.keys_values, other.keys_values)

@@ -53,7 +53,8 @@ class Report:
     """How a plan splits one call of a module, seen from one rank.
 
     ``imbalance`` is the busiest rank's arithmetic over the mean; ``replicated_flops`` the share of the graph's
-    arithmetic that every rank repeats; ``memory`` bytes by kind on this rank.
+    arithmetic that every rank repeats; ``memory`` bytes by kind on this rank: ``weights``, the ``largest_activation``,
+    and the ``keys_values`` of the attention with most of them. Exact methods keep nothing from step to step.
     """
 
     ranks: int
@@ -170,7 +171,13 @@ def _memory(mine: Partitioned) -> dict[str, int]:
             for piece in given.pieces:
                 sizes[piece.dim] = piece.size
             weights += math.prod(sizes) * value.element_size()
-    return {"weights": weights, "largest_activation": mine.ledger.largest_activation}
+    ledger = mine.ledger
+    return {"weights": weights, "largest_activation": ledger.largest_activation, "keys_values": ledger.keys_values}
+
+
+def _memory_line(memory: dict[str, int]) -> str:
+    named = (f"{name.replace('_', ' ')} {size / 2**20:,.1f} MiB" for name, size in memory.items())
+    return f"on this rank {', '.join(named)}"
 
 
 def _rendered(found: Report) -> list[Any]:
@@ -194,7 +201,7 @@ def _rendered(found: Report) -> list[Any]:
     head = (
         f"{found.ranks} ranks; captured by {found.captured_by}; {found.blocks} repeated blocks, {found.structures} "
         f"distinct structures\n{found.flops / 1e9:,.2f} GFLOP a call; {found.replicated_flops:.2%} replicated; busiest "
-        f"rank {found.imbalance:.3f} of the mean; weights {found.memory['weights'] / 2**20:,.1f} MiB a rank; "
+        f"rank {found.imbalance:.3f} of the mean; {_memory_line(found.memory)}; "
         f"{len(found.boundaries)} boundaries"
     )
     parts: list[Any] = [head, axes, collectives]
