@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from xdit_compile.axes import Axis, Concat, Product, atoms
+from xdit_compile.errors import PlanError
 from xdit_compile.plan import Plan
 from xdit_compile.shards import Split, Unit
 
@@ -20,6 +22,9 @@ def choose_features(inference: Inference, plan: Plan) -> Units:
     """The units of heads and feed-forward channels that ``plan.split_scheme`` names; none with one tensor rank.
 
     Channels of linears with few rows are left out: those are computed by columns, each by itself.
+
+    Raises:
+        PlanError: with more tensor ranks than any of these has positions.
     """
     if plan.tensor == 1:
         return ()
@@ -31,8 +36,24 @@ def choose_features(inference: Inference, plan: Plan) -> Units:
                 unit = _outermost(axis)
                 if unit.size > 1:
                     found.setdefault(id(unit), (unit,))
+    _check_degree(plan, [_size(unit) for unit in found.values()])
     linears = [typing for _, _, typing in inference.nodes() if "linear" in typing.facts]
     return tuple(_summable(linears, _unchained(linears, _disjoint(found.values())), plan.tensor))
+
+
+def _check_degree(plan: Plan, sizes: list[int]) -> None:
+    most = max(sizes, default=1)
+    if plan.tensor > most:
+        what = {"all": "heads or feed-forward channels", "heads": "heads", "ffn": "feed-forward channels"}
+        raise PlanError(
+            f"tensor={plan.tensor} is more than this model's {what[plan.split_scheme]} allow; choose at most {most}"
+            if most > 1
+            else f"tensor={plan.tensor}: this model has no {what[plan.split_scheme]} to split; choose another degree"
+        )
+
+
+def _size(unit: Unit) -> int:
+    return math.prod(axis.size for axis in unit)
 
 
 def _outermost(axis: Axis) -> Axis:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from commands import COMMAND, TINY_PIPELINE, clean_environment, files, one_error, run
 from PIL import Image
+from safetensors.numpy import load_file
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
 SMALL = ["--model", str(TINY_PIPELINE), "--backend", "eager"]
@@ -43,6 +44,12 @@ DIFFERENCE = re.compile(
         ("--num_inference_steps 0", "--num_inference_steps 0 must be at least 1"),
         ("--dtype int3", "--dtype int3 is unknown; choose one of auto, float32"),
         ("--guidance_scale nan", "--guidance_scale nan must be a finite number"),
+        ("--output_type video", "--output_type video is unknown; choose one of pil, latent"),
+        ("--output_type latent --output a.png", "must end in one of .safetensors with --output_type latent"),
+        ("--enable_model_cpu_offload --enable_sequential_cpu_offload", "exclude each other"),
+        ("--nproc 2 --ulysses_degree 2 --enable_sequential_cpu_offload", "a split graph takes all weights at once"),
+        ("--nproc 2 --tensor_parallel_degree 2 --enable_model_cpu_offload", "a rank holds slices; leave one of them"),
+        ("--enable_model_cpu_offload --device cpu", "needs a CUDA device to offload from"),
         ("--ulysses_degree two", "'two' is not a valid integer"),
         ("--ulises_degree 2", "No such option '--ulises_degree'"),
     ],
@@ -100,6 +107,21 @@ def test_a_failure_is_one_line_and_exit_code_1(tmp_path: Path, broken_model: Pat
     assert f"--model {broken_model} cannot be loaded" in line
     assert ("rank " in line) == bool(processes)
     assert files(tmp_path) == {"broken"}
+
+
+def test_a_checkpoint_cut_short_is_named_by_its_file(tmp_path: Path, broken_model: Path):
+    arguments = ["--nproc", "2", "--tensor_parallel_degree", "2"]
+    line = one_error(run("generate", "--model", str(broken_model), *arguments, cwd=tmp_path), exit_code=2)
+    assert "is damaged or cut short" in line and "safetensors" in line
+    assert files(tmp_path) == {"broken"}
+
+
+def test_latents_are_written_as_safetensors(tmp_path: Path):
+    done = run("generate", *QUICK, "--output_type", "latent", "--compare", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (latents,) = load_file(tmp_path / "out.safetensors").values()
+    assert latents.ndim == 4 and latents.shape[-1] * 8 == 128
+    assert "greatest difference 0.00e+00 in the float output" in done.stdout
 
 
 @pytest.mark.slow

@@ -238,3 +238,33 @@ def broken_merge(rank: int) -> str:
     except XditCompileError as error:
         return str(error)
     return "nothing"
+
+
+def test_a_hook_of_accelerate_runs_around_every_call() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Counting(ModelHook):
+        before = after = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.before += 1
+            return args, kwargs
+
+        def post_forward(self, module, output):
+            self.after += 1
+            return output
+
+    case = zoo.MODELS["pixart"]
+    module = case.build()
+    args, kwargs = case.inputs()
+    with torch.no_grad():
+        expected = pytree.tree_leaves(module(*args, **kwargs))
+    hook = Counting()
+    add_hook_to_module(module, hook)
+    hooked = module.forward
+    xdit_compile.parallelize(module, Plan(backend="eager"))
+    for _ in range(3):
+        assert worst_difference(module(*args, **kwargs), expected) <= 2e-5
+    assert hook.before == hook.after == 3
+    xdit_compile.restore(module)
+    assert module.forward is hooked

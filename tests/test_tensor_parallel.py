@@ -8,6 +8,8 @@ import zoo
 from splitting import captured, run_split
 from test_runtime import run_model
 
+from xdit_compile.build import choose_units
+from xdit_compile.errors import PlanError
 from xdit_compile.passes.layout import TENSOR
 from xdit_compile.plan import Plan
 
@@ -20,6 +22,7 @@ def check(name: str, plan: Plan) -> None:
     worst, ranks = run_split(model, plan)
     assert worst <= 2e-5, f"{plan}"
     assert "all_reduce" in {item.op for item in ranks[0].ledger.collectives}
+    assert plan.sequence > 1 or not ranks[0].ledger.gathers
     assert ranks[0].ledger.flops_here < 0.85 * ranks[0].ledger.flops / plan.sequence
 
 
@@ -49,3 +52,10 @@ def test_a_scheme_splits_what_it_says(scheme: str, share: float) -> None:
 @pytest.mark.parametrize("plan", [Plan(tensor=2, backend="eager"), Plan(tensor=2, ulysses=2, backend="eager")], ids=str)
 def test_on_real_processes(plan: Plan) -> None:
     assert max(procs.run(run_model, plan.world_size, "pixart", plan)) <= 2e-5
+
+
+def test_more_ranks_than_heads_and_channels_are_refused() -> None:
+    with pytest.raises(PlanError, match="tensor=512 is more than this model's heads or feed-forward channels allow"):
+        choose_units(captured("pixart").inference, Plan(tensor=512))
+    with pytest.raises(PlanError, match="tensor=16 is more than this model's heads allow; choose at most"):
+        choose_units(captured("pixart").inference, Plan(tensor=16, split_scheme="heads"))

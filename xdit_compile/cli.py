@@ -16,7 +16,7 @@ from .errors import UsageError, XditCompileError, one_line
 from .evaluation_request import DEFAULT_COUNT, FEATURES, EvaluationRequest
 from .model_folder import check_component
 from .plan import Plan
-from .request import DTYPES, PipelineRequest, Request, check_inputs, find_model, plan_from_flags
+from .request import DTYPES, OUTPUT_TYPES, PipelineRequest, Request, check_inputs, find_model, plan_from_flags
 from .world import World
 
 NAME = "xdit-compile"
@@ -147,6 +147,8 @@ def _model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Work at the nearest of the pipeline's own sizes and resize.  [default: without a size]",
         ),
         click.option("--dtype", default="auto", help=f"auto or {', '.join(DTYPES)}; auto is bfloat16 on CUDA."),
+        click.option("--download_dir", help="Where models of the Hub are kept.  [default: the Hub's cache]"),
+        click.option("--trust_remote_code", is_flag=True, help="Run the code that a model of the Hub brings along."),
         click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages."),
     )
 
@@ -166,6 +168,10 @@ def _run_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         command,
         click.option("--num_inference_steps", type=int, help="[default: the pipeline's]"),
         click.option("--device", default="auto", help="auto, cpu or cuda."),
+        click.option("--enable_model_cpu_offload", is_flag=True, help="Keep models on the CPU while they do not run."),
+        click.option(
+            "--enable_sequential_cpu_offload", is_flag=True, help="Keep layers on the CPU while they do not run."
+        ),
         click.option("--nproc", type=int, help="Start this many processes here; leave it out under torchrun."),
     )
 
@@ -190,7 +196,10 @@ def cli() -> None:
 @click.option("--fps", type=int, default=Request.fps, help="Frames per second of a video file.")
 @click.option("--seed", type=int, default=Request.seed)
 @_plan_flags
-@click.option("--output", default=Request.output, help="PNG, JPEG or WebP for images, MP4 or GIF for videos.")
+@click.option(
+    "--output", help="PNG, JPEG or WebP for images, MP4 or GIF for videos, safetensors for latents.  [default: out.png]"
+)
+@click.option("--output_type", default=Request.output_type, help=f"{' or '.join(OUTPUT_TYPES)}: what to write.")
 @click.option("--compare", is_flag=True, help="Also run the unsplit pipeline and print the greatest difference.")
 def generate(plan: Plan, nproc: int | None, **flags: Any) -> None:
     """Make an image or a video."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import XditCompileError
 from .evaluation_request import DEFAULT_COUNT, EvaluationRequest, read_prompts
-from .output import Pixels, whole_file, write
+from .output import Pixels, pixels_of, whole_file, write
 from .pipeline_call import call_arguments, call_pipeline, leave, open_pipeline, processes, say
 from .world import World
 
@@ -90,10 +90,10 @@ def _pictures(
     console = Console(stderr=True)
     hidden = world.rank != 0 or not console.is_terminal
     for batch in track(batches, title, console=console, transient=True, disable=hidden):
-        pixels, took = call_pipeline(
+        result, took = call_pipeline(
             pipe, {**arguments, "prompt": _captions(batch)}, [question.seed for question in batch]
         )
-        made.append(_rgb(pixels, len(batch)))
+        made.append(_rgb(pixels_of(result), len(batch)))
         seconds += took
     say(world, f"{title}: {sum(map(len, made))} pictures on rank 0, {seconds:.1f} s")
     return made

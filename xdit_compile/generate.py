@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .output import Pixels, difference, write
+from .output import Latents, Pixels, difference, write
 from .pipeline_call import (
     call_arguments,
     call_pipeline,
@@ -11,7 +11,7 @@ from .pipeline_call import (
     processes,
     say,
 )
-from .reference import reference
+from .reference import made_of, reference
 from .request import Request
 from .world import World
 
@@ -27,19 +27,22 @@ def generate(request: Request, world: World) -> None:
     if ignored:
         say(world, f"ignored, this pipeline does not take them: {', '.join(ignored)}")
     pipe.set_progress_bar_config(disable=world.rank != 0)
-    pixels, seconds = call_pipeline(pipe, arguments, request.seeds)
+    result, seconds = call_pipeline(pipe, arguments, request.seeds)
+    made = made_of(request, result)
     if world.rank == 0:
-        files = ", ".join(str(file) for file in write(pixels, request.output, request.fps))
-        say(world, f"wrote {files}: {_describe(pixels)}, {seconds:.1f} s on {processes(world.size)}")
+        files = ", ".join(str(file) for file in write(made, request.file, request.fps))
+        say(world, f"wrote {files}: {_describe(made)}, {seconds:.1f} s on {processes(world.size)}")
     leave()
     if request.compare and world.rank == 0:
         del pipe
         unsplit, seconds = reference(request)
         say(world, f"unsplit pipeline: {seconds:.1f} s on 1 process")
-        say(world, f"split against unsplit: {difference(pixels, unsplit)}")
+        say(world, f"split against unsplit: {difference(made, unsplit)}")
 
 
-def _describe(pixels: Pixels) -> str:
-    count, *frames, height, width, _ = pixels.values.shape
+def _describe(made: Pixels | Latents) -> str:
+    if isinstance(made, Latents):
+        return f"latents of shape {list(made.values.shape)}"
+    count, *frames, height, width, _ = made.values.shape
     kind = f"video of {frames[0]} frames" if frames else "image"
     return f"{count} {kind}{'s' if count > 1 and not frames else ''}, {width} x {height} pixels"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from .errors import XditCompileError
 
@@ -33,16 +34,24 @@ class Pixels:
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
-    """How far two results lie apart."""
+class Latents:
+    """What a pipeline makes before its autoencoder decodes it, as float32 in the pipeline's own shape."""
 
-    pixel: int
+    values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far two results lie apart; latents have no pixels."""
+
+    pixel: int | None
     absolute: float
     relative: float
 
     def __str__(self) -> str:
+        pixels = "" if self.pixel is None else f"{self.pixel} of 255 in the pixels, "
         return (
-            f"greatest difference {self.pixel} of 255 in the pixels, {self.absolute:.2e} in the float output "
+            f"greatest difference {pixels}{self.absolute:.2e} in the float output "
             f"({self.relative:.2e} of its greatest value)"
         )
 
@@ -53,25 +62,40 @@ def pixels_of(result: Any) -> Pixels:
     Raises:
         XditCompileError: it holds neither, or values that are not finite.
     """
-    for name in ("images", "frames"):
-        content = getattr(result, name, None)
-        if content is not None:
-            break
-    else:
-        raise XditCompileError("the pipeline returned neither images nor frames; only images and videos can be written")
-    values = _array(content)
+    name, values = _content(result)
     if name == "frames" and values.ndim == 4:
         values = values[None]
     if values.ndim not in (4, 5):
         raise XditCompileError(f"the pipeline returned {name} of shape {list(values.shape)}, which is no picture")
     if values.shape[-1] not in (1, 3, 4) and values.shape[-3] in (1, 3, 4):
         values = np.moveaxis(values, -3, -1)
+    return Pixels(_finite(values))
+
+
+def latents_of(result: Any) -> Latents:
+    """The latents in the result of a pipeline that was asked for them.
+
+    Raises:
+        XditCompileError: it holds neither images nor frames, or values that are not finite.
+    """
+    return Latents(_finite(_content(result)[1]))
+
+
+def _content(result: Any) -> tuple[str, np.ndarray]:
+    for name in ("images", "frames"):
+        content = getattr(result, name, None)
+        if content is not None:
+            return name, _array(content)
+    raise XditCompileError("the pipeline returned neither images nor frames; only images and videos can be written")
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
-        raise XditCompileError("the picture holds values that are not finite; try --dtype float32 or another backend")
-    return Pixels(values)
+        raise XditCompileError("the result holds values that are not finite; try --dtype float32 or another backend")
+    return values
 
 
-def difference(one: Pixels, other: Pixels) -> Difference:
+def difference(one: Pixels | Latents, other: Pixels | Latents) -> Difference:
     """How far ``one`` lies from the reference ``other``.
 
     Raises:
@@ -82,16 +106,26 @@ def difference(one: Pixels, other: Pixels) -> Difference:
             f"split and unsplit results differ in shape: {list(one.values.shape)} and {list(other.values.shape)}"
         )
     absolute = float(np.abs(one.values - other.values).max())
-    pixel = int(np.abs(one.bytes().astype(np.int16) - other.bytes().astype(np.int16)).max())
+    pixel = None
+    if isinstance(one, Pixels) and isinstance(other, Pixels):
+        pixel = int(np.abs(one.bytes().astype(np.int16) - other.bytes().astype(np.int16)).max())
     return Difference(pixel, absolute, absolute / max(float(np.abs(other.values).max()), 1e-12))
 
 
-def write(pixels: Pixels, output: str, fps: int) -> list[Path]:
-    """Write every image or video and return the files: ``out.png``, then ``out-1.png`` and so on.
+def write(made: Pixels | Latents, output: str, fps: int) -> list[Path]:
+    """Write every image or video and return the files: ``out.png``, then ``out-1.png`` and so on; latents in one.
 
     A suffix that does not suit (a video as PNG) is replaced by .mp4 or .png. A file appears whole or not at all.
     """
     path = Path(output)
+    if isinstance(made, Latents):
+        with whole_file(path) as temporary:
+            save_file({"latents": np.ascontiguousarray(made.values)}, temporary)
+        return [path]
+    return _write_pictures(made, path, fps)
+
+
+def _write_pictures(pixels: Pixels, path: Path, fps: int) -> list[Path]:
     if pixels.is_video != (path.suffix.lower() in VIDEO_SUFFIXES):
         path = path.with_suffix(".mp4" if pixels.is_video else ".png")
     written = []

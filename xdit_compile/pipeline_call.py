@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError, XditCompileError, one_line
-from .output import Pixels, pixels_of
 from .request import DTYPES, PipelineRequest, find_model
 from .world import World
 
@@ -57,6 +56,8 @@ def placement(request: PipelineRequest, world: World) -> tuple[torch.device, tor
     if kind == "cuda" and world.local_rank >= count:
         raise UsageError(f"rank {world.rank} has no CUDA device ({count} here); start fewer ranks or give --device cpu")
     name = DTYPES.get(request.dtype) or ("bfloat16" if kind == "cuda" else "float32")
+    if kind == "cpu" and (request.enable_model_cpu_offload or request.enable_sequential_cpu_offload):
+        raise UsageError("offloading to the CPU needs a CUDA device to offload from; leave it out")
     if kind == "cpu":
         return torch.device("cpu"), getattr(torch, name)
     torch.cuda.set_device(world.local_rank)
@@ -73,9 +74,22 @@ def load_pipeline(request: PipelineRequest, device: torch.device, dtype: torch.d
 
     name = find_model(request.model)
     try:
-        return DiffusionPipeline.from_pretrained(name, dtype=dtype).to(device)
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **_hub(request))
+        if request.enable_model_cpu_offload:
+            pipe.enable_model_cpu_offload(device=device)
+        elif request.enable_sequential_cpu_offload:
+            pipe.enable_sequential_cpu_offload(device=device)
+        else:
+            pipe.to(device)
     except Exception as error:
         raise XditCompileError(f"--model {name} cannot be loaded: {one_line(error)}") from error
+    return pipe
+
+
+def _hub(request: PipelineRequest) -> dict[str, Any]:
+    """Arguments that say how a model is fetched."""
+    found: dict[str, Any] = {"trust_remote_code": True} if request.trust_remote_code else {}
+    return found if request.download_dir is None else {**found, "cache_dir": request.download_dir}
 
 
 def open_pipeline(request: PipelineRequest, world: World) -> tuple[Any, torch.device]:
@@ -100,12 +114,12 @@ def open_parallel(request: PipelineRequest, world: World) -> Any:
 
     if request.plan.tensor == 1:
         pipe, _ = open_pipeline(request, world)
-        return parallelize(pipe, request.plan)
+        return pipe if request.enable_sequential_cpu_offload else parallelize(pipe, request.plan)
     if not request.debug:
         quieten()
     device, dtype = placement(request, world)
     try:
-        return from_pretrained(find_model(request.model), request.plan, device=device, dtype=dtype)
+        return from_pretrained(find_model(request.model), request.plan, device=device, dtype=dtype, **_hub(request))
     except XditCompileError:
         raise
     except Exception as error:
@@ -127,7 +141,7 @@ def call_arguments(pipe: Any, request: PipelineRequest, **others: Any) -> tuple[
     spelling = {name: name if name in parameters else _OTHER_SPELLINGS.get(name, name) for name in given}
     taken = {spelling[name]: value for name, value in given.items() if spelling[name] in parameters}
     if "output_type" in parameters:
-        taken["output_type"] = "np"
+        taken["output_type"] = "latent" if getattr(request, "output_type", None) == "latent" else "np"
     if _GENERATOR in parameters:
         taken[_GENERATOR] = None
     positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -148,14 +162,14 @@ def _one_or_list(value: Any) -> Any:
     return value[0] if len(value) == 1 else list(value)
 
 
-def call_pipeline(pipe: Any, arguments: dict[str, Any], seed: int | Sequence[int]) -> tuple[Pixels, float]:
+def call_pipeline(pipe: Any, arguments: dict[str, Any], seed: int | Sequence[int]) -> tuple[Any, float]:
     """Call a pipeline; what it draws depends on the seed alone, or for each picture on a seed of its own.
 
     Args:
         arguments: those of ``call_arguments``.
 
     Returns:
-        What it made, and the seconds it took.
+        Its result, and the seconds it took.
     """
     import torch
 
@@ -167,7 +181,7 @@ def call_pipeline(pipe: Any, arguments: dict[str, Any], seed: int | Sequence[int
     start = time.perf_counter()
     with torch.no_grad():
         result = pipe(**arguments)
-    return pixels_of(result), time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def leave() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from .errors import XditCompileError
-from .output import Pixels
+from .output import Latents, Pixels, latents_of, pixels_of
 from .request import Request
 from .world import World
 
 
-def reference(request: Request) -> tuple[Pixels, float]:
+def reference(request: Request) -> tuple[Pixels | Latents, float]:
     """What the unsplit pipeline makes of a request, and the seconds that its call took.
 
     Raises:
@@ -28,9 +29,15 @@ def reference(request: Request) -> tuple[Pixels, float]:
             ) from error
 
 
-def _unsplit(request: Request) -> tuple[Pixels, float]:
+def _unsplit(request: Request) -> tuple[Pixels | Latents, float]:
     from .pipeline_call import call_arguments, call_pipeline, open_pipeline
 
     pipe, _ = open_pipeline(request, World())
     arguments, _ = call_arguments(pipe, request)
-    return call_pipeline(pipe, arguments, request.seeds)
+    result, seconds = call_pipeline(pipe, arguments, request.seeds)
+    return made_of(request, result), seconds
+
+
+def made_of(request: Request, result: Any) -> Pixels | Latents:
+    """What a request asked for, in a pipeline's result."""
+    return latents_of(result) if request.output_type == "latent" else pixels_of(result)

@@ -25,6 +25,8 @@ DTYPES = {
 }
 DEVICES = ("auto", "cpu", "cuda")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".mp4", ".gif")
+OUTPUT_TYPES = {"pil": SUFFIXES, "latent": (".safetensors",)}
+"""What a pipeline may return, and the files it is written to: pictures, or latents that no autoencoder decoded."""
 DEMO_PIPELINE = Path(__file__).parent / "data" / "demo_pipeline"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -46,6 +48,10 @@ class PipelineRequest:
     dtype: str = "auto"
     device: str = "auto"
     debug: bool = False
+    download_dir: str | None = None
+    trust_remote_code: bool = False
+    enable_model_cpu_offload: bool = False
+    enable_sequential_cpu_offload: bool = False
 
     counts: ClassVar[tuple[str, ...]] = ("height", "width", "num_inference_steps", "max_sequence_length")
     """Fields that must be at least 1."""
@@ -77,6 +83,7 @@ class PipelineRequest:
             UsageError: naming every problem at once.
         """
         found = [*_world_problems(self.plan, world, nproc), *self._number_problems(), *self._choice_problems()]
+        found += self._offload_problems()
         for check in (lambda: self._check_model(weights), *self._more_checks()):
             try:
                 check()
@@ -108,6 +115,22 @@ class PipelineRequest:
             found.append(f"--device {self.device} is unknown; choose one of {', '.join(DEVICES)}")
         return found
 
+    def _offload_problems(self) -> list[str]:
+        found = []
+        if self.enable_model_cpu_offload and self.enable_sequential_cpu_offload:
+            found.append("--enable_model_cpu_offload and --enable_sequential_cpu_offload exclude each other; give one")
+        if self.enable_sequential_cpu_offload and self.plan.world_size > 1:
+            found.append(
+                "--enable_sequential_cpu_offload brings one layer at a time, but a split graph takes all weights at "
+                "once; give --enable_model_cpu_offload or --tensor_parallel_degree instead"
+            )
+        if self.enable_model_cpu_offload and self.plan.tensor > 1:
+            found.append(
+                f"--enable_model_cpu_offload moves whole models, but with --tensor_parallel_degree {self.plan.tensor} "
+                "a rank holds slices; leave one of them out"
+            )
+        return found
+
     def _check_model(self, weights: bool) -> None:
         """A folder is looked into; what an id of the Hub stands for is seen when it is fetched."""
         if (folder := Path(find_model(self.model))).is_dir():
@@ -124,7 +147,8 @@ class Request(PipelineRequest):
     num_frames: int | None = None
     fps: int = 8
     num_images_per_prompt: int | None = None
-    output: str = "out.png"
+    output: str | None = None
+    output_type: str = "pil"
     compare: bool = False
 
     counts: ClassVar[tuple[str, ...]] = (*PipelineRequest.counts, "num_frames", "fps", "num_images_per_prompt")
@@ -142,14 +166,22 @@ class Request(PipelineRequest):
         if not self.prompt:
             raise UsageError("--prompt is missing; say what to show")
 
+    @property
+    def file(self) -> str:
+        """The file to write."""
+        return self.output or f"out{OUTPUT_TYPES.get(self.output_type, SUFFIXES)[0]}"
+
     def _check_output(self) -> None:
-        path = Path(self.output)
-        if path.suffix.lower() not in SUFFIXES:
-            raise UsageError(f"--output {self.output} must end in one of {', '.join(SUFFIXES)}")
+        if self.output_type not in OUTPUT_TYPES:
+            raise UsageError(f"--output_type {self.output_type} is unknown; choose one of {', '.join(OUTPUT_TYPES)}")
+        path, suffixes = Path(self.file), OUTPUT_TYPES[self.output_type]
+        if path.suffix.lower() not in suffixes:
+            what = f" with --output_type {self.output_type}" if suffixes != SUFFIXES else ""
+            raise UsageError(f"--output {self.output} must end in one of {', '.join(suffixes)}{what}")
         if path.is_dir():
-            raise UsageError(f"--output {self.output} is a folder; name a file in it")
+            raise UsageError(f"--output {self.file} is a folder; name a file in it")
         if not path.parent.is_dir():
-            raise UsageError(f"--output {self.output}: folder {path.parent} does not exist; make it first")
+            raise UsageError(f"--output {self.file}: folder {path.parent} does not exist; make it first")
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

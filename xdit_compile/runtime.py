@@ -48,7 +48,8 @@ class Runner:
     """Called in place of ``module.forward``.
 
     A call whose signature is known runs at once; another is captured, partitioned, compiled and, with ``plan.verify``,
-    compared with the module itself. Values of guards that changed make a new program too.
+    compared with the module itself. Values of guards that changed make a new program too. A hook of accelerate's on the
+    module (which moves it to its device) runs around every call, as it would around the module's own forward.
     """
 
     def __init__(
@@ -65,12 +66,20 @@ class Runner:
         self.mesh = mesh
         self.backend = backend
         self.forward = self.module.forward
+        self._computation = getattr(self.module, "_old_forward", self.forward)
         self.prepared: dict[Signature, list[Prepared]] = {}
         self._agreement = agreement
         self._branches = branches
 
-    @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hook = getattr(self.module, "_hf_hook", None)
+        if hook is None:
+            return self._run(args, kwargs)
+        args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
+        return hook.post_forward(self.module, self._run(args, kwargs))
+
+    @torch.no_grad()
+    def _run(self, args: tuple, kwargs: dict) -> Any:
         if self._branches.active:
             args, kwargs = self._arrived(args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
@@ -112,7 +121,7 @@ class Runner:
             {"plan": digest([self.plan]), "input shape": digest_shapes(leaves), "input": digest_tensors(leaves)},
         )
         try:
-            analysis = analyse(self.module, self.plan, args, kwargs, forward=self.forward, check=self.plan.verify)
+            analysis = analyse(self.module, self.plan, args, kwargs, forward=self._computation, check=self.plan.verify)
             partitioned = place(analysis, self.plan, self.mesh)
             partitioned.program.root.to(_device(leaves))
             dump(analysis, partitioned, self.mesh.rank)
@@ -146,7 +155,7 @@ class Runner:
     def _verify(self, prepared: Prepared, args: tuple, kwargs: dict, leaves: list[Any]) -> None:
         try:
             found = prepared.run(*bind(prepared.program, self.weights, leaves))
-            verify(assemble(prepared.program, found), self.forward(*args, **kwargs))
+            verify(assemble(prepared.program, found), self._computation(*args, **kwargs))
         except Exception as error:
             self._agreement.fail("verdict", error)
             raise

@@ -62,7 +62,7 @@ def denoiser_call(request: Request, component: str | None = None, inputs: str | 
 
     ``component`` names the denoiser, else it is the one called first. ``inputs`` is a file that gives the arguments.
     """
-    folder = _configuration_folder(find_model(request.model))
+    folder = _configuration_folder(request)
     check_component(folder, component)
     _, dtype = placement(request, World())
     modules, others = _components(folder, dtype)
@@ -104,13 +104,14 @@ def _first_call(
     raise XditCompileError(f"the pipeline never called {' or '.join(candidates)}; choose another --component")
 
 
-def _configuration_folder(name: str) -> Path:
+def _configuration_folder(request: Request) -> Path:
+    name = find_model(request.model)
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(CONFIGURATION)))
+        return Path(snapshot_download(name, cache_dir=request.download_dir, allow_patterns=list(CONFIGURATION)))
     except Exception as error:
         raise XditCompileError(f"--model {name} cannot be fetched: {one_line(error)}") from error
 
