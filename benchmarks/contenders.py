@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from xdit_compile import Plan, parallelize
+from xdit_compile.deferred import values_of
 from xdit_compile.kernels import collectives
 
 Call = Callable[..., Any]
@@ -29,6 +30,56 @@ class Contender:
     same_as: str | None = None
     stub: bool = False
     exact: bool = True
+    base: str | None = None
+
+
+def suite(name: str, backend: str) -> list[Contender]:
+    """Everything that one comparison measures, by its name."""
+    return {"sequence": contenders, "guidance": guidance}[name](backend)
+
+
+def guidance(backend: str) -> list[Contender]:
+    """Classifier-free guidance: both branches stacked in one batch, and one call for each."""
+    found = [Contender(REFERENCE, 1, _stacked)]
+    for kind, step in (("stacked", _stacked), ("two calls", _twice)):
+        alone = f"one process, {kind}, {backend}"
+        for count, name in ((1, alone), (2, f"cfg 2, {kind}, {backend}")):
+            plan = Plan(cfg=count, backend=backend)
+            found.append(
+                Contender(name, count, lambda module, step=step, plan=plan: step(parallelize(module, plan)), base=alone)
+            )
+    return found
+
+
+SCALE = 4.0
+
+
+def _stacked(module: Call) -> Call:
+    """Guidance over one call with both branches, the unconditional one first."""
+
+    def call(**inputs: Any) -> torch.Tensor:
+        unconditional, conditional = module(**inputs)[0].chunk(2)
+        return unconditional + SCALE * (conditional - unconditional)
+
+    return call
+
+
+def _twice(module: Call) -> Call:
+    """Guidance over one call for each branch."""
+
+    def call(**inputs: Any) -> torch.Tensor:
+        count = len(inputs["timestep"])
+        branches = [
+            {
+                name: value[branch : branch + 1] if isinstance(value, torch.Tensor) and len(value) == count else value
+                for name, value in inputs.items()
+            }
+            for branch in range(count)
+        ]
+        unconditional, conditional = (module(**branch)[0] for branch in branches)
+        return values_of(unconditional + SCALE * (conditional - unconditional))
+
+    return call
 
 
 def contenders(backend: str) -> list[Contender]:

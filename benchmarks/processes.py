@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contenders import Contender, Stubs, contenders
+from contenders import Contender, Stubs, suite
 from denoiser import Size, build, inputs, like
 from torch.utils import _pytree as pytree
 
@@ -36,6 +36,7 @@ class Setting:
     size: Size
     backend: str
     weights: int = 0
+    suite: str = "sequence"
 
 
 class Failed(RuntimeError):
@@ -149,7 +150,7 @@ class _Member:
 
     def __init__(self, setting: Setting, count: int):
         self._setting = setting
-        self._known = {entry.name: entry for entry in contenders(setting.backend) if entry.processes == count}
+        self._known = {entry.name: entry for entry in suite(setting.suite, setting.backend) if entry.processes == count}
         self._model = build(setting.size, setting.weights)
         self._inputs = inputs(setting.size)
         self._calls: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Finds heads and feed-forward channels: what tensor parallelism splits."""
+"""Finds heads, feed-forward channels and channels between convolutions: what tensor parallelism splits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xdit_compile.shards import Split, Unit
 from .column_lowering import has_few_rows
 from .infer import Inference
 from .layout import TENSOR
-from .roles import end_to_end, roles
+from .roles import end_to_end, roles, sums_channels
 from .rules import Typing
 from .tokens import Units
 
@@ -28,7 +28,8 @@ def choose_features(inference: Inference, plan: Plan) -> Units:
     """
     if plan.tensor == 1:
         return ()
-    wanted = {"heads": ("heads",), "ffn": ("ffn",), "all": ("heads", "ffn")}[plan.split_scheme]
+    inner = ("ffn", "channels")
+    wanted = {"heads": ("heads",), "ffn": inner, "all": ("heads", *inner)}[plan.split_scheme]
     found: dict[int, Unit] = {}
     for use in roles(inference):
         if use.role in wanted and not (use.role == "ffn" and has_few_rows(use.node)):
@@ -37,7 +38,7 @@ def choose_features(inference: Inference, plan: Plan) -> Units:
                 if unit.size > 1:
                     found.setdefault(id(unit), (unit,))
     _check_degree(plan, [_size(unit) for unit in found.values()])
-    linears = [typing for _, _, typing in inference.nodes() if "linear" in typing.facts]
+    linears = [typing for _, _, typing in inference.nodes() if "linear" in typing.facts or sums_channels(typing)]
     return tuple(_summable(linears, _unchained(linears, _disjoint(found.values())), plan.tensor))
 
 
@@ -89,8 +90,9 @@ def _unchained(linears: Iterable[Typing], units: Iterable[Unit]) -> list[Unit]:
 
 
 def _ends(typing: Typing) -> tuple[Axis, Axis]:
-    """What a linear makes and what it contracts."""
-    return typing.outs[0][-1], typing.expected[0][-1]
+    """What a linear or a convolution makes and what it contracts."""
+    dim = -1 if "linear" in typing.facts else 1
+    return typing.outs[0][dim], typing.expected[0][dim]
 
 
 def _summable(linears: Iterable[Typing], units: list[Unit], parts: int) -> list[Unit]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from xdit_compile.axes import Atom, resolve
+
 from .rules import Rule, RuleBook
 
 BOOK = RuleBook()
@@ -27,11 +29,20 @@ def trailing_norm(rule: Rule) -> None:
 
 @BOOK.rule("group_norm")
 def group_norm(rule: Rule) -> None:
+    rule.facts["norm"] = True
     rank = len(rule.actual[0])
+    _grouped(rule, rule.shape(0)[1] // rule.arg(1, "num_groups"))
     rule.loop("map", [(0, 0)], [(0, 0)])
     rule.loop("whole", [(operand, 1 if operand == 0 else 0) for operand in range(len(rule.operands))], [(0, 1)])
     for dim in range(2, rank):
         rule.loop("stats", [(0, dim)], [(0, dim)])
+
+
+def _grouped(rule: Rule, size: int) -> None:
+    """Make channels of which nothing else is known a product of groups and what is in one."""
+    channels = resolve(rule.actual[0][1])
+    if isinstance(channels, Atom) and 1 < size < channels.size:
+        rule.system.split(channels, size)
 
 
 @BOOK.rule(

@@ -1,7 +1,8 @@
-"""From the way an axis is used it gets a role: tokens, heads, batch, ffn, rows, columns, frames, hidden."""
+"""From the way an axis is used it gets a role: tokens, heads, batch, ffn, channels, rows, columns, frames, hidden."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable
 
@@ -22,6 +23,7 @@ PRECEDENCE = (
     "columns",
     "hidden",
     "ffn",
+    "channels",
     "batch",
 )
 
@@ -44,7 +46,7 @@ def roles(inference: Inference) -> list[Use]:
             if axis.size > 1:
                 found.setdefault((id(axis), role), Use(axis, role, frame, node))
     taken = {id(atom) for use in found.values() for atom in atoms(use.axis)}
-    for use in _feed_forward(inference):
+    for use in (*_feed_forward(inference), *_convolved_channels(inference)):
         if not taken & {id(atom) for atom in atoms(use.axis)}:
             found.setdefault((id(use.axis), use.role), use)
     return sorted(found.values(), key=lambda use: PRECEDENCE.index(use.role))
@@ -88,6 +90,23 @@ def _feed_forward(inference: Inference) -> Iterable[Use]:
             for part in end_to_end(typing.outs[0][-1]):
                 made.setdefault(id(part), Use(part, "ffn", frame, node))
     return [use for key, use in made.items() if key in contracted]
+
+
+def _convolved_channels(inference: Inference) -> Iterable[Use]:
+    """Channels that one convolution alone makes and another one alone contracts: those inside a residual block."""
+    made: dict[int, list[Use]] = {}
+    contracted: collections.Counter[int] = collections.Counter()
+    for frame, node, typing in inference.nodes():
+        if sums_channels(typing):
+            contracted[id(typing.expected[0][1])] += 1
+            axis = typing.outs[0][1]
+            made.setdefault(id(axis), []).append(Use(axis, "channels", frame, node))
+    return [uses[0] for key, uses in made.items() if len(uses) == 1 and contracted[key] == 1]
+
+
+def sums_channels(typing: Typing) -> bool:
+    """Whether an operator is a convolution of which every result sums over all channels."""
+    return "convolution" in typing.facts and typing.facts["convolution"]["groups"] == 1
 
 
 def end_to_end(axis: Axis) -> tuple[Axis, ...]:

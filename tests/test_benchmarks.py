@@ -39,6 +39,31 @@ def test_sequence_parallel_compares_every_contender_before_it_times_them(tmp_pat
     assert contenders["one process, eager"]["ratio"] == 1
 
 
+@pytest.mark.slow
+def test_guidance_compares_both_kinds_with_one_process(tmp_path: pathlib.Path) -> None:
+    sizes = ["--hidden", "64", "--blocks", "2", "--tokens", "16"]
+    found = run("guidance.py", "--backend", "eager", "--rounds", "2", *sizes, tmp_path=tmp_path)
+    assert len(found["contenders"]) == 5
+    for entry in found["contenders"]:
+        assert entry["failure"] is None and len(entry["wall_s"]) == 2 and entry["ratio"] > 0
+        assert entry["difference"] is None or entry["difference"] <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.slow
+def test_parameters_of_every_rank_are_counted(tmp_path: pathlib.Path) -> None:
+    found = run("tensor_memory.py", "--degree", "2", "--degree", "8", tmp_path=tmp_path)
+    assert len(found["held"]) == 4
+    for held in found["held"]:
+        assert 1.0 <= held["ratio"] <= (1.10 if "FLUX" in held["model"] else 1.15)
+
+
+@pytest.mark.slow
+def test_loading_counts_what_every_rank_holds(tmp_path: pathlib.Path) -> None:
+    found = run("loading.py", "--gigabytes", "0.1", "--degree", "2", tmp_path=tmp_path)
+    alone, *ranks = found["loaded"]
+    assert len(ranks) == 2 and all(rank["share"] < 0.55 * alone["share"] for rank in ranks)
+
+
 def test_capture_counts_what_it_made(tmp_path: pathlib.Path) -> None:
     found = run("capture.py", "--double", "3", "--single", "3", "--rounds", "1", tmp_path=tmp_path)
     (one,) = found["rounds"]

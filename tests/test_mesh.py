@@ -149,3 +149,12 @@ def test_procs_ends_ranks_that_are_late():
     with pytest.raises(procs.RankFailed, match="rank 1: did not finish"):
         procs.run(sleep_on_one, 2, timeout=15)
     assert time.monotonic() - begun < 30
+
+
+def test_guidance_crosses_the_slow_link_once_and_tokens_stay_inside() -> None:
+    """The example of docs/plans.md."""
+    ranks = [Mesh.simulated(Plan(cfg=2, ulysses=3), rank) for rank in range(6)]
+    assert [mesh.peers("ulysses") for mesh in ranks] == [[0, 1, 2]] * 3 + [[3, 4, 5]] * 3
+    assert [mesh.peers("cfg") for mesh in ranks[:3]] == [[0, 3], [1, 4], [2, 5]]
+    order = ("ulysses", "cfg", "ring", "data", "tensor")
+    assert Mesh.simulated(Plan(cfg=2, ulysses=3, mesh_order=order), 0).peers("ulysses") == [0, 2, 4]

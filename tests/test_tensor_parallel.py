@@ -15,6 +15,7 @@ from xdit_compile.plan import Plan
 
 MESHES = [Plan(tensor=2), Plan(tensor=3), Plan(tensor=4), Plan(tensor=2, ulysses=2), Plan(tensor=2, ring=2)]
 QUICK = ["flux", "pixart", "wan_t2v"]
+UNETS = ["unet_sd15", "unet_sdxl"]
 
 
 def check(name: str, plan: Plan) -> None:
@@ -30,6 +31,18 @@ def check(name: str, plan: Plan) -> None:
 def test_split_model_equals_the_single_device(name: str) -> None:
     for plan in MESHES:
         check(name, plan)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_channels_between_convolutions_are_split(name: str) -> None:
+    model = captured(name)
+    inner = {key for key in dict(model.module.named_parameters()) if ".resnets." in key and "conv1.weight" in key}
+    for plan in (Plan(tensor=2), Plan(tensor=3)):
+        worst, ranks = run_split(model, plan)
+        assert worst <= 2e-5
+        sliced = {str(given.target) for given in ranks[0].program.inputs if given.pieces}
+        assert inner <= sliced
+        assert ranks[0].ledger.flops_here < (0.7 if plan.tensor == 2 else 0.55) * ranks[0].ledger.flops
 
 
 @pytest.mark.slow
