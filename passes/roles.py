@@ -81,15 +81,21 @@ def _normalised(node: fx.Node, typing: Typing) -> Iterable[tuple[Axis, str]]:
 
 
 def _feed_forward(inference: Inference) -> Iterable[Use]:
-    """Axes that one linear makes and another contracts, on their own or laid end to end with others."""
+    """Axes that one linear makes and another contracts, on their own or laid end to end with others.
+
+    Not those that convolutions make or contract as well: such a one runs through the whole model.
+    """
     made: dict[int, Use] = {}
     contracted: set[int] = set()
+    convolved: set[int] = set()
     for frame, node, typing in inference.nodes():
         if "linear" in typing.facts:
             contracted |= {id(part) for part in end_to_end(typing.expected[0][-1])}
             for part in end_to_end(typing.outs[0][-1]):
                 made.setdefault(id(part), Use(part, "ffn", frame, node))
-    return [use for key, use in made.items() if key in contracted]
+        elif sums_channels(typing):
+            convolved |= {id(typing.expected[0][1]), id(typing.outs[0][1])}
+    return [use for key, use in made.items() if key in contracted - convolved]
 
 
 def _convolved_channels(inference: Inference) -> Iterable[Use]:

@@ -18,6 +18,9 @@ QUICK = ["flux", "pixart", "wan_t2v"]
 UNETS = ["unet_sd15", "unet_sdxl"]
 
 
+HYBRID = [Plan(cfg=2, ulysses=2, tensor=2), Plan(data=2, cfg=2, ring=2)]
+
+
 def check(name: str, plan: Plan) -> None:
     model = captured(name)
     worst, ranks = run_split(model, plan)
@@ -50,6 +53,16 @@ def test_channels_between_convolutions_are_split(name: str) -> None:
 def test_every_named_model_equals_the_single_device(name: str) -> None:
     for plan in MESHES:
         check(name, plan)
+
+
+@pytest.mark.parametrize("plan", HYBRID, ids=["cfg ulysses tensor", "data cfg ring"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(zoo.MODELS)]
+)
+def test_eight_ranks_of_three_kinds(name: str, plan: Plan) -> None:
+    worst, ranks = run_split(captured(name), plan)
+    assert worst <= 2e-5 and len(ranks) == 8
+    assert ranks[0].ledger.flops_here < 0.4 * ranks[0].ledger.flops
 
 
 @pytest.mark.parametrize(("scheme", "share"), [("heads", 0.9), ("ffn", 0.85)])
