@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import procs
 import pytest
 import zoo
@@ -60,9 +62,11 @@ def test_every_named_model_equals_the_single_device(name: str) -> None:
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(zoo.MODELS)]
 )
 def test_eight_ranks_of_three_kinds(name: str, plan: Plan) -> None:
+    """A batch of one is not split: its guidance comes in calls of their own."""
     worst, ranks = run_split(captured(name), plan)
     assert worst <= 2e-5 and len(ranks) == 8
-    assert ranks[0].ledger.flops_here < 0.4 * ranks[0].ledger.flops
+    parts = math.prod(ranks[0].layout.parts.values())
+    assert parts >= 2 and ranks[0].ledger.flops_here < 1.8 / parts * ranks[0].ledger.flops
 
 
 @pytest.mark.parametrize(("scheme", "share"), [("heads", 0.9), ("ffn", 0.85)])
