@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import procs
@@ -79,7 +80,10 @@ def run_pipeline(rank: int, name: str, plan: Plan, images: int) -> tuple[list[in
 
     def generate(pipe: Any) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in range(images)]
-        return case.call(pipe, generator=generators, num_images_per_prompt=images)
+        given = inspect.signature(type(pipe).__call__).parameters
+        count = "num_images_per_prompt" if "num_images_per_prompt" in given else "num_videos_per_prompt"
+        more = {count: images} if count in given else {"class_labels": [3, 5, 1][:images]}
+        return case.call(pipe, generator=generators, **more)
 
     expected = generate(case.build())
     found = generate(xdit_compile.parallelize(case.build(), plan))
@@ -98,6 +102,16 @@ def run_pipeline(rank: int, name: str, plan: Plan, images: int) -> tuple[list[in
     ids=str,
 )
 def test_pipeline_over_replicas(name: str, plan: Plan, images: int) -> None:
+    check(name, plan, images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(zoo_pipelines.PIPELINES) - {"pixart", "flux", "sd3_controlnet"}))
+def test_every_pipeline_over_replicas(name: str) -> None:
+    check(name, Plan(data=2, backend="eager"), 3)
+
+
+def check(name: str, plan: Plan, images: int) -> None:
     results = procs.run(run_pipeline, plan.world_size, name, plan, images)
     whole = plan.world_size // plan.data
     for rank, (shape, difference) in enumerate(results):
