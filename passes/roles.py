@@ -94,7 +94,7 @@ def _feed_forward(inference: Inference) -> Iterable[Use]:
             for part in end_to_end(typing.outs[0][-1]):
                 made.setdefault(id(part), Use(part, "ffn", frame, node))
         elif sums_channels(typing):
-            convolved |= {id(typing.expected[0][1]), id(typing.outs[0][1])}
+            convolved |= {id(part) for axes in (typing.expected, typing.outs) for part in end_to_end(axes[0][1])}
     return [use for key, use in made.items() if key in contracted - convolved]
 
 
@@ -104,9 +104,9 @@ def _convolved_channels(inference: Inference) -> Iterable[Use]:
     contracted: collections.Counter[int] = collections.Counter()
     for frame, node, typing in inference.nodes():
         if sums_channels(typing):
-            contracted[id(typing.expected[0][1])] += 1
-            axis = typing.outs[0][1]
-            made.setdefault(id(axis), []).append(Use(axis, "channels", frame, node))
+            contracted.update({id(part) for part in end_to_end(typing.expected[0][1])})
+            for part in {id(part): part for part in end_to_end(typing.outs[0][1])}.values():
+                made.setdefault(id(part), []).append(Use(part, "channels", frame, node))
     return [uses[0] for key, uses in made.items() if len(uses) == 1 and contracted[key] == 1]
 
 

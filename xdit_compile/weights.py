@@ -86,10 +86,11 @@ class Weights:
     def load(self, program: Program) -> None:
         """Read what a program takes of parameters that the module does not hold, and give the module whole ones."""
         for given in program.inputs:
-            if given.kind == "parameter":
+            name = str(given.target)
+            if given.kind == "parameter" and self.module.get_parameter(name).is_meta:
                 value = self.find(given)
-                if not given.pieces and self.module.get_parameter(str(given.target)).is_meta:
-                    self.put_back(str(given.target), value)
+                if not given.pieces:
+                    self.put_back(name, value)
 
     def load_first(self) -> None:
         """Read the first parameter: libraries look at it for the device that a module is on."""
