@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from .partition import FramePartitioner
 
 ROOT_MEAN_SQUARE = ("rms_norm", "_fused_rms_norm")
+CENTRED = ("layer_norm", "native_layer_norm")
 
 
 def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
@@ -28,7 +28,7 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     name = operator_name(node.target)  # type: ignore[arg-type]
     if name == "group_norm":
         return _whole_groups(part, node, typing, operands)
-    return _root_mean_square(part, node, typing, operands) if name in ROOT_MEAN_SQUARE else None
+    return _Trailing(part, node, typing, operands).emit(centred=name in CENTRED)
 
 
 def _whole_groups(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
@@ -68,45 +68,88 @@ def _are_whole(split: Split, axis: Axis, size: int) -> bool:
     )
 
 
-def _root_mean_square(
-    part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]
-) -> list[Value] | None:
-    """Statistics are float32, or float64 where the input is, as PyTorch's own kernels have them."""
-    given, axes = part.summed(operands[0]), typing.expected[0]
-    first = len(axes) - len(node.args[1])  # type: ignore[arg-type]
-    over = {
-        name: dim for name, dim in given.split.items() if dim >= first and same(given.axes[dim], axes[dim])
-    }  # fmt: skip
-    if not over:
-        return None
-    choices = choose_all(typing, operands, {n: s for n, s in part.sharding.splits.items() if n not in over})
-    outer = {name: choice.results[0] for name, choice in choices.items() if 0 in choice.results}
-    split = {**outer, **over}
-    local, dtype = part.local, given.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    inputs = _cast(part, part.coerce(given, axes, split, node, 0), dtype, wide)
-    dims = list(range(first, len(axes)))
-    squares = local.call(aten.sum.dim_IntList, local.call(aten.mul.Tensor, inputs, inputs), dims, True)
-    total = part.summed(
-        Value(squares, [*axes[:first], *(Atom(1, 0) for _ in dims)], wide, outer, frozenset(over)), "norm statistics"
-    )
-    mean = local.call(aten.div.Scalar, total.node, math.prod(axis.size for axis in axes[first:]))
-    epsilon = _epsilon(node, dtype)
-    scale = local.call(aten.rsqrt.default, local.call(aten.add.Scalar, mean, epsilon))
-    result = local.call(aten.mul.Tensor, inputs, scale)
-    if len(operands) > 1:
-        required = {name: dim - first for name, dim in over.items()}
-        weight = part.coerce(operands[1], typing.expected[1], required, node, 1)
-        result = local.call(aten.mul.Tensor, result, _cast(part, weight, operands[1].dtype, wide))
-    value = Value(_cast(part, result, wide, dtype), typing.outs[0], dtype, split)
-    if len(typing.outs) == 1:
-        return [value]
-    return [value, dataclasses.replace(total, node=scale, axes=typing.outs[1])]
+class _Trailing:
+    """A norm over trailing dims, of which some are split.
 
+    Statistics are float32, or float64 where the input is, as PyTorch's own kernels have them.
+    """
 
-def _epsilon(node: fx.Node, dtype: torch.dtype) -> float:
-    given = node.args[3] if len(node.args) > 3 else node.kwargs.get("eps")
-    return torch.finfo(dtype).eps if given is None else float(given)  # type: ignore[arg-type]
+    def __init__(self, part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]):
+        self.part, self.node, self.typing, self.operands = part, node, typing, operands
+        self.given, self.axes = part.summed(operands[0]), typing.expected[0]
+        self.first = len(self.axes) - len(node.args[1])  # type: ignore[arg-type]
+        self.dims = list(range(self.first, len(self.axes)))
+        self.over = {
+            name: dim
+            for name, dim in self.given.split.items()
+            if dim >= self.first and same(self.given.axes[dim], self.axes[dim])
+        }
+        self.wide = torch.promote_types(self.given.dtype, torch.float32)
+
+    def emit(self, centred: bool) -> list[Value] | None:
+        if not self.over or centred and len(self.over) > 1:
+            return None
+        part, call, dtype = self.part, self.part.local.call, self.given.dtype
+        others = {name: split for name, split in part.sharding.splits.items() if name not in self.over}
+        choices = choose_all(self.typing, self.operands, others)
+        outer = {name: choice.results[0] for name, choice in choices.items() if 0 in choice.results}
+        split = {**outer, **self.over}
+        inputs = _cast(part, part.coerce(self.given, self.axes, split, self.node, 0), dtype, self.wide)
+        mean, variance = self._merged(inputs, outer) if centred else (None, self._mean_square(inputs, outer))
+        epsilon = self._epsilon(1e-5, 4) if centred else self._epsilon(torch.finfo(dtype).eps, 3)
+        scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, epsilon))
+        result = inputs if mean is None else call(aten.sub.Tensor, inputs, mean)
+        result = call(aten.mul.Tensor, result, scale)
+        for at, apply in zip(range(1, len(self.operands)), (aten.mul.Tensor, aten.add.Tensor), strict=False):
+            required = {name: dim - self.first for name, dim in self.over.items()}
+            factor = part.coerce(self.operands[at], self.typing.expected[at], required, self.node, at)
+            result = call(apply, result, _cast(part, factor, self.operands[at].dtype, self.wide))
+        found = [Value(_cast(part, result, self.wide, dtype), self.typing.outs[0], dtype, split)]
+        statistics = [scale] if mean is None else [mean, scale]
+        for axes, statistic in zip(self.typing.outs[1:], statistics, strict=False):
+            found.append(Value(statistic, axes, self.wide, outer))
+        return found
+
+    def _mean_square(self, inputs: fx.Node, outer: dict[str, int]) -> fx.Node:
+        call = self.part.local.call
+        squares = call(aten.sum.dim_IntList, call(aten.mul.Tensor, inputs, inputs), self.dims, True)
+        total = self.part.summed(self._statistic(squares, outer, frozenset(self.over)), "norm statistics")
+        return call(aten.div.Scalar, total.node, math.prod(axis.size for axis in self.axes[self.first :]))
+
+    def _merged(self, inputs: fx.Node, outer: dict[str, int]) -> tuple[fx.Node, fx.Node]:
+        """Mean and variance from each rank's count, mean and sum of squared deviations (Chan, Golub and LeVeque, 1979):
+        sums of squares would lose digits where the mean is large."""
+        ((name, dim),) = self.over.items()
+        part, call, last = self.part, self.part.local.call, len(self.axes) - 1
+        rest = math.prod(axis.size for at, axis in enumerate(self.axes) if at >= self.first and at != dim)
+        parts = part.sharding.splits[name].parts
+        counts = [part.sharding.splits[name].length(self.axes[dim], index) * rest for index in range(parts)]
+        here = counts[part.sharding.index[name]]
+        own = call(aten.div.Scalar, call(aten.sum.dim_IntList, inputs, self.dims, True), max(here, 1))
+        deviations = call(aten.sub.Tensor, inputs, own)
+        squares = call(aten.sum.dim_IntList, call(aten.mul.Tensor, deviations, deviations), self.dims, True)
+        packed = call(aten.cat.default, [own, squares], last)
+        gather = torch.ops.xdit_compile.all_gather.default
+        arrived = call(gather, packed, last, [2] * parts, part.layout.groups[name])
+        rows = math.prod(part.local.sizes(self._statistic(own, outer, frozenset())))
+        part.ledger.sent("all_gather", "norm statistics", 2 * rows * (parts - 1), self.wide)
+        means, squares = (call(aten.slice.Tensor, arrived, last, at, 2 * parts, 2) for at in range(2))
+        weights = part.local.constant(torch.tensor(counts, dtype=self.wide))
+        total = sum(counts)
+        mean = call(aten.sum.dim_IntList, call(aten.mul.Tensor, means, weights), [last], True)
+        mean = call(aten.div.Scalar, mean, total)
+        apart = call(aten.sub.Tensor, means, mean)
+        apart = call(aten.mul.Tensor, call(aten.mul.Tensor, apart, apart), weights)
+        summed = call(aten.sum.dim_IntList, call(aten.add.Tensor, squares, apart), [last], True)
+        return mean, call(aten.div.Scalar, summed, total)
+
+    def _statistic(self, node: fx.Node, outer: dict[str, int], partial: frozenset[str]) -> Value:
+        axes = [*self.axes[: self.first], *(Atom(1, 0) for _ in self.dims)]
+        return Value(node, axes, self.wide, outer, partial)
+
+    def _epsilon(self, default: float, at: int) -> float:
+        given = self.node.args[at] if len(self.node.args) > at else self.node.kwargs.get("eps")
+        return default if given is None else float(given)  # type: ignore[arg-type]
 
 
 def _cast(part: FramePartitioner, value: fx.Node, dtype: torch.dtype, wanted: torch.dtype) -> fx.Node:

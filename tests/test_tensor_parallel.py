@@ -6,13 +6,18 @@ import math
 
 import procs
 import pytest
+import torch
 import zoo
-from splitting import captured, run_split
+from splitting import Captured, captured, run_split
 from test_runtime import run_model
+from torch import nn
 
 from xdit_compile.build import choose_units
+from xdit_compile.capture import capture
 from xdit_compile.errors import PlanError
+from xdit_compile.passes.infer import infer
 from xdit_compile.passes.layout import TENSOR
+from xdit_compile.passes.rulebook import rulebook
 from xdit_compile.plan import Plan
 
 MESHES = [Plan(tensor=2), Plan(tensor=3), Plan(tensor=4), Plan(tensor=2, ulysses=2), Plan(tensor=2, ring=2)]
@@ -82,6 +87,46 @@ def test_a_scheme_splits_what_it_says(scheme: str, share: float) -> None:
 @pytest.mark.parametrize("plan", [Plan(tensor=2, backend="eager"), Plan(tensor=2, ulysses=2, backend="eager")], ids=str)
 def test_on_real_processes(plan: Plan) -> None:
     assert max(procs.run(run_model, plan.world_size, "pixart", plan)) <= 2e-5
+
+
+class NormedHeads(nn.Module):
+    """Attention of five heads whose queries and keys are normed over all heads at once, about a mean that is not 0."""
+
+    def __init__(self, norm: nn.Module, mean: float):
+        super().__init__()
+        self.queries, self.keys, self.values, self.out = (nn.Linear(30, 30) for _ in range(4))
+        self.norm = norm
+        nn.init.constant_(self.queries.bias, mean)
+        nn.init.constant_(self.keys.bias, mean)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.norm(self.queries(x)), self.norm(self.keys(x)), self.values(x)
+        q, k, v = (value.unflatten(-1, (5, 6)).transpose(1, 2) for value in (q, k, v))
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+NORMS = {
+    "layer": lambda: nn.LayerNorm(30),
+    "layer without bias": lambda: nn.LayerNorm(30, bias=False),
+    "layer without weights": lambda: nn.LayerNorm(30, elementwise_affine=False),
+    "root mean square": lambda: nn.RMSNorm(30),
+    "root mean square of a given epsilon": lambda: nn.RMSNorm(30, eps=0.3),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_over_all_heads_join_their_statistics(norm: str) -> None:
+    torch.manual_seed(0)
+    module = NormedHeads(NORMS[norm](), 30.0).eval().requires_grad_(False)
+    for parameter in module.norm.parameters():
+        parameter.normal_(1.0, 0.3)
+    args = (torch.randn(2, 7, 30),)
+    model = Captured(module, args, {}, [module(*args)], infer(capture(module, args, {}), rulebook()))
+    for plan in (Plan(tensor=2), Plan(tensor=3), Plan(tensor=3, ulysses=2), Plan(tensor=5, cfg=2)):
+        worst, ranks = run_split(model, plan)
+        assert worst <= 2e-5
+        assert sum(item.purpose == "norm statistics" for item in ranks[0].ledger.collectives) == 2
+        assert plan.sequence * plan.cfg > 1 or not ranks[0].ledger.gathers
 
 
 def test_more_ranks_than_heads_and_channels_are_refused() -> None:
