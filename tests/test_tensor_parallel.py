@@ -105,6 +105,32 @@ class NormedHeads(nn.Module):
         return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class Tied(nn.Module):
+    """Blocks of attention, one of whose weights is used once more behind them, all of it at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(NormedHeads(nn.RMSNorm(30), 0.0) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x + self.blocks[1].queries.weight.mean()
+
+
+def test_a_weight_that_is_used_in_two_ways_stays_whole() -> None:
+    torch.manual_seed(0)
+    module = Tied().eval().requires_grad_(False)
+    args = (torch.randn(2, 7, 30),)
+    model = Captured(module, args, {}, [module(*args)], infer(capture(module, args, {}), rulebook()))
+    worst, ranks = run_split(model, Plan(tensor=3))
+    assert worst <= 2e-5
+    sliced = {str(given.target) for given in ranks[0].program.inputs if given.pieces}
+    queries = {f"blocks.{block}.queries.weight" for block in range(4)}
+    assert queries - sliced in ({"blocks.1.queries.weight"}, queries)
+    assert "blocks.1.values.weight" in sliced
+
+
 NORMS = {
     "layer": lambda: nn.LayerNorm(30),
     "layer without bias": lambda: nn.LayerNorm(30, bias=False),
