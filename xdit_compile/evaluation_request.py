@@ -33,7 +33,11 @@ class EvaluationRequest(PipelineRequest):
     counts: ClassVar[tuple[str, ...]] = (*PipelineRequest.counts, "num_prompts", "batch_size")
 
     def _more_checks(self) -> list[Callable[[], None]]:
-        return [self._check_prompts, self._check_features, self._check_output, check_installed]
+        return [self._check_prompts, self._check_features, self._check_output, self._check_offload, check_installed]
+
+    def _check_offload(self) -> None:
+        if self.enable_sequential_cpu_offload and self.plan.world_size == 1:
+            raise UsageError("--enable_sequential_cpu_offload leaves nothing to compare: the plan runs a whole graph")
 
     def _check_prompts(self) -> None:
         if self.prompts is not None:
