@@ -22,7 +22,7 @@ import xdit_compile.kernels.attention  # noqa: F401  (registers the op)
 import xdit_compile.kernels.ring  # noqa: F401  (registers the op)
 from xdit_compile.shards import share
 
-from .choices import Choice, choose_all
+from .choices import Choice, choose_all, required
 from .flops import flops
 from .layout import SEQUENCE
 from .local import Value, aten
@@ -93,12 +93,12 @@ class _Local:
     def sizes(self, at: int) -> list[int]:
         """The shape of an operand as the mesh dimensions other than the sequence leave it."""
         return [
-            self.part.sharding.length(axis, [n for n, choice in self._others() if choice.operands.get(at) == dim])
+            self.part.sharding.length(axis, [n for n, own in required(self._others(), at).items() if own == dim])
             for dim, axis in enumerate(self.typing.expected[at])
         ]
 
-    def _others(self) -> list[tuple[str, Choice]]:
-        return [(name, choice) for name, choice in self.choices.items() if name != SEQUENCE]
+    def _others(self) -> dict[str, Choice]:
+        return {name: choice for name, choice in self.choices.items() if name != SEQUENCE}
 
     def provider(self) -> str:
         return "sdpa" if self.part.layout.provider == "auto" else self.part.layout.provider
@@ -106,13 +106,12 @@ class _Local:
     def _held(self, at: int) -> int:
         """Elements of an operand on this rank."""
         return math.prod(
-            self.part.sharding.length(axis, [n for n, choice in self.choices.items() if choice.operands.get(at) == dim])
+            self.part.sharding.length(axis, [n for n, own in required(self.choices, at).items() if own == dim])
             for dim, axis in enumerate(self.typing.expected[at])
         )
 
     def _coerced(self, at: int) -> fx.Node:
-        required = {name: choice.operands[at] for name, choice in self.choices.items() if at in choice.operands}
-        return self.part.coerce(self.operands[at], self.typing.expected[at], required, self.node, at)
+        return self.part.coerce(self.operands[at], self.typing.expected[at], required(self.choices, at), self.node, at)
 
     def _causal_rows(self) -> fx.Node:
         tokens = self.facts["tokens"]
@@ -197,7 +196,7 @@ class _Exchanged(_Local):
         return [Value(result, self.typing.outs[0], self.dtype, self.results())]
 
     def _required(self, at: int, tokens: int) -> dict[str, int]:
-        return {SEQUENCE: tokens, **{n: choice.operands[at] for n, choice in self._others() if at in choice.operands}}
+        return {SEQUENCE: tokens, **required(self._others(), at)}
 
     def _count(self) -> None:
         total = flops(self.node)
@@ -361,8 +360,9 @@ class _Exchanged(_Local):
         at = self.facts["mask"]
         if at is None:
             return None
-        required = {name: choice.operands[at] for name, choice in self._others() if at in choice.operands}
-        mask = self.part.coerce(self.operands[at], self.typing.expected[at], required, self.node, at)
+        mask = self.part.coerce(
+            self.operands[at], self.typing.expected[at], required(self._others(), at), self.node, at
+        )
         shape = self.sizes(at)
         wanted = {-1: columns, -2: rows, -3: np.arange(*self.heads(self.u).queries) if self.ulysses > 1 else None}
         for back, positions in wanted.items():

@@ -24,6 +24,11 @@ class Choice:
     results: dict[int, int]
 
 
+def required(choices: Mapping[str, Choice], operand: int) -> dict[str, int]:
+    """The dim of an operand that each mesh dimension splits, once these loops are chosen."""
+    return {name: choice.operands[operand] for name, choice in choices.items() if operand in choice.operands}
+
+
 RUNS_SPLIT = ("map", "sum", "mean", "halo")
 
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from xdit_compile.shards import share
 
-from .choices import choose_all
+from .choices import choose_all, required
 from .flops import flops
 from .layout import TENSOR
 from .local import Value, aten
@@ -41,14 +41,7 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     if TENSOR not in part.sharding.splits or TENSOR in choices or not has_few_rows(node):
         return None
     tensors = [
-        part.coerce(
-            value,
-            typing.expected[at],
-            {name: choice.operands[at] for name, choice in choices.items() if at in choice.operands},
-            node,
-            at,
-        )
-        for at, value in enumerate(operands)
+        part.coerce(value, typing.expected[at], required(choices, at), node, at) for at, value in enumerate(operands)
     ]
     local, parts, columns = part.local, part.parts(TENSOR), typing.outs[0][-1].size
     bounds = [share(columns, parts, index) for index in range(parts)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .choices import Choice, choose_all
+from .choices import choose_all, required
 from .local import Value, aten
 from .rules import Typing
 
@@ -26,7 +26,7 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
         return None
     shape = typing.facts["convolution"]
     tensors = [
-        part.coerce(value, typing.expected[at], _required(choices, at), node, at) for at, value in enumerate(operands)
+        part.coerce(value, typing.expected[at], required(choices, at), node, at) for at, value in enumerate(operands)
     ]
     padding = list(shape["padding"])
     for name, choice in choices.items():
@@ -37,7 +37,7 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     outs = {name: choice.results[0] for name, choice in choices.items() if choice.results}
     value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, outs, summed)
     sizes = part.local.sizes(value)
-    given = Value(tensors[0], typing.expected[0], value.dtype, _required(choices, 0))
+    given = Value(tensors[0], typing.expected[0], value.dtype, required(choices, 0))
     if 0 in sizes or 0 in part.local.sizes(given):
         value.node = part.local.call(aten.new_zeros.default, tensors[0], sizes)
     else:
@@ -48,10 +48,6 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
         column = part.local.call(aten.reshape.default, tensors[2], [-1, *[1] * (len(sizes) - 2)])
         value.node = part.local.call(aten.add.Tensor, value.node, column)
     return [value]
-
-
-def _required(choices: dict[str, Choice], operand: int) -> dict[str, int]:
-    return {name: choice.operands[operand] for name, choice in choices.items() if operand in choice.operands}
 
 
 def _with_halo(

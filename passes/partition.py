@@ -21,7 +21,7 @@ from xdit_compile.errors import PartitionError
 from xdit_compile.shards import Sharding
 
 from . import attention_lowering, column_lowering, convolution_lowering, norm_lowering
-from .choices import Choice, choose_all
+from .choices import Choice, choose_all, required
 from .flops import flops
 from .infer import Frame
 from .layout import Layout
@@ -127,8 +127,7 @@ class FramePartitioner:
             if at in typing.ignored:
                 locals_.append(value.node)
                 continue
-            required = {name: choice.operands[at] for name, choice in choices.items() if at in choice.operands}
-            locals_.append(self.coerce(value, typing.expected[at], required, node, at))
+            locals_.append(self.coerce(value, typing.expected[at], required(choices, at), node, at))
         outs = [
             {name: choice.results[k] for name, choice in choices.items() if k in choice.results}
             for k in range(len(typing.outs))
