@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import UsageError, one_line
 from .program import Piece
+from .weights import cut
 
 INDEX = ".safetensors.index.json"
 NAME = "diffusion_pytorch_model"
@@ -62,18 +63,9 @@ class Checkpoint:
             raise UsageError(f"{self.folder} does not fit its config.json: {_some(wrong)}")
 
     def read(self, name: str, pieces: tuple[Piece, ...] = ()) -> torch.Tensor:
-        """One tensor, or pieces of it, in memory of its own; only the first piece's positions are read."""
+        """One tensor, or pieces of it, in memory of its own; the file is mapped, so only what is taken is read."""
         with safe_open(self._files[name], "pt") as opened:
-            if not pieces:
-                return opened.get_tensor(name).clone()
-            first, *rest = pieces
-            whole = opened.get_slice(name)
-            before = (slice(None),) * first.dim
-            parts = [whole[(*before, slice(*run))] for run in first.runs]
-            value = parts[0] if len(parts) == 1 else torch.cat(parts, first.dim)
-            for piece in rest:
-                value = piece.of(value)
-            return value.clone(memory_format=torch.contiguous_format) if rest else value.contiguous()
+            return cut(opened.get_tensor(name), pieces)
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:
