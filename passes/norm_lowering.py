@@ -1,4 +1,4 @@
-"""Norms over a split dim: partial statistics joined by one small all-reduce, or whole groups by themselves."""
+"""Norms over split dims: statistics of all ranks joined by one small exchange, or whole groups by themselves."""
 
 from __future__ import annotations
 
@@ -27,32 +27,70 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     """The norm on this rank's positions, or None where no normalised dim is split or another way is needed."""
     name = operator_name(node.target)  # type: ignore[arg-type]
     if name == "group_norm":
-        return _whole_groups(part, node, typing, operands)
+        return _Grouped(part, node, typing, operands).emit()
     return _Trailing(part, node, typing, operands).emit(centred=name in CENTRED)
 
 
-def _whole_groups(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
-    """A group norm of which this rank holds whole groups, over all of their positions."""
-    given, axes = part.summed(operands[0]), typing.expected[0]
-    size = axes[1].size // node.args[1]  # type: ignore[operator]
-    over = [name for name, dim in given.split.items() if dim == 1 and same(given.axes[1], axes[1])]
-    if not over or any(not _are_whole(part.sharding.splits[name], axes[1], size) for name in over):
-        return None
-    choices = choose_all(typing, operands, {n: s for n, s in part.sharding.splits.items() if n not in over})
-    split = {name: choice.results[0] for name, choice in choices.items() if 0 in choice.results}
-    split |= dict.fromkeys(over, 1)
-    tensors = [part.coerce(given, axes, split, node, 0)]
-    for at, value in enumerate(operands[1:], 1):
-        tensors.append(part.coerce(value, typing.expected[at], dict.fromkeys(over, 0), node, at))
-    value = Value(tensors[0], typing.outs[0], given.dtype, split)
-    sizes = part.local.sizes(value)
-    if 0 in sizes:
-        value.node = part.local.call(aten.new_zeros.default, tensors[0], sizes)
-    else:
-        affine = [tensors[1] if len(tensors) > 1 else None, tensors[2] if len(tensors) > 2 else None]
-        epsilon = node.args[4] if len(node.args) > 4 else node.kwargs.get("eps", 1e-5)
-        value.node = part.local.call(node.target, tensors[0], sizes[1] // size, *affine, epsilon)
-    return [value]
+class _Grouped:
+    """A group norm of which this rank holds whole groups, or some positions of each."""
+
+    def __init__(self, part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]):
+        self.part, self.node, self.typing, self.operands = part, node, typing, operands
+        self.given, self.axes = part.summed(operands[0]), typing.expected[0]
+        self.size = self.axes[1].size // node.args[1]  # type: ignore[operator]
+        kept = {name: dim for name, dim in self.given.split.items() if same(self.given.axes[dim], self.axes[dim])}
+        self.channels = [name for name, dim in kept.items() if dim == 1]
+        self.space = {name: dim for name, dim in kept.items() if dim > 1}
+
+    def emit(self) -> list[Value] | None:
+        splits = self.part.sharding.splits
+        if any(not _are_whole(splits[name], self.axes[1], self.size) for name in self.channels) or len(self.space) > 1:
+            return None
+        if not self.channels and not self.space:
+            return None
+        others = {n: split for n, split in splits.items() if n not in self.channels and n not in self.space}
+        choices = choose_all(self.typing, self.operands, others)
+        split = {name: choice.results[0] for name, choice in choices.items() if 0 in choice.results}
+        split |= {**dict.fromkeys(self.channels, 1), **self.space}
+        tensors = [self.part.coerce(self.given, self.axes, split, self.node, 0)]
+        for at, value in enumerate(self.operands[1:], 1):
+            required = dict.fromkeys(self.channels, 0)
+            tensors.append(self.part.coerce(value, self.typing.expected[at], required, self.node, at))
+        value = Value(tensors[0], self.typing.outs[0], self.given.dtype, split)
+        sizes = self.part.local.sizes(value)
+        affine = [tensors[at] if len(tensors) > at else None for at in (1, 2)]
+        if self.space:
+            value.node = self._over_space(tensors[0], affine, sizes)
+        elif 0 in sizes:
+            value.node = self.part.local.call(aten.new_zeros.default, tensors[0], sizes)
+        else:
+            groups = sizes[1] // self.size
+            value.node = self.part.local.call(self.node.target, tensors[0], groups, *affine, self._epsilon())
+        return [value]
+
+    def _epsilon(self) -> float:
+        given = self.node.args[4] if len(self.node.args) > 4 else self.node.kwargs.get("eps", 1e-5)
+        return float(given)  # type: ignore[arg-type]
+
+    def _over_space(self, inputs: fx.Node, affine: list[fx.Node | None], sizes: list[int]) -> fx.Node:
+        """Statistics of every group from the positions of all ranks, float32 at least."""
+        ((name, dim),) = self.space.items()
+        call, dtype = self.part.local.call, self.given.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        split, groups = self.part.sharding.splits[name], sizes[1] // self.size
+        rest = self.size * math.prod(size for at, size in enumerate(sizes) if at > 1 and at != dim)
+        counts = [split.length(self.axes[dim], index) * rest for index in range(split.parts)]
+        view = [sizes[0], groups, counts[self.part.sharding.index[name]]]
+        flat = call(aten.reshape.default, _cast(self.part, inputs, dtype, wide), view)
+        mean, variance = _merge(self.part, flat, [2], name, counts, sizes[0] * groups, wide)
+        scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, self._epsilon()))
+        result = call(aten.mul.Tensor, call(aten.sub.Tensor, flat, mean), scale)
+        result = call(aten.reshape.default, result, sizes)
+        for factor, apply in zip(affine, (aten.mul.Tensor, aten.add.Tensor), strict=True):
+            if factor is not None:
+                column = call(aten.reshape.default, factor, [-1, *[1] * (len(sizes) - 2)])
+                result = call(apply, result, _cast(self.part, column, dtype, wide))
+        return _cast(self.part, result, wide, dtype)
 
 
 def _are_whole(split: Split, axis: Axis, size: int) -> bool:
@@ -117,31 +155,12 @@ class _Trailing:
         return call(aten.div.Scalar, total.node, math.prod(axis.size for axis in self.axes[self.first :]))
 
     def _merged(self, inputs: fx.Node, outer: dict[str, int]) -> tuple[fx.Node, fx.Node]:
-        """Mean and variance from each rank's count, mean and sum of squared deviations (Chan, Golub and LeVeque, 1979):
-        sums of squares would lose digits where the mean is large."""
         ((name, dim),) = self.over.items()
-        part, call, last = self.part, self.part.local.call, len(self.axes) - 1
         rest = math.prod(axis.size for at, axis in enumerate(self.axes) if at >= self.first and at != dim)
-        parts = part.sharding.splits[name].parts
-        counts = [part.sharding.splits[name].length(self.axes[dim], index) * rest for index in range(parts)]
-        here = counts[part.sharding.index[name]]
-        own = call(aten.div.Scalar, call(aten.sum.dim_IntList, inputs, self.dims, True), max(here, 1))
-        deviations = call(aten.sub.Tensor, inputs, own)
-        squares = call(aten.sum.dim_IntList, call(aten.mul.Tensor, deviations, deviations), self.dims, True)
-        packed = call(aten.cat.default, [own, squares], last)
-        gather = torch.ops.xdit_compile.all_gather.default
-        arrived = call(gather, packed, last, [2] * parts, part.layout.groups[name])
-        rows = math.prod(part.local.sizes(self._statistic(own, outer, frozenset())))
-        part.ledger.sent("all_gather", "norm statistics", 2 * rows * (parts - 1), self.wide)
-        means, squares = (call(aten.slice.Tensor, arrived, last, at, 2 * parts, 2) for at in range(2))
-        weights = part.local.constant(torch.tensor(counts, dtype=self.wide))
-        total = sum(counts)
-        mean = call(aten.sum.dim_IntList, call(aten.mul.Tensor, means, weights), [last], True)
-        mean = call(aten.div.Scalar, mean, total)
-        apart = call(aten.sub.Tensor, means, mean)
-        apart = call(aten.mul.Tensor, call(aten.mul.Tensor, apart, apart), weights)
-        summed = call(aten.sum.dim_IntList, call(aten.add.Tensor, squares, apart), [last], True)
-        return mean, call(aten.div.Scalar, summed, total)
+        split = self.part.sharding.splits[name]
+        counts = [split.length(self.axes[dim], index) * rest for index in range(split.parts)]
+        rows = math.prod(self.part.local.sizes(self._statistic(inputs, outer, frozenset())))
+        return _merge(self.part, inputs, self.dims, name, counts, rows, self.wide)
 
     def _statistic(self, node: fx.Node, outer: dict[str, int], partial: frozenset[str]) -> Value:
         axes = [*self.axes[: self.first], *(Atom(1, 0) for _ in self.dims)]
@@ -150,6 +169,43 @@ class _Trailing:
     def _epsilon(self, default: float, at: int) -> float:
         given = self.node.args[at] if len(self.node.args) > at else self.node.kwargs.get("eps")
         return default if given is None else float(given)  # type: ignore[arg-type]
+
+
+def _merge(
+    part: FramePartitioner,
+    inputs: fx.Node,
+    dims: list[int],
+    name: str,
+    counts: list[int],
+    rows: int,
+    dtype: torch.dtype,
+) -> tuple[fx.Node, fx.Node]:
+    """Mean and variance over trailing ``dims``, kept with size 1, of positions that lie on several ranks.
+
+    Ranks exchange their mean and sum of squared deviations (Chan, Golub and LeVeque, 1979); plain sums of squares would
+    lose digits where the mean is large.
+
+    Args:
+        inputs: this rank's positions, of ``dtype``.
+        name: the mesh dimension over which they lie, with ``counts`` of them on each rank.
+        rows: how many statistics there are.
+    """
+    call, last, parts, total = part.local.call, dims[-1], len(counts), sum(counts)
+    here = counts[part.sharding.index[name]]
+    own = call(aten.div.Scalar, call(aten.sum.dim_IntList, inputs, dims, True), max(here, 1))
+    apart = call(aten.sub.Tensor, inputs, own)
+    squares = call(aten.sum.dim_IntList, call(aten.mul.Tensor, apart, apart), dims, True)
+    packed = call(aten.cat.default, [own, squares], last)
+    arrived = call(torch.ops.xdit_compile.all_gather.default, packed, last, [2] * parts, part.layout.groups[name])
+    part.ledger.sent("all_gather", "norm statistics", 2 * rows * (parts - 1), dtype)
+    means, squares = (call(aten.slice.Tensor, arrived, last, at, 2 * parts, 2) for at in range(2))
+    weights = part.local.constant(torch.tensor(counts, dtype=dtype))
+    mean = call(aten.sum.dim_IntList, call(aten.mul.Tensor, means, weights), [last], True)
+    mean = call(aten.div.Scalar, mean, total)
+    apart = call(aten.sub.Tensor, means, mean)
+    apart = call(aten.mul.Tensor, call(aten.mul.Tensor, apart, apart), weights)
+    summed = call(aten.sum.dim_IntList, call(aten.add.Tensor, squares, apart), [last], True)
+    return mean, call(aten.div.Scalar, summed, total)
 
 
 def _cast(part: FramePartitioner, value: fx.Node, dtype: torch.dtype, wanted: torch.dtype) -> fx.Node:
