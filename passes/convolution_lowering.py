@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .choices import choose_all, required
+from .choices import Choice, choose_all, required
 from .local import Value, aten
 from .rules import Typing
 
@@ -31,7 +31,7 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     padding = list(shape["padding"])
     for name, choice in choices.items():
         if choice.loop.kind == "halo":
-            tensors[0] = _with_halo(part, typing, tensors[0], name, choice.operands[0], shape, padding)
+            tensors[0] = _with_halo(part, typing, tensors[0], name, choices, shape, padding)
     part.count(node, typing, choices)
     summed = frozenset(name for name, choice in choices.items() if choice.loop.kind == "sum")
     outs = {name: choice.results[0] for name, choice in choices.items() if choice.results}
@@ -55,10 +55,12 @@ def _with_halo(
     typing: Typing,
     inputs: fx.Node,
     name: str,
-    dim: int,
+    choices: dict[str, Choice],
     shape: dict[str, Any],
     padding: list[int],
 ) -> fx.Node:
+    split_dims = required(choices, 0)
+    dim = split_dims[name]
     k = dim - 2
     before = shape["padding"][k]
     after = (shape["kernel"][k] - 1) * shape["dilation"][k] - before
@@ -70,8 +72,9 @@ def _with_halo(
         torch.ops.xdit_compile.halo_exchange.default, inputs, dim, before, after, sizes, here, part.local.groups[name]
     )
     numel = 1
-    for other, size in enumerate(typing.expected[0]):
-        numel *= size.size if other != dim else 1
+    for other, own in enumerate(typing.expected[0]):
+        if other != dim:
+            numel *= part.sharding.length(own, [n for n, d in split_dims.items() if d == other])
     sent = (before if below else 0) + (after if above else 0)
     part.ledger.sent("halo_exchange", "halo", min(sent, 2 * sizes[here]) * numel, typing.operands[0].meta["val"].dtype)
     padding[k] = 0
