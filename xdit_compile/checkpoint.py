@@ -13,7 +13,6 @@ from .errors import UsageError, one_line
 from .program import Piece
 from .weights import cut
 
-INDEX = ".safetensors.index.json"
 NAME = "diffusion_pytorch_model"
 MOST_NAMED = 3
 
