@@ -8,10 +8,11 @@ import procs
 import pytest
 import torch
 import zoo
-from splitting import Captured, captured, run_split
+from splitting import Captured, captured, run_split, worst_difference
 from test_runtime import run_model
 from torch import nn
 
+import xdit_compile
 from xdit_compile.build import choose_units
 from xdit_compile.capture import capture
 from xdit_compile.errors import PlanError
@@ -56,6 +57,13 @@ def test_channels_between_convolutions_are_split(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", UNETS)
+def test_channels_on_larger_meshes(name: str) -> None:
+    for plan in (Plan(tensor=4), Plan(tensor=2, ulysses=2), *HYBRID):
+        assert run_split(captured(name), plan)[0] <= 2e-5, plan
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(zoo.MODELS) - set(QUICK)))
 def test_every_named_model_equals_the_single_device(name: str) -> None:
     for plan in MESHES:
@@ -82,6 +90,18 @@ def test_a_scheme_splits_what_it_says(scheme: str, share: float) -> None:
     assert both.ledger.flops_here < ranks[0].ledger.flops_here < share * ranks[0].ledger.flops
     (units,) = {len(rank.layout.sharding.splits[TENSOR].units) for rank in ranks}
     assert units < len(both.layout.sharding.splits[TENSOR].units)
+
+
+def run_unet(rank: int, name: str) -> float:
+    model = captured(name)
+    xdit_compile.parallelize(model.module, Plan(tensor=2, backend="eager"))
+    return max(worst_difference(model.module(*model.args, **model.kwargs), model.expected) for _ in range(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNETS)
+def test_channels_on_real_processes(name: str) -> None:
+    assert max(procs.run(run_unet, 2, name)) <= 2e-5
 
 
 @pytest.mark.parametrize("plan", [Plan(tensor=2, backend="eager"), Plan(tensor=2, ulysses=2, backend="eager")], ids=str)
