@@ -84,12 +84,10 @@ def measure(name: str, degrees: tuple[int, ...]) -> list[Held]:
             for given in place(analysis, plan, Mesh.simulated(plan, rank)).program.inputs:
                 if given.kind != "parameter":
                     continue
-                shape = list(sizes[str(given.target)])
-                for piece in given.pieces:
-                    shape[piece.dim] = piece.size
-                taken += math.prod(shape)
+                count = math.prod(given.sizes(sizes[str(given.target)]))
+                taken += count
                 if not given.pieces:
-                    whole[str(given.target)] = math.prod(shape)
+                    whole[str(given.target)] = count
             held.append(taken)
         ordered = dict(sorted(whole.items(), key=lambda item: -item[1]))
         found.append(Held(name, degree, sum(map(math.prod, sizes.values())), max(held), ordered))

@@ -92,10 +92,7 @@ class _Local:
 
     def sizes(self, at: int) -> list[int]:
         """The shape of an operand as the mesh dimensions other than the sequence leave it."""
-        return [
-            self.part.sharding.length(axis, [n for n, own in required(self._others(), at).items() if own == dim])
-            for dim, axis in enumerate(self.typing.expected[at])
-        ]
+        return self.part.sharding.sizes(self.typing.expected[at], required(self._others(), at))
 
     def _others(self) -> dict[str, Choice]:
         return {name: choice for name, choice in self.choices.items() if name != SEQUENCE}
@@ -105,10 +102,7 @@ class _Local:
 
     def _held(self, at: int) -> int:
         """Elements of an operand on this rank."""
-        return math.prod(
-            self.part.sharding.length(axis, [n for n, own in required(self.choices, at).items() if own == dim])
-            for dim, axis in enumerate(self.typing.expected[at])
-        )
+        return math.prod(self.part.sharding.sizes(self.typing.expected[at], required(self.choices, at)))
 
     def _coerced(self, at: int) -> fx.Node:
         return self.part.coerce(self.operands[at], self.typing.expected[at], required(self.choices, at), self.node, at)

@@ -29,6 +29,11 @@ def required(choices: Mapping[str, Choice], operand: int) -> dict[str, int]:
     return {name: choice.operands[operand] for name, choice in choices.items() if operand in choice.operands}
 
 
+def yielded(choices: Mapping[str, Choice], result: int) -> dict[str, int]:
+    """The dim of a result that each mesh dimension splits."""
+    return {name: choice.results[result] for name, choice in choices.items() if result in choice.results}
+
+
 RUNS_SPLIT = ("map", "sum", "mean", "halo")
 
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from xdit_compile.shards import share
 
-from .choices import choose_all, required
+from .choices import choose_all, required, yielded
 from .flops import flops
 from .layout import TENSOR
 from .local import Value, aten
@@ -47,8 +47,7 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     bounds = [share(columns, parts, index) for index in range(parts)]
     own = np.arange(*bounds[part.sharding.index[TENSOR]])
     weights = [local.cut(tensor, 0, own, columns, TENSOR) for tensor in tensors[1:]]
-    split = {name: choice.results[0] for name, choice in choices.items() if 0 in choice.results}
-    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, split)
+    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, yielded(choices, 0))
     rows = local.sizes(value)[:-1]
     if len(own) and 0 not in rows:
         mine = local.call(aten.linear.default, tensors[0], *weights)

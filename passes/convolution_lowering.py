@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from .choices import Choice, choose_all, required
+from .choices import Choice, choose_all, required, yielded
 from .local import Value, aten
 from .rules import Typing
 
@@ -34,8 +35,7 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
             tensors[0] = _with_halo(part, typing, tensors[0], name, choices, shape, padding)
     part.count(node, typing, choices)
     summed = frozenset(name for name, choice in choices.items() if choice.loop.kind == "sum")
-    outs = {name: choice.results[0] for name, choice in choices.items() if choice.results}
-    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, outs, summed)
+    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, yielded(choices, 0), summed)
     sizes = part.local.sizes(value)
     given = Value(tensors[0], typing.expected[0], value.dtype, required(choices, 0))
     if 0 in sizes or 0 in part.local.sizes(given):
@@ -71,10 +71,8 @@ def _with_halo(
     inputs = part.local.call(
         torch.ops.xdit_compile.halo_exchange.default, inputs, dim, before, after, sizes, here, part.local.groups[name]
     )
-    numel = 1
-    for other, own in enumerate(typing.expected[0]):
-        if other != dim:
-            numel *= part.sharding.length(own, [n for n, d in split_dims.items() if d == other])
+    shard = part.sharding.sizes(typing.expected[0], split_dims)
+    numel = math.prod(shard[:dim] + shard[dim + 1 :])
     sent = (before if below else 0) + (after if above else 0)
     part.ledger.sent("halo_exchange", "halo", min(sent, 2 * sizes[here]) * numel, typing.operands[0].meta["val"].dtype)
     padding[k] = 0

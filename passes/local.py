@@ -15,9 +15,9 @@ from xdit_compile.axes import Axis
 from xdit_compile.program import Piece
 from xdit_compile.shards import Sharding
 
-from .weight_slices import SLICE
-
 aten = torch.ops.aten
+SLICE = "slice"
+"""Key in the ``meta`` of a node that is a slice, with ``(source, mesh dimension, piece)``."""
 MOST_PIECES = 8
 """Positions that fall into at most this many runs are sliced and joined; more are looked up by index."""
 
@@ -39,9 +39,6 @@ class Value:
     @property
     def replicated(self) -> bool:
         return not self.split and not self.partial
-
-    def dims_splitting(self, dim: int) -> list[str]:
-        return [name for name, own in self.split.items() if own == dim]
 
 
 class LocalGraph:
@@ -65,7 +62,7 @@ class LocalGraph:
         return self.graph.get_attr(name)
 
     def sizes(self, value: Value) -> list[int]:
-        return [self.sharding.length(axis, value.dims_splitting(dim)) for dim, axis in enumerate(value.axes)]
+        return self.sharding.sizes(value.axes, value.split)
 
     def take(self, node: fx.Node, dim: int, positions: np.ndarray, size: int) -> fx.Node:
         """Positions of one dim of ``size``, in the given order."""

@@ -12,7 +12,7 @@ from torch import fx
 from xdit_compile.axes import Atom, Axis, same
 from xdit_compile.shards import Split
 
-from .choices import choose_all
+from .choices import choose_all, yielded
 from .local import Value, aten
 from .rules import Typing, operator_name
 
@@ -50,8 +50,7 @@ class _Grouped:
             return None
         others = {n: split for n, split in splits.items() if n not in self.channels and n not in self.space}
         choices = choose_all(self.typing, self.operands, others)
-        split = {name: choice.results[0] for name, choice in choices.items() if 0 in choice.results}
-        split |= {**dict.fromkeys(self.channels, 1), **self.space}
+        split = {**yielded(choices, 0), **dict.fromkeys(self.channels, 1), **self.space}
         tensors = [self.part.coerce(self.given, self.axes, split, self.node, 0)]
         for at, value in enumerate(self.operands[1:], 1):
             required = dict.fromkeys(self.channels, 0)
@@ -130,7 +129,7 @@ class _Trailing:
         part, call, dtype = self.part, self.part.local.call, self.given.dtype
         others = {name: split for name, split in part.sharding.splits.items() if name not in self.over}
         choices = choose_all(self.typing, self.operands, others)
-        outer = {name: choice.results[0] for name, choice in choices.items() if 0 in choice.results}
+        outer = yielded(choices, 0)
         split = {**outer, **self.over}
         inputs = _cast(part, part.coerce(self.given, self.axes, split, self.node, 0), dtype, self.wide)
         mean, variance = self._merged(inputs, outer) if centred else (None, self._mean_square(inputs, outer))

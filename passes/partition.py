@@ -21,7 +21,7 @@ from xdit_compile.errors import PartitionError
 from xdit_compile.shards import Sharding
 
 from . import attention_lowering, column_lowering, convolution_lowering, norm_lowering
-from .choices import Choice, choose_all, required
+from .choices import Choice, choose_all, required, yielded
 from .flops import flops
 from .infer import Frame
 from .layout import Layout
@@ -128,10 +128,7 @@ class FramePartitioner:
                 locals_.append(value.node)
                 continue
             locals_.append(self.coerce(value, typing.expected[at], required(choices, at), node, at))
-        outs = [
-            {name: choice.results[k] for name, choice in choices.items() if k in choice.results}
-            for k in range(len(typing.outs))
-        ]
+        outs = [yielded(choices, k) for k in range(len(typing.outs))]
         summed = [name for name, choice in choices.items() if choice.loop.kind in ("sum", "mean")]
         context = Emission(self, node, typing, locals_, choices, outs)
         self.count(node, typing, choices)
@@ -270,22 +267,17 @@ class Emission:
 
     def length(self, handle: int | None, operand: int, dim: int) -> int:
         """Local positions of an axis that the rule kept, split as ``dim`` of an operand is; 0 for none."""
-        return 0 if handle is None else self._length(self.typing.kept[handle], operand, dim)
-
-    def _length(self, axis: Axis, operand: int, dim: int) -> int:
-        names = [name for name, choice in self._choices.items() if choice.operands.get(operand) == dim]
-        return self._partitioner.sharding.length(axis, names)
+        if handle is None:
+            return 0
+        names = [name for name, own in required(self._choices, operand).items() if own == dim]
+        return self._partitioner.sharding.length(self.typing.kept[handle], names)
 
     def operand_sizes(self, at: int) -> list[int]:
-        return [self._length(axis, at, dim) for dim, axis in enumerate(self.typing.expected[at])]
+        return self._partitioner.sharding.sizes(self.typing.expected[at], required(self._choices, at))
 
     def out_sizes(self, result: int) -> list[int]:
         """The local shape of a result."""
-        split = self._outs[result]
-        return [
-            self._partitioner.sharding.length(axis, [name for name, own in split.items() if own == dim])
-            for dim, axis in enumerate(self.typing.outs[result])
-        ]
+        return self._partitioner.sharding.sizes(self.typing.outs[result], self._outs[result])
 
     def same(self, **changed: Any) -> fx.Node:
         """The node's own call with its operands on this rank."""

@@ -9,8 +9,7 @@ from torch import fx
 
 from xdit_compile.program import Input, Piece, Program
 
-SLICE = "slice"
-"""Key in a node's ``meta`` under which `local.LocalGraph` says of what it is a slice: ``(source, name, piece)``."""
+from .local import SLICE
 
 Use = tuple[str, int]
 """A structure and the position of one of its placeholders."""

@@ -69,10 +69,8 @@ class Checkpoint:
 
 def _files(folder: Path, variant: str | None) -> list[Path]:
     """The shards that the index lists, or the only file."""
-    stem = f"{NAME}.safetensors" if variant is None else f"{NAME}.{variant}.safetensors"
-    single, index = folder / stem, folder / f"{stem}.index.json"
-    if variant is not None:
-        index = folder / f"{NAME}.safetensors.index.{variant}.json"
+    infix = "" if variant is None else f".{variant}"
+    single, index = folder / f"{NAME}{infix}.safetensors", folder / f"{NAME}.safetensors.index{infix}.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -86,7 +84,7 @@ def _files(folder: Path, variant: str | None) -> list[Path]:
         return [single]
     others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".safetensors", ".pt", ".ckpt"))
     raise UsageError(
-        f"{folder} has no {stem} (it has {_some(others) if others else 'no weights'}); "
+        f"{folder} has no {single.name} (it has {_some(others) if others else 'no weights'}); "
         "save it with save_pretrained(..., safe_serialization=True)"
     )
 

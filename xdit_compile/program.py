@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,13 @@ class Input:
     kind: Literal["parameter", "buffer", "constant", "user"]
     target: str | int
     pieces: tuple[Piece, ...] = ()
+
+    def sizes(self, whole: Sequence[int]) -> list[int]:
+        """The shape that is taken of a tensor of shape ``whole``."""
+        sizes = list(whole)
+        for piece in self.pieces:
+            sizes[piece.dim] = piece.size
+        return sizes
 
 
 @dataclasses.dataclass

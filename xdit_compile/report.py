@@ -167,10 +167,7 @@ def _memory(mine: Partitioned) -> dict[str, int]:
     for given in program.inputs:
         if given.kind in ("parameter", "buffer"):
             value = by_name[given.name].meta["val"]
-            sizes = list(value.shape)
-            for piece in given.pieces:
-                sizes[piece.dim] = piece.size
-            weights += math.prod(sizes) * value.element_size()
+            weights += math.prod(given.sizes(value.shape)) * value.element_size()
     ledger = mine.ledger
     return {"weights": weights, "largest_activation": ledger.largest_activation, "keys_values": ledger.keys_values}
 

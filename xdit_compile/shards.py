@@ -142,6 +142,10 @@ class Sharding:
             return self.splits[active[0]].length(axis, self.index[active[0]])
         return len(self.positions(axis, active))
 
+    def sizes(self, axes: Sequence[Axis], split: Mapping[str, int]) -> list[int]:
+        """The shape on this rank of a tensor of which each mesh dimension in ``split`` splits the dim given there."""
+        return [self.length(axis, [name for name, own in split.items() if own == dim]) for dim, axis in enumerate(axes)]
+
     def positions(self, axis: Axis, dims: Sequence[str], index: Mapping[str, int] | None = None) -> np.ndarray:
         """Global positions of ``axis`` held when it is split over ``dims``, in local order."""
         index = {**self.index, **(index or {})}
