@@ -24,7 +24,7 @@ for _schema in (
     "all_to_all(Tensor x, SymInt[] out_splits, SymInt[] in_splits, str group) -> Tensor",
     "all_gather(Tensor x, int dim, SymInt[] sizes, str group) -> Tensor",
     'all_reduce(Tensor x, str group, str op="sum") -> Tensor',
-    "halo_exchange(Tensor x, int dim, SymInt before, SymInt after, SymInt[] sizes, int index, str group) -> Tensor",
+    "halo_exchange(Tensor x, int dim, SymInt[] starts, SymInt[] stops, SymInt[] sizes, int index, str group) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -163,53 +163,55 @@ def _check_reduction(op: str) -> None:
 
 @torch.library.impl(_LIBRARY, "halo_exchange", "CompositeExplicitAutograd")
 def halo_exchange(
-    x: torch.Tensor, dim: int, before: int, after: int, sizes: list[int], index: int, group: str
+    x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int, group: str
 ) -> torch.Tensor:
-    """Put rows of the ranks around this one before and after its own, along ``dim``.
+    """Give every rank the rows that it asks for along ``dim``, which is split over the ranks.
 
-    Where neighbours hold fewer rows than the halo the rest comes from ranks farther away; beyond the true ends nothing
-    is added, so the result is shorter there. A rank without rows gets none.
+    Most often these are a rank's own rows and some of its neighbours'; whoever has them sends them.
 
     Args:
         x: this rank's shard.
         dim: the dimension that is split; may be negative.
-        before: rows wanted of those before this rank's first.
-        after: rows wanted of those after its last.
+        starts, stops: the first row that each rank asks for and the one past its last, in group order; a rank for which
+            they are equal gets none.
         sizes: each rank's rows, in group order; zero is legal.
         index: this rank's position in the group.
         group: process group; empty for this rank alone.
 
     Returns:
-        Up to ``before + sizes[index] + after`` rows, contiguous.
+        ``stops[index] - starts[index]`` rows, contiguous, in new memory.
 
     Raises:
-        ValueError: when ``x`` has not ``sizes[index]`` rows.
+        ValueError: when ``x`` has not ``sizes[index]`` rows, or rows beyond the ends are asked for.
         AgreementError: when a peer fails or does not answer in time.
     """
-    dim = _check_halo(x, dim, sizes, index)
+    dim = _check_halo(x, dim, starts, stops, sizes, index)
     if not group:
-        return x.clone(memory_format=torch.contiguous_format)
+        return x.narrow(dim, starts[0], stops[0] - starts[0]).clone(memory_format=torch.contiguous_format)
     if dist.get_rank(process_group(group)) != index:
         raise ValueError(f"halo_exchange at position {index} of a group where this rank has another; pass its own")
-    wanted = [halo_rows(sizes, rank, before, after) for rank in range(len(sizes))]
     start, end = owned_rows(sizes, index)
-    sent = [_overlap((start, end), rows) if rank != index else (0, 0) for rank, rows in enumerate(wanted)]
-    got = [_overlap(owned_rows(sizes, rank), wanted[index]) if rank != index else (0, 0) for rank in range(len(sizes))]
+    sent = rows_sent(starts, stops, sizes, index)
+    got = rows_got(starts, stops, sizes, index)
     row = math.prod(size for position, size in enumerate(x.shape) if position != dim)
-    pieces = [x.narrow(dim, a - start, b - a).reshape(-1) if b > a else x.new_empty(0) for a, b in sent]
-    flat = all_to_all(torch.cat(pieces), [(b - a) * row for a, b in got], [(b - a) * row for a, b in sent], group)
+    pieces = [x.narrow(dim, a - start, b - a).reshape(-1) for a, b in sent if b > a]
+    away = torch.cat(pieces) if pieces else x.new_empty(0)
+    flat = all_to_all(away, [(b - a) * row for a, b in got], [(b - a) * row for a, b in sent], group)
     parts = [
         part.view(*x.shape[:dim], b - a, *x.shape[dim + 1 :])
         for part, (a, b) in zip(flat.split([(b - a) * row for a, b in got]), got, strict=True)
     ]
-    return torch.cat([*parts[:index], x, *parts[index + 1 :]], dim).contiguous()
+    a, b = _overlap((start, end), (starts[index], stops[index]))
+    parts[index] = x.narrow(dim, a - start if b > a else 0, b - a)
+    return torch.cat(parts, dim).contiguous()
 
 
 @torch.library.register_fake("xdit_compile::halo_exchange", lib=_LIBRARY)
-def _(x: torch.Tensor, dim: int, before: int, after: int, sizes: list[int], index: int, group: str) -> torch.Tensor:
-    dim = _check_halo(x, dim, sizes, index)
-    start, end = halo_rows(sizes, index, before, after)
-    return x.new_empty((*x.shape[:dim], end - start, *x.shape[dim + 1 :]))
+def _(
+    x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int, group: str
+) -> torch.Tensor:
+    dim = _check_halo(x, dim, starts, stops, sizes, index)
+    return x.new_empty((*x.shape[:dim], stops[index] - starts[index], *x.shape[dim + 1 :]))
 
 
 def owned_rows(sizes: list[int], index: int) -> tuple[int, int]:
@@ -218,19 +220,28 @@ def owned_rows(sizes: list[int], index: int) -> tuple[int, int]:
     return ends[index], ends[index + 1]
 
 
-def halo_rows(sizes: list[int], index: int, before: int, after: int) -> tuple[int, int]:
-    """First and past-the-last row of one rank with its halo, within the true ends; a rank without rows has no halo."""
-    start, end = owned_rows(sizes, index)
-    if start == end:
-        return start, end
-    return max(start - before, 0), min(end + after, sum(sizes))
+def rows_sent(starts: list[int], stops: list[int], sizes: list[int], index: int) -> list[tuple[int, int]]:
+    """The rows of rank ``index`` that go to each rank, nothing to itself."""
+    own = owned_rows(sizes, index)
+    wanted = zip(starts, stops, strict=True)
+    return [_overlap(own, rows) if rank != index else (0, 0) for rank, rows in enumerate(wanted)]
 
 
-def _check_halo(x: torch.Tensor, dim: int, sizes: list[int], index: int) -> int:
+def rows_got(starts: list[int], stops: list[int], sizes: list[int], index: int) -> list[tuple[int, int]]:
+    """The rows that come to rank ``index`` from each rank, none from itself."""
+    wanted = starts[index], stops[index]
+    return [_overlap(owned_rows(sizes, rank), wanted) if rank != index else (0, 0) for rank in range(len(sizes))]
+
+
+def _check_halo(x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int) -> int:
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"halo_exchange along dim {dim} of a tensor with {x.dim()} dims")
     if not 0 <= index < len(sizes) or x.shape[dim] != sizes[index]:
         raise ValueError(f"halo_exchange of {x.shape[dim]} rows at position {index} where the ranks have {list(sizes)}")
+    if not len(starts) == len(stops) == len(sizes):
+        raise ValueError(f"halo_exchange over {len(sizes)} ranks needs as many starts and stops")
+    if any(not 0 <= a <= b <= sum(sizes) for a, b in zip(starts, stops, strict=True)):
+        raise ValueError(f"halo_exchange of rows {list(starts)} to {list(stops)} where there are {sum(sizes)}")
     return dim % x.dim()
 
 

@@ -9,7 +9,6 @@ import torch
 
 from . import collectives, ring  # noqa: F401 - they register the ops
 from .attention import token_major
-from .collectives import halo_rows
 from .reference import attention_reference
 
 ArgsPerRank = Sequence[tuple[Any, ...]]
@@ -62,11 +61,12 @@ def _all_reduce(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
 def _halo_exchange(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
     whole = torch.cat([args[0] for args in args_per_rank], args_per_rank[0][1])
     results = []
-    for rank, (_, dim, before, after, sizes, index, _) in enumerate(args_per_rank):
+    for rank, (_, dim, starts, stops, sizes, index, _) in enumerate(args_per_rank):
         _agree("halo_exchange sizes", rank, list(sizes), [args[0].shape[dim] for args in args_per_rank])
         _agree("halo_exchange index", rank, index, rank)
-        start, end = halo_rows(sizes, index, before, after)
-        results.append(whole.narrow(dim, start, end - start).clone(memory_format=torch.contiguous_format))
+        _agree("halo_exchange rows", rank, (starts, stops), args_per_rank[0][2:4])
+        rows = whole.narrow(dim, starts[rank], stops[rank] - starts[rank])
+        results.append(rows.clone(memory_format=torch.contiguous_format))
     return results
 
 

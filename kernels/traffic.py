@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import collectives, ring  # noqa: F401 - they register the ops
-from .collectives import halo_rows, owned_rows
+from .collectives import rows_sent
 
 
 def elements_sent(op: torch._ops.OpOverload, args: tuple[Any, ...], group_size: int, index: int) -> int:
@@ -46,15 +46,9 @@ def _all_reduce(args: tuple[Any, ...], group_size: int, index: int) -> int:
 
 
 def _halo_exchange(args: tuple[Any, ...], group_size: int, index: int) -> int:
-    x, dim, before, after, sizes, *_ = args
+    x, dim, starts, stops, sizes, *_ = args
     row = math.prod(size for position, size in enumerate(x.shape) if position != dim % x.dim())
-    start, end = owned_rows(sizes, index)
-    rows = 0
-    for rank in range(group_size):
-        first, last = halo_rows(sizes, rank, before, after)
-        if rank != index:
-            rows += max(min(end, last) - max(start, first), 0)
-    return rows * row
+    return row * sum(stop - start for start, stop in rows_sent(starts, stops, sizes, index))
 
 
 def _ring_attention(args: tuple[Any, ...], group_size: int, index: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from xdit_compile.axes import Axis, same
+from xdit_compile.axes import Axis, Concat, same
 from xdit_compile.shards import Split
 
 from .local import Value
@@ -48,15 +48,25 @@ def feasible(typing: Typing, loop: Loop, split: Split) -> Choice | None:
     if len(loop.dims_of(0)) > 1 or len(loop.outs) > 1 and loop.outs[0][0] == loop.outs[1][0]:
         if not _same_cut(typing, loop, split, operands[0], results[0]):
             return None
-    if loop.kind == "halo" and not _neighbours(typing.expected[0][operands[0]], split):
+    if loop.kind == "halo" and not _in_order(typing, operands, results, split):
+        return None
+    if loop.kind == "map" and _takes_cuts_apart(typing, loop, split):
         return None
     return Choice(loop, operands, results)
 
 
-def _neighbours(axis: Axis, split: Split) -> bool:
-    """Whether every rank holds positions that lie side by side, so that its neighbours hold those around them."""
-    held = np.concatenate([split.positions(axis, index) for index in range(split.parts)])
-    return np.array_equal(held, np.arange(axis.size))
+def _in_order(typing: Typing, operands: Mapping[int, int], results: Mapping[int, int], split: Split) -> bool:
+    """Whether ranks hold neighbouring positions in rank order, before and after: then they know who has the halo."""
+    given, made = typing.expected[0][operands[0]], typing.outs[0][results[0]]
+    return split.ends(given) is not None and split.ends(made) is not None
+
+
+def _takes_cuts_apart(typing: Typing, loop: Loop, split: Split) -> bool:
+    """Whether a loop joins or cuts a concatenation that lies by the rows of its whole, not by those of its parts."""
+    axes = [typing.expected[at][dim] for at, dim in loop.args] + [typing.outs[at][dim] for at, dim in loop.outs]
+    return any(isinstance(axis, Concat) and axis in split.cuts for axis in axes) and any(
+        not same(axes[0], axis) for axis in axes
+    )
 
 
 def _same_cut(typing: Typing, loop: Loop, split: Split, operand_dim: int, result_dim: int) -> bool:

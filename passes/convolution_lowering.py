@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from torch import fx
 
-from .choices import Choice, choose_all, required, yielded
+from .choices import choose_all, required, yielded
+from .halo import Seen, fetch
 from .local import Value, aten
 from .rules import Typing
 
@@ -29,10 +29,8 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     tensors = [
         part.coerce(value, typing.expected[at], required(choices, at), node, at) for at, value in enumerate(operands)
     ]
-    padding = list(shape["padding"])
-    for name, choice in choices.items():
-        if choice.loop.kind == "halo":
-            tensors[0] = _with_halo(part, typing, tensors[0], name, choices, shape, padding)
+    tensors[0], seen = fetch(part, typing, tensors[0], choices)
+    tensors[0], padding = _padded(part, typing, tensors[0], seen, shape["padding"])
     part.count(node, typing, choices)
     summed = frozenset(name for name, choice in choices.items() if choice.loop.kind == "sum")
     value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, yielded(choices, 0), summed)
@@ -50,37 +48,18 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     return [value]
 
 
-def _with_halo(
-    part: FramePartitioner,
-    typing: Typing,
-    inputs: fx.Node,
-    name: str,
-    choices: dict[str, Choice],
-    shape: dict[str, Any],
-    padding: list[int],
-) -> fx.Node:
-    split_dims = required(choices, 0)
-    dim = split_dims[name]
-    k = dim - 2
-    before = shape["padding"][k]
-    after = (shape["kernel"][k] - 1) * shape["dilation"][k] - before
-    axis, split = typing.expected[0][dim], part.sharding.splits[name]
-    sizes = [split.length(axis, index) for index in range(split.parts)]
-    here = part.sharding.index[name]
-    above, below = sum(sizes[:here]), sum(sizes[here + 1 :])
-    inputs = part.local.call(
-        torch.ops.xdit_compile.halo_exchange.default, inputs, dim, before, after, sizes, here, part.local.groups[name]
-    )
-    shard = part.sharding.sizes(typing.expected[0], split_dims)
-    numel = math.prod(shard[:dim] + shard[dim + 1 :])
-    sent = (before if below else 0) + (after if above else 0)
-    part.ledger.sent("halo_exchange", "halo", min(sent, 2 * sizes[here]) * numel, typing.operands[0].meta["val"].dtype)
-    padding[k] = 0
-    missing = [max(0, before - above), max(0, after - below)]
-    if any(missing):
-        amounts = [0, 0] * (len(typing.expected[0]) - 1 - dim) + missing
+def _padded(
+    part: FramePartitioner, typing: Typing, inputs: fx.Node, seen: Mapping[int, Seen], padding: Sequence[int]
+) -> tuple[fx.Node, list[int]]:
+    """The input padded where this rank has a true edge of the image, and what padding is left to the operator."""
+    rank, left = len(typing.expected[0]), list(padding)
+    amounts = [0, 0] * rank
+    for dim, rows in seen.items():
+        left[dim - 2] = 0
+        amounts[2 * (rank - 1 - dim) : 2 * (rank - dim)] = rows.missing
+    if any(amounts):
         inputs = part.local.call(aten.constant_pad_nd.default, inputs, amounts, 0.0)
-    return inputs
+    return inputs, left
 
 
 def _call(part: FramePartitioner, node: fx.Node, tensors: list[fx.Node], padding: list[int], groups: int) -> fx.Node:

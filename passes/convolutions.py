@@ -1,13 +1,14 @@
-"""Rules of operators that look at neighbours: convolutions and upsampling."""
+"""Rules of operators that look at neighbours: convolutions and pools."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from xdit_compile.axes import Conflict, Product
+from xdit_compile.axes import Axis, Conflict
 
 from .rules import Rule, RuleBook, type_opaquely
+from .windows import Windows
 
 BOOK = RuleBook()
 
@@ -65,14 +66,24 @@ def _space(rule: Rule, dim: int, kernel: int, stride: int, padding: int, dilatio
     if reach == stride == 1 and padding == 0:
         rule.loop("map", [(0, dim)], [(0, dim)])
     elif stride == reach and dilation == 1 and padding == 0 and size % kernel == 0:
-        _patches(rule, dim, kernel)
-    elif stride == 1 and out == size and 0 <= padding < reach:
-        rule.loop("halo", [(0, dim)], [(0, dim)])
+        patches(rule, dim, kernel)
     else:
-        rule.opaque(0, dim, f"a convolution of kernel {kernel}, stride {stride} and padding {padding}")
+        rule.look(dim, Windows.sliding(size, out, reach, stride, padding), _strided(rule, dim, stride))
 
 
-def _patches(rule: Rule, dim: int, kernel: int) -> None:
+def _strided(rule: Rule, dim: int, stride: int) -> Axis | None:
+    """The axis of every ``stride``-th row, where the result has just these; its own where there is no stride."""
+    size, out = rule.shape(0)[dim], rule.out_shape()[dim]
+    if size != out * stride:
+        return None
+    try:
+        return rule.system.split(rule.actual[0][dim], stride)[0]
+    except Conflict:
+        return None
+
+
+def patches(rule: Rule, dim: int, kernel: int) -> None:
+    """Record that every run of ``kernel`` positions makes one."""
     try:
         outer, _ = rule.system.split(rule.actual[0][dim], kernel)
     except Conflict as conflict:
@@ -87,46 +98,6 @@ def _opaque_space(rule: Rule, dims: Sequence[int], reason: str) -> None:
         rule.opaque(0, k + 2, reason)
 
 
-@BOOK.rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-           "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")  # fmt: skip
-def upsample_nearest(rule: Rule) -> None:
-    rank = len(rule.actual[0])
-    scales = _given_scales(rule, rank)
-    for dim in range(2):
-        rule.loop("map", [(0, dim)], [(0, dim)])
-    for dim in range(2, rank):
-        size, out = rule.shape(0)[dim], rule.out_shape()[dim]
-        if size == out:
-            rule.loop("map", [(0, dim)], [(0, dim)])
-        elif out % size == 0 and scales.get(dim, out // size) == out // size:
-            rule.outs[0][dim] = Product((rule.actual[0][dim], rule.system.atom(out // size)))
-            rule.add_join([(0, dim)], [(0, dim)])
-        else:
-            rule.opaque(0, dim, f"resized from {size} to {out}")
-    if rule.arg(1, "output_size") is not None:
-        rule.emit = lambda ctx: ctx.call(
-            ctx.node.target, ctx.operand(0), ctx.out_sizes(0)[2:], *ctx.node.args[2:], **ctx.node.kwargs
-        )
-
-
-def _given_scales(rule: Rule, rank: int) -> dict[int, float]:
-    """The factors by which dims are scaled where the call names them: positions follow from them, not from sizes."""
-    given = [rule.named("scale_factors")] if rule.named("scale_factors") else []
-    factors = given[0] if given else [rule.named(name) for name in ("scales_d", "scales_h", "scales_w", "scales")]
-    factors = [factor for factor in factors if factor is not None]
-    return {rank - len(factors) + k: factor for k, factor in enumerate(factors)}
-
-
-@BOOK.rule("pixel_unshuffle")
-def pixel_unshuffle(rule: Rule) -> None:
-    rank, factor = len(rule.actual[0]), rule.arg(1, "downscale_factor")
-    for dim in range(rank - 3):
-        rule.loop("map", [(0, dim)], [(0, dim)])
-    rule.loop("whole", [(0, rank - 3)], [])
-    for dim in (rank - 2, rank - 1):
-        _patches(rule, dim, factor)
-
-
 @BOOK.rule("avg_pool2d", "avg_pool1d", "avg_pool3d", "max_pool2d")
 def pool(rule: Rule) -> None:
     rank = len(rule.actual[0])
@@ -136,10 +107,15 @@ def pool(rule: Rule) -> None:
     padding = _per_dim(rule.arg(3, "padding", 0), space)
     for dim in range(rank - space):
         rule.loop("map", [(0, dim)], [(0, dim)])
+    if "max" in str(rule.node.target) and _per_dim(rule.arg(4, "dilation", 1), space) != [1] * space:
+        _opaque_space(rule, range(space), "a dilated pool")
+        return
     for k in range(space):
         dim = rank - space + k
         size, out = rule.shape(0)[dim], rule.out_shape()[dim]
         if kernel[k] == stride[k] and not padding[k] and out * kernel[k] == size:
-            _patches(rule, dim, kernel[k])
+            patches(rule, dim, kernel[k])
+        elif not padding[k] and (out - 1) * stride[k] + kernel[k] <= size:
+            rule.look(dim, Windows.sliding(size, out, kernel[k], stride[k], 0), _strided(rule, dim, stride[k]))
         else:
-            rule.opaque(0, dim, "an overlapping pool")
+            rule.opaque(0, dim, "a pool with padding")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import fx
 
-from xdit_compile.axes import Axis, Concat, Conflict, Product
+from xdit_compile.axes import Axis, Concat, Conflict
 
+from .halo import moved
 from .rules import Rule, RuleBook
+from .windows import Windows
 
 BOOK = RuleBook()
 MOST_CUTS = 12
@@ -68,7 +71,7 @@ def slice_(rule: Rule) -> None:
     elif size % step == 0 and length == size // step:
         _every(rule, dim, start, step)
     else:
-        rule.opaque(0, dim, f"a slice with step {step}")
+        _pick(rule, dim, start + step * np.arange(length))
 
 
 def _bounded(value: Any, size: int, default: int) -> int:
@@ -93,26 +96,34 @@ def cut_out(rule: Rule, dim: int, start: int, length: int) -> None:
     try:
         kept = rule.system.segment(axis, start, start + length)
         before = rule.system.segment(axis, 0, start) if start else None
-    except Conflict as conflict:
-        rule.opaque(0, dim, str(conflict))
+    except Conflict:
+        _pick(rule, dim, np.arange(start, start + length))
         return
-    rule.outs[0][dim] = kept
     rule.add_join([(0, dim)], [(0, dim)])
+    rule.look(dim, Windows.moved(np.arange(start, start + length), axis.size), kept)
 
     handle = rule.keep(before)
 
     def emit(ctx: Any) -> Any:
+        if dim in ctx.seen:
+            return moved(ctx)
         begin = ctx.length(handle, 0, dim)
         return ctx.call(ctx.aten.slice.Tensor, ctx.operand(0), dim, begin, begin + ctx.out_sizes(0)[dim])
 
     rule.emit = emit
 
 
+def _pick(rule: Rule, dim: int, positions: np.ndarray) -> None:
+    """Positions that are no part of the axis with a name of its own."""
+    rule.look(dim, Windows.moved(positions, rule.shape(0)[dim]))
+    rule.emit = lambda ctx: moved(ctx) if dim in ctx.seen else ctx.same()
+
+
 def _every(rule: Rule, dim: int, start: int, step: int) -> None:
     try:
         outer, _ = rule.system.split(rule.actual[0][dim], step)
-    except Conflict as conflict:
-        rule.opaque(0, dim, str(conflict))
+    except Conflict:
+        _pick(rule, dim, np.arange(start, rule.shape(0)[dim], step))
         return
     rule.outs[0][dim] = outer
     rule.add_join([(0, dim)], [(0, dim)])
@@ -217,39 +228,6 @@ def select_scatter(rule: Rule) -> None:
     rule.loop("whole", [(0, gone)], [(0, gone)])
 
 
-@BOOK.rule("constant_pad_nd", "pad")
-def pad(rule: Rule) -> None:
-    shape = rule.shape(0)
-    amounts = list(rule.arg(1, "pad"))
-    constant = rule.arg(2, "mode", "constant") == "constant" if "pad.default" in str(rule.node.target) else True
-    around = {len(shape) - 1 - k: (amounts[2 * k], amounts[2 * k + 1]) for k in range(len(amounts) // 2)}
-    pads: dict[int, tuple[int | None, int | None]] = {}
-    for dim, axis in enumerate(rule.actual[0]):
-        before, after = around.get(dim, (0, 0))
-        if before == after == 0:
-            rule.loop("map", [(0, dim)], [(0, dim)])
-        elif not constant or before < 0 or after < 0:
-            rule.opaque(0, dim, "padded with its own positions or cropped")
-        else:
-            low = rule.system.atom(before) if before else None
-            high = rule.system.atom(after) if after else None
-            pads[dim] = (rule.keep(low), rule.keep(high))
-            rule.outs[0][dim] = Concat([part for part in (low, axis, high) if part is not None])
-            rule.add_join([(0, dim)], [(0, dim)])
-    if not constant:
-        return
-
-    def emit(ctx: Any) -> Any:
-        local = list(amounts)
-        for dim, sides in pads.items():
-            at = 2 * (len(shape) - 1 - dim)
-            local[at : at + 2] = [ctx.length(side, 0, dim) for side in sides]
-        value = rule.arg(3, "value") if "pad.default" in str(rule.node.target) else rule.arg(2, "value", 0)
-        return ctx.call(ctx.aten.constant_pad_nd.default, ctx.operand(0), local, value or 0)
-
-    rule.emit = emit
-
-
 @BOOK.rule("flip", "roll")
 def disorder(rule: Rule) -> None:
     moved = rule.arg(1, "dims") if "flip" in str(rule.node.target) else rule.arg(2, "dims", [])
@@ -260,18 +238,6 @@ def disorder(rule: Rule) -> None:
             rule.opaque(0, dim, "positions change their order")
         else:
             rule.loop("map", [(0, dim)], [(0, dim)])
-
-
-@BOOK.rule("pixel_shuffle")
-def pixel_shuffle(rule: Rule) -> None:
-    factor = rule.arg(1, "upscale_factor")
-    rank = len(rule.actual[0])
-    for dim in range(rank - 3):
-        rule.loop("map", [(0, dim)], [(0, dim)])
-    rule.opaque(0, rank - 3, "channels become positions")
-    for dim in (rank - 2, rank - 1):
-        rule.add_join([(0, dim)], [(0, dim)])
-        rule.outs[0][dim] = Product((rule.actual[0][dim], rule.system.atom(factor)))
 
 
 @BOOK.rule("pad_sequence")

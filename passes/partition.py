@@ -12,6 +12,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -23,6 +24,7 @@ from xdit_compile.shards import Sharding
 from . import attention_lowering, column_lowering, convolution_lowering, norm_lowering
 from .choices import Choice, choose_all, required, yielded
 from .flops import flops
+from .halo import Seen, fetch
 from .infer import Frame
 from .layout import Layout
 from .local import LocalGraph, Value, aten
@@ -130,7 +132,11 @@ class FramePartitioner:
             locals_.append(self.coerce(value, typing.expected[at], required(choices, at), node, at))
         outs = [yielded(choices, k) for k in range(len(typing.outs))]
         summed = [name for name, choice in choices.items() if choice.loop.kind in ("sum", "mean")]
-        context = Emission(self, node, typing, locals_, choices, outs)
+        if "windows" in typing.facts:
+            locals_[0], seen = fetch(self, typing, locals_[0], choices)
+        else:
+            seen = {}
+        context = Emission(self, node, typing, locals_, choices, outs, seen)
         self.count(node, typing, choices)
         result = context.run(summed)
         return self._values(node, typing, result, outs, summed)
@@ -251,7 +257,9 @@ class Emission:
         operands: list[fx.Node],
         choices: Mapping[str, Choice],
         outs: list[dict[str, int]],
+        seen: Mapping[int, Seen],
     ):
+        self.seen = seen
         self._partitioner = partitioner
         self.node = node
         self.typing = typing
@@ -261,6 +269,14 @@ class Emission:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self._partitioner.local.call(target, *args, **kwargs)
+
+    def constant(self, value: torch.Tensor) -> fx.Node:
+        """A tensor that belongs to the rewritten graph."""
+        return self._partitioner.local.constant(value)
+
+    def take(self, node: fx.Node, dim: int, positions: np.ndarray, size: int) -> fx.Node:
+        """Positions of one dim of ``size``, in the given order."""
+        return self._partitioner.local.take(node, dim, positions, size)
 
     def operand(self, at: int) -> fx.Node:
         return self._operands[at]

@@ -14,6 +14,7 @@ from xdit_compile.axes import Axis
 from xdit_compile.program import Program
 
 from .demand import wants_whole
+from .follow import follow
 from .infer import Frame, Inference, results_of
 from .layout import TENSOR, Layout
 from .local import LocalGraph, Value
@@ -51,7 +52,7 @@ def partition(inference: Inference, layout: Layout) -> Partitioned:
     Raises:
         PartitionError: where something cannot be split and may not be gathered.
     """
-    return _ProgramPartitioner(inference, layout).run()
+    return _ProgramPartitioner(inference, follow(inference, layout)).run()
 
 
 class _ProgramPartitioner:

@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 from xdit_compile.axes import Axis, AxisSystem, Conflict
 
+from .windows import Windows
+
 Kind = Literal["map", "sum", "mean", "whole", "halo", "stats", "keys"]
 
 
@@ -155,6 +157,15 @@ class Rule:
         for result, dim in outs:
             self.outs[result][dim] = axis if axis is not None else self.system.atom(self.out_shape(result)[dim])
         self.loops.append(Loop(kind, args, outs))
+
+    def look(self, dim: int, windows: Windows, made: Axis | None = None) -> None:
+        """Record that each row of a dim of the result is made from a window of rows of that dim of the first operand.
+
+        ``made`` is the axis of the result; without one it is an axis of its own.
+        """
+        self.outs[0][dim] = made if made is not None else self.system.atom(self.out_shape()[dim])
+        self.loops.append(Loop("halo", ((0, dim),), ((0, dim),)))
+        self.facts.setdefault("windows", {})[dim] = windows
 
     def add_regrouping(self, in_dims: Sequence[int], out_dims: Sequence[int]) -> None:
         """Record that neighbouring dims of the first operand were laid out anew as dims of the result."""

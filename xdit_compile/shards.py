@@ -32,12 +32,15 @@ class Split:
         dim: name of the mesh dimension (or of several taken as one).
         parts: its number of ranks.
         units: what is split; every unit is cut into ``parts`` by itself.
+        cuts: for some axes, whole ones or factors, where the part of each rank ends, in place of an even share: rows
+            that an operator with a window makes lie where the rows lie that it reads.
     """
 
-    def __init__(self, dim: str, parts: int, units: Iterable[Unit]):
+    def __init__(self, dim: str, parts: int, units: Iterable[Unit], cuts: Mapping[Axis, tuple[int, ...]] | None = None):
         self.dim = dim
         self.parts = parts
         self.units = tuple(sorted(units, key=len, reverse=True))
+        self.cuts = dict(cuts or {})
         self._known: dict[int, tuple[Axis, tuple[int, int] | bool]] = {}
         self._places: dict[int, tuple[Axis, tuple[bytes, ...] | None]] = {}
 
@@ -71,7 +74,7 @@ class Split:
             if len(unit) <= len(factors) - at and all(a is b for a, b in zip(unit, factors[at:], strict=False)):
                 return len(unit)
         factor = factors[at]
-        return int(len(factors) > 1 and isinstance(factor, Concat) and self.splits(factor))
+        return int(factor in self.cuts or len(factors) > 1 and isinstance(factor, Concat) and self.splits(factor))
 
     def length(self, axis: Axis, index: int) -> int:
         """How many positions of ``axis`` rank ``index`` holds."""
@@ -88,10 +91,21 @@ class Split:
         return factors[: run[0]], factors[run[0] : run[1]], factors[run[1] :]
 
     def _held(self, middle: Sequence[Axis], index: int) -> int:
-        if len(middle) == 1 and isinstance(middle[0], Concat) and middle not in self.units:
+        if self._joined(middle):
             return self.length(middle[0], index)
-        start, stop = share(math.prod(f.size for f in middle), self.parts, index)
+        start, stop = self._share(middle, index)
         return stop - start
+
+    def _joined(self, middle: Sequence[Axis]) -> bool:
+        """Whether the factor that is split is a concatenation of parts that are split, each by itself."""
+        whole = middle in self.units or middle[0] in self.cuts
+        return len(middle) == 1 and isinstance(middle[0], Concat) and not whole
+
+    def _share(self, middle: Sequence[Axis], index: int) -> tuple[int, int]:
+        ends = self.cuts.get(middle[0]) if len(middle) == 1 else None
+        if ends is not None:
+            return (0, *ends)[index], ends[index]
+        return share(math.prod(f.size for f in middle), self.parts, index)
 
     def positions(self, axis: Axis, index: int) -> np.ndarray:
         """Global positions of ``axis`` that rank ``index`` of this dimension holds, in local order."""
@@ -103,12 +117,19 @@ class Split:
             offsets = np.cumsum([0] + [part.size for part in parts])
             return np.concatenate([self.positions(part, index) + at for part, at in zip(parts, offsets, strict=False)])
         outer, middle, inner = self._around(axis, run)
-        if len(middle) == 1 and isinstance(middle[0], Concat) and middle not in self.units:
+        if self._joined(middle):
             kept = self.positions(middle[0], index)
         else:
-            kept = np.arange(*share(math.prod(f.size for f in middle), self.parts, index))
+            kept = np.arange(*self._share(middle, index))
         shape = [math.prod(f.size for f in group) for group in (outer, middle, inner)]
         return np.arange(axis.size).reshape(shape)[:, kept].reshape(-1)
+
+    def ends(self, axis: Axis) -> tuple[int, ...] | None:
+        """Where the part of each rank ends; None where ranks do not hold neighbouring positions, in rank order."""
+        held = [self.positions(axis, index) for index in range(self.parts)]
+        if not np.array_equal(np.concatenate(held), np.arange(axis.size)):
+            return None
+        return tuple(int(end) for end in np.cumsum([len(positions) for positions in held]))
 
     def places(self, axis: Axis) -> tuple[bytes, ...] | None:
         """What tells apart how axes lie on the ranks: a digest of every rank's positions; None for one not split."""

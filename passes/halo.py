@@ -1,0 +1,95 @@
+"""Fetching the rows that a rank's windows reach over, and making rows of a result out of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from .choices import Choice, required
+from .local import aten
+from .rules import Typing
+from .windows import Windows
+
+if TYPE_CHECKING:
+    from .partition import FramePartitioner
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """The rows ``start`` to ``stop`` of an operand that this rank has before it, for its rows ``first`` to ``last``
+    (one past the last) of the result."""
+
+    windows: Windows
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    @property
+    def missing(self) -> tuple[int, int]:
+        """Rows of padding that the windows reach over before and after those that are there."""
+        if self.last == self.first:
+            return 0, 0
+        windows = slice(self.first, self.last)
+        lowest, highest = int(self.windows.first[windows].min()), int(self.windows.last[windows].max())
+        return max(self.start - lowest, 0), max(highest + 1 - self.stop, 0)
+
+
+def fetch(
+    part: FramePartitioner, typing: Typing, inputs: fx.Node, choices: Mapping[str, Choice]
+) -> tuple[fx.Node, dict[int, Seen]]:
+    """The first operand with the rows that this rank's windows reach over, and what they are, by dim."""
+    seen = {}
+    for name, choice in choices.items():
+        if choice.loop.kind == "halo":
+            inputs, seen[choice.operands[0]] = _fetch(part, typing, inputs, name, choices)
+    return inputs, seen
+
+
+def _fetch(
+    part: FramePartitioner, typing: Typing, inputs: fx.Node, name: str, choices: Mapping[str, Choice]
+) -> tuple[fx.Node, Seen]:
+    dim, out = choices[name].operands[0], choices[name].results[0]
+    split, here = part.sharding.splits[name], part.sharding.index[name]
+    windows: Windows = typing.facts["windows"][dim]
+    made, given = split.ends(typing.outs[0][out]), split.ends(typing.expected[0][dim])
+    assert made is not None and given is not None
+    wanted = [windows.rows(start, stop) for start, stop in zip((0, *made), made, strict=False)]
+    sizes = [stop - start for start, stop in zip((0, *given), given, strict=False)]
+    owned = list(zip((0, *given), given, strict=False))
+    seen = Seen(windows, *wanted[here], (0, *made)[here], made[here])
+    if any(rows != own for rows, own in zip(wanted, owned, strict=True)):
+        starts, stops = ([rows[k] for rows in wanted] for k in range(2))
+        inputs = part.local.call(
+            torch.ops.xdit_compile.halo_exchange.default, inputs, dim, starts, stops, sizes, here,
+            part.local.groups[name],
+        )  # fmt: skip
+        shard = part.sharding.sizes(typing.expected[0], required(choices, 0))
+        rows = sum(_overlap(owned[here], other) for rank, other in enumerate(wanted) if rank != here)
+        numel = rows * math.prod(shard[:dim] + shard[dim + 1 :])
+        part.ledger.sent("halo_exchange", "halo", numel, typing.operands[0].meta["val"].dtype)
+    return inputs, seen
+
+
+def _overlap(own: tuple[int, int], wanted: tuple[int, int]) -> int:
+    return max(min(own[1], wanted[1]) - max(own[0], wanted[0]), 0)
+
+
+def moved(ctx: Any, fill: float = 0.0) -> fx.Node:
+    """The first operand with every seen row put where its windows of one row say; ``fill`` stands for padding."""
+    node = ctx.operand(0)
+    for dim, seen in ctx.seen.items():
+        sources = seen.windows.first[seen.first : seen.last]
+        inside = (sources >= 0) & (sources < seen.windows.size)
+        node = ctx.take(node, dim, sources[inside] - seen.start, seen.stop - seen.start)
+        amounts = [int(np.argmax(inside)), int(np.argmax(inside[::-1]))] if inside.any() else [len(sources), 0]
+        if any(amounts):
+            behind = [0, 0] * (len(ctx.typing.expected[0]) - 1 - dim)
+            node = ctx.call(aten.constant_pad_nd.default, node, [*behind, *amounts], fill)
+    return node

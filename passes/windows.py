@@ -1,0 +1,50 @@
+"""What an operator that looks at neighbours reads: for each row of its result a window of rows of its operand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """The first and the last row that each row of a result reads; rows before the first or after the last are padding.
+
+    Args:
+        first, last: one entry per row of the result.
+        size: rows of the operand.
+    """
+
+    first: np.ndarray
+    last: np.ndarray
+    size: int
+
+    @classmethod
+    def sliding(cls, size: int, out: int, reach: int, stride: int, padding: int) -> Windows:
+        """The windows of a convolution or pool that reaches over ``reach`` rows."""
+        first = np.arange(out) * stride - padding
+        return cls(first, first + reach - 1, size)
+
+    @classmethod
+    def moved(cls, sources: np.ndarray, size: int) -> Windows:
+        """Of an operator whose row ``i`` is row ``sources[i]`` of its operand, or padding where that is outside."""
+        return cls(sources, sources, size)
+
+    def rows(self, start: int, stop: int) -> tuple[int, int]:
+        """The rows, as start and stop, that rows ``start`` to ``stop`` of the result read; padding is left out."""
+        if stop <= start:
+            return 0, 0
+        first = max(int(self.first[start:stop].min()), 0)
+        last = min(int(self.last[start:stop].max()), self.size - 1)
+        return (first, last + 1) if last >= first else (0, 0)
+
+    def ends(self, ends: tuple[int, ...]) -> tuple[int, ...]:
+        """Where each rank's rows of the result should end so that most of what they read is its own.
+
+        A row belongs to the rank that has the middle of its window.
+        """
+        middles = (self.first + self.last) / 2
+        out = len(self.first)
+        cut = [0 if end == 0 else out if end == self.size else int((middles < end - 0.5).sum()) for end in ends]
+        return tuple(int(end) for end in np.maximum.accumulate(cut))
