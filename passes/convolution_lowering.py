@@ -35,8 +35,8 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     summed = frozenset(name for name, choice in choices.items() if choice.loop.kind == "sum")
     value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, yielded(choices, 0), summed)
     sizes = part.local.sizes(value)
-    given = Value(tensors[0], typing.expected[0], value.dtype, required(choices, 0))
-    if 0 in sizes or 0 in part.local.sizes(given):
+    given = part.local.sizes(Value(tensors[0], typing.expected[0], value.dtype, required(choices, 0)))
+    if 0 in sizes or any(size == 0 for dim, size in enumerate(given) if dim not in seen):
         value.node = part.local.call(aten.new_zeros.default, tensors[0], sizes)
     else:
         groups = sizes[1] if typing.facts.get("depthwise") else shape["groups"]

@@ -40,7 +40,9 @@ def pad(rule: Rule) -> None:
             rule.add_join([(0, dim)], [(0, dim)])
         else:
             made = None
-        rule.look(dim, Windows.moved(_sources(axis.size, (before, after), mode), axis.size), made)
+        places = np.arange(-before, axis.size + after)
+        sources = places if mode == "constant" else _sources(axis.size, (before, after), mode)
+        rule.look(dim, Windows.moved(sources, axis.size, places), made)
 
     def emit(ctx: Any) -> Any:
         local = list(amounts)
@@ -62,7 +64,6 @@ def _amounts(amounts: list[int], rank: int, dim: int) -> tuple[int, int]:
 
 
 def _sources(size: int, amounts: tuple[int, int], mode: str) -> np.ndarray:
-    """Which row stands where after the padding; -1 for a constant. The operator itself says it."""
+    """Which row is copied to where by a padding that copies; the operator itself says it."""
     rows = torch.arange(size, dtype=torch.float64)[None]
-    value = -1.0 if mode == "constant" else None
-    return aten.pad.default(rows, list(amounts), mode, value)[0].long().numpy()
+    return aten.pad.default(rows, list(amounts), mode)[0].long().numpy()

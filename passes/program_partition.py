@@ -46,18 +46,18 @@ class Partitioned:
     ledger: Ledger
 
 
-def partition(inference: Inference, layout: Layout) -> Partitioned:
-    """Rewrite a typed program into what this rank runs.
+def partition(inference: Inference, layout: Layout, gather: bool = True) -> Partitioned:
+    """Rewrite a typed program into what this rank runs; without ``gather`` results stay split.
 
     Raises:
         PartitionError: where something cannot be split and may not be gathered.
     """
-    return _ProgramPartitioner(inference, follow(inference, layout)).run()
+    return _ProgramPartitioner(inference, follow(inference, layout), gather).run()
 
 
 class _ProgramPartitioner:
-    def __init__(self, inference: Inference, layout: Layout):
-        self.inference, self.layout = inference, layout
+    def __init__(self, inference: Inference, layout: Layout, gather: bool):
+        self.inference, self.layout, self.gather = inference, layout, gather
         self.root = inference.program.root
         self.frames = {frame.call: frame for frame in inference.frames}
         self.graph = fx.Graph()
@@ -85,7 +85,7 @@ class _ProgramPartitioner:
                     if isinstance(actual, fx.Node):
                         (whole if formal in wanted[node] else split).add(actual)
             elif node.op == "output":
-                whole.update(node.all_input_nodes)
+                (whole if self.gather else split).update(node.all_input_nodes)
         return wanted, whole, split
 
     def run(self) -> Partitioned:
@@ -176,6 +176,8 @@ class _ProgramPartitioner:
         """In which forms a result is needed."""
         if item is None:
             return ()
+        if item in final and not self.gather:
+            return ("split",)
         if item in final:
             return ("gathered",) + (("split",) if item in self.split else ())
         return (("whole",) if item in self.whole else ()) + (("split",) if item in self.split else ())
@@ -202,7 +204,7 @@ class _ProgramPartitioner:
         def final(leaf: Any) -> Any:
             if not isinstance(leaf, fx.Node):
                 return leaf
-            return self.env[leaf].best(True).node
+            return self.env[leaf].best(self.gather).node
 
         self.graph.output(tuple(final(leaf) for leaf in node.args[0]))
 

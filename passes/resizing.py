@@ -60,7 +60,7 @@ def linear(rule: Rule) -> None:
         places = _places(size, out, scales.get(dim), corners)
         lower = np.floor(places).astype(np.int64)
         shares[dim] = places - lower
-        rule.look(dim, Windows(lower, np.minimum(lower + 1, size - 1), size))
+        rule.look(dim, Windows(lower, np.minimum(lower + 1, size - 1), places, size))
 
     def emit(ctx: Any) -> Any:
         node = ctx.operand(0)

@@ -13,23 +13,25 @@ class Windows:
 
     Args:
         first, last: one entry per row of the result.
+        middle: about which row of the operand each lies, never falling.
         size: rows of the operand.
     """
 
     first: np.ndarray
     last: np.ndarray
+    middle: np.ndarray
     size: int
 
     @classmethod
     def sliding(cls, size: int, out: int, reach: int, stride: int, padding: int) -> Windows:
         """The windows of a convolution or pool that reaches over ``reach`` rows."""
         first = np.arange(out) * stride - padding
-        return cls(first, first + reach - 1, size)
+        return cls(first, first + reach - 1, first + (reach - 1) / 2, size)
 
     @classmethod
-    def moved(cls, sources: np.ndarray, size: int) -> Windows:
+    def moved(cls, sources: np.ndarray, size: int, middle: np.ndarray | None = None) -> Windows:
         """Of an operator whose row ``i`` is row ``sources[i]`` of its operand, or padding where that is outside."""
-        return cls(sources, sources, size)
+        return cls(sources, sources, sources if middle is None else middle, size)
 
     def rows(self, start: int, stop: int) -> tuple[int, int]:
         """The rows, as start and stop, that rows ``start`` to ``stop`` of the result read; padding is left out."""
@@ -44,7 +46,7 @@ class Windows:
 
         A row belongs to the rank that has the middle of its window.
         """
-        middles = (self.first + self.last) / 2
         out = len(self.first)
-        cut = [0 if end == 0 else out if end == self.size else int((middles < end - 0.5).sum()) for end in ends]
-        return tuple(int(end) for end in np.maximum.accumulate(cut))
+        return tuple(
+            0 if end == 0 else out if end == self.size else int((self.middle < end - 0.5).sum()) for end in ends
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import procs
@@ -56,9 +57,24 @@ def halo_case(name, sizes, before, after, dim=1, others=(2, 3), dtype=torch.floa
     def args(rank, group):
         place = dim % (len(others) + 1)
         x = tensor((*others[:place], sizes[rank], *others[place:]), rank, dtype)
-        return x, dim, before, after, list(sizes), rank, group
+        return x, dim, *around(sizes, before, after), list(sizes), rank, group
 
     return name, len(sizes), OPS.halo_exchange.default, args
+
+
+def rows_case(name, sizes, rows):
+    def args(rank, group):
+        starts, stops = ([row[k] for row in rows] for k in range(2))
+        return tensor((2, sizes[rank], 3), rank, torch.float32), 1, starts, stops, list(sizes), rank, group
+
+    return name, len(sizes), OPS.halo_exchange.default, args
+
+
+def around(sizes, before, after):
+    """The rows of every rank with some before and after; none for a rank without rows."""
+    ends = list(itertools.accumulate(sizes))
+    rows = [(max(e - n - before, 0), min(e + after, sum(sizes))) if n else (0, 0) for n, e in zip(sizes, ends, strict=True)]
+    return [a for a, _ in rows], [b for _, b in rows]
 
 
 CASES = [
@@ -92,6 +108,7 @@ CASES = [
     halo_case("a rank without rows", (4, 0, 4), 2, 2),
     halo_case("wider than everything", (2, 1), 9, 9),
     halo_case("no halo", (2, 3), 0, 0),
+    rows_case("rows of others alone", (3, 2, 4), [(5, 8), (0, 0), (1, 9)]),
     halo_case("bfloat16", (3, 2), 1, 1, dtype=torch.bfloat16),
 ]
 
@@ -143,7 +160,7 @@ def chained(rank, group_size):
         whole = OPS.all_gather(x * 2, 1, sizes, group)
         other = OPS.all_reduce(y.sin(), group)
         most = OPS.all_reduce(y.cos(), op="max", group=group)
-        halo = OPS.halo_exchange(x, 1, 1, 1, sizes, rank, group)
+        halo = OPS.halo_exchange(x, 1, *around(sizes, 1, 1), sizes, rank, group)
         splits = [6] * group_size
         part = OPS.all_to_all(x[:, :group_size].transpose(0, 1).reshape(-1), splits, splits, group)
         return whole + 1, other.mean() + halo, part.relu() * most.sum()
@@ -196,7 +213,7 @@ def test_alone_they_copy():
     for result in (
         OPS.all_gather(x, 0, [3], ""),
         OPS.all_reduce(x, ""),
-        OPS.halo_exchange(x, 0, 1, 1, [3], 0, ""),
+        OPS.halo_exchange(x, 0, [0], [3], [3], 0, ""),
         OPS.all_to_all(x.reshape(-1), [6], [6], "").view(3, 2),
     ):
         assert torch.equal(result, x) and result.data_ptr() != x.data_ptr() and result.is_contiguous()
@@ -208,7 +225,7 @@ def test_opcheck():
         (OPS.all_to_all, (x, [6], [6], "")),
         (OPS.all_gather, (x, 0, [6], "")),
         (OPS.all_reduce, (x, "")),
-        (OPS.halo_exchange, (x, 0, 1, 1, [6], 0, "")),
+        (OPS.halo_exchange, (x, 0, [0], [6], [6], 0, "")),
     ):
         torch.library.opcheck(op.default, args)
 
@@ -220,8 +237,10 @@ def test_opcheck():
         ("all_to_all", ((6,), [3], [3, 3]), "one split per rank"),
         ("all_gather", ((6,), 0, [3, 3]), "shard of 6"),
         ("all_gather", ((6,), 1, [6]), "along dim 1"),
-        ("halo_exchange", ((6,), 0, 1, 1, [6, 5], 1), "6 rows at position 1"),
-        ("halo_exchange", ((6,), 2, 1, 1, [6, 5], 0), "along dim 2"),
+        ("halo_exchange", ((6,), 0, [0, 5], [7, 11], [6, 5], 1), "6 rows at position 1"),
+        ("halo_exchange", ((6,), 2, [0, 5], [7, 11], [6, 5], 0), "along dim 2"),
+        ("halo_exchange", ((6,), 0, [0], [7], [6, 5], 0), "as many starts"),
+        ("halo_exchange", ((6,), 0, [0, 5], [7, 12], [6, 5], 0), "5. to .7, 12. where there are 11"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(op, args, words):
@@ -240,7 +259,7 @@ def test_a_simulation_refuses_ranks_that_disagree():
     with pytest.raises(ValueError, match="all_to_all splits on rank 0"):
         simulate(OPS.all_to_all.default, [(x, [2, 2], [1, 2], "g"), (x, [1, 2], [2, 1], "g")])
     with pytest.raises(ValueError, match="halo_exchange index on rank 1"):
-        simulate(OPS.halo_exchange.default, [(x, 0, 1, 1, [3, 3], 0, "g")] * 2)
+        simulate(OPS.halo_exchange.default, [(x, 0, [0, 2], [4, 6], [3, 3], 0, "g")] * 2)
     with pytest.raises(ValueError, match="all_reduce on rank 1"):
         simulate(OPS.all_reduce.default, [(x, "g"), (x, "g", "max")])
 
@@ -250,8 +269,8 @@ def test_elements_that_leave_a_rank():
     assert elements_sent(OPS.all_to_all.default, (torch.ones(9), [1, 1, 1], [2, 3, 4], "g"), 3, 1) == 6
     assert elements_sent(OPS.all_gather.default, (x, 1, [6, 5, 5], "g"), 3, 0) == 2 * 48
     assert elements_sent(OPS.all_reduce.default, (x, "g"), 4, 0) == 72
-    assert elements_sent(OPS.halo_exchange.default, (x, 1, 2, 1, [3, 6, 4], 1, "g"), 3, 1) == (1 + 2) * 8
-    assert elements_sent(OPS.halo_exchange.default, (x, 1, 9, 0, [3, 6, 4], 1, "g"), 3, 1) == 6 * 8
+    assert elements_sent(OPS.halo_exchange.default, (x, 1, *around([3, 6, 4], 2, 1), [3, 6, 4], 1, "g"), 3, 1) == (1 + 2) * 8
+    assert elements_sent(OPS.halo_exchange.default, (x, 1, *around([3, 6, 4], 9, 0), [3, 6, 4], 1, "g"), 3, 1) == 6 * 8
     k, v = torch.ones(2, 5, 6, 4), torch.ones(2, 5, 6, 3)
     ring = (k, k, v, None, [6, 5, 4], None, False, "g", "auto")
     assert elements_sent(OPS.ring_attention.default, ring, 3, 0) == (6 + 4) * 10 * 7

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .agreement import Agreement
+from .autoencoder import RowMethod, Team, restore_rows, row_methods, split_rows
 from .backends.registry import find_backend
 from .build import analyse, place
 from .errors import UsageError
@@ -21,7 +22,7 @@ from .kernels.registry import choose
 from .kernels.whole import gather_whole
 from .mesh import Mesh
 from .passes.layout import TENSOR
-from .pipelines import Outer, denoisers, restore_call, wrap_call
+from .pipelines import Outer, autoencoders, denoisers, restore_call, wrap_call
 from .plan import Plan
 from .replicas import Replicas
 from .report import Report, report
@@ -34,6 +35,9 @@ RUNNER = "forward"
 
 def parallelize(target: Any, plan: Plan | None = None) -> Any:
     """Make a pipeline's denoisers, or one module, run on all ranks of a plan; changes it in place.
+
+    With ``plan.vae == "patch"`` the autoencoder's ``decode`` and ``encode`` are split by rows, too; a module that has
+    these methods is then taken as an autoencoder.
 
     Under torchrun (or any launcher that sets ``RANK`` and ``WORLD_SIZE``) the default process group is used, and made
     if need be. Every rank must call this with the same plan on the same weights. With a plan of one rank it works in
@@ -58,18 +62,25 @@ def parallelize(target: Any, plan: Plan | None = None) -> Any:
 def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     """What `parallelize` does, with the weights of some components given by name."""
     backend = find_backend(plan.backend)
-    modules = dict(denoisers(target))
+    coders = dict(autoencoders(target)) if plan.vae == "patch" else {}
+    if plan.vae == "patch" and not coders:
+        raise UsageError("vae='patch' but there is no autoencoder here; use vae='whole'")
+    modules = {name: module for name, module in _denoisers(target, coders)}
     for module in modules.values():
         _check_provider(plan, module)
-    for name, module in modules.items():
-        if isinstance(vars(module).get(RUNNER), Runner):
+    for name, module in [*modules.items(), *coders.items()]:
+        if isinstance(vars(module).get(RUNNER), Runner) or row_methods(module):
             raise UsageError(f"{name} is parallelized already; call xdit_compile.restore first")
-    _join(plan, next(iter(modules.values())))
+    _join(plan, next(iter((modules or coders).values())))
     mesh = Mesh.from_process_group(plan)
     branches = Branches(mesh)
     for name, module in modules.items():
         own = weights.get(name) or Weights(module)
         module.forward = Runner(own, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s), branches)
+    if coders:
+        rows = mesh.shared_rows(plan)
+        for module in coders.values():
+            split_rows(Team(Weights(module), plan.rows, rows, backend, Agreement.over(mesh, plan.timeout_s)))
     if not isinstance(target, nn.Module):
         wrap_call(target, Outer(Agreement.over(mesh, plan.timeout_s), branches, Replicas(mesh)))
     return target
@@ -84,11 +95,14 @@ def restore(target: Any) -> Any:
     Raises:
         UsageError: nothing of ``target`` is parallelized.
     """
-    found = [module for _, module in denoisers(target) if isinstance(vars(module).get(RUNNER), Runner)]
-    if not found:
+    coders = [module for _, module in autoencoders(target) if row_methods(module)]
+    found = [module for _, module in _denoisers(target, coders) if isinstance(vars(module).get(RUNNER), Runner)]
+    if not found and not coders:
         raise UsageError("nothing to restore: this was not parallelized")
     for module in found:
         _take_off(module)
+    for module in coders:
+        restore_rows(module)
     if not isinstance(target, nn.Module):
         restore_call(target)
     return target
@@ -107,6 +121,8 @@ def explain(target: Any, plan: Plan | None = None, args: tuple = (), kwargs: dic
         UsageError: for a target that was neither called nor given inputs.
     """
     plan_given = plan is not None or args or kwargs
+    if isinstance(target, nn.Module) and (methods := row_methods(target)) and not plan_given:
+        return _report_rows(methods)
     for _, module in denoisers(target):
         runner = vars(module).get(RUNNER)
         if isinstance(runner, Runner) and not plan_given:
@@ -120,6 +136,18 @@ def explain(target: Any, plan: Plan | None = None, args: tuple = (), kwargs: dic
     ((_, module),) = list(denoisers(target))[:1]
     analysis = analyse(module, plan, args, kwargs or {})
     return _report(analysis, plan, 0)
+
+
+def _denoisers(target: Any, coders: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The denoisers of a target; none where it is an autoencoder itself."""
+    return iter(()) if isinstance(target, nn.Module) and coders else denoisers(target)
+
+
+def _report_rows(methods: list[RowMethod]) -> Report:
+    prepared = next((found for method in methods if (found := method.latest()) is not None), None)
+    if prepared is None:
+        raise UsageError("nothing to explain yet: call decode or encode once")
+    return _report(prepared.analysis, methods[0].team.plan, methods[0].team.mesh.rank)
 
 
 def _report(analysis: Any, plan: Plan, here: int) -> Report:

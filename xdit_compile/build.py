@@ -32,16 +32,20 @@ class Analysis:
 
 def analyse(
     module: nn.Module, plan: Plan, args: tuple, kwargs: dict, *, forward: Callable[..., Any] | None = None,
-    check: bool = True,
+    check: bool = True, choose: Callable[[Inference, Plan], Chosen] | None = None, run: bool = True,
 ) -> Analysis:  # fmt: skip
     """Capture one call of a module, name its axes and choose what to split.
+
+    Args:
+        choose: in place of `choose_units`.
+        forward, check, run: see `capture`.
 
     Raises:
         CaptureError: when no capture agrees with the module.
     """
-    program = capture(module, args, kwargs, forward=forward, check=check)
+    program = capture(module, args, kwargs, forward=forward, check=check, run=run)
     inference = infer(program, rulebook())
-    return Analysis(program, inference, choose_units(inference, plan))
+    return Analysis(program, inference, (choose or choose_units)(inference, plan))
 
 
 def choose_units(inference: Inference, plan: Plan) -> Chosen:
@@ -53,10 +57,10 @@ def choose_units(inference: Inference, plan: Plan) -> Chosen:
     }
 
 
-def place(analysis: Analysis, plan: Plan, mesh: Mesh) -> Partitioned:
-    """The program of one rank of ``mesh``.
+def place(analysis: Analysis, plan: Plan, mesh: Mesh, gather: bool = True) -> Partitioned:
+    """The program of one rank of ``mesh``; without ``gather`` its results are this rank's part.
 
     Raises:
         PartitionError: where something cannot be split and may not be gathered.
     """
-    return partition(analysis.inference, Layout.of(plan, mesh, analysis.units))
+    return partition(analysis.inference, Layout.of(plan, mesh, analysis.units), gather)

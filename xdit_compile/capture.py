@@ -40,6 +40,7 @@ def capture(
     kwargs: dict,
     *,
     check: bool = True,
+    run: bool = True,
     forward: Callable[..., Any] | None = None,
     ladder: tuple[tuple[str, Rung], ...] = LADDER,
 ) -> Program:
@@ -54,6 +55,7 @@ def capture(
         args, kwargs: example inputs. Tensors may stand in any nest of containers known to pytree; everything that is no
             tensor is baked in.
         check: compare the program with the module.
+        run: without it the module is traced alone, which takes no memory for what it computes, and nothing is compared.
         forward: what to call instead of ``module.forward``.
         ladder: names and functions of the rungs to try.
 
@@ -64,12 +66,13 @@ def capture(
         raise CaptureError("the module is in training mode: call .eval() before it is captured")
     flat = Flat(module, forward or module.forward, args, kwargs)
     with same_random_numbers():
-        return _first_that_agrees(flat, ladder, check)
+        return _first_that_agrees(flat, ladder, check, run)
 
 
-def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: bool) -> Program:
+def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: bool, run: bool) -> Program:
     module = flat.module
-    weightless = any(t.is_meta for t in [*flat.tensors(), *module.parameters(), *module.buffers()])
+    tensors = [*flat.tensors(), *module.parameters(), *module.buffers()]
+    weightless = not run or any(tensor.is_meta for tensor in tensors)
     expected = None
     if not weightless:
         args, kwargs = flat.own_inputs()

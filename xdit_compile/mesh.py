@@ -93,6 +93,24 @@ class Mesh:
         limit = datetime.timedelta(seconds=plan.timeout_s if timeout is None else timeout)
         return dataclasses.replace(mesh, groups=MappingProxyType(_make_groups(mesh, limit)))
 
+    def shared_rows(self, plan: Plan) -> Mesh:
+        """This rank's mesh for the autoencoder: ``plan.rows.ring`` of the ranks that make the same images, side by side.
+
+        Every rank of the world must call this at the same point, since groups may be made.
+
+        Raises:
+            AgreementError: when a rank does not answer in time.
+        """
+        members, parts = self.peers(REPLICA), plan.rows.ring
+        mesh = Mesh._of(plan.rows, members.index(self.rank) % parts)
+        if parts == 1:
+            return mesh
+        if parts == len(members):
+            name = self.group(REPLICA)
+        else:
+            name = _make_runs(self, parts, datetime.timedelta(seconds=plan.timeout_s))
+        return dataclasses.replace(mesh, groups=MappingProxyType({("ring",): name}))
+
     @classmethod
     def _of(cls, plan: Plan, rank: int) -> Mesh:
         return cls(plan.mesh_order, tuple(getattr(plan, name) for name in plan.mesh_order), rank)
@@ -203,6 +221,21 @@ def _make_groups(mesh: Mesh, limit: datetime.timedelta) -> dict[tuple[str, ...],
             with _answering(ranks, limit):
                 _meet(group)
     return groups
+
+
+def _make_runs(mesh: Mesh, parts: int, limit: datetime.timedelta) -> str:
+    """The group of ``parts`` neighbours among the ranks that make the same images, after making all of them."""
+    own = ""
+    for first in sorted({min(dataclasses.replace(mesh, rank=rank).peers(REPLICA)) for rank in range(mesh.world_size)}):
+        members = dataclasses.replace(mesh, rank=first).peers(REPLICA)
+        for at in range(0, len(members), parts):
+            ranks = members[at : at + parts]
+            with _answering(tuple(ranks), limit):
+                group = dist.new_group(ranks, timeout=limit, group_desc="rows")
+                if mesh.rank in ranks:
+                    _meet(group)
+                    own = group.group_name
+    return own
 
 
 def _meet(group: dist.ProcessGroup) -> None:

@@ -18,6 +18,11 @@ from .replicas import Replicas
 DENOISERS = ("transformer", "unet", "controlnet", "prior", "decoder", "dit")
 """Component names that diffusers gives to denoisers; a pipeline with several numbers them (``transformer_2``)."""
 
+AUTOENCODERS = ("vae", "movq", "vqvae", "vqgan", "image_vae", "video_vae")
+"""Component names that diffusers gives to autoencoders of pictures and videos."""
+CODING = ("decode", "encode")
+"""The methods by which a pipeline calls an autoencoder."""
+
 
 def denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of every denoiser of a pipeline; a bare module is its own.
@@ -37,6 +42,20 @@ def denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
     if not found:
         raise UsageError(f"this pipeline has no denoiser among {', '.join(components)}; parallelize the module itself")
     yield from found
+
+
+def autoencoders(target: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every autoencoder of a pipeline; a bare module that encodes and decodes is its own."""
+    if isinstance(target, nn.Module):
+        found = [("module", target)]
+    else:
+        components = getattr(target, "components", None) or {}
+        found = [(name, module) for name, module in components.items() if name.rstrip("_0123456789") in AUTOENCODERS]
+    yield from ((name, module) for name, module in found if _codes(module))
+
+
+def _codes(module: Any) -> bool:
+    return isinstance(module, nn.Module) and all(callable(getattr(module, method, None)) for method in CODING)
 
 
 def is_denoiser(component: str) -> bool:

@@ -12,11 +12,13 @@ ATTENTIONS = ("auto", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa
 FALLBACKS = ("gather", "error")
 DEGREES = ("data", "cfg", "ring", "ulysses", "tensor")
 SPLIT_SCHEMES = ("all", "heads", "ffn")
+VAES = ("whole", "patch")
 _CHOICES = (
     ("backend", BACKENDS),
     ("attention", ATTENTIONS),
     ("fallback", FALLBACKS),
     ("split_scheme", SPLIT_SCHEMES),
+    ("vae", VAES),
 )
 
 
@@ -33,6 +35,8 @@ class Plan:
         tensor: ranks that share heads and feed-forward channels, and with them the weights (Megatron-LM,
             arXiv:1909.08053).
         split_scheme: what ``tensor`` splits: ``heads``, ``ffn`` or ``all``.
+        vae: ``patch`` splits the rows of what the autoencoder decodes and encodes over ranks, ``whole`` does all on each.
+        vae_degree: how many ranks share these rows; all that make the same images by default.
         keep_weights: keep the whole weights on every rank, where ``tensor`` would let it hold its slices alone.
         mesh_order: the degrees from the farthest ranks to the nearest; those that talk most stand last.
         backend: what runs the rewritten graphs: ``inductor``, ``nexfort`` or ``eager``; ``auto`` takes ``inductor``
@@ -49,6 +53,8 @@ class Plan:
     data: int = 1
     tensor: int = 1
     split_scheme: str = "all"
+    vae: str = "whole"
+    vae_degree: int | None = None
     keep_weights: bool = False
     mesh_order: tuple[str, ...] = DEGREES
     backend: str = "auto"
@@ -61,6 +67,16 @@ class Plan:
     def sequence(self) -> int:
         """Ranks that share the tokens."""
         return self.ulysses * self.ring
+
+    @property
+    def replica(self) -> int:
+        """Ranks that make the same images."""
+        return self.world_size // self.data
+
+    @property
+    def rows(self) -> Plan:
+        """The plan by which the autoencoder is split: its rows, and the tokens of its attention by ring."""
+        return dataclasses.replace(self, data=1, cfg=1, ulysses=1, tensor=1, ring=self.vae_degree or self.replica)
 
     @property
     def world_size(self) -> int:
@@ -84,6 +100,8 @@ class Plan:
                 found.append(f"{name}={getattr(self, name)!r} must be True or False")
         if not isinstance(self.timeout_s, int | float) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
             found.append(f"timeout_s={self.timeout_s!r} must be a positive number of seconds")
+        if self.vae_degree is not None and not found:
+            found += self._vae_problems()
         if not found and world_size is not None and self.world_size != world_size:
             degrees = " x ".join(f"{name}={getattr(self, name)}" for name in self._shown())
             found.append(
@@ -91,6 +109,16 @@ class Plan:
                 f"but {world_size} are running; start {self.world_size} or change the degrees"
             )
         return found
+
+    def _vae_problems(self) -> list[str]:
+        degree = self.vae_degree
+        if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+            return [f"vae_degree={degree!r} must be a whole number of at least 1"]
+        if self.vae != "patch":
+            return [f"vae_degree={degree} has no use with vae={self.vae!r}; set vae='patch'"]
+        if self.replica % degree:
+            return [f"vae_degree={degree} must divide the {self.replica} ranks that make the same images"]
+        return []
 
     def _shown(self) -> list[str]:
         """The degrees worth naming: those above 1, and the two of sequence parallelism where none is."""

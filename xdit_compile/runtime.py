@@ -11,16 +11,18 @@ from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
 from .backends.base import Backend
-from .build import Analysis, analyse, place
+from .build import Analysis, analyse, choose_units, place
 from .deferred import Deferred, values_of
 from .digest import digest, digest_program, digest_shapes, digest_tensors
 from .dump import dump
 from .guidance import Branches
 from .interpret import assemble, bind
 from .mesh import Mesh
-from .passes.layout import BATCH
+from .passes.infer import Inference
+from .passes.layout import BATCH, Chosen
 from .passes.program_partition import Partitioned
 from .plan import Plan
+from .preserve import preserved
 from .program import Program
 from .signature import Signature, fingerprint, signature
 from .verification import verify
@@ -50,6 +52,13 @@ class Runner:
     A call whose signature is known runs at once; another is captured, partitioned, compiled and, with ``plan.verify``,
     compared with the module itself. Values of guards that changed make a new program too. A hook of accelerate's on the
     module (which moves it to its device) runs around every call, as it would around the module's own forward.
+
+    Args:
+        computation: what to compute in place of the module's ``forward``: another method of it.
+        choose: says what of a program is split.
+        gather: whether results are made whole; without it each rank has its part of them.
+        trace_only: the module itself never runs, neither to be captured nor to be compared with, as its memory might
+            not be there.
     """
 
     def __init__(
@@ -60,13 +69,19 @@ class Runner:
         backend: Backend,
         agreement: Agreement,
         branches: Branches,
+        *,
+        computation: Callable[..., Any] | None = None,
+        choose: Callable[[Inference, Plan], Chosen] = choose_units,
+        gather: bool = True,
+        trace_only: bool = False,
     ):
         self.weights, self.module = weights, weights.module
         self.plan = plan
         self.mesh = mesh
         self.backend = backend
         self.forward = self.module.forward
-        self._computation = getattr(self.module, "_old_forward", self.forward)
+        self._computation = computation or getattr(self.module, "_old_forward", self.forward)
+        self._choose, self._gather, self._trace_only = choose, gather, trace_only
         self.prepared: dict[Signature, list[Prepared]] = {}
         self._agreement = agreement
         self._branches = branches
@@ -90,7 +105,7 @@ class Runner:
             prepared = self._prepare(args, kwargs, leaves)
             known.append(prepared)
         if self._branches.active:
-            if not prepared.analysis.units[BATCH]:
+            if not prepared.analysis.units.get(BATCH):
                 return self._deferred(prepared, leaves)
             self._branches.shared += 1
         tensors = bind(prepared.program, self.weights, leaves)
@@ -121,8 +136,11 @@ class Runner:
             {"plan": digest([self.plan]), "input shape": digest_shapes(leaves), "input": digest_tensors(leaves)},
         )
         try:
-            analysis = analyse(self.module, self.plan, args, kwargs, forward=self._computation, check=self.plan.verify)
-            partitioned = place(analysis, self.plan, self.mesh)
+            analysis = analyse(
+                self.module, self.plan, args, kwargs, forward=self._computation, check=self.plan.verify,
+                choose=self._choose, run=not self._trace_only,
+            )  # fmt: skip
+            partitioned = place(analysis, self.plan, self.mesh, self._gather)
             partitioned.program.root.to(_device(leaves))
             dump(analysis, partitioned, self.mesh.rank)
             graph = digest([digest_program(analysis.program), analysis.units])
@@ -131,7 +149,8 @@ class Runner:
             self._agreement.fail("graph", error)
             raise
         self._agreement.agree("graph", {"graph": graph})
-        if self.plan.verify and self.mesh.world_size > 1 and not self.weights.partial:
+        verified = self.plan.verify and not self._trace_only
+        if verified and self.mesh.world_size > 1 and not self.weights.partial:
             self._verify(prepared, args, kwargs, leaves)
         self._settle(prepared.program)
         return prepared
@@ -155,7 +174,9 @@ class Runner:
     def _verify(self, prepared: Prepared, args: tuple, kwargs: dict, leaves: list[Any]) -> None:
         try:
             found = prepared.run(*bind(prepared.program, self.weights, leaves))
-            verify(assemble(prepared.program, found), self._computation(*args, **kwargs))
+            with preserved(self.module):
+                expected = self._computation(*args, **kwargs)
+            verify(assemble(prepared.program, found), expected)
         except Exception as error:
             self._agreement.fail("verdict", error)
             raise

@@ -1,0 +1,238 @@
+"""Stands in for an autoencoder's ``decode`` and ``encode``: runs them split by rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .agreement import Agreement
+from .backends.base import Backend
+from .deferred import values_of
+from .errors import CaptureError, UsageError
+from .guidance import Branches
+from .mesh import Mesh
+from .passes.rows import choose_rows
+from .pipelines import CODING
+from .plan import Plan
+from .preserve import preserved
+from .runtime import Prepared, Runner
+from .weights import Weights
+
+REHEARSED = {"decode": 16, "encode": 128}
+"""Rows and columns to which an input is cut when a method is compared with the module itself."""
+INSIDE = "(objects)"
+"""Key under which an opened object says its class."""
+
+
+class Unread(enum.Enum):
+    """Stands where a caller gave a random generator: a method that reads one cannot be captured."""
+
+    GENERATOR = "generator"
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+    """What the runners of one autoencoder share."""
+
+    weights: Weights
+    plan: Plan
+    mesh: Mesh
+    backend: Backend
+    agreement: Agreement
+
+    def runner(self, module: nn.Module, computation: Callable[..., Any], **options: Any) -> Runner:
+        """A runner that splits ``computation`` by rows."""
+        weights = self.weights if module is self.weights.module else Weights(module)
+        branches = Branches(self.mesh)
+        return Runner(
+            weights, self.plan, self.mesh, self.backend, self.agreement, branches,
+            computation=computation, choose=choose_rows, **options,
+        )  # fmt: skip
+
+
+class RowMethod:
+    """Called in place of ``decode`` or ``encode`` of an autoencoder.
+
+    The first call with inputs of new sizes is rehearsed: inputs cut to a few rows and columns go through the module and
+    through its split program, which must agree. Of the whole inputs the module sees nothing, since one device may not
+    have the memory. While the module's tiling is on, it cuts the tiles itself and each is split by rows.
+
+    Called with ``gather=False`` every rank keeps the rows that it made, in rank order.
+    """
+
+    def __init__(self, team: Team, method: str):
+        self.team, self.name = team, method
+        self.module = team.weights.module
+        self.method = getattr(self.module, method)
+        self._checked = team.runner(self.module, self._opened)
+        self._trusting = {
+            gather: team.runner(self.module, self._opened, gather=gather, trace_only=True) for gather in (True, False)
+        }
+        self._rehearsed: set[Hashable] = set()
+        self._children: dict[str, _Child] = {}
+
+    def __call__(self, *args: Any, gather: bool = True, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(_plain, (args, kwargs))
+        self._refuse_unfit(args, kwargs)
+        if getattr(self.module, "use_tiling", False):
+            return self._tiled(args, kwargs, gather)
+        small = pytree.tree_map(self._cut, (args, kwargs))
+        if gather and _sizes(small) == _sizes((args, kwargs)):
+            return _closed(self._checked(*args, **kwargs))
+        if self.team.plan.verify and _sizes((args, kwargs)) not in self._rehearsed:
+            self._checked(*small[0], **small[1])
+            self._rehearsed.add(_sizes((args, kwargs)))
+        return _closed(self._trusting[gather](*args, **kwargs))
+
+    def latest(self) -> Prepared | None:
+        """What ran last among the programs of this method, the largest inputs first."""
+        for runner in (*self._trusting.values(), self._checked):
+            if runner.prepared:
+                return next(reversed(runner.prepared.values()))[-1]
+        return None
+
+    def _opened(self, *args: Any, **kwargs: Any) -> Any:
+        """The method itself, with tensors inside objects of its result laid open; the module is left as it was."""
+        with preserved(self.module):
+            return pytree.tree_map(_open, self.method(*args, **kwargs))
+
+    def _cut(self, leaf: Any) -> Any:
+        """Rows and columns cut to few, which leave the same rest when they are divided by what the module divides by."""
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() < 4:
+            return leaf
+        few = REHEARSED[self.name]
+        rows, columns = (min(size, few + size % few) for size in leaf.shape[-2:])
+        return leaf[..., :rows, :columns]
+
+    def _refuse_unfit(self, args: tuple, kwargs: dict) -> None:
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for tensor in tensors:
+            if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                raise UsageError(f"the input of {self.name} holds NaN or infinite values; nothing was computed of it")
+        parts = self.team.mesh.world_size
+        rows = max((tensor.shape[-2] for tensor in tensors if tensor.dim() >= 4), default=parts)
+        if rows < parts:
+            idle = f"{parts - rows} of {parts} ranks have nothing to do"
+            warnings.warn(f"{self.name}: {rows} rows, so {idle}; lower vae_degree", stacklevel=3)
+
+    def _tiled(self, args: tuple, kwargs: dict, gather: bool) -> Any:
+        if not gather:
+            raise UsageError(f"{self.name} with gather=False has no use while tiling is on; call disable_tiling()")
+        with self._split_children():
+            return self.method(*args, **kwargs)
+
+    @contextmanager
+    def _split_children(self) -> Iterator[None]:
+        """Have every module that the method calls directly split what it is given."""
+        replaced = {}
+        for name, child in self.module.named_children():
+            if next(child.parameters(), None) is None or "forward" in vars(child):
+                continue
+            runner = self._children.get(name)
+            if runner is None or runner.module is not child:
+                runner = self._children[name] = _Child(self.team, name, child)
+            replaced[child] = runner
+        try:
+            for child, runner in replaced.items():
+                child.forward = runner
+            yield
+        finally:
+            for child in replaced:
+                vars(child).pop("forward", None)
+
+
+ROWS = "rows"
+
+
+def split_rows(team: Team) -> None:
+    """Put a `RowMethod` in the place of every coding method of an autoencoder."""
+    for name in CODING:
+        _install(team.weights.module, name, RowMethod(team, name))
+
+
+def _install(module: nn.Module, name: str, rows: RowMethod) -> None:
+    """A function stands for the object, since what hangs on a module counts for its state, and a function has none."""
+
+    @functools.wraps(rows.method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return rows(*args, **kwargs)
+
+    setattr(call, ROWS, rows)
+    setattr(module, name, call)
+
+
+def row_methods(module: nn.Module) -> list[RowMethod]:
+    """The methods of a module that run split by rows."""
+    return [found for name in CODING if (found := getattr(vars(module).get(name), ROWS, None)) is not None]
+
+
+def restore_rows(module: nn.Module) -> None:
+    """Undo `split_rows`."""
+    for rows in row_methods(module):
+        vars(module).pop(rows.name)
+        if getattr(rows.method, "__func__", None) is not getattr(type(module), rows.name):
+            setattr(module, rows.name, rows.method)
+
+
+class _Child:
+    """Called in place of the forward of one module inside an autoencoder; runs it as it is where it must."""
+
+    def __init__(self, team: Team, name: str, module: nn.Module):
+        self.name, self.module = name, module
+        self._forward = module.forward
+        self._runner = team.runner(module, self._forward)
+        self._whole = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._whole:
+            try:
+                return self._runner(*args, **kwargs)
+            except CaptureError as error:
+                self._whole = True
+                warnings.warn(f"{self.name} runs whole on every rank while tiling is on: {error}", stacklevel=2)
+        return self._forward(*args, **kwargs)
+
+
+def _plain(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Generator):
+        return Unread.GENERATOR
+    return values_of(leaf)
+
+
+def _open(leaf: Any) -> Any:
+    """An object that holds tensors, such as a distribution, as a dict of what it holds."""
+    if isinstance(leaf, torch.Tensor) or not hasattr(leaf, "__dict__"):
+        return leaf
+    inside = vars(leaf)
+    holds = any(isinstance(value, torch.Tensor) for value in inside.values())
+    return {INSIDE: type(leaf), **inside} if holds else leaf
+
+
+def _closed(result: Any) -> Any:
+    return pytree.tree_map(_close, result, is_leaf=_is_opened)
+
+
+def _is_opened(value: Any) -> bool:
+    return isinstance(value, dict) and INSIDE in value
+
+
+def _close(value: Any) -> Any:
+    if not _is_opened(value):
+        return value
+    made = object.__new__(value[INSIDE])
+    vars(made).update({name: inner for name, inner in value.items() if name != INSIDE})
+    return made
+
+
+def _sizes(inputs: tuple[tuple, dict]) -> Hashable:
+    leaves, spec = pytree.tree_flatten(inputs)
+    return str(spec), tuple((leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)
