@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from xdit_compile.axes import Axis, Concat, same
+from xdit_compile.axes import Axis, same
 from xdit_compile.shards import Split
 
 from .local import Value
@@ -64,9 +64,7 @@ def _in_order(typing: Typing, operands: Mapping[int, int], results: Mapping[int,
 def _takes_cuts_apart(typing: Typing, loop: Loop, split: Split) -> bool:
     """Whether a loop joins or cuts a concatenation that lies by the rows of its whole, not by those of its parts."""
     axes = [typing.expected[at][dim] for at, dim in loop.args] + [typing.outs[at][dim] for at, dim in loop.outs]
-    return any(isinstance(axis, Concat) and axis in split.cuts for axis in axes) and any(
-        not same(axes[0], axis) for axis in axes
-    )
+    return any(split.cuts_whole(axis) for axis in axes) and any(not same(axes[0], axis) for axis in axes)
 
 
 def _same_cut(typing: Typing, loop: Loop, split: Split, operand_dim: int, result_dim: int) -> bool:

@@ -34,15 +34,22 @@ def nearest(rule: Rule) -> None:
             rule.outs[0][dim] = Product((rule.actual[0][dim], rule.system.atom(out // size)))
             rule.add_join([(0, dim)], [(0, dim)])
         else:
-            rule.look(dim, Windows.moved(_copied(rule, size, out, scales.get(dim)), size))
+            rule.look(dim, Windows.moved(_copied(rule, dim, scales.get(dim)), size))
     rule.emit = lambda ctx: _resize(ctx, moved(ctx), scales)
 
 
-def _copied(rule: Rule, size: int, out: int, scale: float | None) -> np.ndarray:
-    """The row that each row of the result copies, as the operator itself has it."""
-    kind = "_upsample_nearest_exact1d" if "exact" in operator_name(rule.node.target) else "upsample_nearest1d"  # type: ignore[arg-type]
-    rows = torch.arange(size, dtype=torch.float64)[None, None]
-    return getattr(aten, kind).default(rows, [out], scale)[0, 0].long().numpy()
+def _copied(rule: Rule, dim: int, scale: float | None) -> np.ndarray:
+    """The row that each row of the result copies. The operator itself says it: kernels for one, two and three dims and
+    for different devices round in different ways where a factor is near two."""
+    value = rule.node.meta["val"]
+    rank, size, out = value.dim(), rule.shape(0)[dim], rule.out_shape()[dim]
+    device = value.device if value.device.type == "cuda" and torch.cuda.is_available() else "cpu"
+    sizes: list[int] = [1] * (rank - 2)
+    scales: list[float | None] = [None] * (rank - 2)
+    sizes[dim - 2], scales[dim - 2] = out, scale
+    rows = torch.arange(size, dtype=torch.float32, device=device).view(*[1] * dim, -1, *[1] * (rank - 1 - dim))
+    copied = getattr(aten, operator_name(rule.node.target)).default(rows, sizes, *scales)  # type: ignore[arg-type]
+    return copied.flatten().long().cpu().numpy()
 
 
 @BOOK.rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import fx
-
 from xdit_compile.axes import Axis, Product
 from xdit_compile.mesh import Mesh
 from xdit_compile.plan import Plan

@@ -73,7 +73,9 @@ def rows_case(name, sizes, rows):
 def around(sizes, before, after):
     """The rows of every rank with some before and after; none for a rank without rows."""
     ends = list(itertools.accumulate(sizes))
-    rows = [(max(e - n - before, 0), min(e + after, sum(sizes))) if n else (0, 0) for n, e in zip(sizes, ends, strict=True)]
+    rows = [
+        (max(e - n - before, 0), min(e + after, sum(sizes))) if n else (0, 0) for n, e in zip(sizes, ends, strict=True)
+    ]
     return [a for a, _ in rows], [b for _, b in rows]
 
 
@@ -269,7 +271,10 @@ def test_elements_that_leave_a_rank():
     assert elements_sent(OPS.all_to_all.default, (torch.ones(9), [1, 1, 1], [2, 3, 4], "g"), 3, 1) == 6
     assert elements_sent(OPS.all_gather.default, (x, 1, [6, 5, 5], "g"), 3, 0) == 2 * 48
     assert elements_sent(OPS.all_reduce.default, (x, "g"), 4, 0) == 72
-    assert elements_sent(OPS.halo_exchange.default, (x, 1, *around([3, 6, 4], 2, 1), [3, 6, 4], 1, "g"), 3, 1) == (1 + 2) * 8
+    assert (
+        elements_sent(OPS.halo_exchange.default, (x, 1, *around([3, 6, 4], 2, 1), [3, 6, 4], 1, "g"), 3, 1)
+        == (1 + 2) * 8
+    )
     assert elements_sent(OPS.halo_exchange.default, (x, 1, *around([3, 6, 4], 9, 0), [3, 6, 4], 1, "g"), 3, 1) == 6 * 8
     k, v = torch.ones(2, 5, 6, 4), torch.ones(2, 5, 6, 3)
     ring = (k, k, v, None, [6, 5, 4], None, False, "g", "auto")

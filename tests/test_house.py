@@ -23,7 +23,10 @@ CAPTURE = (
     "program weights checkpoint tracing values valued writes decompose simplify blocks outline interpret preserve "
     "signature capture"
 )
-RUNTIME = "simulated agreement verification digest build report dump deferred guidance replicas pipelines empty runtime"
+RUNTIME = (
+    "simulated agreement verification digest build report dump deferred guidance replicas pipelines empty runtime "
+    "autoencoder memory"
+)
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
 LAYERS = [
     {"xdit_compile.errors"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -18,11 +18,18 @@ class Autoencoder:
     config: dict[str, Any]
     latent: tuple[int, ...]
     picture: tuple[int, ...]
+    tiles: dict[str, int] = field(default_factory=dict)
 
     def build(self, seed: int = 3) -> nn.Module:
         model = getattr(diffusers, self.cls)(**self.config)
         randomise(model, seed)
         return model.eval().requires_grad_(False)
+
+    def small_tiles(self, model: nn.Module) -> None:
+        """Turn tiling on with tiles smaller than the inputs; classes name and size them in several ways."""
+        model.enable_tiling()
+        for name, size in self.tiles.items():
+            setattr(model, name, size)
 
     def given(self, method: str) -> Tensor:
         """The input of ``decode`` or ``encode``."""
@@ -58,8 +65,24 @@ _LTX = {
 }
 _WAN = {"base_dim": 4, "z_dim": 6, "num_res_blocks": 1, "latents_mean": [0.1] * 6, "latents_std": [0.9] * 6}
 
+_STRIDED = {
+    "tile_sample_min_height": 64,
+    "tile_sample_min_width": 64,
+    "tile_sample_stride_height": 48,
+    "tile_sample_stride_width": 48,
+}
+_LATENT = {
+    "tile_sample_min_height": 64,
+    "tile_sample_min_width": 32,
+    "tile_latent_min_height": 8,
+    "tile_latent_min_width": 4,
+}
+
 AUTOENCODERS: dict[str, Autoencoder] = {
-    "kl": Autoencoder("AutoencoderKL", _KL, (1, 4, 11, 6), (1, 3, 45, 26)),
+    "kl": Autoencoder(
+        "AutoencoderKL", _KL, (1, 4, 11, 6), (1, 3, 45, 26),
+        {"tile_sample_min_size": 24, "tile_latent_min_size": 6},
+    ),
     "tiny": Autoencoder(
         "AutoencoderTiny",
         {
@@ -71,7 +94,10 @@ AUTOENCODERS: dict[str, Autoencoder] = {
         (2, 4, 11, 6),
         (2, 3, 45, 26),
     ),
-    "dc": Autoencoder("AutoencoderDC", _DC, (1, 6, 11, 6), (1, 3, 44, 24)),
+    "dc": Autoencoder(
+        "AutoencoderDC", _DC, (1, 6, 11, 6), (1, 3, 44, 24),
+        {name: size // 4 for name, size in _STRIDED.items()},
+    ),
     "dc_interpolate": Autoencoder(
         "AutoencoderDC",
         {**_DC, "upsample_block_type": "interpolate", "downsample_block_type": "Conv"},
@@ -83,6 +109,7 @@ AUTOENCODERS: dict[str, Autoencoder] = {
         {"block_out_channels": (4, 4, 8, 8), "latent_channels": 6, "layers_per_block": 1, "norm_num_groups": 2},
         (1, 6, 3, 11, 4),
         (1, 3, 9, 90, 34),
+        _LATENT,
     ),
     "mochi": Autoencoder(
         "AutoencoderKLMochi",
@@ -96,11 +123,15 @@ AUTOENCODERS: dict[str, Autoencoder] = {
         },
         (1, 6, 2, 11, 4),
         (1, 3, 7, 88, 32),
+        _STRIDED,
     ),
-    "wan": Autoencoder("AutoencoderKLWan", _WAN, (1, 6, 3, 11, 4), (1, 3, 9, 88, 32)),
+    "wan": Autoencoder("AutoencoderKLWan", _WAN, (1, 6, 3, 11, 4), (1, 3, 9, 88, 32), _STRIDED),
     "wan_residual": Autoencoder(
         "AutoencoderKLWan",
-        {**_WAN, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16},
+        {
+            **_WAN, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
+            "scale_factor_spatial": 16,
+        },
         (1, 6, 2, 11, 4),
         (1, 3, 5, 176, 64),
     ),
@@ -109,9 +140,10 @@ AUTOENCODERS: dict[str, Autoencoder] = {
         {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 6},
         (1, 6, 3, 11, 4),
         (1, 3, 9, 90, 34),
+        _STRIDED,
     ),
-    "ltx": Autoencoder("AutoencoderKLLTXVideo", _LTX, (1, 6, 2, 11, 4), (1, 3, 9, 352, 128)),
-    "qwen": Autoencoder("AutoencoderKLQwenImage", _WAN, (1, 6, 1, 11, 4), (1, 3, 1, 88, 32)),
+    "ltx": Autoencoder("AutoencoderKLLTXVideo", _LTX, (1, 6, 2, 11, 4), (1, 3, 9, 352, 128), _STRIDED),
+    "qwen": Autoencoder("AutoencoderKLQwenImage", _WAN, (1, 6, 1, 11, 4), (1, 3, 1, 88, 32), _STRIDED),
 }  # fmt: skip
 """The classes that must work, some in two configurations."""
 

@@ -65,7 +65,7 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     coders = dict(autoencoders(target)) if plan.vae == "patch" else {}
     if plan.vae == "patch" and not coders:
         raise UsageError("vae='patch' but there is no autoencoder here; use vae='whole'")
-    modules = {name: module for name, module in _denoisers(target, coders)}
+    modules = dict(_denoisers(target, coders))
     for module in modules.values():
         _check_provider(plan, module)
     for name, module in [*modules.items(), *coders.items()]:

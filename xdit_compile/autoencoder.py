@@ -106,7 +106,7 @@ class RowMethod:
             return pytree.tree_map(_open, self.method(*args, **kwargs))
 
     def _cut(self, leaf: Any) -> Any:
-        """Rows and columns cut to few, which leave the same rest when they are divided by what the module divides by."""
+        """Rows and columns cut to few, with the rest that the whole leaves when it is divided by a power of two."""
         if not isinstance(leaf, torch.Tensor) or leaf.dim() < 4:
             return leaf
         few = REHEARSED[self.name]
@@ -150,6 +150,52 @@ class RowMethod:
                 vars(child).pop("forward", None)
 
 
+class _Child:
+    """Called in place of the forward of one module inside an autoencoder; runs it as it is where it must.
+
+    Lists and dicts among the arguments may be written to, as caches of earlier frames are: what the module leaves in
+    them is part of its result, and is put into the caller's.
+    """
+
+    def __init__(self, team: Team, name: str, module: nn.Module):
+        self.name, self.module = name, module
+        self._forward = module.forward
+        self._runner = team.runner(module, self._with_containers)
+        self._whole = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._whole:
+            try:
+                result, left = self._runner(*args, **kwargs)
+            except CaptureError as error:
+                self._whole = True
+                warnings.warn(f"{self.name} runs whole on every rank while tiling is on: {error}", stacklevel=2)
+            else:
+                _put_back((args, kwargs), left)
+                return result
+        return self._forward(*args, **kwargs)
+
+    def _with_containers(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[tuple, dict]]:
+        args, kwargs = pytree.tree_map(lambda leaf: leaf, (args, kwargs))
+        result = self._forward(*args, **kwargs)
+        return result, (tuple(map(_container, args)), {name: _container(value) for name, value in kwargs.items()})
+
+
+def _container(value: Any) -> Any:
+    return value if isinstance(value, list | dict) else None
+
+
+def _put_back(inputs: Any, left: Any) -> None:
+    """Make every list and dict of the inputs hold what ``left`` holds in its place."""
+    given, found = (list(each[0]) + list(each[1].values()) for each in (inputs, left))
+    for container, contents in zip(given, found, strict=True):
+        if isinstance(container, list):
+            container[:] = contents
+        elif isinstance(container, dict):
+            container.clear()
+            container.update(contents)
+
+
 ROWS = "rows"
 
 
@@ -181,25 +227,6 @@ def restore_rows(module: nn.Module) -> None:
         vars(module).pop(rows.name)
         if getattr(rows.method, "__func__", None) is not getattr(type(module), rows.name):
             setattr(module, rows.name, rows.method)
-
-
-class _Child:
-    """Called in place of the forward of one module inside an autoencoder; runs it as it is where it must."""
-
-    def __init__(self, team: Team, name: str, module: nn.Module):
-        self.name, self.module = name, module
-        self._forward = module.forward
-        self._runner = team.runner(module, self._forward)
-        self._whole = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._whole:
-            try:
-                return self._runner(*args, **kwargs)
-            except CaptureError as error:
-                self._whole = True
-                warnings.warn(f"{self.name} runs whole on every rank while tiling is on: {error}", stacklevel=2)
-        return self._forward(*args, **kwargs)
 
 
 def _plain(leaf: Any) -> Any:
@@ -235,4 +262,6 @@ def _close(value: Any) -> Any:
 
 def _sizes(inputs: tuple[tuple, dict]) -> Hashable:
     leaves, spec = pytree.tree_flatten(inputs)
-    return str(spec), tuple((leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)
+    return str(spec), tuple(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves
+    )

@@ -109,6 +109,12 @@ def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         "use_cfg_parallel": click.option(
             "--use_cfg_parallel", is_flag=True, help="Two ranks share the branches of guidance."
         ),
+        "use_parallel_vae": click.option(
+            "--use_parallel_vae", is_flag=True, help="Split the rows that the autoencoder decodes and encodes."
+        ),
+        "vae_parallel_degree": click.option(
+            "--vae_parallel_degree", type=int, help="Ranks that share these rows.  [default: all of one image]"
+        ),
         "split_scheme": click.option(
             "--split_scheme",
             default=Plan.split_scheme,

@@ -94,7 +94,7 @@ class Mesh:
         return dataclasses.replace(mesh, groups=MappingProxyType(_make_groups(mesh, limit)))
 
     def shared_rows(self, plan: Plan) -> Mesh:
-        """This rank's mesh for the autoencoder: ``plan.rows.ring`` of the ranks that make the same images, side by side.
+        """This rank's mesh for the autoencoder: ``plan.rows.ring`` neighbours among those that make the same images.
 
         Every rank of the world must call this at the same point, since groups may be made.
 

@@ -35,7 +35,7 @@ class Plan:
         tensor: ranks that share heads and feed-forward channels, and with them the weights (Megatron-LM,
             arXiv:1909.08053).
         split_scheme: what ``tensor`` splits: ``heads``, ``ffn`` or ``all``.
-        vae: ``patch`` splits the rows of what the autoencoder decodes and encodes over ranks, ``whole`` does all on each.
+        vae: ``patch`` splits the rows that the autoencoder decodes and encodes over ranks, ``whole`` does all on each.
         vae_degree: how many ranks share these rows; all that make the same images by default.
         keep_weights: keep the whole weights on every rank, where ``tensor`` would let it hold its slices alone.
         mesh_order: the degrees from the farthest ranks to the nearest; those that talk most stand last.

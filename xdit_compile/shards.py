@@ -98,8 +98,11 @@ class Split:
 
     def _joined(self, middle: Sequence[Axis]) -> bool:
         """Whether the factor that is split is a concatenation of parts that are split, each by itself."""
-        whole = middle in self.units or middle[0] in self.cuts
-        return len(middle) == 1 and isinstance(middle[0], Concat) and not whole
+        return len(middle) == 1 and isinstance(middle[0], Concat) and not self.cuts_whole(middle[0])
+
+    def cuts_whole(self, axis: Axis) -> bool:
+        """Whether an axis is a concatenation that is split by its own positions, not by those of its parts."""
+        return isinstance(axis, Concat) and (axis in self.cuts or (axis,) in self.units)
 
     def _share(self, middle: Sequence[Axis], index: int) -> tuple[int, int]:
         ends = self.cuts.get(middle[0]) if len(middle) == 1 else None

@@ -67,9 +67,17 @@ class Flat(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
         result = self.call(*args, **kwargs)
+        if not torch.compiler.is_dynamo_compiling():
+            self._refuse_changed(leaves, (args, kwargs))
         if not torch.compiler.is_dynamo_compiling() and self.seen.result is None:
             self.seen.result = describe_result(result)
         return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+
+    def _refuse_changed(self, leaves: list[Any], inputs: tuple[tuple, dict]) -> None:
+        """A graph has no lists or dicts to write to, so what a module puts there would be lost."""
+        after, spec = pytree.tree_flatten(inputs)
+        if spec != self.in_spec or any(one is not other for one, other in zip(leaves, after, strict=True)):
+            raise CaptureError("the module writes to a list or dict that it is given")
 
     def own_inputs(self) -> tuple[tuple, dict]:
         """``(args, kwargs)`` of the example call, with tensors that a call may write to without harm."""
