@@ -79,7 +79,8 @@ class Runner:
         self.mesh = mesh
         self.backend = backend
         self.forward = self.module.forward
-        self._computation: Callable[..., Any] = computation or getattr(self.module, "_old_forward", self.forward)
+        own: Callable[..., Any] = getattr(self.module, "_old_forward", None) or self.forward
+        self._computation = computation or own
         self._choose, self._gather, self._trace_only = choose, gather, trace_only
         self.prepared: dict[Signature, list[Prepared]] = {}
         self._agreement = agreement
