@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,14 +84,44 @@ class _Grouped:
         view = [sizes[0], groups, counts[self.part.sharding.index[name]]]
         flat = call(aten.reshape.default, _cast(self.part, inputs, dtype, wide), view)
         mean, variance = _merge(self.part, flat, [2], name, counts, sizes[0] * groups, wide)
-        scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, self._epsilon()))
-        result = call(aten.mul.Tensor, call(aten.sub.Tensor, flat, mean), scale)
-        result = call(aten.reshape.default, result, sizes)
-        for factor, apply in zip(affine, (aten.mul.Tensor, aten.add.Tensor), strict=True):
-            if factor is not None:
-                column = call(aten.reshape.default, factor, [-1, *[1] * (len(sizes) - 2)])
-                result = call(apply, result, _cast(self.part, column, dtype, wide))
-        return _cast(self.part, result, wide, dtype)
+        affine = [_cast(self.part, factor, dtype, wide) if factor is not None else None for factor in affine]
+        return scaled(call, inputs, sizes, groups, (mean, variance), affine, self._epsilon(), (dtype, wide))
+
+
+def scaled(
+    call: Callable[..., fx.Node],
+    inputs: fx.Node,
+    sizes: Sequence[int],
+    groups: int,
+    statistics: tuple[fx.Node, fx.Node],
+    affine: Sequence[fx.Node | None],
+    epsilon: float,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> fx.Node:
+    """A group norm of known statistics: one multiplication and one addition for each element.
+
+    Args:
+        inputs: of shape ``sizes`` and ``dtypes[0]``; arithmetic is in ``dtypes[1]``.
+        statistics: mean and biased variance, [batch, groups, 1].
+        affine: weight and bias of every channel, or none.
+    """
+    (mean, variance), (weight, bias), (dtype, wide) = statistics, affine, dtypes
+    scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, epsilon))
+    each = [sizes[0], groups, sizes[1] // groups]
+    mean, scale = (
+        call(aten.reshape.default, call(aten.expand.default, statistic, each), list(sizes[:2]))
+        for statistic in (mean, scale)
+    )
+    if weight is not None:
+        scale = call(aten.mul.Tensor, scale, weight)
+    shift = call(aten.neg.default, call(aten.mul.Tensor, mean, scale))
+    if bias is not None:
+        shift = call(aten.add.Tensor, shift, bias)
+    column = [sizes[0], sizes[1], *[1] * (len(sizes) - 2)]
+    scale, shift = (call(aten.reshape.default, value, column) for value in (scale, shift))
+    wider = inputs if dtype == wide else call(aten._to_copy.default, inputs, dtype=wide)
+    result = call(aten.addcmul.default, shift, wider, scale)
+    return result if dtype == wide else call(aten._to_copy.default, result, dtype=dtype)
 
 
 def _are_whole(split: Split, axis: Axis, size: int) -> bool:
@@ -191,9 +223,7 @@ def _merge(
     """
     call, last, parts, total = part.local.call, dims[-1], len(counts), sum(counts)
     here = counts[part.sharding.index[name]]
-    own = call(aten.div.Scalar, call(aten.sum.dim_IntList, inputs, dims, True), max(here, 1))
-    apart = call(aten.sub.Tensor, inputs, own)
-    squares = call(aten.sum.dim_IntList, call(aten.mul.Tensor, apart, apart), dims, True)
+    own, squares = moments(call, inputs, dims, here)
     packed = call(aten.cat.default, [own, squares], last)
     arrived = call(torch.ops.xdit_compile.all_gather.default, packed, last, [2] * parts, part.layout.groups[name])
     part.ledger.sent("all_gather", "norm statistics", 2 * rows * (parts - 1), dtype)
@@ -205,6 +235,16 @@ def _merge(
     apart = call(aten.mul.Tensor, call(aten.mul.Tensor, apart, apart), weights)
     summed = call(aten.sum.dim_IntList, call(aten.add.Tensor, squares, apart), [last], True)
     return mean, call(aten.div.Scalar, summed, total)
+
+
+def moments(call: Callable[..., fx.Node], inputs: fx.Node, dims: list[int], count: int) -> tuple[fx.Node, fx.Node]:
+    """Mean and sum of squared deviations of ``count`` positions, over trailing ``dims`` kept with size 1."""
+    if count == 0:
+        none = call(aten.sum.dim_IntList, inputs, dims, True)
+        return none, none
+    found = call(aten.var_mean.correction, inputs, dims, correction=0, keepdim=True)
+    variance, mean = (call(operator.getitem, found, at) for at in range(2))
+    return mean, call(aten.mul.Scalar, variance, count)
 
 
 def _cast(part: FramePartitioner, value: fx.Node, dtype: torch.dtype, wanted: torch.dtype) -> fx.Node:
