@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import fx, nn
+
+from xdit_compile.flatten import flatten
 
 from .base import Backend
 
@@ -11,6 +16,10 @@ class Eager(Backend):
     """Every operator is called as it stands in the graph."""
 
     name = "eager"
+
+    def compile(self, root: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
+        """All in one graph, which lets go of every value after its last use."""
+        return flatten(root)
 
     def compile_structure(self, structure: fx.GraphModule) -> nn.Module:
         return structure

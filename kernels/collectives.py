@@ -190,17 +190,33 @@ def halo_exchange(
         return x.narrow(dim, starts[0], stops[0] - starts[0]).clone(memory_format=torch.contiguous_format)
     if dist.get_rank(process_group(group)) != index:
         raise ValueError(f"halo_exchange at position {index} of a group where this rank has another; pass its own")
-    start, end = owned_rows(sizes, index)
-    sent = rows_sent(starts, stops, sizes, index)
-    got = rows_got(starts, stops, sizes, index)
+    sent = halo_sent(x, dim, starts, stops, sizes, index)
+    return halo_joined(x, all_to_all(*sent, group), dim, starts, stops, sizes, index)
+
+
+def halo_sent(
+    x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int
+) -> tuple[torch.Tensor, list[int], list[int]]:
+    """What an exchange of rows gives to ``all_to_all``: the rows that leave this rank, and the splits both ways."""
     row = math.prod(size for position, size in enumerate(x.shape) if position != dim)
+    start, _ = owned_rows(sizes, index)
+    sent, got = rows_sent(starts, stops, sizes, index), rows_got(starts, stops, sizes, index)
     pieces = [x.narrow(dim, a - start, b - a).reshape(-1) for a, b in sent if b > a]
     away = torch.cat(pieces) if pieces else x.new_empty(0)
-    flat = all_to_all(away, [(b - a) * row for a, b in got], [(b - a) * row for a, b in sent], group)
+    return away, [(b - a) * row for a, b in got], [(b - a) * row for a, b in sent]
+
+
+def halo_joined(
+    x: torch.Tensor, arrived: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int
+) -> torch.Tensor:
+    """The rows that this rank asked for, from its own and those that ``all_to_all`` brought."""
+    row = math.prod(size for position, size in enumerate(x.shape) if position != dim)
+    got = rows_got(starts, stops, sizes, index)
     parts = [
         part.view(*x.shape[:dim], b - a, *x.shape[dim + 1 :])
-        for part, (a, b) in zip(flat.split([(b - a) * row for a, b in got]), got, strict=True)
+        for part, (a, b) in zip(arrived.split([(b - a) * row for a, b in got]), got, strict=True)
     ]
+    start, end = owned_rows(sizes, index)
     a, b = _overlap((start, end), (starts[index], stops[index]))
     parts[index] = x.narrow(dim, a - start if b > a else 0, b - a)
     return torch.cat(parts, dim).contiguous()

@@ -13,7 +13,8 @@ from .windows import Windows
 BOOK = RuleBook()
 
 
-def _per_dim(value: Any, rank: int) -> list[int]:
+def per_dim(value: Any, rank: int) -> list[int]:
+    """One number for each of ``rank`` dims, where an argument may give one for all."""
     values = [value] if isinstance(value, int) else list(value)
     return values * rank if len(values) == 1 else values
 
@@ -29,8 +30,8 @@ def convolution(rule: Rule) -> None:
         _opaque_space(rule, range(rank), "padding by name or a transposed convolution")
         _channels(rule, 0)
         return
-    stride, padding = _per_dim(rule.arg(3, "stride", 1), rank), _per_dim(rule.arg(4, "padding", 0), rank)
-    dilation = _per_dim(rule.arg(5, "dilation", 1), rank)
+    stride, padding = per_dim(rule.arg(3, "stride", 1), rank), per_dim(rule.arg(4, "padding", 0), rank)
+    dilation = per_dim(rule.arg(5, "dilation", 1), rank)
     groups = rule.arg(8, "groups", 1) if general else rule.arg(6, "groups", 1)
     _channels(rule, groups)
     kernel = rule.shape(1)[2:]
@@ -102,12 +103,12 @@ def _opaque_space(rule: Rule, dims: Sequence[int], reason: str) -> None:
 def pool(rule: Rule) -> None:
     rank = len(rule.actual[0])
     space = {1: 1, 2: 2, 3: 3}[int(str(rule.node.target).split("d.")[0][-1])]
-    kernel = _per_dim(rule.arg(1, "kernel_size"), space)
-    stride = _per_dim(rule.arg(2, "stride", kernel) or kernel, space)
-    padding = _per_dim(rule.arg(3, "padding", 0), space)
+    kernel = per_dim(rule.arg(1, "kernel_size"), space)
+    stride = per_dim(rule.arg(2, "stride", kernel) or kernel, space)
+    padding = per_dim(rule.arg(3, "padding", 0), space)
     for dim in range(rank - space):
         rule.loop("map", [(0, dim)], [(0, dim)])
-    if "max" in str(rule.node.target) and _per_dim(rule.arg(4, "dilation", 1), space) != [1] * space:
+    if "max" in str(rule.node.target) and per_dim(rule.arg(4, "dilation", 1), space) != [1] * space:
         _opaque_space(rule, range(space), "a dilated pool")
         return
     for k in range(space):

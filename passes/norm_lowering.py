@@ -85,27 +85,27 @@ class _Grouped:
         flat = call(aten.reshape.default, _cast(self.part, inputs, dtype, wide), view)
         mean, variance = _merge(self.part, flat, [2], name, counts, sizes[0] * groups, wide)
         affine = [_cast(self.part, factor, dtype, wide) if factor is not None else None for factor in affine]
-        return scaled(call, inputs, sizes, groups, (mean, variance), affine, self._epsilon(), (dtype, wide))
+        scale, shift = columns(call, sizes, groups, (mean, variance), affine, self._epsilon())
+        result = call(aten.addcmul.default, shift, _cast(self.part, inputs, dtype, wide), scale)
+        return _cast(self.part, result, wide, dtype)
 
 
-def scaled(
+def columns(
     call: Callable[..., fx.Node],
-    inputs: fx.Node,
     sizes: Sequence[int],
     groups: int,
     statistics: tuple[fx.Node, fx.Node],
     affine: Sequence[fx.Node | None],
     epsilon: float,
-    dtypes: tuple[torch.dtype, torch.dtype],
-) -> fx.Node:
-    """A group norm of known statistics: one multiplication and one addition for each element.
+) -> tuple[fx.Node, fx.Node]:
+    """What a group norm of known statistics multiplies every channel by and adds to it: [batch, channels, 1, ...].
 
     Args:
-        inputs: of shape ``sizes`` and ``dtypes[0]``; arithmetic is in ``dtypes[1]``.
+        sizes: the shape of what is normalised.
         statistics: mean and biased variance, [batch, groups, 1].
-        affine: weight and bias of every channel, or none.
+        affine: weight and bias of every channel, or none, of the dtype of the statistics.
     """
-    (mean, variance), (weight, bias), (dtype, wide) = statistics, affine, dtypes
+    (mean, variance), (weight, bias) = statistics, affine
     scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, epsilon))
     each = [sizes[0], groups, sizes[1] // groups]
     mean, scale = (
@@ -118,10 +118,7 @@ def scaled(
     if bias is not None:
         shift = call(aten.add.Tensor, shift, bias)
     column = [sizes[0], sizes[1], *[1] * (len(sizes) - 2)]
-    scale, shift = (call(aten.reshape.default, value, column) for value in (scale, shift))
-    wider = inputs if dtype == wide else call(aten._to_copy.default, inputs, dtype=wide)
-    result = call(aten.addcmul.default, shift, wider, scale)
-    return result if dtype == wide else call(aten._to_copy.default, result, dtype=dtype)
+    return call(aten.reshape.default, scale, column), call(aten.reshape.default, shift, column)
 
 
 def _are_whole(split: Split, axis: Axis, size: int) -> bool:

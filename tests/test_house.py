@@ -20,12 +20,12 @@ FOLDERS = {
     "xdit_compile.backends": ROOT / "backends",
 }
 CAPTURE = (
-    "program weights checkpoint tracing values valued writes decompose simplify blocks outline interpret preserve "
-    "signature capture"
+    "program flatten memory weights checkpoint tracing values valued writes decompose simplify blocks outline "
+    "interpret preserve signature capture"
 )
 RUNTIME = (
     "simulated agreement verification digest build report dump deferred guidance replicas pipelines empty runtime "
-    "autoencoder memory"
+    "autoencoder"
 )
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
 LAYERS = [

@@ -17,6 +17,7 @@ from xdit_compile.passes.layout import Layout
 from xdit_compile.passes.program_partition import partition
 from xdit_compile.passes.rows import choose_rows
 from xdit_compile.passes.rulebook import rulebook
+from xdit_compile.passes.strips import cut_into
 from xdit_compile.plan import Plan
 from xdit_compile.simulated import run_simulated
 
@@ -131,3 +132,15 @@ def test_it_is_exact_and_gathers_nothing(name):
         assert found.shape == expected.shape
         assert all(strip.shape[dim] < expected.shape[dim] for strip in strips)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_exact_in_strips(name):
+    module, x, expected, inference = typed(name)
+    for parts in (1, 3):
+        plan = Plan(ring=parts)
+        units = choose_rows(inference, plan)
+        layouts = [Layout.of(plan, Mesh.simulated(plan, rank), units) for rank in range(parts)]
+        programs = [cut_into(partition(inference, layout).program, 3, 0) for layout in layouts]
+        for found in run_simulated(programs, module, (x,), {}):
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)

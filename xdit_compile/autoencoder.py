@@ -55,7 +55,7 @@ class Team:
         branches = Branches(self.mesh)
         return Runner(
             weights, self.plan, self.mesh, self.backend, self.agreement, branches,
-            computation=computation, choose=choose_rows, **options,
+            computation=computation, choose=choose_rows, budget=self.plan.vae_bytes, **options,
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 from .errors import PlanError
 
@@ -37,6 +38,8 @@ class Plan:
         split_scheme: what ``tensor`` splits: ``heads``, ``ffn`` or ``all``.
         vae: ``patch`` splits the rows that the autoencoder decodes and encodes over ranks, ``whole`` does all on each.
         vae_degree: how many ranks share these rows; all that make the same images by default.
+        vae_memory: bytes of activations that the autoencoder may hold on one rank, as a number or with a unit
+            (``"2GiB"``): convolutions run in as many strips as that takes. Works on one rank, too.
         keep_weights: keep the whole weights on every rank, where ``tensor`` would let it hold its slices alone.
         mesh_order: the degrees from the farthest ranks to the nearest; those that talk most stand last.
         backend: what runs the rewritten graphs: ``inductor``, ``nexfort`` or ``eager``; ``auto`` takes ``inductor``
@@ -55,6 +58,7 @@ class Plan:
     split_scheme: str = "all"
     vae: str = "whole"
     vae_degree: int | None = None
+    vae_memory: str | int | None = None
     keep_weights: bool = False
     mesh_order: tuple[str, ...] = DEGREES
     backend: str = "auto"
@@ -79,6 +83,17 @@ class Plan:
         return dataclasses.replace(self, data=1, cfg=1, ulysses=1, tensor=1, ring=self.vae_degree or self.replica)
 
     @property
+    def vae_bytes(self) -> int | None:
+        """``vae_memory`` as a number; None where it is none."""
+        if isinstance(self.vae_memory, int):
+            return self.vae_memory if self.vae_memory > 0 and self.vae_memory is not True else None
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", self.vae_memory or "", re.IGNORECASE)
+        if found is None:
+            return None
+        power = " KMGT".find(found[2].upper() or " ")
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+    @property
     def world_size(self) -> int:
         """Ranks that the plan needs in all."""
         return math.prod(getattr(self, name) for name in DEGREES)
@@ -100,7 +115,7 @@ class Plan:
                 found.append(f"{name}={getattr(self, name)!r} must be True or False")
         if not isinstance(self.timeout_s, int | float) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
             found.append(f"timeout_s={self.timeout_s!r} must be a positive number of seconds")
-        if self.vae_degree is not None and not found:
+        if not found:
             found += self._vae_problems()
         if not found and world_size is not None and self.world_size != world_size:
             degrees = " x ".join(f"{name}={getattr(self, name)}" for name in self._shown())
@@ -112,10 +127,15 @@ class Plan:
 
     def _vae_problems(self) -> list[str]:
         degree = self.vae_degree
+        for name in ("vae_degree", "vae_memory"):
+            if (given := getattr(self, name)) is not None and self.vae != "patch":
+                return [f"{name}={given!r} has no use with vae={self.vae!r}; set vae='patch'"]
+        if self.vae_memory is not None and not self.vae_bytes:
+            return [f"vae_memory={self.vae_memory!r} must be a number of bytes, or such as '2GiB' or '800MB'"]
+        if degree is None:
+            return []
         if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
             return [f"vae_degree={degree!r} must be a whole number of at least 1"]
-        if self.vae != "patch":
-            return [f"vae_degree={degree} has no use with vae={self.vae!r}; set vae='patch'"]
         if self.replica % degree:
             return [f"vae_degree={degree} must divide the {self.replica} ranks that make the same images"]
         return []

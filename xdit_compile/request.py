@@ -248,4 +248,5 @@ def plan_from_flags(**flags: Any) -> Plan:
         attention=flags["attention"],
         vae="patch" if flags["use_parallel_vae"] else "whole",
         vae_degree=flags["vae_parallel_degree"],
+        vae_memory=flags["vae_memory"],
     )

@@ -21,6 +21,7 @@ from .mesh import Mesh
 from .passes.infer import Inference
 from .passes.layout import BATCH, Chosen
 from .passes.program_partition import Partitioned
+from .passes.strips import in_strips
 from .plan import Plan
 from .program import Program
 from .signature import Signature, fingerprint, signature
@@ -56,6 +57,7 @@ class Runner:
         computation: what to compute in place of the module's ``forward``: another method of it.
         choose: says what of a program is split.
         gather: whether results are made whole; without it each rank has its part of them.
+        budget: bytes of activations that this rank may hold; convolutions run in strips where that takes it.
         trace_only: the module itself never runs, neither to be captured nor to be compared with, as its memory might
             not be there.
     """
@@ -72,6 +74,7 @@ class Runner:
         computation: Callable[..., Any] | None = None,
         choose: Callable[[Inference, Plan], Chosen] = choose_units,
         gather: bool = True,
+        budget: int | None = None,
         trace_only: bool = False,
     ):
         self.weights, self.module = weights, weights.module
@@ -81,7 +84,7 @@ class Runner:
         self.forward = self.module.forward
         own: Callable[..., Any] = getattr(self.module, "_old_forward", None) or self.forward
         self._computation = computation or own
-        self._choose, self._gather, self._trace_only = choose, gather, trace_only
+        self._choose, self._gather, self._budget, self._trace_only = choose, gather, budget, trace_only
         self.prepared: dict[Signature, list[Prepared]] = {}
         self._agreement = agreement
         self._branches = branches
@@ -141,6 +144,9 @@ class Runner:
                 choose=self._choose, run=not self._trace_only,
             )  # fmt: skip
             partitioned = place(analysis, self.plan, self.mesh, self._gather)
+            if self._budget is not None:
+                program = in_strips(partitioned.program, self._budget)
+                partitioned = dataclasses.replace(partitioned, program=program)
             partitioned.program.root.to(_device(leaves))
             dump(analysis, partitioned, self.mesh.rank)
             graph = digest([digest_program(analysis.program), analysis.units])

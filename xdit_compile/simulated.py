@@ -11,12 +11,18 @@ from torch.utils import _pytree as pytree
 
 from .errors import AgreementError, PartitionError
 from .interpret import assemble, bind
+from .kernels.collectives import halo_joined, halo_sent
 from .kernels.simulate import SIMULATIONS, simulate
 from .mesh import is_simulated, simulated_members
 from .program import Program
 from .weights import Weights
 
-Step = tuple[Any, tuple[Any, ...], str]
+HALO = torch.ops.xdit_compile.halo_exchange.default
+ALL_TO_ALL = torch.ops.xdit_compile.all_to_all.default
+"""What an exchange of rows is on the wire. Ranks may do it by either op, as the one that needs less memory."""
+Said = tuple[Any, tuple[Any, ...]]
+Step = tuple[Any, tuple[Any, ...], str, Said]
+"""An op that ranks meet at, its arguments, its group, and what stands for it in the graph."""
 
 
 @torch.no_grad()
@@ -48,9 +54,9 @@ def run_simulated(
         if ready is None:
             raise AgreementError(f"ranks wait for one another: {[(r, str(s[0]), s[2]) for r, s in waiting.items()]}")
         steps = [waiting.pop(rank) for rank in ready]
-        for rank, (op, given, _) in zip(ready, steps, strict=True):
+        for rank, (_, _, _, said) in zip(ready, steps, strict=True):
             if observe is not None:
-                observe(rank, op, given)
+                observe(rank, *said)
         outputs = simulate(steps[0][0], [step[1] for step in steps])
         for rank, output in zip(ready, outputs, strict=True):
             _advance(rank, ranks[rank], output, waiting, results)
@@ -59,7 +65,7 @@ def run_simulated(
 
 def _ready(waiting: dict[int, Step]) -> list[int] | None:
     """The members of a group that all wait at the same collective."""
-    for target, _, group in waiting.values():
+    for target, _, group, _ in waiting.values():
         members = simulated_members(group)
         if all(rank in waiting and waiting[rank][2] == group and waiting[rank][0] is target for rank in members):
             return members
@@ -90,8 +96,13 @@ def _steps(module: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Step, Any
             env[node] = yield from _steps(getattr(module, str(node.target)), args)
         elif node.op == "output":
             return args[0]
+        elif node.target is HALO and (group := _group(args)) is not None:
+            x, dim, *rows = args[:-1]
+            sent = halo_sent(x, dim % x.dim(), *rows)
+            arrived = yield ALL_TO_ALL, (*sent, group), group, (HALO, args)
+            env[node] = halo_joined(x, arrived, dim % x.dim(), *rows)
         elif node.target in SIMULATIONS and (group := _group(args)) is not None:
-            env[node] = yield node.target, args, group
+            env[node] = yield node.target, args, group, (node.target, args)
         else:
             env[node] = _called(node, args, kwargs)
         _check_shape(node, env.get(node))

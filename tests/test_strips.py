@@ -1,0 +1,158 @@
+"""Convolutions in strips: the same numbers from less memory."""
+
+from __future__ import annotations
+
+import gc
+
+import diffusers
+import procs
+import pytest
+import torch
+from test_autoencoders import difference, typed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from zoo_autoencoders import AUTOENCODERS, run
+
+import xdit_compile
+from xdit_compile import Plan
+from xdit_compile.capture import capture
+from xdit_compile.flatten import flatten
+from xdit_compile.memory import peak_bytes
+from xdit_compile.mesh import Mesh
+from xdit_compile.passes.infer import infer
+from xdit_compile.passes.layout import Layout
+from xdit_compile.passes.program_partition import partition
+from xdit_compile.passes.rows import choose_rows
+from xdit_compile.passes.rulebook import rulebook
+from xdit_compile.passes.strips import cut_into, in_strips, peak_of
+from xdit_compile.program import Program
+from xdit_compile.simulated import run_simulated
+
+LESS = (("kl", "decode"), ("wan_residual", "encode"), ("qwen", "decode"))
+"""At these sizes rows at the seams do not outweigh what strips save."""
+PUT = torch.ops.xdit_compile.put_rows.default
+
+
+def programs(inference, parts: int) -> list[Program]:
+    plan = Plan(ring=parts)
+    units = choose_rows(inference, plan)
+    layouts = [Layout.of(plan, Mesh.simulated(plan, rank), units) for rank in range(parts)]
+    return [partition(inference, layout).program for layout in layouts]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("kl", "decode"), ("kl", "encode"), ("wan", "decode"), ("wan_residual", "encode"), ("qwen", "decode")],
+)
+def test_autoencoders_are_exact_and_most_hold_less(name, method):
+    module, given, expected, inference = typed(name, method)
+    for parts in (1, 2, 3):
+        plain = programs(inference, parts)
+        cut = [cut_into(program, 5, 0) for program in plain]
+        assert all(any(node.target is PUT for node in flatten(program.root).graph.nodes) for program in cut)
+        for found in run_simulated(cut, module, (given,), {}):
+            assert difference(found, expected) < 2e-5
+        if (name, method) in LESS:
+            assert all(peak_of(one) < peak_of(other) for one, other in zip(cut, plain, strict=True))
+
+
+def test_what_fits_is_left_alone():
+    *_, inference = typed("kl", "decode")
+    (program,) = programs(inference, 1)
+    assert in_strips(program, peak_of(program)) is program
+    less = peak_of(program) - 1
+    assert peak_of(in_strips(program, less)) <= less
+
+
+def test_what_does_not_fit_is_said():
+    *_, inference = typed("kl", "decode")
+    (program,) = programs(inference, 1)
+    with pytest.warns(UserWarning, match="vae_memory is 0 MiB but this rank needs .* more ranks"):
+        in_strips(program, 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:vae_memory")
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_real_sizes_of_an_autoencoder(parts):
+    """Splitting alone brings the peak to 1/N of the plain decode, strips to less than 3/4 of that."""
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+    }
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake = diffusers.AutoencoderKL(**config).eval()
+        plain = peak_bytes(fake.decode, torch.empty(1, 4, 64, 64), return_dict=False)
+    with torch.device("meta"):
+        module = diffusers.AutoencoderKL(**config).eval()
+    latent = torch.empty(1, 4, 64, 64, device="meta")
+    inference = infer(capture(module, (latent,), {}, forward=lambda z: run(module, "decode", z)), rulebook())
+    for program in programs(inference, parts):
+        assert peak_of(program) <= 1.15 * plain / parts
+        assert peak_of(in_strips(program, 1000)) <= 0.75 * plain / parts
+
+
+def test_live_storages_are_counted_to_their_last_tensor():
+    x = torch.ones(1000)
+
+    def work() -> torch.Tensor:
+        a = x * 2
+        b = a[:10]
+        c = b + 1
+        del a, b
+        return c.sum() + (x + 1).sum()
+
+    assert peak_bytes(work) == 4000 + 40 + 4 + 4
+    gc.collect()
+    assert peak_bytes(lambda: x.view(10, 100).t()) == 0
+
+
+def test_a_flat_graph_computes_the_same():
+    module, given, expected, inference = typed("kl", "decode")
+    program = inference.program
+    names = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    values = {"user": lambda _: given, "constant": program.constants.get}
+    tensors = [values.get(spec.kind, names.get)(spec.target) for spec in program.inputs]
+    with torch.no_grad():
+        (found,) = flatten(program.root)(*tensors)
+    assert difference(found, expected) < 2e-5
+
+
+def test_put_rows():
+    out = torch.zeros(2, 5, 3)
+    torch.ops.xdit_compile.put_rows(out, torch.ones(2, 2, 3), 1, 3)
+    assert out[:, 3:].eq(1).all() and out[:, :3].eq(0).all()
+    torch.library.opcheck(PUT, (torch.zeros(2, 5, 3), torch.ones(2, 2, 3), 1, 3))
+    with pytest.raises(RuntimeError):
+        torch.ops.xdit_compile.put_rows(out, torch.ones(2, 3, 3), 1, 3)
+
+
+def within(rank: int, count: int, backend: str) -> list[float]:
+    found = []
+    for method in ("decode", "encode"):
+        case = AUTOENCODERS["kl"]
+        module, given = case.build(), case.given(method)
+        with torch.no_grad():
+            expected = run(module, method, given)
+        plan = Plan(ring=count, vae="patch", vae_memory="24kB", backend=backend)
+        xdit_compile.parallelize(module, plan)
+        found.append(difference(run(module, method, given), expected))
+        (runner,) = [vars(module)[method].rows._checked]
+        ((prepared,),) = runner.prepared.values()
+        assert any(node.target is PUT for node in flatten(prepared.program.root).graph.nodes) or method == "encode"
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:vae_memory")
+def test_on_one_process():
+    assert max(within(0, 1, "eager")) < 2e-5
+
+
+def test_on_two_processes():
+    assert all(max(far) < 2e-5 for far in procs.run(within, 2, 2, "eager", timeout=200))
+
+
+@pytest.mark.slow
+def test_compiled_on_two_processes():
+    assert all(max(far) < 2e-5 for far in procs.run(within, 2, 2, "inductor", timeout=500))
