@@ -136,9 +136,8 @@ def _measure(entries: list[Entry], teams: dict[int, Team], rounds: int) -> None:
 
 
 def _table(entries: list[Entry], bases: dict[str, Entry], setting: Setting, load: float) -> Table:
-    size = setting.size
     title = (
-        f"{size.blocks} blocks, {size.hidden} hidden, {size.tokens} + {size.text} tokens, batch {size.batch}, fp32; "
+        f"{setting.size.title()}, fp32; "
         f"one thread per process;\n{len(entries[0].steps)} interleaved rounds; load average {load:.1f}, "
         f"{os.cpu_count()} cores"
     )

@@ -35,7 +35,7 @@ class Contender:
 
 def suite(name: str, backend: str) -> list[Contender]:
     """Everything that one comparison measures, by its name."""
-    return {"sequence": contenders, "guidance": guidance}[name](backend)
+    return {"sequence": contenders, "guidance": guidance, "vae": vae}[name](backend)
 
 
 def guidance(backend: str) -> list[Contender]:
@@ -49,6 +49,33 @@ def guidance(backend: str) -> list[Contender]:
                 Contender(name, count, lambda module, step=step, plan=plan: step(parallelize(module, plan)), base=alone)
             )
     return found
+
+
+def vae(backend: str) -> list[Contender]:
+    """Ways to decode with an autoencoder, diffusers' own first."""
+    found = [
+        Contender("diffusers", 1, lambda module: module.decode),
+        Contender("diffusers, tiled", 1, _tiled, exact=False),
+    ]
+    for count in (1, 2, 4, 8):
+        plan = Plan(ring=count, vae="patch", backend=backend)
+        found.append(Contender(f"patch {count}, {backend}", count, _decoding(plan)))
+        strips = dataclasses.replace(plan, vae_memory="1MiB")
+        if count < 8:
+            found.append(Contender(f"patch {count} in strips, {backend}", count, _decoding(strips)))
+        if 1 < count < 8:
+            theirs = Plan(ring=count, vae="distvae", backend=backend)
+            found.append(Contender(f"distvae {count}", count, _decoding(theirs)))
+    return found
+
+
+def _decoding(plan: Plan) -> Callable[[nn.Module], Call]:
+    return lambda module: parallelize(module, plan).decode
+
+
+def _tiled(module: nn.Module) -> Call:
+    module.enable_tiling()
+    return module.decode
 
 
 SCALE = 4.0

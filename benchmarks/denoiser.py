@@ -30,6 +30,22 @@ class Size:
         if self.hidden % self.head_dim or self.head_dim % 4:
             raise ValueError(f"hidden={self.hidden} must be a multiple of head_dim={self.head_dim}, and that one of 4")
 
+    def build(self) -> nn.Module:
+        """A module of its own."""
+        return build(self)
+
+    def like(self, model: nn.Module) -> nn.Module:
+        """Another module tree over the same weights."""
+        return like(model, self)
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of one call."""
+        return inputs(self)
+
+    def title(self) -> str:
+        """The sizes in words."""
+        return f"{self.blocks} blocks, {self.hidden} hidden, {self.tokens} + {self.text} tokens, batch {self.batch}"
+
 
 def build(size: Size, seed: int = 0) -> nn.Module:
     """The denoiser in fp32 with weights drawn from ``seed``."""

@@ -12,12 +12,13 @@ import time
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from contenders import Contender, Stubs, suite
-from denoiser import Size, build, inputs, like
+from resident import greatest_resident, resident
+from torch import nn
 from torch.utils import _pytree as pytree
 
 LIMIT_S = 900.0
@@ -33,10 +34,18 @@ ENVIRONMENT = {
 class Setting:
     """What every process of a measurement shares."""
 
-    size: Size
+    size: Subject
     backend: str
-    weights: int = 0
     suite: str = "sequence"
+
+
+class Subject(Protocol):
+    """What is measured: a module, and the inputs of one call."""
+
+    def build(self) -> nn.Module: ...
+    def like(self, model: nn.Module) -> nn.Module: ...
+    def inputs(self) -> dict[str, Any]: ...
+    def title(self) -> str: ...
 
 
 class Failed(RuntimeError):
@@ -76,6 +85,10 @@ class Team:
         """One step of a contender that was prepared."""
         answers = self._ask("step", name)
         return Step(max(wall for wall, _ in answers), max(cpu for _, cpu in answers))
+
+    def peak(self, name: str) -> int:
+        """Bytes by which one step raises a process's memory above what it held before; the most of any process."""
+        return max(self._ask("peak", name))
 
     def profile(self, name: str, rows: int) -> list[str]:
         """A table of where the time goes, for each process."""
@@ -151,8 +164,8 @@ class _Member:
     def __init__(self, setting: Setting, count: int):
         self._setting = setting
         self._known = {entry.name: entry for entry in suite(setting.suite, setting.backend) if entry.processes == count}
-        self._model = build(setting.size, setting.weights)
-        self._inputs = inputs(setting.size)
+        self._model = setting.size.build()
+        self._inputs = setting.size.inputs()
         self._calls: dict[str, Any] = {}
         self._together = count > 1
 
@@ -160,7 +173,7 @@ class _Member:
         entry = self._known[name]
         begin = time.perf_counter()
         if entry.same_as is None:
-            self._calls[name] = entry.make(like(self._model, self._setting.size))
+            self._calls[name] = entry.make(self._setting.size.like(self._model))
         else:
             self._calls[name] = self._calls[entry.same_as]
         self._run(entry)
@@ -173,6 +186,11 @@ class _Member:
         begin, begin_cpu = time.perf_counter(), time.thread_time()
         self._run(self._known[name])
         return time.perf_counter() - begin, time.thread_time() - begin_cpu
+
+    def peak(self, name: str) -> int:
+        before = resident()
+        self._run(self._known[name])
+        return greatest_resident() - before
 
     def profile(self, name: str, rows: int) -> str:
         if self._together:

@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import xdit_compile.kernels.strips  # noqa: F401  (registers the op that the graphs call)
 from xdit_compile.flatten import flatten
@@ -29,7 +28,7 @@ from .local import aten
 from .norm_lowering import columns, moments
 from .rules import operator_name
 
-MOST_STRIPS = 32
+MOST_STRIPS = 16
 LEAST_GAIN = 0.02
 """Twice as many strips must lower the peak by this part, or no more are tried."""
 SMALL = 16
@@ -68,16 +67,26 @@ def in_strips(program: Program, budget: int) -> Program:
 
 def peak_of(program: Program) -> int:
     """Bytes of activations that a program holds at one time when its operators run one by one."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        return peak_bytes(flatten(program.root), *_fakes(program, mode))
+    with torch.no_grad():
+        return peak_bytes(_OnMeta(flatten(program.root)).run, *_metas(program))
 
 
-def _fakes(program: Program, mode: FakeTensorMode) -> list[torch.Tensor]:
+class _OnMeta(fx.Interpreter):
+    """Runs a graph on the meta device, where attention would be taken apart and make scores that no kernel keeps."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        if _name(node) == "scaled_dot_product_attention":
+            query, value = self.env[node.args[0]], self.env[node.args[2]]  # type: ignore[index]
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        if node.op == "get_attr":
+            return super().run_node(node).to("meta")
+        return super().run_node(node)
+
+
+def _metas(program: Program) -> list[torch.Tensor]:
     values = [node.meta["val"] for node in program.root.graph.find_nodes(op="placeholder")]
     shapes = [given.sizes(value.shape) for given, value in zip(program.inputs, values, strict=True)]
-    return [
-        torch.empty(shape, dtype=value.dtype, device=value.device) for shape, value in zip(shapes, values, strict=True)
-    ]
+    return [torch.empty(shape, dtype=value.dtype, device="meta") for shape, value in zip(shapes, values, strict=True)]
 
 
 def cut_into(program: Program, count: int, least_bytes: int) -> Program:
@@ -90,10 +99,10 @@ def cut_into(program: Program, count: int, least_bytes: int) -> Program:
 
 
 def _shapes(program: Program) -> Shapes:
-    """A fake of what every node of every structure yields."""
+    """What every node of every structure yields, on the meta device."""
     found: dict[fx.Node, torch.Tensor] = {}
 
-    class Recorder(fx.Interpreter):
+    class Recorder(_OnMeta):
         def run_node(self, node: fx.Node) -> Any:
             if node.op == "call_module":
                 args, _ = self.fetch_args_kwargs_from_env(node)
@@ -101,8 +110,8 @@ def _shapes(program: Program) -> Shapes:
             found[node] = super().run_node(node)
             return found[node]
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        Recorder(program.root).run(*_fakes(program, mode))
+    with torch.no_grad():
+        Recorder(program.root).run(*_metas(program))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import nn
 
 from .agreement import Agreement
 from .autoencoder import RowMethod, Team, restore_rows, row_methods, split_rows
+from .backends.base import Backend
 from .backends.registry import find_backend
 from .build import analyse, place
+from .distvae_provider import attach_distvae, check_distvae, is_distvae, restore_distvae
 from .errors import UsageError
 from .guidance import Branches
 from .kernels.providers import AttentionQuery
@@ -62,14 +64,16 @@ def parallelize(target: Any, plan: Plan | None = None) -> Any:
 def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     """What `parallelize` does, with the weights of some components given by name."""
     backend = find_backend(plan.backend)
-    coders = dict(autoencoders(target)) if plan.vae == "patch" else {}
-    if plan.vae == "patch" and not coders:
-        raise UsageError("vae='patch' but there is no autoencoder here; use vae='whole'")
+    coders = dict(autoencoders(target)) if plan.vae != "whole" else {}
+    if plan.vae != "whole" and not coders:
+        raise UsageError(f"vae={plan.vae!r} but there is no autoencoder here; use vae='whole'")
+    for module in coders.values() if plan.vae == "distvae" else ():
+        check_distvae(module)
     modules = dict(_denoisers(target, coders))
     for module in modules.values():
         _check_provider(plan, module)
     for name, module in [*modules.items(), *coders.items()]:
-        if isinstance(vars(module).get(RUNNER), Runner) or row_methods(module):
+        if isinstance(vars(module).get(RUNNER), Runner) or row_methods(module) or is_distvae(module):
             raise UsageError(f"{name} is parallelized already; call xdit_compile.restore first")
     _join(plan, next(iter((modules or coders).values())))
     mesh = Mesh.from_process_group(plan)
@@ -78,9 +82,7 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
         own = weights.get(name) or Weights(module)
         module.forward = Runner(own, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s), branches)
     if coders:
-        rows = mesh.shared_rows(plan)
-        for module in coders.values():
-            split_rows(Team(Weights(module), plan.rows, rows, backend, Agreement.over(mesh, plan.timeout_s)))
+        _split_rows(coders.values(), plan, mesh, backend)
     if not isinstance(target, nn.Module):
         wrap_call(target, Outer(Agreement.over(mesh, plan.timeout_s), branches, Replicas(mesh)))
     return target
@@ -95,13 +97,14 @@ def restore(target: Any) -> Any:
     Raises:
         UsageError: nothing of ``target`` is parallelized.
     """
-    coders = [module for _, module in autoencoders(target) if row_methods(module)]
+    coders = [module for _, module in autoencoders(target) if row_methods(module) or is_distvae(module)]
     found = [module for _, module in _denoisers(target, coders) if isinstance(vars(module).get(RUNNER), Runner)]
     if not found and not coders:
         raise UsageError("nothing to restore: this was not parallelized")
     for module in found:
         _take_off(module)
     for module in coders:
+        restore_distvae(module)
         restore_rows(module)
     if not isinstance(target, nn.Module):
         restore_call(target)
@@ -136,6 +139,15 @@ def explain(target: Any, plan: Plan | None = None, args: tuple = (), kwargs: dic
     ((_, module),) = list(denoisers(target))[:1]
     analysis = analyse(module, plan, args, kwargs or {})
     return _report(analysis, plan, 0)
+
+
+def _split_rows(coders: Iterable[nn.Module], plan: Plan, mesh: Mesh, backend: Backend) -> None:
+    rows = mesh.shared_rows(plan)
+    for module in coders:
+        if plan.vae == "patch":
+            split_rows(Team(Weights(module), plan.rows, rows, backend, Agreement.over(mesh, plan.timeout_s)))
+        elif rows.world_size > 1:
+            attach_distvae(module, rows)
 
 
 def _denoisers(target: Any, coders: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -115,6 +115,9 @@ def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         "vae_parallel_degree": click.option(
             "--vae_parallel_degree", type=int, help="Ranks that share these rows.  [default: all of one image]"
         ),
+        "vae_provider": click.option(
+            "--vae_provider", default="patch", help="Who splits them: patch, our own, or distvae, the package."
+        ),
         "vae_memory": click.option(
             "--vae_memory", help="Activations that the parallel autoencoder may hold on a rank, such as 2GiB."
         ),

@@ -13,7 +13,7 @@ ATTENTIONS = ("auto", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa
 FALLBACKS = ("gather", "error")
 DEGREES = ("data", "cfg", "ring", "ulysses", "tensor")
 SPLIT_SCHEMES = ("all", "heads", "ffn")
-VAES = ("whole", "patch")
+VAES = ("whole", "patch", "distvae")
 _CHOICES = (
     ("backend", BACKENDS),
     ("attention", ATTENTIONS),
@@ -36,7 +36,8 @@ class Plan:
         tensor: ranks that share heads and feed-forward channels, and with them the weights (Megatron-LM,
             arXiv:1909.08053).
         split_scheme: what ``tensor`` splits: ``heads``, ``ffn`` or ``all``.
-        vae: ``patch`` splits the rows that the autoencoder decodes and encodes over ranks, ``whole`` does all on each.
+        vae: ``patch`` splits the rows that the autoencoder decodes and encodes over ranks, ``whole`` does all on each;
+            ``distvae`` has the package of that name do it, for the classes that it knows.
         vae_degree: how many ranks share these rows; all that make the same images by default.
         vae_memory: bytes of activations that the autoencoder may hold on one rank, as a number or with a unit
             (``"2GiB"``): convolutions run in as many strips as that takes. Works on one rank, too.
@@ -127,9 +128,9 @@ class Plan:
 
     def _vae_problems(self) -> list[str]:
         degree = self.vae_degree
-        for name in ("vae_degree", "vae_memory"):
-            if (given := getattr(self, name)) is not None and self.vae != "patch":
-                return [f"{name}={given!r} has no use with vae={self.vae!r}; set vae='patch'"]
+        if degree is not None and self.vae == "whole" or self.vae_memory is not None and self.vae != "patch":
+            name = "vae_degree" if self.vae_memory is None else "vae_memory"
+            return [f"{name}={getattr(self, name)!r} has no use with vae={self.vae!r}; set vae='patch'"]
         if self.vae_memory is not None and not self.vae_bytes:
             return [f"vae_memory={self.vae_memory!r} must be a number of bytes, or such as '2GiB' or '800MB'"]
         if degree is None:

@@ -246,7 +246,7 @@ def plan_from_flags(**flags: Any) -> Plan:
         mesh_order=tuple(name.strip() for name in flags["mesh_order"].split(",")),
         backend=flags["backend"],
         attention=flags["attention"],
-        vae="patch" if flags["use_parallel_vae"] else "whole",
+        vae=flags["vae_provider"] if flags["use_parallel_vae"] else "whole",
         vae_degree=flags["vae_parallel_degree"],
         vae_memory=flags["vae_memory"],
     )
