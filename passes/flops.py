@@ -32,6 +32,10 @@ def _convolution(node: fx.Node, shapes: list[Shape], out: Shape) -> int:
     return 2 * math.prod(out) * math.prod(shapes[1][1:])
 
 
+def _transposed(node: fx.Node, shapes: list[Shape], out: Shape) -> int:
+    return 2 * math.prod(shapes[0]) * math.prod(shapes[1][1:])
+
+
 def _einsum(node: fx.Node, shapes: list[Shape], out: Shape) -> int:
     equation = str(node.args[0]).replace(" ", "").replace("...", "")
     sizes: dict[str, int] = {}
@@ -59,6 +63,9 @@ _COUNTS: dict[str, Callable[[fx.Node, list[Shape], Shape], int]] = {
     "conv1d": _convolution,
     "conv2d": _convolution,
     "conv3d": _convolution,
+    "conv_transpose1d": _transposed,
+    "conv_transpose2d": _transposed,
+    "conv_transpose3d": _transposed,
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
 }

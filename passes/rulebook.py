@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from . import attention_rule, contractions, convolutions, indexing, joins, norms, pads, pointwise, resizing, views
+from . import (
+    attention_rule,
+    contractions,
+    convolutions,
+    indexing,
+    joins,
+    norms,
+    pads,
+    pointwise,
+    resizing,
+    transposed,
+    views,
+)  # fmt: skip
 from .rules import RuleBook
 
 
 def rulebook() -> RuleBook:
     """A book with every rule that ships; callers may add their own to it."""
     book = RuleBook()
-    for family in (
-        pointwise, views, joins, pads, contractions, norms, convolutions, resizing, indexing, attention_rule,
-    ):  # fmt: skip
+    first = (pointwise, views, joins, pads, contractions, norms)
+    for family in (*first, convolutions, transposed, resizing, indexing, attention_rule):
         book.include(family.BOOK)
     return book

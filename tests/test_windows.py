@@ -59,6 +59,14 @@ CASES: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "causal": (lambda x: F.conv3d(F.pad(x, (1, 1, 1, 1, 2, 0)), weight(4, 4, 3, 3, 3)), (1, 4, 3, 13, 6), {}),
     "3D with stride": (lambda x: F.conv3d(x, weight(4, 4, 3, 3, 3), stride=2, padding=1), (1, 4, 3, 13, 6), {}),
     "one dim": (lambda x: F.conv1d(x, weight(4, 4, 3), stride=2, padding=1), (1, 4, 23), {}),
+    "transposed": (lambda x: F.conv_transpose2d(x, weight(4, 4, 4, 4), weight(4), stride=2, padding=1), ROWS, {}),
+    "transposed, one more row": (
+        lambda x: F.conv_transpose2d(x, weight(4, 4, 3, 3), None, stride=2, padding=1, output_padding=1), ROWS, {},
+    ),
+    "transposed in 1D": (lambda x: F.conv_transpose1d(x, weight(4, 4, 7), stride=3, padding=2), (1, 4, 23), {}),
+    "transposed and dilated": (
+        lambda x: F.conv_transpose2d(x, weight(4, 2, 3, 3), stride=2, dilation=3, groups=2), ROWS, {},
+    ),
     "zeros around": (lambda x: F.pad(x, (1, 2, 3, 1)), ROWS, {}),
     "ones below": (lambda x: F.pad(x, (0, 1, 0, 1), value=1.0), ROWS, {}),
     "cropped": (lambda x: F.pad(x, (0, 0, -2, -1)), ROWS, {}),
