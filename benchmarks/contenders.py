@@ -61,8 +61,7 @@ def vae(backend: str) -> list[Contender]:
         plan = Plan(ring=count, vae="patch", backend=backend)
         found.append(Contender(f"patch {count}, {backend}", count, _decoding(plan)))
         strips = dataclasses.replace(plan, vae_memory="1MiB")
-        if count < 8:
-            found.append(Contender(f"patch {count} in strips, {backend}", count, _decoding(strips)))
+        found.append(Contender(f"patch {count} in strips, {backend}", count, _decoding(strips)))
         if 1 < count < 8:
             theirs = Plan(ring=count, vae="distvae", backend=backend)
             found.append(Contender(f"distvae {count}", count, _decoding(theirs)))

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -63,7 +63,7 @@ class Step:
 class Team:
     """``count`` processes that do the same thing at the same time; more than one form a gloo group."""
 
-    def __init__(self, count: int, setting: Setting):
+    def __init__(self, count: int, setting: Setting, environment: Mapping[str, str] | None = None):
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="benchmark-")
         pairs = [context.Pipe() for _ in range(count)]
@@ -72,7 +72,7 @@ class Team:
             context.Process(target=_serve, args=(theirs, rank, count, self._folder.name, setting), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
-        with _environment(ENVIRONMENT):
+        with _environment({**ENVIRONMENT, **(environment or {})}):
             for member in self._members:
                 member.start()
 

@@ -19,6 +19,7 @@ from comparison import compare
 from contenders import vae
 from diffusers import AutoencoderKL
 from processes import Setting, Team
+from resident import EXACT
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -109,7 +110,7 @@ def measured(side: int, backend: str) -> list[tuple[str, int, int]]:
     setting = Setting(Picture(side), backend, suite="vae")
     wanted = vae(backend)
     for count in sorted({entry.processes for entry in wanted}):
-        team = Team(count, setting)
+        team = Team(count, setting, EXACT)
         try:
             for entry in wanted:
                 if entry.processes == count:

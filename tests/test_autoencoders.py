@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 from zoo_autoencoders import AUTOENCODERS, CALLS, run
+from zoo_pipelines import PIPELINES
 
 import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.capture import capture
-from xdit_compile.errors import PlanError, UsageError
+from xdit_compile.errors import PlanError, ProviderUnavailable, UsageError
 from xdit_compile.mesh import Mesh
 from xdit_compile.passes.infer import Inference, infer
 from xdit_compile.passes.layout import Layout
@@ -255,3 +256,30 @@ def some_of_the_ranks(rank: int, count: int, degree: int, data: int) -> tuple[fl
 def test_a_chosen_number_of_ranks_and_replicas(degree, data, expected):
     for far, size in procs.run(some_of_the_ranks, 4, 4, degree, data, timeout=300):
         assert far < 2e-5 and size == expected
+
+
+def pictures(rank: int, count: int, plan: Plan) -> float:
+    """Greatest difference of a picture and its latent from what the pipeline makes by itself."""
+    pipe = PIPELINES["pixart"].build()
+    with torch.no_grad():
+        expected = PIPELINES["pixart"].call(pipe, output="np")
+    inner = pipe.vae.decoder
+    xdit_compile.parallelize(pipe, plan)
+    found = PIPELINES["pixart"].call(pipe, output="np")
+    xdit_compile.restore(pipe)
+    assert pipe.vae.decoder is inner and "decode" not in vars(pipe.vae)
+    again = PIPELINES["pixart"].call(pipe, output="np")
+    assert torch.equal(again, expected)
+    return (found - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("vae", ["patch", "distvae"])
+def test_a_whole_pipeline(vae):
+    plan = Plan(ulysses=2, vae=vae, backend="eager")
+    assert max(procs.run(pictures, 2, 2, plan, timeout=300)) < 2e-5
+
+
+def test_distvae_says_what_it_does_not_know():
+    module = AUTOENCODERS["dc"].build()
+    with pytest.raises(ProviderUnavailable, match="no adapter for the decoder of a AutoencoderDC"):
+        xdit_compile.parallelize(module, Plan(vae="distvae", backend="eager"))

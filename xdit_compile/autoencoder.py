@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
 from .backends.base import Backend
+from .backends.eager import Eager
 from .deferred import values_of
 from .errors import CaptureError, UsageError
 from .guidance import Branches
@@ -63,7 +64,7 @@ class RowMethod:
     """Called in place of ``decode`` or ``encode`` of an autoencoder.
 
     The first call with inputs of new sizes is rehearsed: inputs cut to a few rows and columns go through the module and
-    through its split program, which must agree. Of the whole inputs the module sees nothing, since one device may not
+    through its split program, uncompiled, which must agree. Of the whole inputs the module sees nothing, since one device may not
     have the memory. While the module's tiling is on, it cuts the tiles itself and each is split by rows.
 
     Called with ``gather=False`` every rank keeps the rows that it made, in rank order.
@@ -74,6 +75,7 @@ class RowMethod:
         self.module = team.weights.module
         self.method = getattr(self.module, method)
         self._checked = team.runner(self.module, self._opened)
+        self._rehearsal = dataclasses.replace(team, backend=Eager()).runner(self.module, self._opened)
         self._trusting = {
             gather: team.runner(self.module, self._opened, gather=gather, trace_only=True) for gather in (True, False)
         }
@@ -89,7 +91,7 @@ class RowMethod:
         if gather and _sizes(small) == _sizes((args, kwargs)):
             return _closed(self._checked(*args, **kwargs))
         if self.team.plan.verify and _sizes((args, kwargs)) not in self._rehearsed:
-            self._checked(*small[0], **small[1])
+            self._rehearsal(*small[0], **small[1])
             self._rehearsed.add(_sizes((args, kwargs)))
         return _closed(self._trusting[gather](*args, **kwargs))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 
 from torch import nn
@@ -36,10 +37,18 @@ def attach_distvae(module: nn.Module, mesh: Mesh) -> None:
 
     kept = {name: getattr(module, name) for name in HALVES}
     group = process_group(mesh.group("ring"))
+    for name, half in kept.items():
+        setattr(module, name, _copied(half))
     parallelize_decoder(module, group)
     if encoder_adapter_name(module) is not None:
         parallelize_encoder(module, group)
     object.__setattr__(module, KEPT, kept)
+
+
+def _copied(half: nn.Module) -> nn.Module:
+    """A module tree of its own over the same weights: distvae changes the one that it is given."""
+    shared = {id(tensor): tensor for tensor in [*half.parameters(), *half.buffers()]}
+    return copy.deepcopy(half, shared)
 
 
 def restore_distvae(module: nn.Module) -> None:

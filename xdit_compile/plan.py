@@ -130,7 +130,9 @@ class Plan:
         degree = self.vae_degree
         if degree is not None and self.vae == "whole" or self.vae_memory is not None and self.vae != "patch":
             name = "vae_degree" if self.vae_memory is None else "vae_memory"
-            return [f"{name}={getattr(self, name)!r} has no use with vae={self.vae!r}; set vae='patch'"]
+            return [
+                f"{name}={getattr(self, name)!r} has no use with vae={self.vae!r}; set vae='patch' (--use_parallel_vae)"
+            ]
         if self.vae_memory is not None and not self.vae_bytes:
             return [f"vae_memory={self.vae_memory!r} must be a number of bytes, or such as '2GiB' or '800MB'"]
         if degree is None:
