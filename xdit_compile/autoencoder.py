@@ -64,8 +64,8 @@ class RowMethod:
     """Called in place of ``decode`` or ``encode`` of an autoencoder.
 
     The first call with inputs of new sizes is rehearsed: inputs cut to a few rows and columns go through the module and
-    through its split program, uncompiled, which must agree. Of the whole inputs the module sees nothing, since one device may not
-    have the memory. While the module's tiling is on, it cuts the tiles itself and each is split by rows.
+    through its split program, uncompiled, which must agree. Of the whole inputs the module sees nothing, since one
+    device may not have the memory. While the module's tiling is on, it cuts the tiles itself and each is split by rows.
 
     Called with ``gather=False`` every rank keeps the rows that it made, in rank order.
     """
