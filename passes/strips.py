@@ -249,10 +249,9 @@ class _Cutter:
         return sides[0], sides[1]
 
     def _nothing(self, node: fx.Node) -> fx.Node:
-        """An empty flat tensor of the dtype of a node that may not be there as a whole."""
-        value = self.shapes[node]
+        """An empty flat tensor of the dtype of a node that is not there as a whole."""
         like = next(iter(self.copies.values()))
-        return self.call(aten.new_empty.default, like, [0], dtype=value.dtype, device=value.device)
+        return self.call(aten.new_empty.default, like, [0], dtype=self.shapes[node].dtype)
 
     def _joined(self, pieces: Sequence[fx.Node]) -> fx.Node:
         return pieces[0] if len(pieces) == 1 else self.call(aten.cat.default, list(pieces), -2)
