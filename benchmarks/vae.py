@@ -7,6 +7,7 @@ that nothing here could hold. And on processes: by how much one decode raises wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from autoencoder import CONFIG, SCALE, Picture
 from comparison import compare
 from contenders import vae
 from diffusers import AutoencoderKL
+from distvae_peak import distvae_peak
 from processes import Setting, Team
 from resident import EXACT
 from rich.console import Console
@@ -37,6 +39,8 @@ RANKS = (1, 2, 4, 8)
 STRIPS = 16
 BUDGETS = (24, 48, 80)
 LARGEST = 10_240
+COUNTED = 256
+"""Pixels at which distvae's memory is counted."""
 STEP = 256
 """Pixels between the sides that are tried."""
 
@@ -62,7 +66,7 @@ def plain_peak(side: int, tiled: bool = False) -> int:
 
 def split_peak(side: int, ranks: int, strips: int = 1) -> Peak:
     """Activations and traffic of a decode split by rows, without the gathering of the picture."""
-    plan = Plan(ring=ranks)
+    plan = Plan(ring=ranks, vae="patch", vae_memory="1MiB" if strips > 1 else None)
     analysis = analysed(side, plan)
     found = []
     for rank in {0, ranks // 2, ranks - 1}:
@@ -90,7 +94,18 @@ def computed(side: int) -> list[Peak]:
     found = [Peak("diffusers", 1, plain_peak(side)), Peak("diffusers, tiled", 1, plain_peak(side, tiled=True))]
     for strips in (1, STRIPS):
         found += [split_peak(side, ranks, strips) for ranks in track(RANKS, "counting", transient=True)]
+    found += [Peak("distvae", ranks, theirs(side, ranks)) for ranks in RANKS[1:]]
     return found
+
+
+@functools.cache
+def _counted(ranks: int) -> int:
+    return distvae_peak(COUNTED, ranks)
+
+
+def theirs(side: int, ranks: int) -> int:
+    """Activations of distvae: counted at ``COUNTED`` pixels, and taken to grow with the picture."""
+    return _counted(ranks) * side**2 // COUNTED**2
 
 
 def largest(budget: int, peak: Callable[[int], int]) -> int:
@@ -98,6 +113,8 @@ def largest(budget: int, peak: Callable[[int], int]) -> int:
     with torch.device("meta"):
         weights = sum(parameter.numel() * 4 for parameter in AutoencoderKL(**CONFIG).parameters())
     low, high = 0, LARGEST // STEP
+    if peak(LARGEST) + weights <= budget:
+        return LARGEST
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if peak(middle * STEP) + weights <= budget else (low, middle - 1)
@@ -164,11 +181,17 @@ def _graph(side: int, console: Console) -> dict[str, Any]:
         share = f"{peak.bytes * peak.ranks / base:.3f}"
         table.add_row(peak.name, str(peak.ranks), f"{peak.bytes / MEBI:.1f}", share, f"{peak.sent / MEBI:.1f}")
     console.print(table)
-    ways: dict[str, Callable[[int], int]] = {"diffusers": plain_peak}
+    ways: dict[str, Callable[[int], int]] = {
+        "diffusers": plain_peak,
+        "diffusers, tiled": lambda side: plain_peak(side, tiled=True),
+    }
     for strips in (1, STRIPS):
         for ranks in RANKS:
             name = f"patch {ranks}" + (f", {strips} strips" if strips > 1 else "")
             ways[name] = lambda side, ranks=ranks, strips=strips: split_peak(side, ranks, strips).bytes
+    for ranks in RANKS[1:]:
+        ways[f"distvae {ranks}"] = lambda side, ranks=ranks: theirs(side, ranks)
+    ways = {name: functools.cache(peak) for name, peak in ways.items()}
     sides = {
         name: [largest(budget * GIBI, peak) for budget in BUDGETS]
         for name, peak in track(ways.items(), "looking for the largest sides", transient=True)

@@ -12,6 +12,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from xdit_compile.mesh import is_simulated
+
 from .groups import answering, keep_in_order, process_group
 
 _REDUCTIONS = ("sum", "max")
@@ -25,6 +27,8 @@ for _schema in (
     "all_gather(Tensor x, int dim, SymInt[] sizes, str group) -> Tensor",
     'all_reduce(Tensor x, str group, str op="sum") -> Tensor',
     "halo_exchange(Tensor x, int dim, SymInt[] starts, SymInt[] stops, SymInt[] sizes, int index, str group) -> Tensor",
+    "halo_start(Tensor x, int dim, SymInt[] starts, SymInt[] stops, SymInt[] sizes, int index, str group) -> Tensor",
+    "halo_finish(Tensor arriving, str group) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -194,6 +198,58 @@ def halo_exchange(
     return halo_joined(x, all_to_all(*sent, group), dim, starts, stops, sizes, index)
 
 
+@torch.library.impl(_LIBRARY, "halo_start", "CompositeExplicitAutograd")
+def halo_start(
+    x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int, group: str
+) -> torch.Tensor:
+    """Begin what ``halo_exchange`` does, and go on at once: the rows of other ranks alone, flat, rank by rank.
+
+    Ranks may meet one another's ``halo_exchange`` with it. What it returns may be read only after ``halo_finish``.
+
+    Args, raises: as ``halo_exchange``.
+    """
+    dim = _check_halo(x, dim, starts, stops, sizes, index)
+    away, out_splits, in_splits = halo_sent(x, dim, starts, stops, sizes, index)
+    out = x.new_empty(sum(out_splits))
+    if group:
+        members = process_group(group)
+        _check_count(members, len(in_splits))
+        with answering(members, "an exchange of rows"):
+            work = dist.all_to_all_single(out, away, out_splits, in_splits, group=members, async_op=True)
+        if work is not None:
+            torch._C._distributed_c10d._register_work(out, work)
+    return out
+
+
+@torch.library.register_fake("xdit_compile::halo_start", lib=_LIBRARY)
+def _(
+    x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int, group: str
+) -> torch.Tensor:
+    dim = _check_halo(x, dim, starts, stops, sizes, index)
+    return x.new_empty(sum(halo_sent(x, dim, starts, stops, sizes, index)[1]))
+
+
+@torch.library.impl(_LIBRARY, "halo_finish", "CompositeExplicitAutograd")
+def halo_finish(arriving: torch.Tensor, group: str) -> torch.Tensor:
+    """Wait for the rows that ``halo_start`` asked for.
+
+    Returns:
+        The rows, flat, in new memory.
+
+    Raises:
+        AgreementError: when a peer fails or does not answer in time.
+    """
+    if group and not is_simulated(group):
+        with answering(process_group(group), "an exchange of rows"):
+            torch.ops._c10d_functional.wait_tensor(arriving)
+    return arriving.clone()
+
+
+@torch.library.register_fake("xdit_compile::halo_finish", lib=_LIBRARY)
+def _(arriving: torch.Tensor, group: str) -> torch.Tensor:
+    return torch.empty_like(arriving)
+
+
 def halo_sent(
     x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int
 ) -> tuple[torch.Tensor, list[int], list[int]]:
@@ -271,5 +327,5 @@ def _check_count(members: dist.ProcessGroup, count: int) -> None:
         raise ValueError(f"{count} sizes for a group of {dist.get_world_size(members)} ranks")
 
 
-for _op in ("all_to_all", "all_gather", "all_reduce", "halo_exchange"):
+for _op in ("all_to_all", "all_gather", "all_reduce", "halo_exchange", "halo_start", "halo_finish"):
     keep_in_order(getattr(torch.ops.xdit_compile, _op).default)

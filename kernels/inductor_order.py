@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from . import collectives, ring  # noqa: F401 - they register the ops
 
-ORDERED = ("all_to_all", "all_gather", "all_reduce", "halo_exchange", "ring_attention")
+ORDERED = ("all_to_all", "all_gather", "all_reduce", "halo_exchange", "halo_start", "halo_finish", "ring_attention")
 
 
 def pin_order() -> None:

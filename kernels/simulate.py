@@ -9,6 +9,7 @@ import torch
 
 from . import collectives, ring  # noqa: F401 - they register the ops
 from .attention import token_major
+from .collectives import halo_sent
 from .reference import attention_reference
 
 ArgsPerRank = Sequence[tuple[Any, ...]]
@@ -70,6 +71,11 @@ def _halo_exchange(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
     return results
 
 
+def _halo_start(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
+    sent = [halo_sent(x, dim % x.dim(), *rows) for x, dim, *rows, _ in args_per_rank]
+    return _all_to_all([(*each, "") for each in sent])
+
+
 def _ring_attention(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
     k = torch.cat([args[1] for args in args_per_rank], -2)
     v = torch.cat([args[2] for args in args_per_rank], -2)
@@ -91,5 +97,6 @@ SIMULATIONS: dict[torch._ops.OpOverload, Callable[[ArgsPerRank], list[torch.Tens
     torch.ops.xdit_compile.all_gather.default: _all_gather,
     torch.ops.xdit_compile.all_reduce.default: _all_reduce,
     torch.ops.xdit_compile.halo_exchange.default: _halo_exchange,
+    torch.ops.xdit_compile.halo_start.default: _halo_start,
     torch.ops.xdit_compile.ring_attention.default: _ring_attention,
 }

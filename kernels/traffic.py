@@ -62,5 +62,6 @@ TRAFFIC: dict[torch._ops.OpOverload, Callable[[tuple[Any, ...], int, int], int]]
     torch.ops.xdit_compile.all_gather.default: _all_gather,
     torch.ops.xdit_compile.all_reduce.default: _all_reduce,
     torch.ops.xdit_compile.halo_exchange.default: _halo_exchange,
+    torch.ops.xdit_compile.halo_start.default: _halo_exchange,
     torch.ops.xdit_compile.ring_attention.default: _ring_attention,
 }

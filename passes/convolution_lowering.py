@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 
-from .choices import choose_all, required, yielded
-from .halo import Seen, fetch
+import xdit_compile.kernels.strips  # noqa: F401  (registers the op that the graph calls)
+
+from .choices import Choice, choose_all, required, yielded
+from .halo import Seen, ask, fetch
 from .local import Value, aten
 from .rules import Typing
 
@@ -29,6 +33,9 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     tensors = [
         part.coerce(value, typing.expected[at], required(choices, at), node, at) for at, value in enumerate(operands)
     ]
+    overlapped = _overlapped(part, node, typing, tensors, choices)
+    if overlapped is not None:
+        return [overlapped]
     tensors[0], seen = fetch(part, typing, tensors[0], choices)
     tensors[0], padding = _padded(part, typing, tensors[0], seen, shape["padding"])
     part.count(node, typing, choices)
@@ -46,6 +53,60 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
         column = part.local.call(aten.reshape.default, tensors[2], [-1, *[1] * (len(sizes) - 2)])
         value.node = part.local.call(aten.add.Tensor, value.node, column)
     return [value]
+
+
+def _overlapped(
+    part: FramePartitioner, node: fx.Node, typing: Typing, tensors: list[fx.Node], choices: Mapping[str, Choice]
+) -> Value | None:
+    """A convolution of the rows that are here while those of other ranks are on their way; None where it has to wait.
+
+    The rows next to other ranks come out wrong at first, as if zeros followed, and are put right when theirs are there.
+    Nothing is copied but a few rows.
+    """
+    halos = [name for name, choice in choices.items() if choice.loop.kind == "halo"]
+    summed = any(choice.loop.kind == "sum" for choice in choices.values())
+    if not part.layout.overlap or len(halos) != 1 or summed or typing.facts.get("depthwise"):
+        return None
+    shape, dim = typing.facts["convolution"], choices[halos[0]].operands[0]
+    reach = (shape["kernel"][dim - 2] - 1) * shape["dilation"][dim - 2] + 1
+    edge = shape["padding"][dim - 2]
+    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, yielded(choices, 0))
+    sizes = part.local.sizes(value)
+    given = part.sharding.sizes(typing.expected[0], required(choices, 0))
+    if shape["stride"][dim - 2] != 1 or 2 * edge != reach - 1 or not edge or 0 in sizes or 0 in given:
+        return None
+    if given[dim] != sizes[dim] or given[dim] < 2 * edge or not _same_ends(part, typing, halos[0], choices):
+        return None
+    request = ask(part, typing, halos[0], choices)
+    part.count(node, typing, choices)
+    call, halo = part.local.call, torch.ops.xdit_compile
+    arriving = call(halo.halo_start.default, tensors[0], *request.arguments)
+    value.node = _call(part, node, tensors, list(shape["padding"]), shape["groups"])
+    arrived = call(halo.halo_finish.default, arriving, request.group)
+    left = [0 if k == dim - 2 else amount for k, amount in enumerate(shape["padding"])]
+    own, rows, at = request.own, given[dim], 0
+    for above in (True, False):
+        count = own[0] - request.seen.start if above else request.seen.stop - own[1]
+        if count:
+            numel = count * math.prod(given[:dim] + given[dim + 1 :])
+            there = call(aten.slice.Tensor, arrived, 0, at, at + numel)
+            there, at = call(aten.reshape.default, there, [*given[:dim], count, *given[dim + 1 :]]), at + numel
+            near = (0, 2 * edge) if above else (rows - 2 * edge, rows)
+            here = call(aten.slice.Tensor, tensors[0], dim, *near)
+            inputs = call(aten.cat.default, [there, here] if above else [here, there], dim)
+            if count < edge:
+                amounts = [edge - count, 0] if above else [0, edge - count]
+                behind = [0, 0] * (len(given) - 1 - dim)
+                inputs = call(aten.constant_pad_nd.default, inputs, [*behind, *amounts], 0.0)
+            right = _call(part, node, [inputs, *tensors[1:]], left, shape["groups"])
+            call(halo.put_rows.default, value.node, right, dim, 0 if above else rows - edge)
+    return value
+
+
+def _same_ends(part: FramePartitioner, typing: Typing, name: str, choices: Mapping[str, Choice]) -> bool:
+    split, choice = part.sharding.splits[name], choices[name]
+    given, made = typing.expected[0][choice.operands[0]], typing.outs[0][choice.results[0]]
+    return split.ends(given) == split.ends(made)
 
 
 def _padded(

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import fx
 
+from xdit_compile.kernels.collectives import owned_rows, rows_sent
+
 from .choices import Choice, required
 from .local import aten
 from .rules import Typing
@@ -55,30 +57,58 @@ def fetch(
 def _fetch(
     part: FramePartitioner, typing: Typing, inputs: fx.Node, name: str, choices: Mapping[str, Choice]
 ) -> tuple[fx.Node, Seen]:
+    request = ask(part, typing, name, choices)
+    if request.needed:
+        inputs = part.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.arguments)
+    return inputs, request.seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """An exchange of rows: its arguments after the tensor, and what this rank sees then.
+
+    ``needed`` is the same on every rank: whether any asks for rows that are not just its own.
+    """
+
+    dim: int
+    starts: list[int]
+    stops: list[int]
+    sizes: list[int]
+    here: int
+    group: str
+    seen: Seen
+    needed: bool
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the ops of an exchange take, in order."""
+        return self.dim, self.starts, self.stops, self.sizes, self.here, self.group
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """This rank's first row and the one past its last."""
+        return owned_rows(self.sizes, self.here)
+
+
+def ask(part: FramePartitioner, typing: Typing, name: str, choices: Mapping[str, Choice]) -> Request:
+    """Which rows every rank wants of the first operand, counted in the ledger."""
     dim, out = choices[name].operands[0], choices[name].results[0]
     split, here = part.sharding.splits[name], part.sharding.index[name]
     windows: Windows = typing.facts["windows"][dim]
     made, given = split.ends(typing.outs[0][out]), split.ends(typing.expected[0][dim])
     assert made is not None and given is not None
     wanted = [windows.rows(start, stop) for start, stop in zip((0, *made), made, strict=False)]
-    sizes = [stop - start for start, stop in zip((0, *given), given, strict=False)]
     owned = list(zip((0, *given), given, strict=False))
+    starts, stops = ([rows[k] for rows in wanted] for k in range(2))
+    sizes = [stop - start for start, stop in owned]
     seen = Seen(windows, *wanted[here], (0, *made)[here], made[here])
-    if any(rows != own for rows, own in zip(wanted, owned, strict=True)):
-        starts, stops = ([rows[k] for rows in wanted] for k in range(2))
-        inputs = part.local.call(
-            torch.ops.xdit_compile.halo_exchange.default, inputs, dim, starts, stops, sizes, here,
-            part.local.groups[name],
-        )  # fmt: skip
+    needed = any(rows != own for rows, own in zip(wanted, owned, strict=True))
+    if needed:
         shard = part.sharding.sizes(typing.expected[0], required(choices, 0))
-        rows = sum(_overlap(owned[here], other) for rank, other in enumerate(wanted) if rank != here)
+        rows = sum(stop - start for start, stop in rows_sent(starts, stops, sizes, here))
         numel = rows * math.prod(shard[:dim] + shard[dim + 1 :])
         part.ledger.sent("halo_exchange", "halo", numel, typing.operands[0].meta["val"].dtype)
-    return inputs, seen
-
-
-def _overlap(own: tuple[int, int], wanted: tuple[int, int]) -> int:
-    return max(min(own[1], wanted[1]) - max(own[0], wanted[0]), 0)
+    return Request(dim, starts, stops, sizes, here, part.local.groups[name], seen, needed)
 
 
 def moved(ctx: Any, fill: float = 0.0) -> fx.Node:

@@ -29,7 +29,7 @@ class Layout:
     """One rank's view of how a program is split.
 
     ``groups`` and ``parts`` are by the names of `MEMBERS`; ``sequence`` stands for the ring and Ulysses dimensions
-    taken as one.
+    taken as one. With ``overlap`` a convolution computes while the rows of its neighbours are on their way.
     """
 
     mesh: Mesh
@@ -38,6 +38,7 @@ class Layout:
     parts: Mapping[str, int]
     provider: str = "auto"
     refuse_gathers: bool = False
+    overlap: bool = True
 
     @classmethod
     def of(cls, plan: Plan, mesh: Mesh, units: Chosen) -> Layout:
@@ -47,7 +48,15 @@ class Layout:
         splits = {dim: Split(dim, parts[dim], units[dim]) for dim in active}
         index = {dim: mesh.index(members) for dim, members in active.items()}
         groups = {dim: mesh.group(members) for dim, members in active.items()}
-        return cls(mesh, Sharding(splits, index), groups, parts, plan.attention, plan.fallback == "error")
+        return cls(
+            mesh,
+            Sharding(splits, index),
+            groups,
+            parts,
+            plan.attention,
+            plan.fallback == "error",
+            plan.vae_memory is None,
+        )
 
     def natural(self, axes: Sequence[Axis]) -> dict[str, int]:
         """For each mesh dimension the first dim of a tensor that it can split."""

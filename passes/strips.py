@@ -80,6 +80,9 @@ class _OnMeta(fx.Interpreter):
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         if node.op == "get_attr":
             return super().run_node(node).to("meta")
+        if "device" in node.kwargs:
+            args, kwargs = self.fetch_args_kwargs_from_env(node)
+            return node.target(*args, **{**kwargs, "device": torch.device("meta")})  # type: ignore[operator]
         return super().run_node(node)
 
 

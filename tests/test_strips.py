@@ -33,7 +33,7 @@ PUT = torch.ops.xdit_compile.put_rows.default
 
 
 def programs(inference, parts: int) -> list[Program]:
-    plan = Plan(ring=parts)
+    plan = Plan(ring=parts, vae="patch", vae_memory="1kB")
     units = choose_rows(inference, plan)
     layouts = [Layout.of(plan, Mesh.simulated(plan, rank), units) for rank in range(parts)]
     return [partition(inference, layout).program for layout in layouts]

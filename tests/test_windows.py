@@ -146,7 +146,7 @@ def test_it_is_exact_and_gathers_nothing(name):
 def test_it_is_exact_in_strips(name):
     module, x, expected, inference = typed(name)
     for parts in (1, 3):
-        plan = Plan(ring=parts)
+        plan = Plan(ring=parts, vae="patch", vae_memory="1kB")
         units = choose_rows(inference, plan)
         layouts = [Layout.of(plan, Mesh.simulated(plan, rank), units) for rank in range(parts)]
         programs = [cut_into(partition(inference, layout).program, 3, 0) for layout in layouts]

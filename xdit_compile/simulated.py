@@ -17,9 +17,9 @@ from .mesh import is_simulated, simulated_members
 from .program import Program
 from .weights import Weights
 
-HALO = torch.ops.xdit_compile.halo_exchange.default
+HALOS = (torch.ops.xdit_compile.halo_exchange.default, torch.ops.xdit_compile.halo_start.default)
 ALL_TO_ALL = torch.ops.xdit_compile.all_to_all.default
-"""What an exchange of rows is on the wire. Ranks may do it by either op, as the one that needs less memory."""
+"""What an exchange of rows is on the wire: ranks may do it by any of the three."""
 Said = tuple[Any, tuple[Any, ...]]
 Step = tuple[Any, tuple[Any, ...], str, Said]
 """An op that ranks meet at, its arguments, its group, and what stands for it in the graph."""
@@ -96,11 +96,12 @@ def _steps(module: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Step, Any
             env[node] = yield from _steps(getattr(module, str(node.target)), args)
         elif node.op == "output":
             return args[0]
-        elif node.target is HALO and (group := _group(args)) is not None:
+        elif node.target in HALOS and (group := _group(args)) is not None:
             x, dim, *rows = args[:-1]
             sent = halo_sent(x, dim % x.dim(), *rows)
-            arrived = yield ALL_TO_ALL, (*sent, group), group, (HALO, args)
-            env[node] = halo_joined(x, arrived, dim % x.dim(), *rows)
+            arrived = yield ALL_TO_ALL, (*sent, group), group, (node.target, args)
+            joined = node.target is HALOS[0]
+            env[node] = halo_joined(x, arrived, dim % x.dim(), *rows) if joined else arrived
         elif node.target in SIMULATIONS and (group := _group(args)) is not None:
             env[node] = yield node.target, args, group, (node.target, args)
         else:
