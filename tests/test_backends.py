@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from xdit_compile.backends import registry
+from xdit_compile.backends.base import Backend
 from xdit_compile.backends.eager import Eager
 from xdit_compile.backends.inductor import Inductor
 from xdit_compile.errors import ProviderUnavailable
@@ -41,13 +42,21 @@ def test_a_structure_called_twice_is_compiled_once() -> None:
     (expected,) = root(*inputs())
     compiled = []
 
-    class Counting(Eager):
+    class Counting(Backend):
+        name = "counting"
+
         def compile_structure(self, structure: fx.GraphModule) -> torch.nn.Module:
             compiled.append(structure)
-            return super().compile_structure(structure)
+            return structure
 
     (found,) = Counting().compile(root)(*inputs())
     assert len(compiled) == 1 and torch.equal(found, expected)
+
+
+def test_eager_writes_all_calls_into_one_graph() -> None:
+    root = root_of_two_calls()
+    flat = Eager().compile(root)
+    assert not flat.graph.find_nodes(op="call_module") and torch.equal(flat(*inputs())[0], root(*inputs())[0])
 
 
 def test_inductor_gives_the_same() -> None:

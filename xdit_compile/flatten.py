@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx, nn
@@ -18,7 +19,7 @@ def flatten(root: fx.GraphModule) -> fx.GraphModule:
     for node in root.graph.nodes:
         if node.op == "call_module":
             values[node] = _written_out(node, getattr(root, str(node.target)), graph, owner, values)
-        elif node.op == "call_function" and isinstance(values.get(node.args[0]), tuple):
+        elif node.target is operator.getitem and isinstance(values.get(node.args[0]), tuple):
             values[node] = values[node.args[0]][node.args[1]]
         elif node.op == "output":
             graph.output(fx.node.map_arg(node.args[0], values.__getitem__))
