@@ -18,7 +18,7 @@ from .interpret import run_program
 from .outline import outline
 from .preserve import preserved, same_random_numbers
 from .program import Program
-from .tracing import Flat, Trace, by_dynamo, by_export, describe_result
+from .tracing import Flat, Trace, by_dynamo, by_export, describe_result, refuse_written
 from .valued import by_values
 
 Rung = Callable[[Flat], Trace]
@@ -76,7 +76,9 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
     expected = None
     if not weightless:
         args, kwargs = flat.own_inputs()
+        leaves = pytree.tree_leaves((args, kwargs))
         expected = flat.call(*args, **kwargs)
+        refuse_written(leaves, (args, kwargs))
         flat.seen.result = describe_result(expected)
     reasons: list[str] = []
     about_data = False

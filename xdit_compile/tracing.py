@@ -68,16 +68,10 @@ class Flat(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
         result = self.call(*args, **kwargs)
         if not torch.compiler.is_dynamo_compiling():
-            self._refuse_changed(leaves, (args, kwargs))
+            refuse_written(leaves, (args, kwargs))
         if not torch.compiler.is_dynamo_compiling() and self.seen.result is None:
             self.seen.result = describe_result(result)
         return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
-
-    def _refuse_changed(self, leaves: list[Any], inputs: tuple[tuple, dict]) -> None:
-        """A graph has no lists or dicts to write to, so what a module puts there would be lost."""
-        after, spec = pytree.tree_flatten(inputs)
-        if spec != self.in_spec or any(one is not other for one, other in zip(leaves, after, strict=True)):
-            raise CaptureError("the module writes to a list or dict that it is given")
 
     def own_inputs(self) -> tuple[tuple, dict]:
         """``(args, kwargs)`` of the example call, with tensors that a call may write to without harm."""
@@ -87,6 +81,25 @@ class Flat(nn.Module):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The tensor leaves of the example inputs."""
         return tuple(self.leaves[i] for i in self.positions)
+
+
+def refuse_written(leaves: list[Any], inputs: tuple[tuple, dict]) -> None:
+    """See to it that a call left the tensors in the lists and dicts of its inputs as they were.
+
+    A graph has no lists or dicts to write to, so what a module puts there would be lost.
+
+    Args:
+        leaves: the flat inputs before the call.
+        inputs: ``(args, kwargs)`` after it.
+
+    Raises:
+        CaptureError: where tensors came, went or changed places.
+    """
+    before, after = (
+        [id(leaf) for leaf in of if isinstance(leaf, torch.Tensor)] for of in (leaves, pytree.tree_leaves(inputs))
+    )
+    if before != after:
+        raise CaptureError("the module writes tensors to a list or dict that it is given")
 
 
 def describe_result(result: Any) -> tuple[tuple[int | Constant, ...], pytree.TreeSpec]:
