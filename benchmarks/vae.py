@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -112,13 +113,19 @@ def largest(budget: int, peak: Callable[[int], int]) -> int:
     """The greatest side, up to ``LARGEST``, whose activations fit beside the weights."""
     with torch.device("meta"):
         weights = sum(parameter.numel() * 4 for parameter in AutoencoderKL(**CONFIG).parameters())
-    low, high = 0, LARGEST // STEP
-    if peak(LARGEST) + weights <= budget:
+
+    def fits(steps: int) -> bool:
+        return peak(steps * STEP) + weights <= budget
+
+    most = LARGEST // STEP
+    if fits(most):
         return LARGEST
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if peak(middle * STEP) + weights <= budget else (low, middle - 1)
-    return low * STEP
+    steps = min(int(math.sqrt((budget - weights) / peak(4 * STEP)) * 4), most)
+    while steps and not fits(steps):
+        steps -= 1
+    while steps < most and fits(steps + 1):
+        steps += 1
+    return steps * STEP
 
 
 def measured(side: int, backend: str) -> list[tuple[str, int, int]]:

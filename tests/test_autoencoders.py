@@ -131,13 +131,16 @@ def tiled(rank: int, count: int, name: str) -> list[Any]:
     for method in ("decode", "encode"):
         case = AUTOENCODERS[name]
         module, given = case.build(), case.given(method)
+        with torch.no_grad(), counted(module) as whole:
+            run(module, method, given)
         case.small_tiles(module)
         with torch.no_grad(), counted(module) as calls:
             expected = run(module, method, given)
+        assert len(calls) > len(whole)
         xdit_compile.parallelize(module, Plan(ring=count, vae="patch", backend="eager"))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found.append((difference(run(module, method, given), expected), len(calls)))
+            found.append(difference(run(module, method, given), expected))
             run(module, method, given)
         with pytest.raises(UsageError, match="tiling"):
             getattr(module, method)(given, gather=False)
@@ -147,7 +150,7 @@ def tiled(rank: int, count: int, name: str) -> list[Any]:
 @pytest.mark.parametrize("name", ["kl"])
 def test_tiles_are_split_while_tiling_is_on(name):
     for rank in procs.run(tiled, 2, 2, name, timeout=300):
-        assert all(far < 2e-5 and calls > 2 for far, calls in rank)
+        assert max(rank) < 2e-5
 
 
 @pytest.mark.slow
