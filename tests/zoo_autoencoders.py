@@ -96,7 +96,8 @@ AUTOENCODERS: dict[str, Autoencoder] = {
     ),
     "dc": Autoencoder(
         "AutoencoderDC", _DC, (1, 6, 11, 6), (1, 3, 44, 24),
-        {"tile_latent_min_height": 4, "tile_latent_min_width": 4} | {name: size // 4 for name, size in _STRIDED.items()},
+        dict.fromkeys(("tile_latent_min_height", "tile_latent_min_width"), 4)
+        | {name: size // 4 for name, size in _STRIDED.items()},
     ),
     "dc_interpolate": Autoencoder(
         "AutoencoderDC",
