@@ -12,7 +12,6 @@ import datetime
 import json
 import multiprocessing
 import pathlib
-import re
 import shutil
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
+from resident import count_anew, greatest_resident, resident
 from rich.console import Console
 from rich.table import Table
 
@@ -71,11 +71,6 @@ def make_pipeline(template: pathlib.Path, folder: pathlib.Path, gigabytes: float
     return sum(value.numel() * value.element_size() for value in model.parameters())
 
 
-def _resident(field: str) -> int:
-    text = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", text).group(1)) * 1024  # type: ignore[union-attr]
-
-
 def _serve(end: Connection, rank: int, count: int, rendezvous: str, folder: str) -> None:
     torch.set_num_threads(1)
     if count > 1:
@@ -83,19 +78,19 @@ def _serve(end: Connection, rank: int, count: int, rendezvous: str, folder: str)
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count, timeout=limit)
     import diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3  # noqa: F401  (not part of loading)
 
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before, start = _resident("VmRSS"), time.perf_counter()
+    count_anew()
+    before, start = resident(), time.perf_counter()
     pipe = _load(folder, count)
     loaded = time.perf_counter()
     image = pipe(
         "a lighthouse", num_inference_steps=1, height=64, width=64, generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).images  # fmt: skip
-    done, peak = time.perf_counter(), _resident("VmHWM")
+    done, peak = time.perf_counter(), greatest_resident()
     weights = getattr(pipe.transformer.forward, "weights", None)
     elements = weights.elements if weights is not None else sum(p.numel() for p in pipe.transformer.parameters())
     who = f"rank {rank} of tensor={count}" if count > 1 else "one process, diffusers"
-    found = Loaded(who, before, peak, _resident("VmRSS"), elements * BYTES, loaded - start, done - loaded)
+    found = Loaded(who, before, peak, resident(), elements * BYTES, loaded - start, done - loaded)
     end.send((found, image.numpy()))
     if count > 1:
         dist.barrier()

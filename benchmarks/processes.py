@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from contenders import Contender, Stubs, suite
-from resident import greatest_resident, resident
+from resident import count_anew, give_back, greatest_resident, resident
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -188,6 +188,8 @@ class _Member:
         return time.perf_counter() - begin, time.thread_time() - begin_cpu
 
     def peak(self, name: str) -> int:
+        give_back()
+        count_anew()
         before = resident()
         self._run(self._known[name])
         return greatest_resident() - before

@@ -12,15 +12,23 @@ EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Environment in which tensors are given back to the kernel when they end, and no part of the heap stays behind."""
 
 
-def resident() -> int:
-    """Bytes in memory now, after what is free was given back; the greatest number is counted anew from here on."""
+def give_back() -> None:
+    """Give free parts of the heap back to the kernel."""
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def count_anew() -> None:
+    """Forget the greatest number of bytes so far."""
     CLEAR.write_text("5")
+
+
+def resident() -> int:
+    """Bytes in memory now."""
     return _read("VmRSS")
 
 
 def greatest_resident() -> int:
-    """The greatest number of bytes in memory since `resident` was called."""
+    """The greatest number of bytes in memory since `count_anew`."""
     return _read("VmHWM")
 
 

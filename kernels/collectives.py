@@ -192,8 +192,7 @@ def halo_exchange(
     dim = _check_halo(x, dim, starts, stops, sizes, index)
     if not group:
         return x.narrow(dim, starts[0], stops[0] - starts[0]).clone(memory_format=torch.contiguous_format)
-    if dist.get_rank(process_group(group)) != index:
-        raise ValueError(f"halo_exchange at position {index} of a group where this rank has another; pass its own")
+    _check_place(process_group(group), index)
     sent = halo_sent(x, dim, starts, stops, sizes, index)
     return halo_joined(x, all_to_all(*sent, group), dim, starts, stops, sizes, index)
 
@@ -213,6 +212,7 @@ def halo_start(
     out = x.new_empty(sum(out_splits))
     if group:
         members = process_group(group)
+        _check_place(members, index)
         _check_count(members, len(in_splits))
         with answering(members, "an exchange of rows"):
             work = dist.all_to_all_single(out, away, out_splits, in_splits, group=members, async_op=True)
@@ -320,6 +320,11 @@ def _check_halo(x: torch.Tensor, dim: int, starts: list[int], stops: list[int], 
 def _overlap(rows: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
     start, end = max(rows[0], wanted[0]), min(rows[1], wanted[1])
     return (start, end) if start < end else (0, 0)
+
+
+def _check_place(members: dist.ProcessGroup, index: int) -> None:
+    if dist.get_rank(members) != index:
+        raise ValueError(f"halo_exchange at position {index} of a group where this rank has another; pass its own")
 
 
 def _check_count(members: dist.ProcessGroup, count: int) -> None:

@@ -47,15 +47,15 @@ def in_strips(program: Program, budget: int) -> Program:
     found, least = program, peak_of(program)
     if least <= budget:
         return program
-    count = 2
+    count, shapes = 2, _shapes(program)
     while count <= MOST_STRIPS:
-        cut = cut_into(program, count, budget // SMALL)
+        cut = _cut(program, shapes, count, budget // SMALL)
         peak = peak_of(cut)
+        if peak <= budget:
+            return cut
         if peak > (1 - LEAST_GAIN) * least:
             break
         found, least = cut, peak
-        if least <= budget:
-            return found
         count *= 2
     warnings.warn(
         f"vae_memory is {budget / 2**20:.0f} MiB but this rank needs {least / 2**20:.0f} MiB even in strips; "
@@ -94,7 +94,10 @@ def _metas(program: Program) -> list[torch.Tensor]:
 
 def cut_into(program: Program, count: int, least_bytes: int) -> Program:
     """The program with every region of more than ``least_bytes`` cut into ``count`` strips."""
-    shapes = _shapes(program)
+    return _cut(program, _shapes(program), count, least_bytes)
+
+
+def _cut(program: Program, shapes: Shapes, count: int, least_bytes: int) -> Program:
     modules = {
         name: _Cutter(structure, shapes, count, least_bytes).run() for name, structure in program.structures().items()
     }

@@ -17,8 +17,9 @@ from xdit_compile.build import Analysis, choose_units
 from xdit_compile.capture import capture
 from xdit_compile.mesh import Mesh
 from xdit_compile.passes.infer import Inference, infer
-from xdit_compile.passes.layout import SEQUENCE, Layout
+from xdit_compile.passes.layout import SEQUENCE, Chosen, Layout
 from xdit_compile.passes.program_partition import Partitioned, partition
+from xdit_compile.passes.rows import choose_rows
 from xdit_compile.passes.rulebook import rulebook
 from xdit_compile.plan import Plan
 from xdit_compile.simulated import run_simulated
@@ -53,9 +54,17 @@ def captured(name: str) -> Captured:
 def partition_all(inference: Inference, plan: Plan, units: Any = None) -> list[Partitioned]:
     """The programs of all ranks of a simulated mesh."""
     chosen = choose_units(inference, plan) if units is None else {SEQUENCE: units}
-    return [
-        partition(inference, Layout.of(plan, Mesh.simulated(plan, rank), chosen)) for rank in range(plan.world_size)
-    ]
+    return _every_rank(inference, plan, chosen, gather=True)
+
+
+def partition_rows(inference: Inference, plan: Plan, gather: bool = True) -> list[Partitioned]:
+    """The same for an autoencoder, which is split by rows."""
+    return _every_rank(inference, plan, choose_rows(inference, plan), gather)
+
+
+def _every_rank(inference: Inference, plan: Plan, chosen: Chosen, gather: bool) -> list[Partitioned]:
+    layouts = [Layout.of(plan, Mesh.simulated(plan, rank), chosen) for rank in range(plan.world_size)]
+    return [partition(inference, layout, gather) for layout in layouts]
 
 
 def worst_difference(found: Any, expected: list[Any]) -> float:

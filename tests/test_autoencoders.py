@@ -11,6 +11,7 @@ from typing import Any
 import procs
 import pytest
 import torch
+from splitting import partition_rows
 from torch import nn
 from zoo_autoencoders import AUTOENCODERS, CALLS, run
 from zoo_pipelines import PIPELINES
@@ -19,11 +20,7 @@ import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.capture import capture
 from xdit_compile.errors import PlanError, ProviderUnavailable, UsageError
-from xdit_compile.mesh import Mesh
 from xdit_compile.passes.infer import Inference, infer
-from xdit_compile.passes.layout import Layout
-from xdit_compile.passes.program_partition import partition
-from xdit_compile.passes.rows import choose_rows
 from xdit_compile.passes.rulebook import rulebook
 from xdit_compile.simulated import run_simulated
 
@@ -47,10 +44,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def split_by_rows(name: str, method: str, parts: int) -> None:
     module, given, expected, inference = typed(name, method)
-    plan = Plan(ring=parts)
-    units = choose_rows(inference, plan)
-    layouts = [Layout.of(plan, Mesh.simulated(plan, rank), units) for rank in range(parts)]
-    ranks = [partition(inference, layout, gather=False) for layout in layouts]
+    ranks = partition_rows(inference, Plan(ring=parts), gather=False)
     strips = run_simulated([rank.program for rank in ranks], module, (given,), {})
     assert [gather.reason for rank in ranks for gather in rank.ledger.gathers] == []
     assert all(rank.ledger.flops_replicated < 0.02 * rank.ledger.flops for rank in ranks)

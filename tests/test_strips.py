@@ -8,6 +8,7 @@ import diffusers
 import procs
 import pytest
 import torch
+from splitting import partition_rows
 from test_autoencoders import difference, typed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo_autoencoders import AUTOENCODERS, run
@@ -17,11 +18,7 @@ from xdit_compile import Plan
 from xdit_compile.capture import capture
 from xdit_compile.flatten import flatten
 from xdit_compile.memory import peak_bytes
-from xdit_compile.mesh import Mesh
 from xdit_compile.passes.infer import infer
-from xdit_compile.passes.layout import Layout
-from xdit_compile.passes.program_partition import partition
-from xdit_compile.passes.rows import choose_rows
 from xdit_compile.passes.rulebook import rulebook
 from xdit_compile.passes.strips import cut_into, in_strips, peak_of
 from xdit_compile.program import Program
@@ -34,9 +31,7 @@ PUT = torch.ops.xdit_compile.put_rows.default
 
 def programs(inference, parts: int) -> list[Program]:
     plan = Plan(ring=parts, vae="patch", vae_memory="1kB")
-    units = choose_rows(inference, plan)
-    layouts = [Layout.of(plan, Mesh.simulated(plan, rank), units) for rank in range(parts)]
-    return [partition(inference, layout).program for layout in layouts]
+    return [rank.program for rank in partition_rows(inference, plan)]
 
 
 @pytest.mark.parametrize(

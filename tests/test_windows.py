@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from splitting import partition_rows
 from torch import nn
 from torch.nn import functional as F
 
 from xdit_compile.capture import capture
-from xdit_compile.mesh import Mesh
 from xdit_compile.passes.infer import Inference, infer
-from xdit_compile.passes.layout import Layout
-from xdit_compile.passes.program_partition import partition
-from xdit_compile.passes.rows import choose_rows
 from xdit_compile.passes.rulebook import rulebook
 from xdit_compile.passes.strips import cut_into
 from xdit_compile.plan import Plan
@@ -129,10 +126,7 @@ def typed(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor, Inference]:
 def test_it_is_exact_and_gathers_nothing(name):
     module, x, expected, inference = typed(name)
     for parts in (2, 3, 5, 8):
-        plan = Plan(ring=parts)
-        units = choose_rows(inference, plan)
-        layouts = [Layout.of(plan, Mesh.simulated(plan, rank), units) for rank in range(parts)]
-        ranks = [partition(inference, layout, gather=False) for layout in layouts]
+        ranks = partition_rows(inference, Plan(ring=parts), gather=False)
         strips = run_simulated([rank.program for rank in ranks], module, (x,), {})
         assert [gather.reason for rank in ranks for gather in rank.ledger.gathers] == []
         dim = max(expected.dim() - 2, 2)
@@ -147,8 +141,6 @@ def test_it_is_exact_in_strips(name):
     module, x, expected, inference = typed(name)
     for parts in (1, 3):
         plan = Plan(ring=parts, vae="patch", vae_memory="1kB")
-        units = choose_rows(inference, plan)
-        layouts = [Layout.of(plan, Mesh.simulated(plan, rank), units) for rank in range(parts)]
-        programs = [cut_into(partition(inference, layout).program, 3, 0) for layout in layouts]
+        programs = [cut_into(rank.program, 3, 0) for rank in partition_rows(inference, plan)]
         for found in run_simulated(programs, module, (x,), {}):
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)

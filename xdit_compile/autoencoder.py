@@ -87,12 +87,12 @@ class RowMethod:
         self._refuse_unfit(args, kwargs)
         if getattr(self.module, "use_tiling", False):
             return self._tiled(args, kwargs, gather)
-        small = pytree.tree_map(self._cut, (args, kwargs))
-        if gather and _sizes(small) == _sizes((args, kwargs)):
+        small, sizes = pytree.tree_map(self._cut, (args, kwargs)), _sizes((args, kwargs))
+        if gather and _sizes(small) == sizes:
             return _closed(self._checked(*args, **kwargs))
-        if self.team.plan.verify and _sizes((args, kwargs)) not in self._rehearsed:
+        if self.team.plan.verify and sizes not in self._rehearsed:
             self._rehearsal(*small[0], **small[1])
-            self._rehearsed.add(_sizes((args, kwargs)))
+            self._rehearsed.add(sizes)
         return _closed(self._trusting[gather](*args, **kwargs))
 
     def latest(self) -> Prepared | None:

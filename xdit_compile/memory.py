@@ -27,7 +27,7 @@ class LiveStorages(TorchDispatchMode):
         given = {self._key(leaf) for leaf in pytree.arg_tree_leaves(*args, **(kwargs or {})) if _is_tensor(leaf)}
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
-            if _is_tensor(leaf) and self._key(leaf) not in self._known | given:
+            if _is_tensor(leaf) and (key := self._key(leaf)) not in self._known and key not in given:
                 self._follow(leaf.untyped_storage())
         return result
 
