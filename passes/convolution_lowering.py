@@ -65,7 +65,7 @@ def _overlapped(
     """
     halos = [name for name, choice in choices.items() if choice.loop.kind == "halo"]
     summed = any(choice.loop.kind == "sum" for choice in choices.values())
-    if not part.layout.overlap or len(halos) != 1 or summed or typing.facts.get("depthwise"):
+    if part.layout.sparing or len(halos) != 1 or summed or typing.facts.get("depthwise"):
         return None
     shape, dim = typing.facts["convolution"], choices[halos[0]].operands[0]
     reach = (shape["kernel"][dim - 2] - 1) * shape["dilation"][dim - 2] + 1

@@ -29,7 +29,8 @@ class Layout:
     """One rank's view of how a program is split.
 
     ``groups`` and ``parts`` are by the names of `MEMBERS`; ``sequence`` stands for the ring and Ulysses dimensions
-    taken as one. With ``overlap`` a convolution computes while the rows of its neighbours are on their way.
+    taken as one. Where ``sparing``, memory goes before time: a convolution does not compute while the rows of its
+    neighbours are on their way, and statistics are taken piece by piece.
     """
 
     mesh: Mesh
@@ -38,7 +39,7 @@ class Layout:
     parts: Mapping[str, int]
     provider: str = "auto"
     refuse_gathers: bool = False
-    overlap: bool = True
+    sparing: bool = False
 
     @classmethod
     def of(cls, plan: Plan, mesh: Mesh, units: Chosen) -> Layout:
@@ -55,7 +56,7 @@ class Layout:
             parts,
             plan.attention,
             plan.fallback == "error",
-            plan.vae_memory is None,
+            plan.vae_memory is not None,
         )
 
     def natural(self, axes: Sequence[Axis]) -> dict[str, int]:

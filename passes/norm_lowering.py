@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import fx
 
+import xdit_compile.kernels.norms  # noqa: F401  (registers the op that the graphs call)
 from xdit_compile.axes import Atom, Axis, same
 from xdit_compile.shards import Split
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 ROOT_MEAN_SQUARE = ("rms_norm", "_fused_rms_norm")
 CENTRED = ("layer_norm", "native_layer_norm")
+PIECES = 16
+"""Of which statistics are taken one after the other where memory is spared."""
 
 
 def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
@@ -82,12 +85,13 @@ class _Grouped:
         rest = self.size * math.prod(size for at, size in enumerate(sizes) if at > 1 and at != dim)
         counts = [split.length(self.axes[dim], index) * rest for index in range(split.parts)]
         view = [sizes[0], groups, counts[self.part.sharding.index[name]]]
-        flat = call(aten.reshape.default, _cast(self.part, inputs, dtype, wide), view)
-        mean, variance = _merge(self.part, flat, [2], name, counts, sizes[0] * groups, wide)
+        flat = call(aten.reshape.default, inputs, view)
+        pieces = PIECES if self.part.layout.sparing else 1
+        own = moments_in_pieces(call, flat, view[2], dtype, wide, pieces)
+        mean, variance = _merge(self.part, own, 2, name, counts, sizes[0] * groups, wide)
         affine = [_cast(self.part, factor, dtype, wide) if factor is not None else None for factor in affine]
         scale, shift = columns(call, sizes, groups, (mean, variance), affine, self._epsilon())
-        result = call(aten.addcmul.default, shift, _cast(self.part, inputs, dtype, wide), scale)
-        return _cast(self.part, result, wide, dtype)
+        return call(torch.ops.xdit_compile.scale_shift.default, inputs, scale, shift)
 
 
 def columns(
@@ -188,7 +192,8 @@ class _Trailing:
         split = self.part.sharding.splits[name]
         counts = [split.length(self.axes[dim], index) * rest for index in range(split.parts)]
         rows = math.prod(self.part.local.sizes(self._statistic(inputs, outer, frozenset())))
-        return _merge(self.part, inputs, self.dims, name, counts, rows, self.wide)
+        own = moments(self.part.local.call, inputs, self.dims, counts[self.part.sharding.index[name]])
+        return _merge(self.part, own, self.dims[-1], name, counts, rows, self.wide)
 
     def _statistic(self, node: fx.Node, outer: dict[str, int], partial: frozenset[str]) -> Value:
         axes = [*self.axes[: self.first], *(Atom(1, 0) for _ in self.dims)]
@@ -201,27 +206,25 @@ class _Trailing:
 
 def _merge(
     part: FramePartitioner,
-    inputs: fx.Node,
-    dims: list[int],
+    own: tuple[fx.Node, fx.Node],
+    last: int,
     name: str,
     counts: list[int],
     rows: int,
     dtype: torch.dtype,
 ) -> tuple[fx.Node, fx.Node]:
-    """Mean and variance over trailing ``dims``, kept with size 1, of positions that lie on several ranks.
+    """Mean and variance of positions that lie on several ranks, with size 1 at ``last`` and other dims they were over.
 
     Ranks exchange their mean and sum of squared deviations (Chan, Golub and LeVeque, 1979); plain sums of squares would
     lose digits where the mean is large.
 
     Args:
-        inputs: this rank's positions, of ``dtype``.
+        own: mean and sum of squared deviations of this rank's positions, of ``dtype``.
         name: the mesh dimension over which they lie, with ``counts`` of them on each rank.
         rows: how many statistics there are.
     """
-    call, last, parts, total = part.local.call, dims[-1], len(counts), sum(counts)
-    here = counts[part.sharding.index[name]]
-    own, squares = moments(call, inputs, dims, here)
-    packed = call(aten.cat.default, [own, squares], last)
+    call, parts, total = part.local.call, len(counts), sum(counts)
+    packed = call(aten.cat.default, list(own), last)
     arrived = call(torch.ops.xdit_compile.all_gather.default, packed, last, [2] * parts, part.layout.groups[name])
     part.ledger.sent("all_gather", "norm statistics", 2 * rows * (parts - 1), dtype)
     means, squares = (call(aten.slice.Tensor, arrived, last, at, 2 * parts, 2) for at in range(2))
@@ -242,6 +245,28 @@ def moments(call: Callable[..., fx.Node], inputs: fx.Node, dims: list[int], coun
     found = call(aten.var_mean.correction, inputs, dims, correction=0, keepdim=True)
     variance, mean = (call(operator.getitem, found, at) for at in range(2))
     return mean, call(aten.mul.Scalar, variance, count)
+
+
+def moments_in_pieces(
+    call: Callable[..., fx.Node], inputs: fx.Node, count: int, dtype: torch.dtype, wide: torch.dtype, pieces: int
+) -> tuple[fx.Node, fx.Node]:
+    """The same over the last of three dims, a piece of it at a time where ``inputs`` must be copied into ``wide``."""
+    if dtype == wide:
+        return moments(call, inputs, [2], count)
+    bounds = sorted({count * at // pieces for at in range(pieces + 1)})
+    mean = squares = None
+    for start, stop in zip(bounds, bounds[1:] or bounds, strict=False):
+        piece = inputs if stop - start == count else call(aten.slice.Tensor, inputs, 2, start, stop)
+        found = moments(call, call(aten._to_copy.default, piece, dtype=wide), [2], stop - start)
+        if mean is None or squares is None:
+            mean, squares = found
+            continue
+        apart = call(aten.sub.Tensor, found[0], mean)
+        mean = call(aten.add.Tensor, mean, call(aten.mul.Scalar, apart, (stop - start) / stop))
+        apart = call(aten.mul.Scalar, call(aten.mul.Tensor, apart, apart), start * (stop - start) / stop)
+        squares = call(aten.add.Tensor, call(aten.add.Tensor, squares, found[1]), apart)
+    assert mean is not None and squares is not None
+    return mean, squares
 
 
 def _cast(part: FramePartitioner, value: fx.Node, dtype: torch.dtype, wanted: torch.dtype) -> fx.Node:

@@ -25,7 +25,7 @@ from xdit_compile.program import Program
 
 from .convolutions import per_dim
 from .local import aten
-from .norm_lowering import columns, moments
+from .norm_lowering import columns, moments_in_pieces
 from .rules import operator_name
 
 MOST_STRIPS = 16
@@ -270,10 +270,8 @@ class _Cutter:
         affine = [rest[at] if len(rest) > at else None for at in range(2)]
         epsilon = rest[2] if len(rest) > 2 else norm.kwargs.get("eps", 1e-5)
         sizes, count = list(value.shape), value.numel() // (value.shape[0] * groups)  # type: ignore[operator]
-        flat = self._cast(
-            self.call(aten.reshape.default, self.copies[inputs], [sizes[0], groups, count]), value.dtype, wide
-        )
-        mean, squares = moments(self.call, flat, [2], count)
+        flat = self.call(aten.reshape.default, self.copies[inputs], [sizes[0], groups, count])
+        mean, squares = moments_in_pieces(self.call, flat, count, value.dtype, wide, self.count)
         variance = self.call(aten.div.Scalar, squares, count)
         given = [
             self._cast(self.copies[each], self.shapes[each].dtype, wide) if isinstance(each, fx.Node) else None
@@ -379,8 +377,4 @@ class _Cutter:
         return self.call(aten.slice.Tensor, made, len(shape) - 2, first - low * factor, last - low * factor)
 
     def _normalised(self, node: fx.Node, rows: fx.Node) -> fx.Node:
-        scale, shift = self.columns[node]
-        dtype = self.shapes[node].dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        result = self.call(aten.addcmul.default, shift, self._cast(rows, dtype, wide), scale)
-        return self._cast(result, wide, dtype)
+        return self.call(torch.ops.xdit_compile.scale_shift.default, rows, *self.columns[node])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from splitting import Captured, run_split
+from splitting import Captured, partition_rows, run_split
 from torch import nn
 
 from xdit_compile.capture import capture
 from xdit_compile.passes.infer import infer
 from xdit_compile.passes.rulebook import rulebook
 from xdit_compile.plan import Plan
+from xdit_compile.simulated import run_simulated
+
+SCALE_SHIFT = torch.ops.xdit_compile.scale_shift.default
 
 
 class Grid(nn.Module):
@@ -50,3 +53,38 @@ def test_a_group_norm_over_split_places(rank: int, shape: tuple[int, ...], affin
         assert worst <= 2e-5, plan
         (joined,) = (item for item in ranks[0].ledger.collectives if item.purpose == "norm statistics")
         assert joined.op == "all_gather" and joined.elements == 2 * 2 * 4 * (plan.sequence - 1)
+
+
+@pytest.mark.parametrize("memory", [None, "1kB"], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_statistics_of_bfloat16_are_float32(parts: int, memory: str | None) -> None:
+    """The result is the one in float32 but for its last rounding, far from a mean of 0 too."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, 12)
+    norm.weight.data.normal_(1.0, 0.3)
+    module = nn.Sequential(nn.Upsample(scale_factor=2), norm).eval().requires_grad_(False).bfloat16()
+    x = (torch.randn(2, 12, 7, 5) + 5).bfloat16()
+    expected = module.float()(x.float())
+    module.bfloat16()
+    inference = infer(capture(module, (x,), {}), rulebook())
+    ranks = partition_rows(inference, Plan(ring=parts, vae="patch", vae_memory=memory))
+    for found in run_simulated([rank.program for rank in ranks], module, (x,), {}):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_scale_and_shift(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(2, 6, 3, 5).to(dtype)
+    scale, shift = (torch.randn(2, 6, 1, 1, dtype=wide) for _ in range(2))
+    exact = x.double() * scale.double() + shift.double()
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        found = SCALE_SHIFT(given, scale, shift)
+        assert found.dtype == dtype and found.shape == x.shape
+        torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    assert SCALE_SHIFT(x[:, :, :0], scale, shift).shape == (2, 6, 0, 5)
+    with pytest.raises(ValueError, match="batch and channels must be the same"):
+        SCALE_SHIFT(x, scale[:1], shift[:1])
+    torch.library.opcheck(SCALE_SHIFT, (x, scale, shift))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from splitting import partition_rows
 from test_autoencoders import difference, typed
-from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo_autoencoders import AUTOENCODERS, run
 
 import xdit_compile
@@ -67,8 +66,9 @@ def test_what_does_not_fit_is_said():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:vae_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("parts", [1, 4])
-def test_the_real_sizes_of_an_autoencoder(parts):
+def test_the_real_sizes_of_an_autoencoder(parts, dtype):
     """Splitting alone brings the peak to 1/N of the plain decode, strips to less than 3/4 of that."""
     config = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -76,12 +76,11 @@ def test_the_real_sizes_of_an_autoencoder(parts):
         "block_out_channels": (128, 256, 512, 512),
         "layers_per_block": 2,
     }
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        fake = diffusers.AutoencoderKL(**config).eval()
-        plain = peak_bytes(fake.decode, torch.empty(1, 4, 64, 64), return_dict=False)
     with torch.device("meta"):
-        module = diffusers.AutoencoderKL(**config).eval()
-    latent = torch.empty(1, 4, 64, 64, device="meta")
+        module = diffusers.AutoencoderKL(**config).eval().to(dtype)
+    latent = torch.empty(1, 4, 64, 64, device="meta", dtype=dtype)
+    with torch.no_grad():
+        plain = peak_bytes(module.decode, latent, return_dict=False)
     inference = infer(capture(module, (latent,), {}, forward=lambda z: run(module, "decode", z)), rulebook())
     for program in programs(inference, parts):
         assert peak_of(program) <= 1.15 * plain / parts
