@@ -62,12 +62,15 @@ def test_statistics_of_bfloat16_are_float32(parts: int, memory: str | None) -> N
     torch.manual_seed(0)
     norm = nn.GroupNorm(4, 12)
     norm.weight.data.normal_(1.0, 0.3)
-    module = nn.Sequential(nn.Upsample(scale_factor=2), norm).eval().requires_grad_(False).bfloat16()
+    copy = nn.Conv2d(12, 12, 3, padding=1, bias=False)
+    nn.init.dirac_(copy.weight)
+    module = nn.Sequential(copy, norm).eval().requires_grad_(False).bfloat16()
     x = (torch.randn(2, 12, 7, 5) + 5).bfloat16()
     expected = module.float()(x.float())
     module.bfloat16()
     inference = infer(capture(module, (x,), {}), rulebook())
     ranks = partition_rows(inference, Plan(ring=parts, vae="patch", vae_memory=memory))
+    assert any(item.purpose == "norm statistics" for item in ranks[0].ledger.collectives)
     for found in run_simulated([rank.program for rank in ranks], module, (x,), {}):
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-6)
