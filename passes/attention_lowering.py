@@ -46,7 +46,7 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
         keys_split = part.sharding.splits[SEQUENCE].splits(typing.expected[1][tokens])
         if keys_split and operands[1].split.get(SEQUENCE) == tokens and _one_to_one(typing):
             return _Exchanged(part, node, typing, operands, choices).emit()
-    return _Local(part, node, typing, operands, choices).emit()
+    return LocalAttention(part, node, typing, operands, choices).emit()
 
 
 def _one_to_one(typing: Typing) -> bool:
@@ -56,7 +56,7 @@ def _one_to_one(typing: Typing) -> bool:
     return queries[:-1] == keys[:-1] and keys == values and whole_groups
 
 
-class _Local:
+class LocalAttention:
     """Attention in which no token meets another rank's: other batch entries, or queries over replicated keys."""
 
     def __init__(
@@ -67,11 +67,12 @@ class _Local:
         self.local = part.local
 
     def emit(self) -> list[Value]:
-        tensors = [self._coerced(at) for at in range(len(self.operands))]
+        tensors = [self.coerced(at) for at in range(len(self.operands))]
         mask = tensors[3] if len(tensors) > 3 else None
         causal = self.facts["is_causal"]
-        if causal and SEQUENCE in self.choices and self.choices[SEQUENCE].operands.get(0) == self.facts["tokens"]:
-            mask, causal = self._causal_rows(), False
+        rows = [name for name, choice in self.choices.items() if choice.operands.get(0) == self.facts["tokens"]]
+        if causal and rows:
+            mask, causal = self._causal_rows(rows), False
         result = self.local.call(
             ops.attention.default,
             *tensors[:3],
@@ -104,12 +105,13 @@ class _Local:
         """Elements of an operand on this rank."""
         return math.prod(self.part.sharding.sizes(self.typing.expected[at], required(self.choices, at)))
 
-    def _coerced(self, at: int) -> fx.Node:
+    def coerced(self, at: int) -> fx.Node:
+        """An operand on this rank."""
         return self.part.coerce(self.operands[at], self.typing.expected[at], required(self.choices, at), self.node, at)
 
-    def _causal_rows(self) -> fx.Node:
+    def _causal_rows(self, names: Sequence[str]) -> fx.Node:
         tokens = self.facts["tokens"]
-        rows = self.part.sharding.positions(self.typing.expected[0][tokens], [SEQUENCE])
+        rows = self.part.sharding.positions(self.typing.expected[0][tokens], names)
         columns = np.arange(self.typing.expected[1][tokens].size)
         return self.local.constant(torch.from_numpy(columns[None, :] <= rows[:, None]))
 
@@ -140,7 +142,7 @@ class _Heads:
         return self.keys[1] - self.keys[0]
 
 
-class _Exchanged(_Local):
+class _Exchanged(LocalAttention):
     """Attention whose keys lie on all ranks."""
 
     def __init__(

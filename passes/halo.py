@@ -108,7 +108,7 @@ def ask(part: FramePartitioner, typing: Typing, name: str, choices: Mapping[str,
         rows = sum(stop - start for start, stop in rows_sent(starts, stops, sizes, here))
         numel = rows * math.prod(shard[:dim] + shard[dim + 1 :])
         part.ledger.sent("halo_exchange", "halo", numel, typing.operands[0].meta["val"].dtype)
-    return Request(dim, starts, stops, sizes, here, part.local.groups[name], seen, needed)
+    return Request(dim, starts, stops, sizes, here, part.local.group(name), seen, needed)
 
 
 def moved(ctx: Any, fill: float = 0.0) -> fx.Node:

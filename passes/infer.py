@@ -49,6 +49,9 @@ class Place:
     target: str
     repeated: bool
 
+    def __str__(self) -> str:
+        return f"{self.path or 'outside the blocks'}: {self.node} ({self.target})"
+
 
 @dataclasses.dataclass
 class Inference:

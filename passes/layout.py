@@ -17,6 +17,8 @@ from .infer import Frame
 SEQUENCE = "sequence"
 BATCH = "cfg"
 TENSOR = "tensor"
+PATCH = "patch"
+"""Parts of the tokens that follow one another in time, on one rank."""
 MEMBERS = {SEQUENCE: ("ring", "ulysses"), BATCH: ("cfg",), TENSOR: ("tensor",)}
 """The mesh dimensions behind each name that a program is split by."""
 
@@ -31,6 +33,9 @@ class Layout:
     ``groups`` and ``parts`` are by the names of `MEMBERS`; ``sequence`` stands for the ring and Ulysses dimensions
     taken as one. Where ``sparing``, memory goes before time: a convolution does not compute while the rows of its
     neighbours are on their way, and statistics are taken piece by piece.
+
+    With ``patches`` the program keeps the keys and values of all tokens from call to call; the split of `PATCH` is then
+    among ``sharding`` too where the program computes one patch alone.
     """
 
     mesh: Mesh
@@ -40,6 +45,7 @@ class Layout:
     provider: str = "auto"
     refuse_gathers: bool = False
     sparing: bool = False
+    patches: Split | None = None
 
     @classmethod
     def of(cls, plan: Plan, mesh: Mesh, units: Chosen) -> Layout:
@@ -58,6 +64,14 @@ class Layout:
             plan.fallback == "error",
             plan.vae_memory is not None,
         )
+
+    def keeping(self, patches: Split, patch: int | None) -> Layout:
+        """The layout of a program that computes one patch and reads what the others left; of all patches for None."""
+        if patch is None:
+            return dataclasses.replace(self, patches=patches)
+        sharding = Sharding({PATCH: patches, **self.sharding.splits}, {PATCH: patch, **self.sharding.index})
+        parts = {PATCH: patches.parts, **self.parts}
+        return dataclasses.replace(self, sharding=sharding, parts=parts, patches=patches)
 
     def natural(self, axes: Sequence[Axis]) -> dict[str, int]:
         """For each mesh dimension the first dim of a tensor that it can split."""

@@ -11,7 +11,9 @@ import torch
 from torch import fx
 
 import xdit_compile.kernels.collectives  # noqa: F401  (registers the ops that the graph calls)
+import xdit_compile.kernels.strips  # noqa: F401  (registers put_rows)
 from xdit_compile.axes import Axis
+from xdit_compile.errors import PartitionError
 from xdit_compile.program import Piece
 from xdit_compile.shards import Sharding
 
@@ -41,6 +43,15 @@ class Value:
         return not self.split and not self.partial
 
 
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A tensor that a graph reads and writes, and that stays from call to call."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class LocalGraph:
     """Builds the graph of one rank; every helper adds nodes and answers with one."""
 
@@ -50,6 +61,7 @@ class LocalGraph:
         self.groups = groups
         self.parts = parts
         self.constants: dict[str, torch.Tensor] = {}
+        self.states: list[State] = []
         self._pieces: dict[tuple, fx.Node] = {}
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -60,6 +72,22 @@ class LocalGraph:
         name = f"positions_{len(self.constants)}"
         self.constants[name] = value
         return self.graph.get_attr(name)
+
+    def state(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
+        """A tensor that stays from call to call; the graph takes it after all its other arguments."""
+        self.states.append(State(name, tuple(shape), dtype))
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        with self.graph.inserting_after(last):
+            return self.graph.placeholder(name)
+
+    def put(self, state: fx.Node, rows: fx.Node, dim: int, positions: np.ndarray) -> None:
+        """Write rows to their positions in a state."""
+        at = 0
+        for start, stop in _runs(positions):
+            end = at + stop - start
+            piece = rows if end - at == len(positions) else self.call(aten.slice.Tensor, rows, dim, at, end)
+            self.call(torch.ops.xdit_compile.put_rows.default, state, piece, dim, start)
+            at = end
 
     def sizes(self, value: Value) -> list[int]:
         return self.sharding.sizes(value.axes, value.split)
@@ -99,12 +127,22 @@ class LocalGraph:
         """All positions along mesh dimension ``name`` in their true order; also each rank's share."""
         held = [self.sharding.positions(axis, [*also, name], {name: index}) for index in range(self.parts[name])]
         sizes = [len(positions) for positions in held]
-        gathered = self.call(torch.ops.xdit_compile.all_gather.default, node, dim, sizes, self.groups[name])
+        gathered = self.call(torch.ops.xdit_compile.all_gather.default, node, dim, sizes, self.group(name))
         arrived = np.concatenate(held)
         return self.take(gathered, dim, np.argsort(arrived, kind="stable"), len(arrived)), sizes
 
     def reduce(self, node: fx.Node, name: str) -> fx.Node:
-        return self.call(torch.ops.xdit_compile.all_reduce.default, node, self.groups[name], "sum")
+        return self.call(torch.ops.xdit_compile.all_reduce.default, node, self.group(name), "sum")
+
+    def group(self, name: str) -> str:
+        """The process group over which ranks share what a mesh dimension splits.
+
+        Raises:
+            PartitionError: patches follow one another in time: nobody else holds the others.
+        """
+        if name not in self.groups:
+            raise PartitionError(f"needs every {name} at once; only keys and values of attention are kept from others")
+        return self.groups[name]
 
     def finish(self, results: Sequence[Any]) -> fx.GraphModule:
         """The module of this graph with ``results`` as its output."""

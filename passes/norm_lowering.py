@@ -225,7 +225,7 @@ def _merge(
     """
     call, parts, total = part.local.call, len(counts), sum(counts)
     packed = call(aten.cat.default, list(own), last)
-    arrived = call(torch.ops.xdit_compile.all_gather.default, packed, last, [2] * parts, part.layout.groups[name])
+    arrived = call(torch.ops.xdit_compile.all_gather.default, packed, last, [2] * parts, part.local.group(name))
     part.ledger.sent("all_gather", "norm statistics", 2 * rows * (parts - 1), dtype)
     means, squares = (call(aten.slice.Tensor, arrived, last, at, 2 * parts, 2) for at in range(2))
     weights = part.local.constant(torch.tensor(counts, dtype=dtype))

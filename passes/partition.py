@@ -21,18 +21,18 @@ from xdit_compile.axes import Axis, same
 from xdit_compile.errors import PartitionError
 from xdit_compile.shards import Sharding
 
-from . import attention_lowering, column_lowering, convolution_lowering, norm_lowering
+from . import column_lowering, convolution_lowering, kept_attention, norm_lowering
 from .choices import Choice, choose_all, required, yielded
 from .flops import flops
 from .halo import Seen, fetch
 from .infer import Frame
 from .layout import Layout
-from .local import LocalGraph, Value, aten
+from .local import LocalGraph, State, Value, aten
 from .records import Gather, Ledger
 from .rules import Typing, values
 
 LOWERINGS = {
-    "attention": attention_lowering.lower,
+    "attention": kept_attention.lower,
     "convolution": convolution_lowering.lower,
     "linear": column_lowering.lower,
     "norm": norm_lowering.lower,
@@ -47,6 +47,7 @@ class LocalStructure:
     module: fx.GraphModule
     results: list[Value | None]
     ledger: Ledger
+    states: Sequence[State]
 
 
 class FramePartitioner:
@@ -83,7 +84,7 @@ class FramePartitioner:
             for form in forms
         ]
         module = self.local.finish([final.node if final is not None else None for final in finals])
-        return LocalStructure(module, finals, self.ledger)
+        return LocalStructure(module, finals, self.ledger, self.local.states)
 
     def _constant(self, node: fx.Node) -> None:
         value = self.layout.attribute(self.frame, str(node.target))
@@ -112,11 +113,14 @@ class FramePartitioner:
         typing = self.frame.typings[node]
         operands = [self.env[operand][0] for operand in typing.operands]
         whole = node in self.wanted and all(operands[at].replicated for at in typing.read())
-        lowered = None if whole else self._special(node, typing, operands)
-        if lowered is not None:
-            return lowered
-        choices = {} if whole else choose_all(typing, operands, self.sharding.splits)
-        return self.emit(node, typing, operands, choices)
+        try:
+            lowered = None if whole else self._special(node, typing, operands)
+            if lowered is not None:
+                return lowered
+            choices = {} if whole else choose_all(typing, operands, self.sharding.splits)
+            return self.emit(node, typing, operands, choices)
+        except PartitionError as error:
+            raise PartitionError(f"{self.place(node)} {error}") from None
 
     def _special(self, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
         found = next((lower for fact, lower in LOWERINGS.items() if fact in typing.facts), None)
@@ -221,7 +225,7 @@ class FramePartitioner:
                 )
             )
             if self.layout.refuse_gathers and at >= 0:
-                raise PartitionError(f"{self.place(node)} would gather: {self.ledger.gathers[-1].reason}")
+                raise PartitionError(f"would gather: {self.ledger.gathers[-1].reason}")
         return dataclasses.replace(value, node=local, split=split)
 
     def count(self, node: fx.Node, typing: Typing, choices: Mapping[str, Choice]) -> None:
@@ -333,5 +337,5 @@ class Emission:
             return self.call(aten.linear.default, self.operand(0), self.operand(1), None)
         product = {"addmm": aten.mm.default, "baddbmm": aten.bmm.default}.get(name)
         if product is None:
-            raise PartitionError(f"{self.node.name}: {name} contracted over a split dim")
+            raise PartitionError(f"is {name} contracted over a split dim, which has no rule")
         return self.call(product, self.operand(1), self.operand(2))

@@ -11,12 +11,12 @@ import torch
 from torch import fx
 
 from xdit_compile.axes import Axis
-from xdit_compile.program import Program
+from xdit_compile.program import Input, Program
 
 from .demand import wants_whole
 from .follow import follow
 from .infer import Frame, Inference, results_of
-from .layout import TENSOR, Layout
+from .layout import PATCH, TENSOR, Layout
 from .local import LocalGraph, Value
 from .partition import FramePartitioner, LocalStructure
 from .records import Ledger
@@ -64,6 +64,7 @@ class _ProgramPartitioner:
         self.modules: dict[str, torch.nn.Module] = {}
         self.env: dict[fx.Node, Form] = {}
         self.ledger = Ledger()
+        self.added: list[Input] = []
         self.known: dict[Any, tuple[str, LocalStructure]] = {}
         self.wanted, self.whole, self.split = self._demands()
 
@@ -96,7 +97,8 @@ class _ProgramPartitioner:
             elif node.op == "output":
                 self._output(node)
         module = fx.GraphModule(self.modules, self.graph)
-        program = keep_slices(dataclasses.replace(self.inference.program, root=module), TENSOR)
+        inputs = (*self.inference.program.inputs, *self.added)
+        program = keep_slices(dataclasses.replace(self.inference.program, root=module, inputs=inputs), TENSOR)
         return Partitioned(program, self.layout, self.ledger)
 
     def _inputs(self) -> None:
@@ -106,7 +108,23 @@ class _ProgramPartitioner:
                 local.meta.update(node.meta)
                 value = Value(local, self.inference.axes[node][0], node.meta["val"].dtype)
                 self.env[node] = Form(whole=value)
+        self._given_as_patches()
         self._slice_inputs()
+
+    def _given_as_patches(self) -> None:
+        """User inputs that blocks take split come patch by patch, as the last step left them."""
+        kinds = {given.name: given for given in self.inference.program.inputs}
+        for node in [node for node in self.env if kinds[node.name].kind == "user" and node in self.split]:
+            value = self.env[node].whole
+            assert value is not None
+            dim = self.layout.natural(value.axes).get(PATCH)
+            if dim is None:
+                continue
+            local = self.graph.placeholder(f"{node.name}_{PATCH}")
+            sizes = self.layout.sharding.sizes(value.axes, {PATCH: dim})
+            local.meta["val"] = torch.empty(sizes, dtype=value.dtype, device="meta")
+            self.added.append(Input(local.name, "patch", kinds[node.name].target))
+            self.env[node].split = dataclasses.replace(value, node=local, split={PATCH: dim})
 
     def _slice_inputs(self) -> None:
         """User inputs that blocks take split are sliced once, before anything runs."""
@@ -114,27 +132,32 @@ class _ProgramPartitioner:
         sliced = [
             node
             for node in self.env
-            if kinds[node.name] == "user" and node in self.split and self.layout.natural(self.env[node].whole.axes)  # type: ignore[union-attr]
+            if kinds[node.name] == "user" and node in self.split and self._to_slice(self.env[node].best(False))
         ]
-        if not sliced:
-            return
+        alone = self.layout.patches is not None
+        for at, nodes in enumerate([[node] for node in sliced] if alone else [sliced]):
+            if nodes:
+                self._slice(f"slice_inputs_{at}" if at else "slice_inputs", nodes)
+
+    def _slice(self, name: str, sliced: Sequence[fx.Node]) -> None:
         local = LocalGraph(self.layout.sharding, self.layout.groups, self.layout.parts)
         results = []
         for node in sliced:
-            value = self.env[node].whole
-            assert value is not None
+            value = self.env[node].best(False)
             inner = local.graph.placeholder(node.name)
-            split: dict[str, int] = {}
-            for name, dim in self.layout.natural(value.axes).items():
+            split = dict(value.split)
+            for name, dim in self._to_slice(value).items():
                 also = [other for other, own in split.items() if own == dim]
                 inner = local.slice(inner, dim, value.axes[dim], name, also)
                 split[name] = dim
             results.append(dataclasses.replace(value, node=inner, split=split))
         module = local.finish([value.node for value in results])
-        call = self._add_call("slice_inputs", module, [self.env[node].whole.node for node in sliced])  # type: ignore[union-attr]
+        call = self._add_call(name, module, [self.env[node].best(False).node for node in sliced])
         for position, (node, value) in enumerate(zip(sliced, results, strict=True)):
-            item = self.graph.call_function(operator.getitem, (call, position))
-            self.env[node].split = dataclasses.replace(value, node=item)
+            self.env[node].split = self._item(call, position, value)
+
+    def _to_slice(self, value: Value) -> dict[str, int]:
+        return {name: dim for name, dim in self.layout.natural(value.axes).items() if name not in value.split}
 
     def _add_call(self, name: str, module: fx.GraphModule, args: Sequence[Any], **meta: Any) -> fx.Node:
         self.modules.setdefault(name, module)
@@ -157,8 +180,8 @@ class _ProgramPartitioner:
         name, structure = self._structure(frame, given, results, requests)
         self.ledger.add(structure.ledger)
         call = self._add_call(
-            name, structure.module, [value.node for value in given], path=node.meta.get("path", ""),
-            repeated=node.meta.get("repeated", False),
+            name, structure.module, [*(value.node for value in given), *self._states(node, structure)],
+            path=node.meta.get("path", ""), repeated=node.meta.get("repeated", False), captured=node.name,
         )  # fmt: skip
         position = 0
         for item in users.values():
@@ -167,10 +190,28 @@ class _ProgramPartitioner:
             for _ in requests[k]:
                 value = structure.results[position]
                 if value is not None:
-                    local = self.graph.call_function(operator.getitem, (call, position))
-                    placed = dataclasses.replace(value, node=local)
+                    placed = self._item(call, position, value)
                     setattr(self.env[users[k]], "whole" if value.replicated else "split", placed)
                 position += 1
+
+    def _item(self, call: fx.Node, position: int, value: Value) -> Value:
+        """A result of a call as the root has it."""
+        local = self.graph.call_function(operator.getitem, (call, position))
+        sizes = self.layout.sharding.sizes(value.axes, value.split)
+        local.meta["val"] = torch.empty(sizes, dtype=value.dtype, device="meta")
+        return dataclasses.replace(value, node=local)
+
+    def _states(self, call: fx.Node, structure: LocalStructure) -> list[fx.Node]:
+        """What a call keeps from one call of the program to the next."""
+        found = []
+        for state in structure.states:
+            name = f"{call.name}_{state.name}"
+            with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
+                local = self.graph.placeholder(name)
+            local.meta["val"] = torch.empty(state.shape, dtype=state.dtype, device="meta")
+            self.added.append(Input(local.name, "state", name))
+            found.append(local)
+        return found
 
     def _request(self, item: fx.Node | None, final: set[fx.Node]) -> tuple[str, ...]:
         """In which forms a result is needed."""

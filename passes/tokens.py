@@ -42,7 +42,7 @@ def choose_tokens(inference: Inference, plan: Plan) -> Units:
     for axis in token_axes(inference)[:MOST_FAMILIES]:
         if chosen and Split(SEQUENCE, plan.sequence, chosen).splits(axis):
             continue
-        tried = [chosen + units for units in _ways(axis, plan.sequence) if not _overlap(chosen + units, units)]
+        tried = [chosen + units for units in ways(axis, plan.sequence) if not _overlap(chosen + units, units)]
         if not tried:
             continue
         costs = [_cost(inference, plan, units) for units in tried]
@@ -102,7 +102,7 @@ def _heaviest(weights: dict[int, tuple[Axis, float]]) -> list[Axis]:
     return [axis for axis, _ in sorted(weights.values(), key=lambda pair: -pair[1]) if axis.size > 1]
 
 
-def _ways(axis: Axis, parts: int) -> Iterator[Units]:
+def ways(axis: Axis, parts: int) -> Iterator[Units]:
     """Ways to cut every segment of a token axis: by a factor that as many segments as possible share, or flat."""
     segments = _segments(axis)
     seen = set()

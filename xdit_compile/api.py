@@ -18,12 +18,14 @@ from .backends.registry import find_backend
 from .build import analyse, place
 from .distvae_provider import attach_distvae, check_distvae, is_distvae, restore_distvae
 from .errors import UsageError
+from .generation import Generation
 from .guidance import Branches
 from .kernels.providers import AttentionQuery
 from .kernels.registry import choose
 from .kernels.whole import gather_whole
 from .mesh import Mesh
 from .passes.layout import TENSOR
+from .pipefusion import PipelineRunner
 from .pipelines import Outer, autoencoders, denoisers, restore_call, wrap_call
 from .plan import Plan
 from .replicas import Replicas
@@ -78,13 +80,15 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     _join(plan, next(iter((modules or coders).values())))
     mesh = Mesh.from_process_group(plan)
     branches = Branches(mesh)
+    generation = Generation()
     for name, module in modules.items():
         own = weights.get(name) or Weights(module)
-        module.forward = Runner(own, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s), branches)
+        made = functools.partial(PipelineRunner, generation=generation) if plan.patch_count > 1 else Runner
+        module.forward = made(own, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s), branches)
     if coders:
         _split_rows(coders.values(), plan, mesh, backend)
     if not isinstance(target, nn.Module):
-        wrap_call(target, Outer(Agreement.over(mesh, plan.timeout_s), branches, Replicas(mesh)))
+        wrap_call(target, Outer(Agreement.over(mesh, plan.timeout_s), branches, generation, Replicas(mesh)))
     return target
 
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 
+from .axes import Axis
 from .capture import capture
+from .errors import PartitionError
 from .mesh import Mesh
 from .passes.batch import choose_batch
 from .passes.features import choose_features
 from .passes.infer import Inference, infer
 from .passes.layout import BATCH, SEQUENCE, TENSOR, Chosen, Layout
+from .passes.patches import choose_patches, varying
 from .passes.program_partition import Partitioned, partition
 from .passes.rulebook import rulebook
+from .passes.stages import Stage, assign, cut
 from .passes.tokens import choose_tokens
 from .plan import Plan
 from .program import Program
+from .shards import Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +70,72 @@ def place(analysis: Analysis, plan: Plan, mesh: Mesh, gather: bool = True) -> Pa
         PartitionError: where something cannot be split and may not be gathered.
     """
     return partition(analysis.inference, Layout.of(plan, mesh, analysis.units), gather)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lie:
+    """How patches lie in a tensor: the positions of each along the dim that is ``back`` from the end."""
+
+    back: int
+    positions: tuple[tuple[int, ...], ...]
+    likes: tuple[torch.Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """What one rank runs of a denoiser that is cut into stages and patches.
+
+    Args:
+        stage: this rank's stage.
+        full: its part of the program that computes all tokens at once.
+        patches: its part of the program of each patch.
+        inputs: how the patches lie in each input that is cut, by its position among the flat inputs.
+        results: the same for each result, with the shapes of its patches.
+    """
+
+    stage: int
+    full: Stage
+    patches: tuple[Stage, ...]
+    inputs: Mapping[int, Lie]
+    results: tuple[Lie, ...]
+
+
+def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh) -> Pipeline:
+    """The stage of one rank of ``mesh``.
+
+    Raises:
+        PartitionError: patches that meet elsewhere than in attention, or stages that the blocks do not fill.
+    """
+    inference, count = analysis.inference, plan.pipefusion
+    split = choose_patches(inference, plan)
+    names = varying(inference, split)
+    stages = assign(inference, names, count, plan.stage_layers)
+    layout, stage = Layout.of(plan, mesh, {}), mesh.coordinate("pipefusion")
+    full = partition(inference, layout.keeping(split, None))
+    patches = [partition(inference, layout.keeping(split, at), gather=False) for at in range(split.parts)]
+    users = {given.name: int(given.target) for given in analysis.program.inputs if given.kind == "user"}
+    placeholders = analysis.program.root.graph.find_nodes(op="placeholder")
+    given = {
+        users[node.name]: _lie(inference.axes[node][0], node, split) for node in placeholders if node.name in users
+    }
+    (output,) = analysis.program.root.graph.find_nodes(op="output")
+    results = [_lie(inference.axes[leaf][0], leaf, split) for leaf in output.args[0]]
+    if any(lie is None for lie in results):
+        raise PartitionError("pipefusion needs results that are cut into patches as the input is")
+    return Pipeline(
+        stage,
+        cut(full.program, stages, names, count)[stage],
+        tuple(cut(each.program, stages, names, count)[stage] for each in patches),
+        {at: lie for at, lie in given.items() if lie is not None},
+        tuple(lie for lie in results if lie is not None),
+    )
+
+
+def _lie(axes: Sequence[Axis], node: fx.Node, split: Split) -> Lie | None:
+    dim = next((dim for dim, axis in enumerate(axes) if split.splits(axis)), None)
+    if dim is None:
+        return None
+    held = tuple(tuple(map(int, split.positions(axes[dim], at))) for at in range(split.parts))
+    sizes, dtype = [axis.size for axis in axes], node.meta["val"].dtype
+    likes = [torch.empty([*sizes[:dim], len(each), *sizes[dim + 1 :]], dtype=dtype, device="meta") for each in held]
+    return Lie(len(axes) - dim, held, tuple(likes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from .program import Constant, Program
 from .weights import Weights
 
 
-def bind(program: Program, weights: Weights, leaves: list[Any]) -> list[torch.Tensor]:
+def bind(
+    program: Program, weights: Weights, leaves: list[Any], kept: Mapping[str | int, torch.Tensor] | None = None
+) -> list[torch.Tensor]:
     """The tensors for the program's placeholders, from a module's weights and the flat leaves of ``(args, kwargs)``.
+
+    Of a program that computes one patch ``kept`` has that patch of the leaves, by position, and states by name.
 
     Inputs are made contiguous: a program is captured for contiguous ones.
     """
@@ -21,6 +26,9 @@ def bind(program: Program, weights: Weights, leaves: list[Any]) -> list[torch.Te
     for spec in program.inputs:
         if spec.kind == "user":
             found.append(leaves[int(spec.target)].contiguous())
+        elif spec.kind in ("patch", "state"):
+            assert kept is not None
+            found.append(kept[spec.target])
         elif spec.kind == "constant":
             found.append(program.constants[str(spec.target)])
         else:

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
 from .errors import UsageError
+from .generation import Generation
 from .guidance import Branches
+from .patched import whole_of
 from .replicas import Replicas
 
 DENOISERS = ("transformer", "unet", "controlnet", "prior", "decoder", "dit")
@@ -69,6 +72,7 @@ class Outer:
 
     agreement: Agreement
     branches: Branches
+    generation: Generation
     replicas: Replicas
 
 
@@ -94,7 +98,9 @@ def wrap_call(pipe: Any, outer: Outer) -> None:
         args, kwargs = outer.replicas.arguments(functools.partial(own, self), args, kwargs)
         share_random_state(outer.agreement)
         outer.branches.begin()
-        return outer.replicas.joined(own(self, *args, **kwargs))
+        with outer.generation.running():
+            result = pytree.tree_map(whole_of, own(self, *args, **kwargs))
+        return outer.replicas.joined(result)
 
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__call__": call}
     object.__setattr__(pipe, OUTER, outer)

@@ -11,7 +11,7 @@ from .errors import PlanError
 BACKENDS = ("auto", "inductor", "nexfort", "eager")
 ATTENTIONS = ("auto", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash_attn", "yunchang")
 FALLBACKS = ("gather", "error")
-DEGREES = ("data", "cfg", "ring", "ulysses", "tensor")
+DEGREES = ("data", "cfg", "pipefusion", "ring", "ulysses", "tensor")
 SPLIT_SCHEMES = ("all", "heads", "ffn")
 VAES = ("whole", "patch", "distvae")
 _CHOICES = (
@@ -35,6 +35,11 @@ class Plan:
         data: replicas that share the images of one call.
         tensor: ranks that share heads and feed-forward channels, and with them the weights (Megatron-LM,
             arXiv:1909.08053).
+        pipefusion: stages of a pipeline of blocks, one rank each, through which ``patches`` parts of the tokens flow;
+            keys and values of other patches are the previous step's (PipeFusion, arXiv:2405.14430).
+        patches: parts of the tokens; as many as stages by default. With several, one stage works too.
+        warmup_steps: first steps of a generation that compute all tokens at once, with nothing from a step before.
+        stage_layers: how many blocks each stage has; the even share of their cost by default.
         split_scheme: what ``tensor`` splits: ``heads``, ``ffn`` or ``all``.
         vae: ``patch`` splits the rows that the autoencoder decodes and encodes over ranks, ``whole`` does all on each;
             ``distvae`` has the package of that name do it, for the classes that it knows.
@@ -56,6 +61,10 @@ class Plan:
     cfg: int = 1
     data: int = 1
     tensor: int = 1
+    pipefusion: int = 1
+    patches: int | None = None
+    warmup_steps: int = 1
+    stage_layers: tuple[int, ...] | None = None
     split_scheme: str = "all"
     vae: str = "whole"
     vae_degree: int | None = None
@@ -74,6 +83,11 @@ class Plan:
         return self.ulysses * self.ring
 
     @property
+    def patch_count(self) -> int:
+        """Parts of the tokens that flow through the stages one after the other."""
+        return self.patches or self.pipefusion
+
+    @property
     def replica(self) -> int:
         """Ranks that make the same images."""
         return self.world_size // self.data
@@ -81,7 +95,17 @@ class Plan:
     @property
     def rows(self) -> Plan:
         """The plan by which the autoencoder is split: its rows, and the tokens of its attention by ring."""
-        return dataclasses.replace(self, data=1, cfg=1, ulysses=1, tensor=1, ring=self.vae_degree or self.replica)
+        return dataclasses.replace(
+            self,
+            data=1,
+            cfg=1,
+            pipefusion=1,
+            patches=None,
+            stage_layers=None,
+            ulysses=1,
+            tensor=1,
+            ring=self.vae_degree or self.replica,
+        )
 
     @property
     def vae_bytes(self) -> int | None:
@@ -104,7 +128,7 @@ class Plan:
         found = []
         for name in DEGREES:
             degree = getattr(self, name)
-            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+            if not _is_count(degree, 1):
                 found.append(f"{name}={degree!r} must be a whole number of at least 1")
         for name, allowed in _CHOICES:
             if getattr(self, name) not in allowed:
@@ -117,13 +141,29 @@ class Plan:
         if not isinstance(self.timeout_s, int | float) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
             found.append(f"timeout_s={self.timeout_s!r} must be a positive number of seconds")
         if not found:
-            found += self._vae_problems()
+            found += self._patch_problems() + self._vae_problems()
         if not found and world_size is not None and self.world_size != world_size:
             degrees = " x ".join(f"{name}={getattr(self, name)}" for name in self._shown())
             found.append(
                 f"{degrees} needs {self.world_size} processes "
                 f"but {world_size} are running; start {self.world_size} or change the degrees"
             )
+        return found
+
+    def _patch_problems(self) -> list[str]:
+        found = []
+        if self.patches is not None and not _is_count(self.patches, 1):
+            found.append(f"patches={self.patches!r} must be a whole number of at least 1")
+        if not _is_count(self.warmup_steps, 1):
+            found.append(f"warmup_steps={self.warmup_steps!r} must be at least 1: the first step has none before it")
+        layers = self.stage_layers
+        if layers is not None and not (isinstance(layers, tuple) and all(_is_count(each, 1) for each in layers)):
+            found.append(f"stage_layers={layers!r} must be a tuple of whole numbers of at least 1")
+        elif layers is not None and len(layers) != self.pipefusion:
+            found.append(f"stage_layers={layers!r} must have pipefusion={self.pipefusion} numbers, one for each stage")
+        if not found and self.patch_count > 1:
+            others = [name for name in ("cfg", "ring", "ulysses", "tensor") if getattr(self, name) > 1]
+            found += [f"pipefusion cannot be combined with {' and '.join(others)} yet; set them to 1"] if others else []
         return found
 
     def _vae_problems(self) -> list[str]:
@@ -137,7 +177,7 @@ class Plan:
             return [f"vae_memory={self.vae_memory!r} must be a number of bytes, or such as '2GiB' or '800MB'"]
         if degree is None:
             return []
-        if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+        if not _is_count(degree, 1):
             return [f"vae_degree={degree!r} must be a whole number of at least 1"]
         if self.replica % degree:
             return [f"vae_degree={degree} must divide the {self.replica} ranks that make the same images"]
@@ -157,3 +197,7 @@ class Plan:
         if found:
             raise PlanError("; ".join(found))
         return self
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

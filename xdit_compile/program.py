@@ -34,12 +34,14 @@ class Input:
     """One placeholder of the root graph.
 
     ``target`` is a qualified name in the module for a parameter or buffer, a key of ``Program.constants`` for a
-    constant, and for a user input the position among the flat leaves of ``(args, kwargs)``. Of a parameter or buffer
-    with ``pieces`` the program takes only these, one after the other.
+    constant, and for a user input the position among the flat leaves of ``(args, kwargs)``; of a ``patch`` the program
+    takes the positions of one patch alone. A ``state`` is a tensor that stays from call to call, by a name that all
+    programs of one module share. Of a parameter or buffer with ``pieces`` the program takes only these, one after the
+    other.
     """
 
     name: str
-    kind: Literal["parameter", "buffer", "constant", "user"]
+    kind: Literal["parameter", "buffer", "constant", "user", "patch", "state"]
     target: str | int
     pieces: tuple[Piece, ...] = ()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from .interpret import assemble, bind
 from .mesh import Mesh
 from .passes.infer import Inference
 from .passes.layout import BATCH, Chosen
-from .passes.program_partition import Partitioned
 from .passes.strips import in_strips
 from .plan import Plan
 from .program import Program
@@ -34,12 +33,13 @@ class Prepared:
     """What one signature runs on this rank."""
 
     analysis: Analysis
-    partitioned: Partitioned
+    program: Program
     run: Callable[..., tuple[Any, ...]]
 
     @property
-    def program(self) -> Program:
-        return self.partitioned.program
+    def programs(self) -> Sequence[Program]:
+        """All that this rank runs."""
+        return [self.program]
 
     def fits(self, leaves: list[Any]) -> bool:
         """Whether the values that the capture baked in are those of this call."""
@@ -101,18 +101,23 @@ class Runner:
         if self._branches.active:
             args, kwargs = self._arrived(args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
-        known = self.prepared.setdefault(signature(self.module, args, kwargs), [])
-        prepared = next((one for one in known if one.fits(leaves)), None)
-        self._agreement.announce_call("new" if prepared is None else f"known {known.index(prepared)} {len(leaves)}")
-        if prepared is None:
-            prepared = self._prepare(args, kwargs, leaves)
-            known.append(prepared)
+        prepared = self._known(args, kwargs, leaves)
         if self._branches.active:
             if not prepared.analysis.units.get(BATCH):
                 return self._deferred(prepared, leaves)
             self._branches.shared += 1
         tensors = bind(prepared.program, self.weights, leaves)
         return assemble(prepared.program, prepared.run(*tensors))
+
+    def _known(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
+        """What runs a call of this signature, made if need be."""
+        known = self.prepared.setdefault(signature(self.module, args, kwargs), [])
+        prepared = next((one for one in known if one.fits(leaves)), None)
+        self._agreement.announce_call("new" if prepared is None else f"known {known.index(prepared)} {len(leaves)}")
+        if prepared is None:
+            prepared = self._prepare(args, kwargs, leaves)
+            known.append(prepared)
+        return prepared
 
     def _arrived(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The inputs with the values of those that another denoiser has not computed yet."""
@@ -122,7 +127,7 @@ class Runner:
 
     def _deferred(self, prepared: Prepared, leaves: list[Any]) -> Any:
         """One branch of guidance: its inputs are kept as they are now, its results come with the other branches'."""
-        device = _device(leaves)
+        device = device_of(leaves)
         kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
         def run() -> Sequence[torch.Tensor]:
@@ -143,14 +148,8 @@ class Runner:
                 self.module, self.plan, args, kwargs, forward=self._computation, check=self.plan.verify,
                 choose=self._choose, run=not self._trace_only,
             )  # fmt: skip
-            partitioned = place(analysis, self.plan, self.mesh, self._gather)
-            if self._budget is not None:
-                program = in_strips(partitioned.program, self._budget)
-                partitioned = dataclasses.replace(partitioned, program=program)
-            partitioned.program.root.to(_device(leaves))
-            dump(analysis, partitioned, self.mesh.rank)
             graph = digest([digest_program(analysis.program), analysis.units])
-            prepared = Prepared(analysis, partitioned, self.backend.compile(partitioned.program.root))
+            prepared = self._placed(analysis, device_of(leaves))
         except Exception as error:
             self._agreement.fail("graph", error)
             raise
@@ -158,16 +157,25 @@ class Runner:
         verified = self.plan.verify and not self._trace_only
         if verified and self.mesh.world_size > 1 and not self.weights.partial:
             self._verify(prepared, args, kwargs, leaves)
-        self._settle(prepared.program)
+        self._settle(prepared)
         return prepared
 
-    def _settle(self, program: Program) -> None:
-        """Bring the weights that a program needs, and release what it leaves; known signatures follow the module."""
+    def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
+        partitioned = place(analysis, self.plan, self.mesh, self._gather)
+        if self._budget is not None:
+            partitioned = dataclasses.replace(partitioned, program=in_strips(partitioned.program, self._budget))
+        partitioned.program.root.to(device)
+        dump(analysis, partitioned, self.mesh.rank)
+        return Prepared(analysis, partitioned.program, self.backend.compile(partitioned.program.root))
+
+    def _settle(self, prepared: Prepared) -> None:
+        """Bring the weights that programs need, and release what they leave; known signatures follow the module."""
         before = fingerprint(self.module)
         try:
-            self.weights.load(program)
-            if not self.plan.keep_weights:
-                self.weights.release(program)
+            for program in prepared.programs:
+                self.weights.load(program)
+                if not self.plan.keep_weights:
+                    self.weights.release(program)
         except Exception as error:
             self._agreement.fail("weights", error)
             raise
@@ -179,15 +187,20 @@ class Runner:
 
     def _verify(self, prepared: Prepared, args: tuple, kwargs: dict, leaves: list[Any]) -> None:
         try:
-            found = prepared.run(*bind(prepared.program, self.weights, leaves))
-            verify(assemble(prepared.program, found), self._computation(*args, **kwargs))
+            expected = self._computation(*args, **kwargs)
+            for found in self._found(prepared, leaves):
+                verify(assemble(prepared.program, found), expected)
         except Exception as error:
             self._agreement.fail("verdict", error)
             raise
         self._agreement.agree("verdict", {})
 
+    def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The results of a call, for every way in which it can be computed."""
+        yield prepared.run(*bind(prepared.program, self.weights, leaves))
 
-def _device(leaves: list[Any]) -> torch.device:
+
+def device_of(leaves: list[Any]) -> torch.device:
     """Where the largest input lies; index lists that the passes made must lie there too."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     return max(tensors, key=torch.Tensor.numel).device if tensors else torch.device("cpu")

@@ -1,0 +1,54 @@
+"""Attention over keys and values that stay from call to call (PipeFusion, arXiv:2405.14430).
+
+Keys and values of all tokens are kept, at their own positions. A program that computes one patch writes those of the
+patch and reads the others as they were left: by earlier patches in this step, by later ones in the step before. A
+program that computes all tokens writes all of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from . import attention_lowering
+from .attention_lowering import LocalAttention
+from .choices import choose_all, required
+from .layout import PATCH
+from .local import Value
+from .rules import Typing
+
+if TYPE_CHECKING:
+    from .partition import FramePartitioner
+
+KEYS, VALUES = 1, 2
+
+
+def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+    """What this rank runs for one attention, with what it keeps where its keys are cut into patches."""
+    patches, tokens = part.layout.patches, typing.facts["attention"]["tokens"]
+    if patches is None or not all(patches.splits(typing.expected[at][tokens]) for at in (0, KEYS)):
+        return attention_lowering.lower(part, node, typing, operands)
+    choices = choose_all(typing, operands, part.sharding.splits)
+    return _Kept(part, node, typing, operands, choices).emit()
+
+
+class _Kept(LocalAttention):
+    def emit(self) -> list[Value]:
+        if self.facts["dropout_p"]:
+            raise ValueError(f"{self.node.name}: attention with dropout cannot be split")
+        return super().emit()
+
+    def coerced(self, at: int) -> fx.Node:
+        """An operand on this rank; keys and values of all patches, once those of this one are in their place."""
+        if at not in (KEYS, VALUES):
+            return super().coerced(at)
+        tokens, axes = self.facts["tokens"], self.typing.expected[at]
+        wanted = required(self.choices, at)
+        here = {PATCH: tokens, **wanted} if PATCH in self.part.sharding.splits else wanted
+        rows = self.part.coerce(self.operands[at], axes, here, self.node, at)
+        shape = self.part.sharding.sizes(axes, wanted)
+        state = self.local.state(f"{self.node.name}_{at}", shape, self.operands[at].dtype)
+        names = [name for name, dim in here.items() if dim == tokens]
+        self.local.put(state, rows, tokens, self.part.sharding.positions(axes[tokens], names))
+        return state

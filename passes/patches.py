@@ -1,0 +1,98 @@
+"""Finds what PipeFusion cuts into patches: the tokens of the picture, so that input and result are cut alike.
+
+Tokens that attend together with the picture's but are none of them, such as a prompt's, travel with the first patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import fx
+
+from xdit_compile.axes import Axis, Product
+from xdit_compile.errors import PartitionError
+from xdit_compile.mesh import Mesh
+from xdit_compile.plan import Plan
+from xdit_compile.shards import Split, Unit
+
+from .infer import Inference
+from .layout import PATCH, Layout
+from .program_partition import partition
+from .tokens import Units, token_axes, ways
+
+MOST_FAMILIES = 4
+
+
+def choose_patches(inference: Inference, plan: Plan) -> Split:
+    """The cut of the tokens into ``plan.patch_count`` parts in which patches meet in attention alone.
+
+    Raises:
+        PartitionError: where no cut does; with the reason of the first that was tried.
+    """
+    reasons: list[str] = []
+    finals = [axis for axes in _finals(inference) for axis in axes]
+    for axis in token_axes(inference)[:MOST_FAMILIES]:
+        for units in ways(axis, plan.patch_count):
+            split = _split(units, plan.patch_count, finals)
+            if split is None:
+                continue
+            reason = _refused(inference, plan, split)
+            if reason is None:
+                return split
+            reasons.append(reason)
+    if not reasons:
+        reasons = ["no attention has tokens that stand in the input and in the result"]
+    raise PartitionError(f"pipefusion cannot cut this denoiser into {plan.patch_count} patches: {reasons[0]}")
+
+
+def _finals(inference: Inference) -> Iterator[list[Axis]]:
+    (output,) = inference.program.root.graph.find_nodes(op="output")
+    for leaf in output.args[0]:
+        if isinstance(leaf, fx.Node):
+            yield inference.axes[leaf][0]
+
+
+def _split(units: Units, patches: int, finals: Iterable[Axis]) -> Split | None:
+    """The cut of these units; None where the result has none of them, or fewer positions than patches."""
+    plain = Split(PATCH, patches, units)
+    final = [unit for unit in units if any(Split(PATCH, patches, [unit]).splits(axis) for axis in finals)]
+    if not final or any(plain.length(_whole(unit), patches - 1) == 0 for unit in final):
+        return None
+    others = [unit for unit in units if unit not in final]
+    return Split(PATCH, patches, units, {unit[0]: (unit[0].size,) * patches for unit in others if len(unit) == 1})
+
+
+def _whole(unit: Unit) -> Axis:
+    return unit[0] if len(unit) == 1 else Product(unit)
+
+
+def _refused(inference: Inference, plan: Plan, split: Split) -> str | None:
+    """Why patches of this cut meet elsewhere than in attention."""
+    for patch in {0, plan.patch_count - 1}:
+        layout = Layout.of(plan, Mesh.simulated(plan, 0), {}).keeping(split, patch)
+        try:
+            partition(inference, layout, gather=False)
+        except PartitionError as error:
+            return str(error)
+    return None
+
+
+def varying(inference: Inference, split: Split) -> list[str]:
+    """Names of the inputs that change from step to step as the result does: cut alike, and alike but for one dim.
+
+    What is left out, such as positions and time steps of single tokens, every stage takes from its own arguments.
+    """
+    finals = [axes for axes in _finals(inference) if any(split.splits(axis) for axis in axes)]
+    users = {given.name for given in inference.program.inputs if given.kind == "user"}
+    found = []
+    for node in inference.program.root.graph.find_nodes(op="placeholder"):
+        axes = inference.axes[node][0]
+        if node.name in users and any(_alike(axes, final, split) for final in finals):
+            found.append(node.name)
+    return found
+
+
+def _alike(axes: list[Axis], final: list[Axis], split: Split) -> bool:
+    other = [dim for dim, (one, two) in enumerate(zip(axes, final, strict=False)) if one.size != two.size]
+    lie = [[split.places(axis) for axis in each] for each in (axes, final)]
+    return len(axes) == len(final) and len(other) <= 1 and lie[0] == lie[1]

@@ -1,0 +1,174 @@
+"""Cuts a program into the stages of a pipeline: runs of neighbouring blocks, one run for each rank.
+
+What depends on no input that changes from patch to patch (embeddings of the time step and of the prompt) is computed by
+every stage that needs it. Everything else belongs to the stage in which it is computed, and what later stages need of
+it travels along the pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import fx
+
+from xdit_compile.errors import PartitionError
+from xdit_compile.program import Program
+
+from .flops import flops
+from .infer import Inference
+from .layout import PATCH
+
+EVERYWHERE = -1
+"""The stage of a call that every stage makes that needs it."""
+Stages = dict[str, int]
+"""The stage of each call of the captured root graph, by its name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage's part of a program.
+
+    ``program`` takes, after its own inputs, what earlier stages send, and gives what later ones need; the last stage
+    gives the results. ``received`` and ``sent`` name these values and carry them as tensors on the meta device.
+    """
+
+    program: Program
+    received: tuple[torch.Tensor, ...]
+    sent: tuple[torch.Tensor, ...]
+
+
+def assign(inference: Inference, varying: Iterable[str], count: int, layers: Sequence[int] | None = None) -> Stages:
+    """The stage of every call.
+
+    Args:
+        varying: names of the inputs that differ from patch to patch.
+        count: how many stages.
+        layers: blocks of each stage; the even share of their cost by default.
+
+    Raises:
+        PartitionError: fewer blocks than stages, or ``layers`` that do not add up to them.
+    """
+    root = inference.program.root
+    varies = _varying(root.graph, set(varying))
+    blocks = [call for call in inference.program.calls() if call.meta.get("repeated") and call in varies]
+    if layers is not None and (len(layers) != count or sum(layers) != len(blocks)):
+        raise PartitionError(
+            f"stage_layers={','.join(map(str, layers))} must be {count} numbers that add up to {len(blocks)} blocks"
+        )
+    if count > len(blocks):
+        raise PartitionError(f"pipefusion={count} needs as many blocks, but this denoiser has {len(blocks)}")
+    costs = {frame.call: sum(map(flops, frame.graph.nodes)) for frame in inference.frames}
+    sizes = layers or balanced([costs[block] for block in blocks], count)
+    ends = list(itertools.accumulate(sizes))
+    stages: Stages = {}
+    place: dict[fx.Node, int] = {}
+    seen = 0
+    for node in root.graph.nodes:
+        earlier = max((place.get(each, 0) for each in node.all_input_nodes), default=0)
+        if node.op == "call_module" and node not in varies:
+            stages[node.name] = EVERYWHERE
+        elif node.op == "call_module" and node in costs and node in blocks:
+            place[node] = next(stage for stage, end in enumerate(ends) if seen < end)
+            seen += 1
+            stages[node.name] = place[node]
+        elif node.op == "call_module":
+            place[node] = stages[node.name] = count - 1 if seen == len(blocks) else earlier
+        elif node in varies:
+            place[node] = earlier
+    return stages
+
+
+def _varying(graph: fx.Graph, inputs: set[str]) -> set[fx.Node]:
+    """The nodes that depend on these inputs."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.name in inputs if node.op == "placeholder" else any(each in found for each in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[int]:
+    """How many neighbours each part takes so that the costliest part costs least; every part takes one at least."""
+    sums = [0.0, *itertools.accumulate(costs)]
+    best = {(0, 0): (0.0, 0)}
+    for part in range(1, parts + 1):
+        for end in range(part, len(costs) - (parts - part) + 1):
+            best[part, end] = min(
+                (max(best[part - 1, start][0], sums[end] - sums[start]), start)
+                for start in range(part - 1, end)
+                if (part - 1, start) in best
+            )
+    ends = [len(costs)]
+    for part in range(parts, 0, -1):
+        ends.append(best[part, ends[-1]][1])
+    return [stop - start for stop, start in itertools.pairwise(ends)][::-1]
+
+
+def cut(program: Program, stages: Stages, varying: Iterable[str], count: int) -> list[Stage]:
+    """The stages of one rank's program.
+
+    Args:
+        stages: what `assign` says of the captured calls.
+        varying: names of the captured inputs that the first stage alone is given patch by patch.
+        count: how many stages.
+    """
+    first = {f"{name}_{PATCH}" for name in varying}
+    place: dict[fx.Node, int] = {}
+    for node in program.root.graph.nodes:
+        if node.op == "placeholder":
+            place[node] = 0 if node.name in first else EVERYWHERE
+        elif node.meta.get("captured") in stages:
+            place[node] = stages[node.meta["captured"]]
+        elif node.op != "output":
+            place[node] = max((place[each] for each in node.all_input_nodes), default=EVERYWHERE)
+    return [_stage(program, place, at, count) for at in range(count)]
+
+
+def _stage(program: Program, place: dict[fx.Node, int], at: int, count: int) -> Stage:
+    """The calls of one stage, those that every stage makes where it needs them, and what travels past it."""
+    (output,) = program.root.graph.find_nodes(op="output")
+    received = _crossing(program, place, at - 1) if at else []
+    sent = _crossing(program, place, at) if at < count - 1 else []
+    results = sent if at < count - 1 else list(output.args[0])
+    needed = _needed(results, place, at)
+    graph, copies, kept = fx.Graph(), {}, []
+    specs = {spec.name: spec for spec in program.inputs}
+    for node in program.root.graph.nodes:
+        if node.op == "placeholder" and node in needed and node not in received:
+            copies[node] = graph.node_copy(node)
+            kept.append(specs[node.name])
+    for node in received:
+        copies[node] = graph.placeholder(f"{node.name}_received")
+        copies[node].meta["val"] = node.meta["val"]
+    for node in program.root.graph.nodes:
+        if node in needed and node not in copies and node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in results))
+    modules = {str(node.target): getattr(program.root, str(node.target)) for node in copies if node.op == "call_module"}
+    own = dataclasses.replace(program, root=fx.GraphModule(modules, graph), inputs=tuple(kept))
+    return Stage(own, *(tuple(node.meta["val"] for node in nodes) for nodes in (received, sent)))
+
+
+def _crossing(program: Program, place: dict[fx.Node, int], stage: int) -> list[fx.Node]:
+    """The tensors made up to a stage that later ones need, in their order."""
+    found = []
+    for node in program.root.graph.nodes:
+        made = EVERYWHERE < place.get(node, EVERYWHERE) <= stage
+        if made and node.op != "call_module" and any(place.get(user, stage + 1) > stage for user in node.users):
+            found.append(node)
+    return found
+
+
+def _needed(results: Sequence[object], place: dict[fx.Node, int], at: int) -> set[fx.Node]:
+    """What a stage computes or is given: its results, and behind them all that is of this stage or of every stage."""
+    found: set[fx.Node] = set()
+    pending = [leaf for leaf in results if isinstance(leaf, fx.Node)]
+    while pending:
+        node = pending.pop()
+        if node not in found and place[node] in (EVERYWHERE, at):
+            found.add(node)
+            pending += node.all_input_nodes
+    return found

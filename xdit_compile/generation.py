@@ -1,0 +1,69 @@
+"""What denoisers keep between the steps of one generation, and never beyond it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .digest import digest_tensors
+
+
+@dataclasses.dataclass
+class Branch:
+    """One branch of guidance: the calls of a denoiser that differ in nothing but the step.
+
+    Args:
+        states: what its programs keep, by name.
+        steps: how many calls it has seen.
+    """
+
+    states: dict[str | int, torch.Tensor]
+    steps: int = 0
+
+
+class Generation:
+    """The calls of the denoisers of one pipeline from its start to its end.
+
+    ``number`` tells generations apart. Outside of one, nothing is kept.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.active = False
+        self._branches: dict[tuple[object, str], Branch] = {}
+        self._digests: dict[tuple[int, int], tuple[torch.Tensor, str]] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """One generation, however it ends."""
+        self.number += 1
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+            self._branches.clear()
+            self._digests.clear()
+
+    def branch(self, program: object, constants: list[torch.Tensor], fresh: dict[str | int, torch.Tensor]) -> Branch:
+        """The branch of a call, by what does not change from step to step.
+
+        Args:
+            program: tells programs apart.
+            constants: the inputs that make a branch.
+            fresh: states to begin a new branch with.
+        """
+        if not self.active:
+            return Branch(fresh)
+        key = (program, " ".join(map(self._digest, constants)))
+        return self._branches.setdefault(key, Branch(fresh))
+
+    def _digest(self, tensor: torch.Tensor) -> str:
+        """A digest of values; those of a tensor that was seen and not written to since are not read again."""
+        key = (id(tensor), tensor._version)
+        if key not in self._digests:
+            self._digests[key] = (tensor, digest_tensors([tensor]))
+        return self._digests[key][1]

@@ -1,0 +1,184 @@
+"""Runs a denoiser as a pipeline of stages through which patches flow (PipeFusion, arXiv:2405.14430).
+
+The first steps of a generation compute all tokens at once, one stage after the other. Every later call answers at once:
+its result comes in patches, which the first stage gets from the last as they are done, so that the next step begins
+before this one has ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .build import Analysis, Lie, Pipeline, place_stage
+from .generation import Branch, Generation
+from .interpret import assemble, bind
+from .passes.stages import Stage
+from .patched import Cut, Part, PatchedTensor, whole_of
+from .pipes import Arriving, Pipe
+from .program import Program
+from .runtime import Prepared, Runner, device_of
+
+Run = Callable[..., tuple[Any, ...]]
+Kept = dict[str | int, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flow(Prepared):
+    """What one signature runs on this rank: its stage of the program of all tokens, and of that of each patch."""
+
+    pipeline: Pipeline
+    runs: tuple[Run, ...]
+    inputs: dict[int, Cut]
+    results: tuple[Cut, ...]
+
+    @property
+    def programs(self) -> Sequence[Program]:
+        return [self.program, *(stage.program for stage in self.pipeline.patches)]
+
+    def states(self, device: torch.device) -> Kept:
+        """Empty states of the kinds that the programs keep."""
+        found: Kept = {}
+        for program in self.programs:
+            nodes = program.root.graph.find_nodes(op="placeholder")
+            for given, node in zip(program.inputs, nodes, strict=False):
+                if given.kind == "state" and given.target not in found:
+                    like = node.meta["val"]
+                    found[given.target] = torch.zeros(like.shape, dtype=like.dtype, device=device)
+        return found
+
+
+class PipelineRunner(Runner):
+    """Called in place of ``module.forward``; results come in patches once the warm-up is over."""
+
+    def __init__(self, *args: Any, generation: Generation, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.generation = generation
+        self.collected = 0
+        group = self.mesh.group("pipefusion")
+        self.pipe = Pipe(group) if group else None
+        self.stage, self.last = self.mesh.coordinate("pipefusion"), self.mesh.size("pipefusion") - 1
+
+    @torch.no_grad()
+    def _run(self, args: tuple, kwargs: dict) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        flow = self._known(args, kwargs, leaves)
+        assert isinstance(flow, Flow)
+        device = device_of(leaves)
+        constants = [
+            leaf
+            for at, leaf in enumerate(leaves)
+            if isinstance(leaf, torch.Tensor) and leaf.ndim > 1 and at not in flow.inputs
+        ]
+        branch = self.generation.branch(flow, constants, flow.states(device))
+        fresh = branch.steps < self.plan.warmup_steps or not self.generation.active
+        branch.steps += 1
+        tensors = self._at_once(flow, leaves, branch) if fresh else self._in_patches(flow, leaves, branch)
+        return assemble(flow.program, tuple(tensors))
+
+    def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
+        args, kwargs = pytree.tree_map(whole_of, (args, kwargs))
+        return super()._prepare(args, kwargs, [whole_of(leaf) for leaf in leaves])
+
+    def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
+        pipeline = place_stage(analysis, self.plan, self.mesh)
+        stages = (pipeline.full, *pipeline.patches)
+        for stage in stages:
+            stage.program.root.to(device)
+        runs = tuple(self.backend.compile(stage.program.root) for stage in stages)
+        known: dict[tuple, tuple[torch.Tensor, ...]] = {}
+        inputs = {at: self._cut(lie, known) for at, lie in pipeline.inputs.items()}
+        results = tuple(self._cut(lie, known) for lie in pipeline.results)
+        return Flow(analysis, pipeline.full.program, runs[0], pipeline, runs, inputs, results)
+
+    def _cut(self, lie: Lie, known: dict[tuple, tuple[torch.Tensor, ...]]) -> Cut:
+        positions = known.setdefault(
+            lie.positions, tuple(torch.tensor(each, dtype=torch.long) for each in lie.positions)
+        )
+        return Cut(positions, lie.back, self._collect)
+
+    def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """All tokens at once, and patch by patch with what that left: the same, because the step is."""
+        assert isinstance(prepared, Flow)
+        branch = Branch(prepared.states(device_of(leaves)))
+        yield tuple(self._at_once(prepared, leaves, branch))
+        yield tuple(map(whole_of, self._in_patches(prepared, leaves, branch)))
+
+    def _at_once(self, flow: Flow, leaves: list[Any], branch: Branch) -> list[torch.Tensor]:
+        """All tokens, stage after stage; the results on every rank."""
+        leaves = [whole_of(leaf) for leaf in leaves]
+        device, stage = device_of(leaves), flow.pipeline.full
+        received: Sequence[torch.Tensor] = ()
+        if self.pipe is not None and self.stage:
+            received = self.pipe.receive(stage.received, device, self.stage - 1).wait()
+        found: Sequence[torch.Tensor] = flow.runs[0](
+            *bind(stage.program, self.weights, leaves, branch.states), *received
+        )
+        if self.pipe is None:
+            return list(found)
+        if self.stage < self.last:
+            self.pipe.send(found, self.stage + 1)
+            likes = [lie.likes for lie in flow.pipeline.results]
+            found = [cut.empty(parts, device) for cut, parts in zip(flow.results, likes, strict=True)]
+        return [self.pipe.broadcast(tensor, self.last) for tensor in found]
+
+    def _in_patches(self, flow: Flow, leaves: list[Any], branch: Branch) -> list[PatchedTensor]:
+        """Patch after patch, with the keys and values that other patches left."""
+        device = device_of(leaves)
+        given = {at: self._patches(leaves[at], cut) for at, cut in flow.inputs.items()}
+        arriving = [self._asked(stage, device) for stage in flow.pipeline.patches]
+        done: list[Sequence[torch.Tensor]] = []
+        for at, stage in enumerate(flow.pipeline.patches):
+            wanted = {int(each.target) for each in stage.program.inputs if each.kind == "patch"}
+            kept: Kept = dict(branch.states)
+            kept.update((target, given[target][at].value()) for target in wanted)
+            tensors = bind(stage.program, self.weights, leaves, kept)
+            found = flow.runs[at + 1](*tensors, *arriving[at]())
+            if self.pipe is not None:
+                self.pipe.send(found, self.stage + 1 if self.stage < self.last else 0)
+            done.append(found)
+        parts = self._parts(flow, done, device)
+        return [PatchedTensor([part[k] for part in parts], cut, device) for k, cut in enumerate(flow.results)]
+
+    def _asked(self, stage: Stage, device: torch.device) -> Callable[[], Sequence[torch.Tensor]]:
+        if self.pipe is None or not self.stage:
+            return tuple
+        return self.pipe.receive(stage.received, device, self.stage - 1).wait
+
+    def _parts(self, flow: Flow, done: list[Sequence[torch.Tensor]], device: torch.device) -> list[list[Part]]:
+        """The results patch by patch: here on the last stage, on their way on the first, on no other."""
+        if self.stage == self.last:
+            return [[Part.of(tensor) for tensor in found] for found in done]
+        found = []
+        for at in range(len(done)):
+            likes = [lie.likes[at] for lie in flow.pipeline.results]
+            if self.stage or self.pipe is None:
+                found.append([Part(like) for like in likes])
+                continue
+            arriving = self.pipe.receive(likes, device, self.last)
+            found.append([Part(like, make=_item(arriving, k)) for k, like in enumerate(likes)])
+        return found
+
+    def _patches(self, leaf: torch.Tensor, cut: Cut) -> list[Part]:
+        """An input patch by patch."""
+        if isinstance(leaf, PatchedTensor) and leaf.cut.positions is cut.positions and leaf.cut.back == cut.back:
+            return leaf.parts
+        whole = whole_of(leaf)
+        return [Part.of(cut.take(whole, at)) for at in range(len(cut.positions))]
+
+    def _collect(self, tensor: PatchedTensor) -> torch.Tensor:
+        """All patches on every rank, from the last stage, which computes every one."""
+        self.collected += 1
+        if self.pipe is None or self.stage == self.last:
+            whole = tensor.cut.join([part.value() for part in tensor.parts])
+        else:
+            whole = tensor.cut.empty([part.like for part in tensor.parts], tensor.device)
+        return whole if self.pipe is None else self.pipe.broadcast(whole, self.last)
+
+
+def _item(arriving: Arriving, at: int) -> Callable[[], torch.Tensor]:
+    return lambda: arriving.wait()[at]

@@ -1,0 +1,86 @@
+"""Point-to-point transfers between the stages of a pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from .kernels.groups import answering, process_group
+
+
+@dataclasses.dataclass
+class Arriving:
+    """Tensors on their way to this rank."""
+
+    tensors: tuple[torch.Tensor, ...]
+    _works: list[dist.Work]
+    _pipe: Pipe
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """The tensors, once they are here.
+
+        Raises:
+            AgreementError: when the sender fails or does not answer in time.
+        """
+        if self._works:
+            with answering(self._pipe.members, "a transfer between stages"):
+                for work in self._works:
+                    work.wait()
+            self._works.clear()
+        return self.tensors
+
+
+class Pipe:
+    """One rank's ends of a pipeline: every message meets the receiver's request of the same order.
+
+    Args:
+        group: name of the process group of the stages, in order.
+    """
+
+    def __init__(self, group: str):
+        self.members = process_group(group)
+        self.stage = dist.get_rank(self.members)
+        self.stages = dist.get_world_size(self.members)
+        self._leaving: list[tuple[dist.Work, torch.Tensor]] = []
+        self.sent = 0
+        """Elements that left this rank."""
+
+    def send(self, tensors: Sequence[torch.Tensor], to: int) -> None:
+        """Send tensors to a stage, and go on at once. Empty ones are not sent."""
+        self._leaving = [(work, tensor) for work, tensor in self._leaving if not work.is_completed()]
+        with answering(self.members, "a transfer between stages"):
+            for tensor in tensors:
+                if tensor.numel():
+                    kept = tensor.contiguous()
+                    work = dist.isend(kept, group=self.members, group_dst=to)
+                    assert work is not None
+                    self._leaving.append((work, kept))
+                    self.sent += kept.numel()
+
+    def receive(self, likes: Sequence[torch.Tensor], device: torch.device, source: int) -> Arriving:
+        """Ask for tensors of these shapes and dtypes from a stage."""
+        tensors = tuple(torch.empty(like.shape, dtype=like.dtype, device=device) for like in likes)
+        with answering(self.members, "a transfer between stages"):
+            works = [dist.irecv(each, group=self.members, group_src=source) for each in tensors if each.numel()]
+        return Arriving(tensors, [work for work in works if work is not None], self)
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """A tensor of one stage on all of them; others give one of its shape, which is filled."""
+        tensor = tensor.contiguous()
+        with answering(self.members, "a broadcast over stages"):
+            dist.broadcast(tensor, group=self.members, group_src=source)
+        return tensor
+
+    def flush(self) -> None:
+        """Wait until everything that was sent has left.
+
+        Raises:
+            AgreementError: when a receiver fails or does not answer in time.
+        """
+        with answering(self.members, "a transfer between stages"):
+            for work, _ in self._leaving:
+                work.wait()
+        self._leaving.clear()
