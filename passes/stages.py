@@ -40,20 +40,46 @@ class Stage:
     sent: tuple[torch.Tensor, ...]
 
 
-def assign(inference: Inference, varying: Iterable[str], count: int, layers: Sequence[int] | None = None) -> Stages:
+def assign(
+    inference: Inference, varying: Iterable[str], count: int, layers: Sequence[int] | None, places: dict[str, int]
+) -> Stages:
     """The stage of every call.
 
     Args:
         varying: names of the inputs that differ from patch to patch.
         count: how many stages.
-        layers: blocks of each stage; the even share of their cost by default.
+        layers: blocks of each stage; the even share of their cost for None.
+        places: the stages of blocks by their paths, as they were found before; found here, they are added.
 
     Raises:
         PartitionError: fewer blocks than stages, or ``layers`` that do not add up to them.
     """
     root = inference.program.root
     varies = _varying(root.graph, set(varying))
-    blocks = [call for call in inference.program.calls() if call.meta.get("repeated") and call in varies]
+    blocks: list[fx.Node] = [call for call in inference.program.calls() if call.meta.get("repeated") and call in varies]
+    if not all(block.meta["path"] in places for block in blocks):
+        _place(inference, blocks, count, layers, places)
+    stages: Stages = {}
+    place: dict[fx.Node, int] = {}
+    left = len(blocks)
+    for node in root.graph.nodes:
+        earlier = max((place.get(each, 0) for each in node.all_input_nodes), default=0)
+        if node.op == "call_module" and node not in varies:
+            stages[node.name] = EVERYWHERE
+        elif node in blocks:
+            place[node] = stages[node.name] = max(places[node.meta["path"]], earlier)
+            left -= 1
+        elif node.op == "call_module":
+            place[node] = stages[node.name] = earlier if left else count - 1
+        elif node in varies:
+            place[node] = earlier
+    return stages
+
+
+def _place(
+    inference: Inference, blocks: Sequence[fx.Node], count: int, layers: Sequence[int] | None, places: dict[str, int]
+) -> None:
+    """Choose the stages of blocks, in order."""
     if layers is not None and (len(layers) != count or sum(layers) != len(blocks)):
         raise PartitionError(
             f"stage_layers={','.join(map(str, layers))} must be {count} numbers that add up to {len(blocks)} blocks"
@@ -62,23 +88,9 @@ def assign(inference: Inference, varying: Iterable[str], count: int, layers: Seq
         raise PartitionError(f"pipefusion={count} needs as many blocks, but this denoiser has {len(blocks)}")
     costs = {frame.call: sum(map(flops, frame.graph.nodes)) for frame in inference.frames}
     sizes = layers or balanced([costs[block] for block in blocks], count)
-    ends = list(itertools.accumulate(sizes))
-    stages: Stages = {}
-    place: dict[fx.Node, int] = {}
-    seen = 0
-    for node in root.graph.nodes:
-        earlier = max((place.get(each, 0) for each in node.all_input_nodes), default=0)
-        if node.op == "call_module" and node not in varies:
-            stages[node.name] = EVERYWHERE
-        elif node.op == "call_module" and node in costs and node in blocks:
-            place[node] = next(stage for stage, end in enumerate(ends) if seen < end)
-            seen += 1
-            stages[node.name] = place[node]
-        elif node.op == "call_module":
-            place[node] = stages[node.name] = count - 1 if seen == len(blocks) else earlier
-        elif node in varies:
-            place[node] = earlier
-    return stages
+    places.clear()
+    stages = [stage for stage, size in enumerate(sizes) for _ in range(size)]
+    places.update((block.meta["path"], stage) for block, stage in zip(blocks, stages, strict=True))
 
 
 def _varying(graph: fx.Graph, inputs: set[str]) -> set[fx.Node]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -80,15 +82,15 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     _join(plan, next(iter((modules or coders).values())))
     mesh = Mesh.from_process_group(plan)
     branches = Branches(mesh)
-    generation = Generation()
+    kept = Generation(plan.warmup_steps if plan.patch_count > 1 else 0)
     for name, module in modules.items():
         own = weights.get(name) or Weights(module)
-        made = functools.partial(PipelineRunner, generation=generation) if plan.patch_count > 1 else Runner
+        made = functools.partial(PipelineRunner, generation=kept) if plan.patch_count > 1 else Runner
         module.forward = made(own, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s), branches)
     if coders:
         _split_rows(coders.values(), plan, mesh, backend)
     if not isinstance(target, nn.Module):
-        wrap_call(target, Outer(Agreement.over(mesh, plan.timeout_s), branches, generation, Replicas(mesh)))
+        wrap_call(target, Outer(Agreement.over(mesh, plan.timeout_s), branches, kept, Replicas(mesh)))
     return target
 
 
@@ -113,6 +115,21 @@ def restore(target: Any) -> Any:
     if not isinstance(target, nn.Module):
         restore_call(target)
     return target
+
+
+def generation(module: nn.Module) -> AbstractContextManager[None]:
+    """The calls of a parallelized module that make one picture, for loops that are no pipeline's.
+
+    With ``pipefusion`` calls inside take keys and values from one another, from the first to the last step; outside,
+    every call computes all tokens anew. A pipeline's own call is a generation already.
+
+    Raises:
+        UsageError: for a module that is not parallelized.
+    """
+    runner = vars(module).get(RUNNER)
+    if not isinstance(runner, Runner):
+        raise UsageError("generation takes a module that was parallelized; call xdit_compile.parallelize first")
+    return runner.generation.running() if isinstance(runner, PipelineRunner) else contextlib.nullcontext()
 
 
 def explain(target: Any, plan: Plan | None = None, args: tuple = (), kwargs: dict | None = None) -> Report:

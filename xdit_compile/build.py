@@ -100,8 +100,12 @@ class Pipeline:
     results: tuple[Lie, ...]
 
 
-def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh) -> Pipeline:
+def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, int]) -> Pipeline:
     """The stage of one rank of ``mesh``.
+
+    Args:
+        places: the stages of blocks, by their paths, of programs of the same module that were placed before; those of
+            this one are added.
 
     Raises:
         PartitionError: patches that meet elsewhere than in attention, or stages that the blocks do not fill.
@@ -109,7 +113,7 @@ def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh) -> Pipeline:
     inference, count = analysis.inference, plan.pipefusion
     split = choose_patches(inference, plan)
     names = varying(inference, split)
-    stages = assign(inference, names, count, plan.stage_layers)
+    stages = assign(inference, names, count, plan.stage_layers, places)
     layout, stage = Layout.of(plan, mesh, {}), mesh.coordinate("pipefusion")
     full = partition(inference, layout.keeping(split, None))
     patches = [partition(inference, layout.keeping(split, at), gather=False) for at in range(split.parts)]

@@ -106,6 +106,18 @@ def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         "tensor_parallel_degree": click.option(
             "--tensor_parallel_degree", type=int, default=1, help="Ranks that share heads and feed-forward channels."
         ),
+        "pipefusion_parallel_degree": click.option(
+            "--pipefusion_parallel_degree", type=int, default=1, help="Stages of blocks through which patches flow."
+        ),
+        "num_pipeline_patch": click.option(
+            "--num_pipeline_patch", type=int, help="Parts of the tokens.  [default: as many as stages]"
+        ),
+        "warmup_steps": click.option(
+            "--warmup_steps", type=int, default=1, help="First steps, which compute all tokens at once."
+        ),
+        "attn_layer_num_for_pp": click.option(
+            "--attn_layer_num_for_pp", help="Blocks of each stage, as 10,9.  [default: even by cost]"
+        ),
         "use_cfg_parallel": click.option(
             "--use_cfg_parallel", is_flag=True, help="Two ranks share the branches of guidance."
         ),

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from .digest import digest_tensors
+from .errors import UsageError
 
 
 @dataclasses.dataclass
@@ -25,20 +26,31 @@ class Branch:
 
 
 class Generation:
-    """The calls of the denoisers of one pipeline from its start to its end.
+    """The calls of the denoisers of one pipeline from its start to its end; outside of one, nothing is kept.
 
-    ``number`` tells generations apart. Outside of one, nothing is kept.
+    Args:
+        warmup: steps that a generation has at least.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warmup: int = 0) -> None:
+        self.warmup = warmup
         self.number = 0
         self.active = False
-        self._branches: dict[tuple[object, str], Branch] = {}
+        self._branches: dict[tuple[int, str], Branch] = {}
         self._digests: dict[tuple[int, int], tuple[torch.Tensor, str]] = {}
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """One generation, however it ends."""
+    def running(self, steps: int | None = None) -> Iterator[None]:
+        """One generation of so many steps, however it ends.
+
+        Raises:
+            UsageError: for fewer steps than the warm-up takes.
+        """
+        if steps is not None and steps < self.warmup:
+            raise UsageError(
+                f"warmup_steps={self.warmup} but this generation has {steps} steps; "
+                f"use warmup_steps={steps} for an exact one, or more steps"
+            )
         self.number += 1
         self.active = True
         try:
@@ -58,7 +70,7 @@ class Generation:
         """
         if not self.active:
             return Branch(fresh)
-        key = (program, " ".join(map(self._digest, constants)))
+        key = (id(program), " ".join(map(self._digest, constants)))
         return self._branches.setdefault(key, Branch(fresh))
 
     def _digest(self, tensor: torch.Tensor) -> str:

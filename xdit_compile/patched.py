@@ -369,6 +369,6 @@ def _einsum(args: tuple, kwargs: dict) -> Any:
         return None
 
     def one(part: torch.Tensor) -> torch.Tensor:
-        return torch.einsum(equation, *(part if each is patched[0] else each for each in operands))
+        return torch.einsum(equation, *(part if each is patched[0] else each.to(part.device) for each in operands))
 
     return by_patch(one, (patched[0],), {}, back)

@@ -27,7 +27,7 @@ Run = Callable[..., tuple[Any, ...]]
 Kept = dict[str | int, torch.Tensor]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Flow(Prepared):
     """What one signature runs on this rank: its stage of the program of all tokens, and of that of each patch."""
 
@@ -39,6 +39,13 @@ class Flow(Prepared):
     @property
     def programs(self) -> Sequence[Program]:
         return [self.program, *(stage.program for stage in self.pipeline.patches)]
+
+    def constants(self, leaves: list[Any]) -> list[torch.Tensor]:
+        """The inputs that tell branches of guidance apart: neither the time of a step nor what every patch has its
+        own part of."""
+        stepping = {at for at, cut in self.inputs.items() if all(len(each) for each in cut.positions)}
+        tensors = [(at, leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        return [leaf for at, leaf in tensors if leaf.ndim > 1 and at not in stepping]
 
     def states(self, device: torch.device) -> Kept:
         """Empty states of the kinds that the programs keep."""
@@ -59,6 +66,8 @@ class PipelineRunner(Runner):
         super().__init__(*args, **kwargs)
         self.generation = generation
         self.collected = 0
+        self.taken: list[Program] = []
+        self.places: dict[str, int] = {}
         group = self.mesh.group("pipefusion")
         self.pipe = Pipe(group) if group else None
         self.stage, self.last = self.mesh.coordinate("pipefusion"), self.mesh.size("pipefusion") - 1
@@ -69,12 +78,7 @@ class PipelineRunner(Runner):
         flow = self._known(args, kwargs, leaves)
         assert isinstance(flow, Flow)
         device = device_of(leaves)
-        constants = [
-            leaf
-            for at, leaf in enumerate(leaves)
-            if isinstance(leaf, torch.Tensor) and leaf.ndim > 1 and at not in flow.inputs
-        ]
-        branch = self.generation.branch(flow, constants, flow.states(device))
+        branch = self.generation.branch(flow, flow.constants(leaves), flow.states(device))
         fresh = branch.steps < self.plan.warmup_steps or not self.generation.active
         branch.steps += 1
         tensors = self._at_once(flow, leaves, branch) if fresh else self._in_patches(flow, leaves, branch)
@@ -85,7 +89,7 @@ class PipelineRunner(Runner):
         return super()._prepare(args, kwargs, [whole_of(leaf) for leaf in leaves])
 
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
-        pipeline = place_stage(analysis, self.plan, self.mesh)
+        pipeline = place_stage(analysis, self.plan, self.mesh, self.places)
         stages = (pipeline.full, *pipeline.patches)
         for stage in stages:
             stage.program.root.to(device)
@@ -94,6 +98,10 @@ class PipelineRunner(Runner):
         inputs = {at: self._cut(lie, known) for at, lie in pipeline.inputs.items()}
         results = tuple(self._cut(lie, known) for lie in pipeline.results)
         return Flow(analysis, pipeline.full.program, runs[0], pipeline, runs, inputs, results)
+
+    def _release(self, prepared: Prepared) -> None:
+        self.taken += prepared.programs
+        self.weights.release_others(self.taken)
 
     def _cut(self, lie: Lie, known: dict[tuple, tuple[torch.Tensor, ...]]) -> Cut:
         positions = known.setdefault(
@@ -105,8 +113,17 @@ class PipelineRunner(Runner):
         """All tokens at once, and patch by patch with what that left: the same, because the step is."""
         assert isinstance(prepared, Flow)
         branch = Branch(prepared.states(device_of(leaves)))
+        self._compile(prepared, leaves, branch)
         yield tuple(self._at_once(prepared, leaves, branch))
         yield tuple(map(whole_of, self._in_patches(prepared, leaves, branch)))
+
+    def _compile(self, flow: Flow, leaves: list[Any], branch: Branch) -> None:
+        """Run every program of this stage once on nothing, so that all stages compile at the same time."""
+        device = device_of(leaves)
+        for at, stage in enumerate((flow.pipeline.full, *flow.pipeline.patches)):
+            patches: Kept = {k: cut.take(leaves[k], max(at - 1, 0)) for k, cut in flow.inputs.items()}
+            received = [torch.zeros_like(like, device=device) for like in stage.received]
+            flow.runs[at](*bind(stage.program, self.weights, leaves, {**branch.states, **patches}), *received)
 
     def _at_once(self, flow: Flow, leaves: list[Any], branch: Branch) -> list[torch.Tensor]:
         """All tokens, stage after stage; the results on every rank."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,6 +77,10 @@ class Outer:
     replicas: Replicas
 
 
+STEPS = "num_inference_steps"
+"""The argument by which diffusers' pipelines are told how many steps to make."""
+
+
 class _Parallel:
     """Marks the class that `wrap_call` gives a pipeline."""
 
@@ -96,9 +101,10 @@ def wrap_call(pipe: Any, outer: Outer) -> None:
     @functools.wraps(own)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = outer.replicas.arguments(functools.partial(own, self), args, kwargs)
-        share_random_state(outer.agreement)
-        outer.branches.begin()
-        with outer.generation.running():
+        steps = inspect.signature(own).bind(self, *args, **kwargs).arguments.get(STEPS)
+        with outer.generation.running(steps):
+            share_random_state(outer.agreement)
+            outer.branches.begin()
             result = pytree.tree_map(whole_of, own(self, *args, **kwargs))
         return outer.replicas.joined(result)
 

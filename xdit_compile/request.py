@@ -234,6 +234,9 @@ _DEGREES = {
     "ring": "ring_degree",
     "data": "data_parallel_degree",
     "tensor": "tensor_parallel_degree",
+    "pipefusion": "pipefusion_parallel_degree",
+    "patches": "num_pipeline_patch",
+    "warmup_steps": "warmup_steps",
 }
 
 
@@ -241,6 +244,7 @@ def plan_from_flags(**flags: Any) -> Plan:
     """A plan from the command line's flags, which have xDiT's names and spellings."""
     return Plan(
         **{field: flags[name] for field, name in _DEGREES.items()},
+        stage_layers=_numbers(flags["attn_layer_num_for_pp"]),
         cfg=2 if flags["use_cfg_parallel"] else 1,
         split_scheme="all" if flags["split_scheme"] == "row" else flags["split_scheme"],
         mesh_order=tuple(name.strip() for name in flags["mesh_order"].split(",")),
@@ -250,3 +254,10 @@ def plan_from_flags(**flags: Any) -> Plan:
         vae_degree=flags["vae_parallel_degree"],
         vae_memory=flags["vae_memory"],
     )
+
+
+def _numbers(text: str | None) -> tuple[Any, ...] | None:
+    """Whole numbers of a list such as ``10,9``; what is none is left as text, for the plan to refuse."""
+    if text is None:
+        return None
+    return tuple(int(each) if each.strip().isdigit() else each for each in text.replace(" ", ",").split(",") if each)

@@ -155,7 +155,8 @@ class Runner:
             raise
         self._agreement.agree("graph", {"graph": graph})
         verified = self.plan.verify and not self._trace_only
-        if verified and self.mesh.world_size > 1 and not self.weights.partial:
+        rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1
+        if verified and rewritten and not self.weights.partial:
             self._verify(prepared, args, kwargs, leaves)
         self._settle(prepared)
         return prepared
@@ -174,8 +175,8 @@ class Runner:
         try:
             for program in prepared.programs:
                 self.weights.load(program)
-                if not self.plan.keep_weights:
-                    self.weights.release(program)
+            if not self.plan.keep_weights:
+                self._release(prepared)
         except Exception as error:
             self._agreement.fail("weights", error)
             raise
@@ -184,6 +185,9 @@ class Runner:
         if after != before:
             for key in [key for key in self.prepared if key.modules == before]:
                 self.prepared[dataclasses.replace(key, modules=after)] = self.prepared.pop(key)
+
+    def _release(self, prepared: Prepared) -> None:
+        self.weights.release(prepared.program)
 
     def _verify(self, prepared: Prepared, args: tuple, kwargs: dict, leaves: list[Any]) -> None:
         try:

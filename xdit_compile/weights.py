@@ -14,6 +14,8 @@ from .errors import UsageError
 from .program import Input, Piece, Program
 
 Key = tuple[str, tuple[Piece, ...]]
+NOTHING = (Piece(0, ()),)
+"""The pieces of a parameter of which this rank keeps none."""
 Gather = Callable[[torch.Size, tuple[Piece, ...], torch.Tensor], torch.Tensor]
 
 
@@ -54,6 +56,7 @@ class Weights:
         self._device = device
         self._slices: dict[Key, _Slice] = {}
         self._released: dict[str, tuple[Piece, ...]] = {}
+        self._differ = False
 
     @property
     def partial(self) -> bool:
@@ -111,6 +114,17 @@ class Weights:
             self._replace(whole, nn.Parameter(torch.empty_like(whole, device="meta"), whole.requires_grad))
             self._released[name] = given.pieces
 
+    def release_others(self, programs: Iterable[Program]) -> None:
+        """Give back the memory of parameters that none of the programs takes; the first parameter stays."""
+        taken = {str(given.target) for program in programs for given in program.inputs if given.kind == "parameter"}
+        first = next(self.module.parameters(), None)
+        for name, whole in list(self.module.named_parameters()):
+            if name not in taken and not whole.is_meta and whole is not first:
+                nothing = whole.detach().flatten()[:0].clone()
+                self._replace(whole, nn.Parameter(torch.empty_like(whole, device="meta"), whole.requires_grad))
+                self._released[name], self._slices[name, NOTHING] = NOTHING, _Slice(nothing, None)
+        self._differ = True
+
     def recover(self, gather: Gather) -> None:
         """Make the module whole again: released parameters are gathered, others read.
 
@@ -118,13 +132,21 @@ class Weights:
             gather: from a parameter's shape, its pieces here and their values to the whole; every rank calls it for the
                 same parameters in the same order.
         """
-        for name, pieces in list(self._released.items()):
-            whole = self.module.get_parameter(name)
-            self.put_back(name, gather(whole.shape, pieces, self._slices[name, pieces].value))
+        for name in self._to_gather():
+            whole, pieces = self.module.get_parameter(name), self._released.get(name, ())
+            found = gather(whole.shape, pieces, self._slices[name, pieces].value if pieces else whole.detach())
+            if pieces:
+                self.put_back(name, found)
         self._slices.clear()
         for name, parameter in list(self.module.named_parameters()):
             if parameter.is_meta:
                 self.put_back(name, self._read(name, ()))
+
+    def _to_gather(self) -> list[str]:
+        """The parameters that some rank released, the same on every rank: all, where ranks released different ones."""
+        if not self._differ:
+            return list(self._released)
+        return [name for name, _ in self.module.named_parameters()] if self._source is None else []
 
     def put_back(self, name: str, value: torch.Tensor) -> None:
         """Give a parameter on the meta device its values."""
@@ -158,6 +180,8 @@ def cut(whole: torch.Tensor, pieces: Iterable[Piece]) -> torch.Tensor:
 
 def place(whole: torch.Tensor, pieces: tuple[Piece, ...], value: torch.Tensor) -> None:
     """Write what `cut` took back to where it came from."""
+    if not value.numel():
+        return
     if not pieces:
         whole.copy_(value)
         return
