@@ -9,10 +9,11 @@ import procs
 import pytest
 import torch
 from stale_reference import Reference
+from zoo import MODELS
 from zoo_pipelines import PIPELINES
 
 import xdit_compile
-from xdit_compile import Plan
+from xdit_compile import Plan, XditCompileError
 
 
 def digest_of(name: str) -> Callable[[tuple, dict], Hashable]:
@@ -149,3 +150,106 @@ def test_schedulers_run_patch_by_patch(name, scheduler):
         plain.transformer, lambda count: tokens(held, count), (cuts.positions, -cuts.back), 1, branch
     )
     assert difference(found, case.call(plain, steps=5)) < 1e-4
+
+
+def test_a_generation_sees_nothing_of_the_one_before():
+    """Another prompt, another size, an exception in the middle, a run that was given up: none leaves a trace."""
+    case, plan = PIPELINES["sd3"], Plan(patches=3, backend="eager")
+    first, second = ({"seed": seed} for seed in (0, 1))
+    size = {"height": 80, "width": 144}
+    fresh = {}
+    for key, more in (("second", second), ("size", {**first, **size})):
+        pipe = case.build()
+        xdit_compile.parallelize(pipe, plan)
+        fresh[key] = case.call(pipe, steps=4, **more)
+    pipe = case.build()
+    xdit_compile.parallelize(pipe, plan)
+    case.call(pipe, steps=4, **first)
+    assert torch.equal(case.call(pipe, steps=4, **second), fresh["second"])
+    assert torch.equal(case.call(pipe, steps=4, **first, **size), fresh["size"])
+
+    def fail(pipe: Any, step: int, *rest: Any) -> dict[str, Any]:
+        if step == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        case.call(pipe, steps=4, **first, callback_on_step_end=fail)
+    assert torch.equal(case.call(pipe, steps=4, **second), fresh["second"])
+
+
+def test_calls_outside_of_a_generation_are_exact():
+    case = MODELS["sd3"]
+    module = case.build()
+    args, kwargs = case.inputs()
+    with torch.no_grad():
+        expected = [module(*args, **kwargs)[0] for _ in range(2)]
+    xdit_compile.parallelize(module, Plan(patches=3, backend="eager"))
+    for each in expected:
+        assert difference(module(*args, **kwargs)[0], each) < 2e-5
+    other = {**kwargs, "hidden_states": kwargs["hidden_states"] + 1}
+    with xdit_compile.generation(module):
+        module(*args, **kwargs)
+        stale = module(*args, **other)[0] + 0
+    again = module(*args, **other)[0]
+    assert difference(stale, again) > 1e-4
+
+
+def test_a_callback_reads_and_changes_latents():
+    """What it changes counts; all patches are collected for it."""
+    case = PIPELINES["sd3"]
+    means = []
+
+    def change(pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        means.append(float(given["latents"].mean()))
+        return {"latents": given["latents"] * 0.5}
+
+    expected = case.call(case.build(), steps=3, callback_on_step_end=change)
+    wanted, means = means, []
+    pipe = case.build()
+    xdit_compile.parallelize(pipe, Plan(patches=3, warmup_steps=3, backend="eager"))
+    assert difference(case.call(pipe, steps=3, callback_on_step_end=change), expected) < 2e-5
+    pipe = case.build()
+    xdit_compile.parallelize(pipe, Plan(patches=3, backend="eager"))
+    case.call(pipe, steps=3, callback_on_step_end=change)
+    assert means[:1] == pytest.approx(wanted[:1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ({"pipefusion": 1, "patches": 12}, "cannot cut this denoiser into 12 patches"),
+        ({"patches": 2, "stage_layers": (5,)}, r"stage_layers=5 must be 1 numbers that add up to \d blocks"),
+        ({"patches": 2, "warmup_steps": 9}, "warmup_steps=9 but this generation has 3 steps; use warmup_steps=3"),
+    ],
+)
+def test_what_does_not_fit_is_refused(plan, said):
+    case = PIPELINES["sd3"]
+    pipe = case.build()
+    xdit_compile.parallelize(pipe, Plan(**plan, backend="eager"))
+    with pytest.raises(XditCompileError, match=said):
+        case.call(pipe, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ({"patches": 0}, "patches=0 must be a whole number of at least 1"),
+        ({"warmup_steps": 0}, "warmup_steps=0 must be at least 1"),
+        ({"pipefusion": 2, "stage_layers": (1, 2, 3)}, "must have pipefusion=2 numbers, one for each stage"),
+        ({"pipefusion": 2, "stage_layers": ("a", 2)}, "must be a tuple of whole numbers"),
+        ({"pipefusion": 2, "ulysses": 2}, "cannot be combined with ulysses yet"),
+    ],
+)
+def test_plans_that_cannot_run(plan, said):
+    with pytest.raises(XditCompileError, match=said):
+        Plan(**plan).check()
+
+
+def test_an_attention_that_is_not_understood_is_refused():
+    case = MODELS["sana"]
+    module = case.build()
+    xdit_compile.parallelize(module, Plan(patches=2, backend="eager"))
+    args, kwargs = case.inputs()
+    with pytest.raises(XditCompileError, match=r"transformer_blocks.0: matmul_1 \(matmul\) needs every patch at once"):
+        module(*args, **kwargs)

@@ -20,7 +20,7 @@ from .backends.registry import find_backend
 from .build import analyse, place
 from .distvae_provider import attach_distvae, check_distvae, is_distvae, restore_distvae
 from .errors import UsageError
-from .generation import Generation
+from .generations import Generation
 from .guidance import Branches
 from .kernels.providers import AttentionQuery
 from .kernels.registry import choose

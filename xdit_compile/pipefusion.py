@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .build import Analysis, Lie, Pipeline, place_stage
-from .generation import Branch, Generation
+from .generations import Branch, Generation
 from .interpret import assemble, bind
 from .passes.stages import Stage
 from .patched import Cut, Part, PatchedTensor, whole_of

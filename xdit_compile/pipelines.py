@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
 from .errors import UsageError
-from .generation import Generation
+from .generations import Generation
 from .guidance import Branches
 from .patched import whole_of
 from .replicas import Replicas
