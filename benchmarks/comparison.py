@@ -10,6 +10,7 @@ import pathlib
 import platform
 import random
 import statistics
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -63,8 +64,11 @@ def compare(
     rounds: int,
     profile: int = 0,
     json_file: pathlib.Path | None = None,
+    after: Callable[[dict[int, Team]], None] | None = None,
 ) -> None:
     """Prepare, check, measure and print; a contender's ratio is to its own base, or to ``base``.
+
+    ``after`` may ask the processes for more, by their number, before they end.
 
     Raises:
         SystemExit: a contender computes something else; nothing is timed then.
@@ -82,6 +86,8 @@ def compare(
             if profile and entry.failure is None:
                 for text_table in teams[entry.contender.processes].profile(entry.contender.name, profile):
                     console.print(f"{entry.contender.name}\n{text_table}", markup=False, highlight=False)
+        if after is not None:
+            after(teams)
     finally:
         for team in teams.values():
             team.close()
@@ -100,7 +106,8 @@ def compare(
 
 def _prepare(wanted: list[Contender], teams: dict[int, Team], console: Console) -> list[Entry]:
     """Build every contender and compare its result with the unsplit module's."""
-    entries, expected = [], None
+    entries: list[Entry] = []
+    results: dict[str, np.ndarray] = {}
     for contender in wanted:
         entry = Entry(contender)
         entries.append(entry)
@@ -111,10 +118,10 @@ def _prepare(wanted: list[Contender], teams: dict[int, Team], console: Console) 
             entry.failure = str(error)
             console.print(f"cannot run: {contender.name}", highlight=False)
             continue
-        if expected is None:
-            expected = result
-        elif contender.exact:
+        expected = results.get(contender.alike or wanted[0].name)
+        if expected is not None and contender.exact:
             entry.difference = float(np.abs(result - expected).max() / np.abs(expected).max())
+        results[contender.name] = result
     return entries
 
 

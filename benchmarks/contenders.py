@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from xdit_compile import Plan, parallelize
+from xdit_compile import Plan, generation, parallelize
+from xdit_compile.backends.base import Backend
 from xdit_compile.deferred import values_of
 from xdit_compile.kernels import collectives
+from xdit_compile.patched import whole_of
+from xdit_compile.runtime import Runner
 
 Call = Callable[..., Any]
 
@@ -22,7 +26,10 @@ REFERENCE = "one process, the module as it is"
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """``make`` turns a module of its own into what is called; ``stub`` keeps the transfers from happening."""
+    """``make`` turns a module of its own into what is called; ``stub`` keeps the transfers from happening.
+
+    The result must be that of ``alike``, by name; without one, and ``exact``, that of the first contender.
+    """
 
     name: str
     processes: int
@@ -31,11 +38,12 @@ class Contender:
     stub: bool = False
     exact: bool = True
     base: str | None = None
+    alike: str | None = None
 
 
 def suite(name: str, backend: str) -> list[Contender]:
     """Everything that one comparison measures, by its name."""
-    return {"sequence": contenders, "guidance": guidance, "vae": vae}[name](backend)
+    return {"sequence": contenders, "guidance": guidance, "vae": vae, "pipefusion": pipefusion}[name](backend)
 
 
 def guidance(backend: str) -> list[Contender]:
@@ -48,6 +56,78 @@ def guidance(backend: str) -> list[Contender]:
             found.append(
                 Contender(name, count, lambda module, step=step, plan=plan: step(parallelize(module, plan)), base=alone)
             )
+    return found
+
+
+STEPS = 8
+"""Steps that one measured run of a pipeline takes."""
+
+
+class Steps:
+    """A run of steps in the middle of a generation, its warm-up over; ``timed`` notes when each patch was computed."""
+
+    def __init__(self, module: nn.Module, timed: Timed | None = None):
+        self.module, self.timed, self._warm = module, timed, False
+
+    def __call__(self, **inputs: Any) -> torch.Tensor:
+        if not self._warm:
+            if isinstance(vars(self.module).get("forward"), Runner):
+                generation(self.module).__enter__()
+            self.module(**inputs)
+            self._warm = True
+        if self.timed is not None:
+            self.timed.spans.clear()
+        latents = inputs["hidden_states"]
+        for _ in range(STEPS):
+            latents = latents - 0.01 * self.module(**{**inputs, "hidden_states": latents})[0]
+        return whole_of(latents)
+
+
+class Timed(Backend):
+    """A backend that notes when its programs run, as seconds from and to."""
+
+    def __init__(self, own: Backend):
+        self.own, self.name, self.spans = own, own.name, []
+
+    def compile_structure(self, structure: Any) -> nn.Module:
+        return self.own.compile_structure(structure)
+
+    def compile(self, root: Any) -> Call:
+        run = self.own.compile(root)
+
+        def timed(*tensors: Any) -> Any:
+            begin = time.time()
+            found = run(*tensors)
+            self.spans.append((begin, time.time()))
+            return found
+
+        return timed
+
+
+def pipefusion(backend: str) -> list[Contender]:
+    """Steps of a pipeline of two stages, the same staleness on one process beside it."""
+
+    def make(plan: Plan) -> Callable[[nn.Module], Call]:
+        def timed(module: nn.Module) -> Call:
+            runner = vars(parallelize(module, plan))["forward"]
+            runner.backend = Timed(runner.backend)
+            return Steps(module, runner.backend)
+
+        return timed
+
+    alone = f"one process, {backend}"
+    found = [
+        Contender(REFERENCE, 1, Steps),
+        Contender(alone, 1, lambda module: Steps(parallelize(module, Plan(backend=backend)))),
+    ]
+    for patches in (2, 4):
+        same = f"one process, {patches} patches, {backend}"
+        plan = Plan(patches=patches, backend=backend)
+        found.append(Contender(same, 1, make(plan), exact=False))
+        plan = dataclasses.replace(plan, pipefusion=2)
+        name = f"pipefusion 2, {patches} patches, {backend}"
+        found.append(Contender(name, 2, make(plan), alike=same))
+        found.append(Contender(f"{name}, transfers stubbed", 2, make(plan), same_as=name, stub=True, exact=False))
     return found
 
 
@@ -157,6 +237,15 @@ def _native(module: nn.Module, method: str) -> nn.Module:
     return module
 
 
+class Sent:
+    """A transfer that is over."""
+
+    def wait(self) -> None: ...
+
+    def is_completed(self) -> bool:
+        return True
+
+
 class Stubs:
     """Transfers that hand a rank its own data back: what a step would take if peers answered at once.
 
@@ -174,6 +263,9 @@ class Stubs:
             (dist, "all_reduce", self._all_reduce),
             (dist, "batch_isend_irecv", self._pass_on),
             (collectives, "_gather_even", self._gather),
+            (dist, "isend", self._sent),
+            (dist, "irecv", self._sent),
+            (dist, "broadcast", self._all_reduce),
         ]
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
         for owner, name, stub in replaced:
@@ -193,6 +285,10 @@ class Stubs:
     def _gather(self, out: torch.Tensor, given: torch.Tensor, **_: Any) -> None:
         self.calls += 1
         out.view(-1, given.numel()).copy_(given.expand(out.numel() // given.numel(), -1))
+
+    def _sent(self, tensor: torch.Tensor, **_: Any) -> Sent:
+        self.calls += 1
+        return Sent()
 
     def _all_reduce(self, *_: Any, **__: Any) -> None:
         self.calls += 1
