@@ -17,7 +17,8 @@ from xdit_compile.shards import Split, Unit
 
 from .infer import Inference
 from .layout import PATCH, Layout
-from .program_partition import partition
+from .program_partition import Partitioned, partition
+from .stages import everywhere
 from .tokens import Units, token_axes, ways
 
 MOST_FAMILIES = 4
@@ -30,19 +31,24 @@ def choose_patches(inference: Inference, plan: Plan) -> Split:
         PartitionError: where no cut does; with the reason of the first that was tried.
     """
     reasons: list[str] = []
+    for split in cuts(inference, plan):
+        reason = _refused(inference, plan, split)
+        if reason is None:
+            return split
+        reasons.append(reason)
+    if not reasons:
+        reasons = [f"no attention has {plan.patch_count} rows of tokens that stand in the input and in the result"]
+    raise PartitionError(f"pipefusion cannot cut this denoiser into {plan.patch_count} patches: {reasons[0]}")
+
+
+def cuts(inference: Inference, plan: Plan) -> Iterator[Split]:
+    """Cuts of the result's tokens, those of the costliest attention first."""
     finals = [axis for axes in _finals(inference) for axis in axes]
     for axis in token_axes(inference)[:MOST_FAMILIES]:
         for units in ways(axis, plan.patch_count):
             split = _split(units, plan.patch_count, finals)
-            if split is None:
-                continue
-            reason = _refused(inference, plan, split)
-            if reason is None:
-                return split
-            reasons.append(reason)
-    if not reasons:
-        reasons = ["no attention has tokens that stand in the input and in the result"]
-    raise PartitionError(f"pipefusion cannot cut this denoiser into {plan.patch_count} patches: {reasons[0]}")
+            if split is not None:
+                yield split
 
 
 def _finals(inference: Inference) -> Iterator[list[Axis]]:
@@ -68,13 +74,20 @@ def _whole(unit: Unit) -> Axis:
 
 def _refused(inference: Inference, plan: Plan, split: Split) -> str | None:
     """Why patches of this cut meet elsewhere than in attention."""
+    layout = Layout.of(plan, Mesh.simulated(plan, 0), {})
     for patch in {0, plan.patch_count - 1}:
-        layout = Layout.of(plan, Mesh.simulated(plan, 0), {}).keeping(split, patch)
         try:
-            partition(inference, layout, gather=False)
+            one_patch(inference, layout, split, patch)
         except PartitionError as error:
             return str(error)
     return None
+
+
+def one_patch(inference: Inference, layout: Layout, split: Split, patch: int) -> Partitioned:
+    """The program of one patch: of what every patch needs alike it is given the results."""
+    names = varying(inference, split)
+    own = layout.keeping(split, patch)
+    return partition(inference, own, gather=False, varying=names, shared=everywhere(inference, names))
 
 
 def varying(inference: Inference, split: Split) -> list[str]:

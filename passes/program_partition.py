@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from xdit_compile.axes import Axis
-from xdit_compile.program import Input, Program
+from xdit_compile.program import Input, Kind, Program
 
 from .demand import wants_whole
 from .follow import follow
@@ -39,25 +39,43 @@ class Form:
 
 @dataclasses.dataclass
 class Partitioned:
-    """One rank's program and what it does beside arithmetic in one call of the module."""
+    """One rank's program and what it does beside arithmetic in one call of the module.
+
+    ``wholes`` are the nodes of the root that hold captured values whole, by the names that these have there.
+    """
 
     program: Program
     layout: Layout
     ledger: Ledger
+    wholes: Mapping[str, fx.Node] = dataclasses.field(default_factory=dict)
 
 
-def partition(inference: Inference, layout: Layout, gather: bool = True) -> Partitioned:
+def partition(
+    inference: Inference,
+    layout: Layout,
+    gather: bool = True,
+    *,
+    varying: Collection[str] = (),
+    shared: Collection[str] = (),
+) -> Partitioned:
     """Rewrite a typed program into what this rank runs; without ``gather`` results stay split.
+
+    Args:
+        varying: names of inputs that come patch by patch.
+        shared: names of captured calls that are not part of the program: it is given their results.
 
     Raises:
         PartitionError: where something cannot be split and may not be gathered.
     """
-    return _ProgramPartitioner(inference, follow(inference, layout), gather).run()
+    return _ProgramPartitioner(inference, follow(inference, layout), gather, varying, shared).run()
 
 
 class _ProgramPartitioner:
-    def __init__(self, inference: Inference, layout: Layout, gather: bool):
+    def __init__(
+        self, inference: Inference, layout: Layout, gather: bool, varying: Collection[str], shared: Collection[str]
+    ):
         self.inference, self.layout, self.gather = inference, layout, gather
+        self.varying, self.shared = varying, shared
         self.root = inference.program.root
         self.frames = {frame.call: frame for frame in inference.frames}
         self.graph = fx.Graph()
@@ -92,14 +110,31 @@ class _ProgramPartitioner:
     def run(self) -> Partitioned:
         self._inputs()
         for node in self.root.graph.nodes:
-            if node.op == "call_module":
+            if node.op == "call_module" and node.name in self.shared:
+                self._given(node)
+            elif node.op == "call_module":
                 self._call(node)
             elif node.op == "output":
                 self._output(node)
         module = fx.GraphModule(self.modules, self.graph)
         inputs = (*self.inference.program.inputs, *self.added)
         program = keep_slices(dataclasses.replace(self.inference.program, root=module, inputs=inputs), TENSOR)
-        return Partitioned(program, self.layout, self.ledger)
+        wholes = {node.name: form.whole.node for node, form in self.env.items() if form.whole is not None}
+        return Partitioned(program, self.layout, self.ledger, wholes)
+
+    def _given(self, call: fx.Node) -> None:
+        """The results of a call that another program makes."""
+        for item in call.users:
+            local = self._added(item.name, "shared", item.name)
+            local.meta["val"] = item.meta["val"]
+            self.env[item] = Form(whole=Value(local, self.inference.axes[item][0], item.meta["val"].dtype))
+
+    def _added(self, name: str, kind: Kind, target: str | int) -> fx.Node:
+        """One more input of the root, after all others."""
+        with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
+            local = self.graph.placeholder(f"{name}_{kind}")
+        self.added.append(Input(local.name, kind, target))
+        return local
 
     def _inputs(self) -> None:
         for node in self.root.graph.nodes:
@@ -112,19 +147,16 @@ class _ProgramPartitioner:
         self._slice_inputs()
 
     def _given_as_patches(self) -> None:
-        """User inputs that blocks take split come patch by patch, as the last step left them."""
+        """Inputs that vary come patch by patch, as the last step left them."""
         kinds = {given.name: given for given in self.inference.program.inputs}
-        for node in [node for node in self.env if kinds[node.name].kind == "user" and node in self.split]:
+        for node in [node for node in self.env if node.name in self.varying and PATCH in self.layout.sharding.splits]:
             value = self.env[node].whole
             assert value is not None
-            dim = self.layout.natural(value.axes).get(PATCH)
-            if dim is None:
-                continue
-            local = self.graph.placeholder(f"{node.name}_{PATCH}")
+            dim = self.layout.natural(value.axes)[PATCH]
+            local = self._added(node.name, "patch", kinds[node.name].target)
             sizes = self.layout.sharding.sizes(value.axes, {PATCH: dim})
             local.meta["val"] = torch.empty(sizes, dtype=value.dtype, device="meta")
-            self.added.append(Input(local.name, "patch", kinds[node.name].target))
-            self.env[node].split = dataclasses.replace(value, node=local, split={PATCH: dim})
+            self.env[node] = Form(split=dataclasses.replace(value, node=local, split={PATCH: dim}))
 
     def _slice_inputs(self) -> None:
         """User inputs that blocks take split are sliced once, before anything runs."""
@@ -146,10 +178,10 @@ class _ProgramPartitioner:
             value = self.env[node].best(False)
             inner = local.graph.placeholder(node.name)
             split = dict(value.split)
-            for name, dim in self._to_slice(value).items():
+            for mesh_dim, dim in self._to_slice(value).items():
                 also = [other for other, own in split.items() if own == dim]
-                inner = local.slice(inner, dim, value.axes[dim], name, also)
-                split[name] = dim
+                inner = local.slice(inner, dim, value.axes[dim], mesh_dim, also)
+                split[mesh_dim] = dim
             results.append(dataclasses.replace(value, node=inner, split=split))
         module = local.finish([value.node for value in results])
         call = self._add_call(name, module, [self.env[node].best(False).node for node in sliced])
@@ -205,11 +237,8 @@ class _ProgramPartitioner:
         """What a call keeps from one call of the program to the next."""
         found = []
         for state in structure.states:
-            name = f"{call.name}_{state.name}"
-            with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
-                local = self.graph.placeholder(name)
+            local = self._added(f"{call.name}_{state.name}", "state", f"{call.name}_{state.name}")
             local.meta["val"] = torch.empty(state.shape, dtype=state.dtype, device="meta")
-            self.added.append(Input(local.name, "state", name))
             found.append(local)
         return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -93,6 +94,12 @@ def _place(
     places.update((block.meta["path"], stage) for block, stage in zip(blocks, stages, strict=True))
 
 
+def everywhere(inference: Inference, varying: Iterable[str]) -> set[str]:
+    """Names of the calls that depend on no input that varies."""
+    varies = _varying(inference.program.root.graph, set(varying))
+    return {call.name for call in inference.program.calls() if call not in varies}
+
+
 def _varying(graph: fx.Graph, inputs: set[str]) -> set[fx.Node]:
     """The nodes that depend on these inputs."""
     found: set[fx.Node] = set()
@@ -144,24 +151,35 @@ def _stage(program: Program, place: dict[fx.Node, int], at: int, count: int) -> 
     (output,) = program.root.graph.find_nodes(op="output")
     received = _crossing(program, place, at - 1) if at else []
     sent = _crossing(program, place, at) if at < count - 1 else []
-    results = sent if at < count - 1 else list(output.args[0])
-    needed = _needed(results, place, at)
+    own = {node for node, stage in place.items() if stage in (EVERYWHERE, at)}
+    part = _part(program, sent if at < count - 1 else list(output.args[0]), own, received)
+    return Stage(part, *(tuple(node.meta["val"] for node in nodes) for nodes in (received, sent)))
+
+
+def only(program: Program, results: Sequence[fx.Node]) -> Program:
+    """What of a program it takes to compute some values of its root."""
+    return _part(program, results, set(program.root.graph.nodes), ())
+
+
+def _part(program: Program, results: Sequence[object], own: set[fx.Node], received: Sequence[fx.Node]) -> Program:
+    """A program of some nodes of a root, given other values after its own inputs."""
+    needed = _needed(results, own)
     graph, copies, kept = fx.Graph(), {}, []
     specs = {spec.name: spec for spec in program.inputs}
-    for node in program.root.graph.nodes:
-        if node.op == "placeholder" and node in needed and node not in received:
+    for node in program.root.graph.find_nodes(op="placeholder"):
+        if node in needed and node not in received:
             copies[node] = graph.node_copy(node)
             kept.append(specs[node.name])
     for node in received:
         copies[node] = graph.placeholder(f"{node.name}_received")
         copies[node].meta["val"] = node.meta["val"]
     for node in program.root.graph.nodes:
-        if node in needed and node not in copies and node.op != "output":
+        if node in needed and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in results))
+    leaves: list[Any] = [copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in results]
+    graph.output(tuple(leaves))
     modules = {str(node.target): getattr(program.root, str(node.target)) for node in copies if node.op == "call_module"}
-    own = dataclasses.replace(program, root=fx.GraphModule(modules, graph), inputs=tuple(kept))
-    return Stage(own, *(tuple(node.meta["val"] for node in nodes) for nodes in (received, sent)))
+    return dataclasses.replace(program, root=fx.GraphModule(modules, graph), inputs=tuple(kept))
 
 
 def _crossing(program: Program, place: dict[fx.Node, int], stage: int) -> list[fx.Node]:
@@ -174,13 +192,13 @@ def _crossing(program: Program, place: dict[fx.Node, int], stage: int) -> list[f
     return found
 
 
-def _needed(results: Sequence[object], place: dict[fx.Node, int], at: int) -> set[fx.Node]:
-    """What a stage computes or is given: its results, and behind them all that is of this stage or of every stage."""
+def _needed(results: Sequence[object], own: set[fx.Node]) -> set[fx.Node]:
+    """What is computed or given here: the results, and what is behind them, as far as it is among ``own``."""
     found: set[fx.Node] = set()
     pending = [leaf for leaf in results if isinstance(leaf, fx.Node)]
     while pending:
         node = pending.pop()
-        if node not in found and place[node] in (EVERYWHERE, at):
+        if node not in found and node in own:
             found.add(node)
             pending += node.all_input_nodes
     return found

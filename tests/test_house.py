@@ -21,7 +21,7 @@ FOLDERS = {
 }
 CAPTURE = (
     "program flatten memory weights checkpoint tracing values valued writes decompose simplify blocks outline "
-    "interpret preserve signature capture"
+    "interpret preserve signature capture separate"
 )
 RUNTIME = (
     "simulated agreement verification digest build report dump deferred guidance replicas pipelines empty runtime "

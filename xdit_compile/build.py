@@ -17,13 +17,14 @@ from .passes.batch import choose_batch
 from .passes.features import choose_features
 from .passes.infer import Inference, infer
 from .passes.layout import BATCH, SEQUENCE, TENSOR, Chosen, Layout
-from .passes.patches import choose_patches, varying
+from .passes.patches import choose_patches, cuts, one_patch, varying
 from .passes.program_partition import Partitioned, partition
 from .passes.rulebook import rulebook
-from .passes.stages import Stage, assign, cut
+from .passes.stages import Stage, assign, cut, only
 from .passes.tokens import choose_tokens
 from .plan import Plan
 from .program import Program
+from .separate import separate
 from .shards import Split
 
 
@@ -88,6 +89,7 @@ class Pipeline:
     Args:
         stage: this rank's stage.
         full: its part of the program that computes all tokens at once.
+        common: computes what its patches need alike: the values named in ``shared``.
         patches: its part of the program of each patch.
         inputs: how the patches lie in each input that is cut, by its position among the flat inputs.
         results: the same for each result, with the shapes of its patches.
@@ -95,9 +97,21 @@ class Pipeline:
 
     stage: int
     full: Stage
+    common: Program
+    shared: tuple[str, ...]
     patches: tuple[Stage, ...]
     inputs: Mapping[int, Lie]
     results: tuple[Lie, ...]
+
+
+def separated(analysis: Analysis, plan: Plan) -> Analysis:
+    """The same call with what stays the same from patch to patch in calls of its own."""
+    for split in cuts(analysis.inference, plan):
+        names = varying(analysis.inference, split)
+        if names:
+            program = separate(analysis.program, names)
+            return Analysis(program, infer(program, rulebook()), analysis.units)
+    return analysis
 
 
 def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, int]) -> Pipeline:
@@ -116,7 +130,7 @@ def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, in
     stages = assign(inference, names, count, plan.stage_layers, places)
     layout, stage = Layout.of(plan, mesh, {}), mesh.coordinate("pipefusion")
     full = partition(inference, layout.keeping(split, None))
-    patches = [partition(inference, layout.keeping(split, at), gather=False) for at in range(split.parts)]
+    patches = [one_patch(inference, layout, split, at).program for at in range(split.parts)]
     users = {given.name: int(given.target) for given in analysis.program.inputs if given.kind == "user"}
     placeholders = analysis.program.root.graph.find_nodes(op="placeholder")
     given = {
@@ -126,10 +140,14 @@ def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, in
     results = [_lie(inference.axes[leaf][0], leaf, split) for leaf in output.args[0]]
     if any(lie is None for lie in results):
         raise PartitionError("pipefusion needs results that are cut into patches as the input is")
+    own = tuple(cut(each, stages, names, count)[stage] for each in patches)
+    wanted = dict.fromkeys(str(each.target) for one in own for each in one.program.inputs if each.kind == "shared")
     return Pipeline(
         stage,
         cut(full.program, stages, names, count)[stage],
-        tuple(cut(each.program, stages, names, count)[stage] for each in patches),
+        only(full.program, [full.wholes[name] for name in wanted]),
+        tuple(wanted),
+        own,
         {at: lie for at, lie in given.items() if lie is not None},
         tuple(lie for lie in results if lie is not None),
     )

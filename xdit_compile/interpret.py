@@ -18,7 +18,8 @@ def bind(
 ) -> list[torch.Tensor]:
     """The tensors for the program's placeholders, from a module's weights and the flat leaves of ``(args, kwargs)``.
 
-    Of a program that computes one patch ``kept`` has that patch of the leaves, by position, and states by name.
+    Of a program that computes one patch ``kept`` has that patch of the leaves, by position, and by name its states and
+    what another program computed.
 
     Inputs are made contiguous: a program is captured for contiguous ones.
     """
@@ -26,7 +27,7 @@ def bind(
     for spec in program.inputs:
         if spec.kind == "user":
             found.append(leaves[int(spec.target)].contiguous())
-        elif spec.kind in ("patch", "state"):
+        elif spec.kind in ("patch", "shared", "state"):
             assert kept is not None
             found.append(kept[spec.target])
         elif spec.kind == "constant":

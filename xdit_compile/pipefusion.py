@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .build import Analysis, Lie, Pipeline, place_stage
+from .build import Analysis, Lie, Pipeline, place_stage, separated
 from .generations import Branch, Generation
 from .interpret import assemble, bind
 from .passes.stages import Stage
@@ -22,6 +22,7 @@ from .patched import Cut, Part, PatchedTensor, whole_of
 from .pipes import Arriving, Pipe
 from .program import Program
 from .runtime import Prepared, Runner, device_of
+from .weights import Weights
 
 Run = Callable[..., tuple[Any, ...]]
 Kept = dict[str | int, torch.Tensor]
@@ -32,13 +33,14 @@ class Flow(Prepared):
     """What one signature runs on this rank: its stage of the program of all tokens, and of that of each patch."""
 
     pipeline: Pipeline
+    common: Run
     runs: tuple[Run, ...]
     inputs: dict[int, Cut]
     results: tuple[Cut, ...]
 
     @property
     def programs(self) -> Sequence[Program]:
-        return [self.program, *(stage.program for stage in self.pipeline.patches)]
+        return [self.program, self.pipeline.common, *(stage.program for stage in self.pipeline.patches)]
 
     def constants(self, leaves: list[Any]) -> list[torch.Tensor]:
         """The inputs that tell branches of guidance apart: neither the time of a step nor what every patch has its
@@ -46,6 +48,11 @@ class Flow(Prepared):
         stepping = {at for at, cut in self.inputs.items() if all(len(each) for each in cut.positions)}
         tensors = [(at, leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         return [leaf for at, leaf in tensors if leaf.ndim > 1 and at not in stepping]
+
+    def kept(self, weights: Weights, leaves: list[Any], branch: Branch) -> Kept:
+        """What the programs of patches take beside inputs that vary: states, and what all patches need alike."""
+        found = self.common(*bind(self.pipeline.common, weights, leaves))
+        return {**branch.states, **dict(zip(self.pipeline.shared, found, strict=True))}
 
     def states(self, device: torch.device) -> Kept:
         """Empty states of the kinds that the programs keep."""
@@ -89,15 +96,15 @@ class PipelineRunner(Runner):
         return super()._prepare(args, kwargs, [whole_of(leaf) for leaf in leaves])
 
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
+        analysis = separated(analysis, self.plan)
         pipeline = place_stage(analysis, self.plan, self.mesh, self.places)
         stages = (pipeline.full, *pipeline.patches)
-        for stage in stages:
-            stage.program.root.to(device)
-        runs = tuple(self.backend.compile(stage.program.root) for stage in stages)
+        roots = [pipeline.common.root, *(stage.program.root for stage in stages)]
+        common, *runs = (self.backend.compile(root.to(device)) for root in roots)
         known: dict[tuple, tuple[torch.Tensor, ...]] = {}
         inputs = {at: self._cut(lie, known) for at, lie in pipeline.inputs.items()}
         results = tuple(self._cut(lie, known) for lie in pipeline.results)
-        return Flow(analysis, pipeline.full.program, runs[0], pipeline, runs, inputs, results)
+        return Flow(analysis, pipeline.full.program, runs[0], pipeline, common, tuple(runs), inputs, results)
 
     def _release(self, prepared: Prepared) -> None:
         self.taken += prepared.programs
@@ -119,11 +126,11 @@ class PipelineRunner(Runner):
 
     def _compile(self, flow: Flow, leaves: list[Any], branch: Branch) -> None:
         """Run every program of this stage once on nothing, so that all stages compile at the same time."""
-        device = device_of(leaves)
+        device, common = device_of(leaves), flow.kept(self.weights, leaves, branch)
         for at, stage in enumerate((flow.pipeline.full, *flow.pipeline.patches)):
             patches: Kept = {k: cut.take(leaves[k], max(at - 1, 0)) for k, cut in flow.inputs.items()}
             received = [torch.zeros_like(like, device=device) for like in stage.received]
-            flow.runs[at](*bind(stage.program, self.weights, leaves, {**branch.states, **patches}), *received)
+            flow.runs[at](*bind(stage.program, self.weights, leaves, {**common, **patches}), *received)
 
     def _at_once(self, flow: Flow, leaves: list[Any], branch: Branch) -> list[torch.Tensor]:
         """All tokens, stage after stage; the results on every rank."""
@@ -148,10 +155,11 @@ class PipelineRunner(Runner):
         device = device_of(leaves)
         given = {at: self._patches(leaves[at], cut) for at, cut in flow.inputs.items()}
         arriving = [self._asked(stage, device) for stage in flow.pipeline.patches]
+        common = flow.kept(self.weights, leaves, branch)
         done: list[Sequence[torch.Tensor]] = []
         for at, stage in enumerate(flow.pipeline.patches):
             wanted = {int(each.target) for each in stage.program.inputs if each.kind == "patch"}
-            kept: Kept = dict(branch.states)
+            kept = dict(common)
             kept.update((target, given[target][at].value()) for target in wanted)
             tensors = bind(stage.program, self.weights, leaves, kept)
             found = flow.runs[at + 1](*tensors, *arriving[at]())
