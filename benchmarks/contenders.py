@@ -68,11 +68,13 @@ class Steps:
 
     def __init__(self, module: nn.Module, timed: Timed | None = None):
         self.module, self.timed, self._warm = module, timed, False
+        self._generation: Any = None
 
     def __call__(self, **inputs: Any) -> torch.Tensor:
         if not self._warm:
             if isinstance(vars(self.module).get("forward"), Runner):
-                generation(self.module).__enter__()
+                self._generation = generation(self.module)
+                self._generation.__enter__()
             self.module(**inputs)
             self._warm = True
         if self.timed is not None:

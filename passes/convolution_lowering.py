@@ -13,6 +13,7 @@ import xdit_compile.kernels.strips  # noqa: F401  (registers the op that the gra
 
 from .choices import Choice, choose_all, required, yielded
 from .halo import Seen, ask, fetch
+from .layout import PATCH
 from .local import Value, aten
 from .rules import Typing
 
@@ -65,7 +66,7 @@ def _overlapped(
     """
     halos = [name for name, choice in choices.items() if choice.loop.kind == "halo"]
     summed = any(choice.loop.kind == "sum" for choice in choices.values())
-    if part.layout.sparing or len(halos) != 1 or summed or typing.facts.get("depthwise"):
+    if part.layout.sparing or len(halos) != 1 or halos[0] == PATCH or summed or typing.facts.get("depthwise"):
         return None
     shape, dim = typing.facts["convolution"], choices[halos[0]].operands[0]
     reach = (shape["kernel"][dim - 2] - 1) * shape["dilation"][dim - 2] + 1

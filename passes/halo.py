@@ -12,8 +12,10 @@ import torch
 from torch import fx
 
 from xdit_compile.kernels.collectives import owned_rows, rows_sent
+from xdit_compile.shards import Split
 
-from .choices import Choice, required
+from .choices import Choice, feasible, required
+from .layout import PATCH
 from .local import aten
 from .rules import Typing
 from .windows import Windows
@@ -48,6 +50,7 @@ def fetch(
 ) -> tuple[fx.Node, dict[int, Seen]]:
     """The first operand with the rows that this rank's windows reach over, and what they are, by dim."""
     seen = {}
+    keep_rows(part, typing, inputs, choices)
     for name, choice in choices.items():
         if choice.loop.kind == "halo":
             inputs, seen[choice.operands[0]] = _fetch(part, typing, inputs, name, choices)
@@ -57,10 +60,43 @@ def fetch(
 def _fetch(
     part: FramePartitioner, typing: Typing, inputs: fx.Node, name: str, choices: Mapping[str, Choice]
 ) -> tuple[fx.Node, Seen]:
+    if name == PATCH:
+        return _left(part, typing, inputs, choices)
     request = ask(part, typing, name, choices)
     if request.needed:
         inputs = part.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.arguments)
     return inputs, request.seen
+
+
+def _left(
+    part: FramePartitioner, typing: Typing, inputs: fx.Node, choices: Mapping[str, Choice]
+) -> tuple[fx.Node, Seen]:
+    """This patch's rows and those that other patches left there, as far as its windows reach."""
+    request = _wanted(part.sharding.splits[PATCH], part.sharding.index[PATCH], typing, choices[PATCH])
+    if request.needed:
+        state = _state(part, typing, choices)
+        part.local.put(state, inputs, request.dim, np.arange(*request.own))
+        rows = part.local.call(aten.slice.Tensor, state, request.dim, request.seen.start, request.seen.stop)
+        inputs = part.local.call(aten.clone.default, rows)
+    return inputs, request.seen
+
+
+def keep_rows(part: FramePartitioner, typing: Typing, inputs: fx.Node, choices: Mapping[str, Choice]) -> None:
+    """Where all patches are computed at once, keep what the windows of each will want of the others'."""
+    patches = part.layout.patches
+    if patches is None or PATCH in part.sharding.splits:
+        return
+    for loop in typing.loops:
+        choice = feasible(typing, loop, patches) if loop.kind == "halo" else None
+        if choice is not None and (request := _wanted(patches, 0, typing, choice)).needed:
+            part.local.put(_state(part, typing, choices), inputs, request.dim, np.arange(sum(request.sizes)))
+
+
+def _state(part: FramePartitioner, typing: Typing, choices: Mapping[str, Choice]) -> fx.Node:
+    others = {name: choice for name, choice in choices.items() if name != PATCH}
+    shape = part.sharding.sizes(typing.expected[0], required(others, 0))
+    operand = typing.operands[0]
+    return part.local.state(f"{operand.name}_rows", shape, operand.meta["val"].dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +128,17 @@ class Request:
 
 def ask(part: FramePartitioner, typing: Typing, name: str, choices: Mapping[str, Choice]) -> Request:
     """Which rows every rank wants of the first operand, counted in the ledger."""
-    dim, out = choices[name].operands[0], choices[name].results[0]
-    split, here = part.sharding.splits[name], part.sharding.index[name]
+    found = _wanted(part.sharding.splits[name], part.sharding.index[name], typing, choices[name])
+    if found.needed:
+        shard = part.sharding.sizes(typing.expected[0], required(choices, 0))
+        rows = sum(stop - start for start, stop in rows_sent(found.starts, found.stops, found.sizes, found.here))
+        numel = rows * math.prod(shard[: found.dim] + shard[found.dim + 1 :])
+        part.ledger.sent("halo_exchange", "halo", numel, typing.operands[0].meta["val"].dtype)
+    return dataclasses.replace(found, group=part.local.group(name))
+
+
+def _wanted(split: Split, here: int, typing: Typing, choice: Choice) -> Request:
+    dim, out = choice.operands[0], choice.results[0]
     windows: Windows = typing.facts["windows"][dim]
     made, given = split.ends(typing.outs[0][out]), split.ends(typing.expected[0][dim])
     assert made is not None and given is not None
@@ -103,12 +148,7 @@ def ask(part: FramePartitioner, typing: Typing, name: str, choices: Mapping[str,
     sizes = [stop - start for start, stop in owned]
     seen = Seen(windows, *wanted[here], (0, *made)[here], made[here])
     needed = any(rows != own for rows, own in zip(wanted, owned, strict=True))
-    if needed:
-        shard = part.sharding.sizes(typing.expected[0], required(choices, 0))
-        rows = sum(stop - start for start, stop in rows_sent(starts, stops, sizes, here))
-        numel = rows * math.prod(shard[:dim] + shard[dim + 1 :])
-        part.ledger.sent("halo_exchange", "halo", numel, typing.operands[0].meta["val"].dtype)
-    return Request(dim, starts, stops, sizes, here, part.local.group(name), seen, needed)
+    return Request(dim, starts, stops, sizes, here, "", seen, needed)
 
 
 def moved(ctx: Any, fill: float = 0.0) -> fx.Node:

@@ -62,6 +62,7 @@ class LocalGraph:
         self.parts = parts
         self.constants: dict[str, torch.Tensor] = {}
         self.states: list[State] = []
+        self._states: dict[str, fx.Node] = {}
         self._pieces: dict[tuple, fx.Node] = {}
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -75,10 +76,13 @@ class LocalGraph:
 
     def state(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
         """A tensor that stays from call to call; the graph takes it after all its other arguments."""
+        if name in self._states:
+            return self._states[name]
         self.states.append(State(name, tuple(shape), dtype))
         last = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(last):
-            return self.graph.placeholder(name)
+            self._states[name] = self.graph.placeholder(name)
+        return self._states[name]
 
     def put(self, state: fx.Node, rows: fx.Node, dim: int, positions: np.ndarray) -> None:
         """Write rows to their positions in a state."""

@@ -6,6 +6,7 @@ operands already lie; slices what is whole, gathers what lies otherwise, sums wh
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import operator
@@ -22,11 +23,11 @@ from xdit_compile.errors import PartitionError
 from xdit_compile.shards import Sharding
 
 from . import column_lowering, convolution_lowering, kept_attention, norm_lowering
-from .choices import Choice, choose_all, required, yielded
+from .choices import Choice, choose_all, feasible, required, yielded
 from .flops import flops
 from .halo import Seen, fetch
 from .infer import Frame
-from .layout import Layout
+from .layout import PATCH, Layout
 from .local import LocalGraph, State, Value, aten
 from .records import Gather, Ledger
 from .rules import Typing, values
@@ -128,6 +129,9 @@ class FramePartitioner:
 
     def emit(self, node: fx.Node, typing: Typing, operands: list[Value], choices: Mapping[str, Choice]) -> list[Value]:
         """Call the operator on this rank with the chosen loops split."""
+        apart = self._summed_over_patches(typing)
+        if apart is not None:
+            return self._patch_by_patch(node, typing, operands, {**choices, PATCH: apart})
         locals_ = []
         for at, value in enumerate(operands):
             if at in typing.ignored:
@@ -158,9 +162,44 @@ class FramePartitioner:
             local.meta["shape"] = (node.name, sizes)
             self.ledger.hold(math.prod(sizes) * tensor.dtype.itemsize)
             found.append(value)
+        if PATCH in summed:
+            found = [self._kept_sum(node, k, value) for k, value in enumerate(found)]
         if typing.bias is not None and summed:
             found = [self._biased(node, typing, value) for value in found]
         return found
+
+    def _summed_over_patches(self, typing: Typing) -> Choice | None:
+        """The sum over tokens of which each patch must leave its own part, where all patches are computed at once."""
+        patches = self.layout.patches
+        if patches is None or PATCH in self.sharding.splits:
+            return None
+        loops = (loop for loop in typing.loops if loop.kind in ("sum", "mean"))
+        return next((choice for loop in loops if (choice := feasible(typing, loop, patches)) is not None), None)
+
+    def _patch_by_patch(
+        self, node: fx.Node, typing: Typing, operands: list[Value], choices: Mapping[str, Choice]
+    ) -> list[Value]:
+        patches, found = self.layout.patches, []
+        assert patches is not None
+        for patch in range(patches.parts):
+            layout = self.layout.keeping(patches, patch)
+            one = copy.copy(self)
+            one.layout, one.sharding, one._coerced = layout, layout.sharding, {}
+            one.local = copy.copy(self.local)
+            one.local.sharding = layout.sharding
+            found = one.emit(node, typing, operands, choices)
+        return found
+
+    def _kept_sum(self, node: fx.Node, at: int, value: Value) -> Value:
+        """The sum of what every patch left, this one's put in its place."""
+        assert self.layout.patches is not None
+        sizes = self.local.sizes(value)
+        state = self.local.state(f"{node.name}_sum_{at}", [self.layout.patches.parts, *sizes], value.dtype)
+        here = self.sharding.index[PATCH]
+        part = self.local.call(aten.unsqueeze.default, value.node, 0)
+        self.local.put(state, part, 0, np.arange(here, here + 1))
+        total = self.local.call(aten.sum.dim_IntList, state, [0])
+        return dataclasses.replace(value, node=total, partial=value.partial - {PATCH})
 
     def _biased(self, node: fx.Node, typing: Typing, value: Value) -> Value:
         total = self.summed(value)

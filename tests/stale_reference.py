@@ -20,30 +20,59 @@ Positions = Callable[[int], Sequence[torch.Tensor] | None]
 """From a number of tokens to those of each patch; None where an attention does not hold the picture's tokens."""
 
 
-class _Buffered(TorchFunctionMode):
-    """Attention over buffers, which a patch (or, for None, everything) is written to first."""
+Space = tuple[Sequence[torch.Tensor], int]
+"""The positions of each patch on a grid of tokens, along the dim that is so many from the end."""
 
-    def __init__(self, buffers: dict[int, tuple[torch.Tensor, torch.Tensor]], positions: Positions, patch: int | None):
+
+class _Buffered(TorchFunctionMode):
+    """Where tokens meet, buffers in place of what other patches give; a patch (for None, all) writes its own first.
+
+    Tokens meet in attention (keys and values are kept), in sums over tokens (each patch's part of the sum is), and in
+    depthwise convolutions (what they slide over is, along the dim that ``space`` says how patches lie on).
+    """
+
+    def __init__(self, buffers: dict[int, Any], positions: Positions, patch: int | None, space: Space | None):
         super().__init__()
-        self.buffers, self.positions, self.patch, self.count = buffers, positions, patch, 0
+        self.buffers, self.positions, self.patch, self.space, self.count = buffers, positions, patch, space, 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attention(args, kwargs)
+        if func is torch.matmul and (held := self.positions(args[0].shape[-1])) is not None:
+            return self._sum(*args, held)
+        if func in (torch.conv2d, F.conv2d) and self.space is not None and args[6] > 1:
+            held, back = self.space
+            kept = self._kept(args[0], args[0].ndim - back, held)
+            return func(kept, *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+    def _kept(self, fresh: torch.Tensor, dim: int, held: Sequence[torch.Tensor]) -> torch.Tensor:
+        at, self.count = self.count, self.count + 1
+        if self.patch is None:
+            self.buffers[at] = fresh.clone()
+        else:
+            self.buffers[at].index_copy_(dim, held[self.patch], fresh.index_select(dim, held[self.patch]))
+        return self.buffers[at]
+
+    def _attention(self, args: tuple, kwargs: dict) -> torch.Tensor:
         given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))
-        given.update(kwargs or {})
-        key, value = given["key"], given["value"]
-        held = self.positions(key.shape[-2]) if key.shape[-2] == given["query"].shape[-2] else None
+        given.update(kwargs)
+        tokens = given["key"].shape[-2]
+        held = self.positions(tokens) if tokens == given["query"].shape[-2] else None
         if held is not None:
-            at, self.count = self.count, self.count + 1
-            if self.patch is None:
-                self.buffers[at] = (key.clone(), value.clone())
-            else:
-                for buffer, fresh in zip(self.buffers[at], (key, value), strict=True):
-                    buffer[..., held[self.patch], :] = fresh[..., held[self.patch], :]
-            given["key"], given["value"] = self.buffers[at]
+            for name in ("key", "value"):
+                given[name] = self._kept(given[name], given[name].ndim - 2, held)
         with torch._C.DisableTorchFunction():
             return F.scaled_dot_product_attention(**given)
+
+    def _sum(self, one: torch.Tensor, other: torch.Tensor, held: Sequence[torch.Tensor]) -> torch.Tensor:
+        at, self.count = self.count, self.count + 1
+        parts = self.buffers.setdefault(at, {})
+        for patch, positions in enumerate(held):
+            if self.patch in (None, patch):
+                parts[patch] = one[..., positions] @ other[..., positions, :]
+        return sum(parts[patch] for patch in range(len(held)))
 
 
 @dataclasses.dataclass
@@ -56,6 +85,7 @@ class Reference:
         result: the positions of each patch in the first result, and the dim along which they lie.
         warmup: calls of each branch that compute everything.
         branch: tells branches of guidance apart by a call's arguments.
+        space: how patches lie on the grid that depthwise convolutions slide over.
     """
 
     module: nn.Module
@@ -63,10 +93,11 @@ class Reference:
     result: tuple[Sequence[torch.Tensor], int]
     warmup: int
     branch: Callable[[tuple, dict], Hashable] = lambda args, kwargs: 0
+    space: Space | None = None
 
     def __post_init__(self) -> None:
         self.forward = self.module.forward
-        self.buffers: dict[Hashable, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.buffers: dict[Hashable, dict[int, Any]] = {}
         self.steps: dict[Hashable, int] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,12 +105,12 @@ class Reference:
         buffers = self.buffers.setdefault(branch, {})
         self.steps[branch] = self.steps.get(branch, 0) + 1
         if self.steps[branch] <= self.warmup:
-            with _Buffered(buffers, self.positions, None):
+            with _Buffered(buffers, self.positions, None, self.space):
                 return self.forward(*args, **kwargs)
         held, dim = self.result
         whole = None
         for patch, positions in enumerate(held):
-            with _Buffered(buffers, self.positions, patch):
+            with _Buffered(buffers, self.positions, patch, self.space):
                 found = self.forward(*args, **kwargs)
             first = found[0]
             whole = torch.zeros_like(first) if whole is None else whole

@@ -19,6 +19,11 @@ class Arriving:
     _works: list[dist.Work]
     _pipe: Pipe
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is on its way any more."""
+        return all(work.is_completed() for work in self._works)
+
     def wait(self) -> tuple[torch.Tensor, ...]:
         """The tensors, once they are here.
 
@@ -45,6 +50,7 @@ class Pipe:
         self.stage = dist.get_rank(self.members)
         self.stages = dist.get_world_size(self.members)
         self._leaving: list[tuple[dist.Work, torch.Tensor]] = []
+        self._asked: list[Arriving] = []
         self.sent = 0
         """Elements that left this rank."""
 
@@ -61,11 +67,13 @@ class Pipe:
                     self.sent += kept.numel()
 
     def receive(self, likes: Sequence[torch.Tensor], device: torch.device, source: int) -> Arriving:
-        """Ask for tensors of these shapes and dtypes from a stage."""
+        """Ask a stage for tensors of these shapes and dtypes; they are taken in even where nobody waits for them."""
         tensors = tuple(torch.empty(like.shape, dtype=like.dtype, device=device) for like in likes)
         with answering(self.members, "a transfer between stages"):
             works = [dist.irecv(each, group=self.members, group_src=source) for each in tensors if each.numel()]
-        return Arriving(tensors, [work for work in works if work is not None], self)
+        self._asked = [each for each in self._asked if not each.over]
+        self._asked.append(Arriving(tensors, [work for work in works if work is not None], self))
+        return self._asked[-1]
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """A tensor of one stage on all of them; others give one of its shape, which is filled."""
@@ -73,14 +81,3 @@ class Pipe:
         with answering(self.members, "a broadcast over stages"):
             dist.broadcast(tensor, group=self.members, group_src=source)
         return tensor
-
-    def flush(self) -> None:
-        """Wait until everything that was sent has left.
-
-        Raises:
-            AgreementError: when a receiver fails or does not answer in time.
-        """
-        with answering(self.members, "a transfer between stages"):
-            for work, _ in self._leaving:
-                work.wait()
-        self._leaving.clear()
