@@ -273,7 +273,7 @@ def test_plans_that_cannot_run(plan, said):
         Plan(**plan).check()
 
 
-STAGED = {"flux": (1, 90), "sd3": (2, 90), "pixart": (2, 77), "dit": (2, 40), "wan_t2v": (1, 175)}
+STAGED = {"flux": (1, 90), "sd3": (2, 90), "pixart": (2, 77), "dit": (2, 49), "wan_t2v": (1, 175)}
 """Batch and tokens of the hidden state that lives between blocks; of the prompt's only where it lives there, too."""
 
 
