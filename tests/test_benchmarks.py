@@ -83,3 +83,26 @@ def test_stubs_are_taken_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert stubs.calls == 1 and torch.equal(out, x)
         raise KeyError
     assert dist.all_to_all_single is real
+
+
+@pytest.mark.slow
+def test_a_pipeline_computes_what_one_process_does_before_it_is_timed(tmp_path: pathlib.Path) -> None:
+    sizes = ["--hidden", "64", "--blocks", "4", "--tokens", "64"]
+    timeline = tmp_path / "timeline.png"
+    found = run(
+        "pipefusion.py", "--backend", "eager", "--rounds", "2", *sizes, "--timeline", str(timeline), tmp_path=tmp_path
+    )
+    for entry in found["contenders"]:
+        assert entry["failure"] is None and entry["ratio"] > 0
+        assert entry["difference"] is None or entry["difference"] <= LARGEST_DIFFERENCE
+    assert timeline.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_equal_stages_hardly_wait(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import schedule
+
+    for patches in (stages, stages + 1, 2 * stages):
+        assert schedule.idle_share(schedule.simulate(stages, patches, 20)) < 0.10
+    assert schedule.idle_share(schedule.simulate(stages, 1, 20)) > 0.4, "one patch at a time keeps one stage busy"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from .digest import digest_tensors
 from .errors import UsageError
+
+States = dict[str | int, torch.Tensor]
 
 
 @dataclasses.dataclass
@@ -21,7 +23,7 @@ class Branch:
         steps: how many calls it has seen.
     """
 
-    states: dict[str | int, torch.Tensor]
+    states: States
     steps: int = 0
 
 
@@ -60,18 +62,20 @@ class Generation:
             self._branches.clear()
             self._digests.clear()
 
-    def branch(self, program: object, constants: list[torch.Tensor], fresh: dict[str | int, torch.Tensor]) -> Branch:
+    def branch(self, program: object, constants: list[torch.Tensor], fresh: Callable[[], States]) -> Branch:
         """The branch of a call, by what does not change from step to step.
 
         Args:
             program: tells programs apart.
             constants: the inputs that make a branch.
-            fresh: states to begin a new branch with.
+            fresh: makes the states that a new branch begins with.
         """
         if not self.active:
-            return Branch(fresh)
+            return Branch(fresh())
         key = (id(program), " ".join(map(self._digest, constants)))
-        return self._branches.setdefault(key, Branch(fresh))
+        if key not in self._branches:
+            self._branches[key] = Branch(fresh())
+        return self._branches[key]
 
     def _digest(self, tensor: torch.Tensor) -> str:
         """A digest of values; those of a tensor that was seen and not written to since are not read again."""

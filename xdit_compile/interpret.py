@@ -29,12 +29,18 @@ def bind(
             found.append(leaves[int(spec.target)].contiguous())
         elif spec.kind in ("patch", "shared", "state"):
             assert kept is not None
-            found.append(kept[spec.target])
+            found.append(kept[spec.target] if spec.kind == "state" else _dense(kept[spec.target]))
         elif spec.kind == "constant":
             found.append(program.constants[str(spec.target)])
         else:
             found.append(weights.find(spec))
     return found
+
+
+def _dense(value: torch.Tensor) -> torch.Tensor:
+    """A tensor whose strides follow from its shape, along dims of size 1 too: compilers look at them all."""
+    strides = torch.empty(value.shape, device="meta").stride()
+    return value if value.stride() == strides else value.clone(memory_format=torch.contiguous_format)
 
 
 def assemble(program: Program, tensors: tuple[torch.Tensor, ...]) -> Any:

@@ -8,6 +8,8 @@ before this one has ended.
 from __future__ import annotations
 
 import dataclasses
+import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -66,6 +68,27 @@ class Flow(Prepared):
         return found
 
 
+class _Drains:
+    """Says once a generation what it costs that something between two steps needs all patches."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._generation, self._said = 0, False
+
+    def between(self, generation: int) -> None:
+        """Another call of a generation, by its number, begins."""
+        if generation != self._generation:
+            self._generation, self._said = generation, False
+        elif self.seconds and not self._said:
+            self._said = True
+            warnings.warn(
+                f"all patches were read between two steps, which waited {self.seconds:.2f} s for the whole pipeline: "
+                "a callback that reads latents does that, or a scheduler that needs all of them",
+                stacklevel=2,
+            )
+        self.seconds = 0.0
+
+
 class PipelineRunner(Runner):
     """Called in place of ``module.forward``; results come in patches once the warm-up is over."""
 
@@ -73,6 +96,7 @@ class PipelineRunner(Runner):
         super().__init__(*args, **kwargs)
         self.generation = generation
         self.collected = 0
+        self._drains = _Drains()
         self.taken: list[Program] = []
         self.places: dict[str, int] = {}
         group = self.mesh.group("pipefusion")
@@ -85,7 +109,7 @@ class PipelineRunner(Runner):
         flow = self._known(args, kwargs, leaves)
         assert isinstance(flow, Flow)
         device = device_of(leaves)
-        branch = self.generation.branch(flow, flow.constants(leaves), flow.states(device))
+        branch = self.generation.branch(flow, flow.constants(leaves), lambda: flow.states(device))
         fresh = branch.steps < self.plan.warmup_steps or not self.generation.active
         branch.steps += 1
         tensors = self._at_once(flow, leaves, branch) if fresh else self._in_patches(flow, leaves, branch)
@@ -123,6 +147,7 @@ class PipelineRunner(Runner):
         self._compile(prepared, leaves, branch)
         yield tuple(self._at_once(prepared, leaves, branch))
         yield tuple(map(whole_of, self._in_patches(prepared, leaves, branch)))
+        self._drains.seconds = 0.0
 
     def _compile(self, flow: Flow, leaves: list[Any], branch: Branch) -> None:
         """Run every program of this stage once on nothing, so that all stages compile at the same time."""
@@ -152,6 +177,7 @@ class PipelineRunner(Runner):
 
     def _in_patches(self, flow: Flow, leaves: list[Any], branch: Branch) -> list[PatchedTensor]:
         """Patch after patch, with the keys and values that other patches left."""
+        self._drains.between(self.generation.number)
         device = device_of(leaves)
         given = {at: self._patches(leaves[at], cut) for at, cut in flow.inputs.items()}
         arriving = [self._asked(stage, device) for stage in flow.pipeline.patches]
@@ -198,11 +224,14 @@ class PipelineRunner(Runner):
     def _collect(self, tensor: PatchedTensor) -> torch.Tensor:
         """All patches on every rank, from the last stage, which computes every one."""
         self.collected += 1
+        begin = time.perf_counter()
         if self.pipe is None or self.stage == self.last:
             whole = tensor.cut.join([part.value() for part in tensor.parts])
         else:
             whole = tensor.cut.empty([part.like for part in tensor.parts], tensor.device)
-        return whole if self.pipe is None else self.pipe.broadcast(whole, self.last)
+        whole = whole if self.pipe is None else self.pipe.broadcast(whole, self.last)
+        self._drains.seconds += time.perf_counter() - begin
+        return whole
 
 
 def _item(arriving: Arriving, at: int) -> Callable[[], torch.Tensor]:
