@@ -311,6 +311,17 @@ def test_what_travels_and_what_a_stage_holds(name, stages):
         assert one & other & whole <= named, "only what comes before and after the blocks is on several stages"
 
 
+def test_explain_shows_the_stages():
+    case = MODELS["flux"]
+    args, kwargs = case.inputs()
+    found = xdit_compile.explain(case.build(), Plan(pipefusion=2, patches=3), args, kwargs)
+    assert found.patches == (26, 26, 25)
+    assert [entry.blocks for entry in found.stages] == [2, 3]
+    assert sum(entry.parameters for entry in found.stages) - found.shared == found.parameters
+    assert found.stages[0].sent == 90 * 90 * 4 and found.stages[1].sent == 0
+    assert "2 stages, 3 patches of 26, 26, 25 rows" in str(found)
+
+
 def steps_of(module: Any, args: tuple, kwargs: dict[str, Any], graphs: list[int]) -> torch.Tensor:
     """Latents after some steps; ``graphs`` gets how many had been compiled after each."""
     latents = kwargs["hidden_states"]

@@ -28,6 +28,7 @@ from .kernels.whole import gather_whole
 from .mesh import Mesh
 from .passes.layout import TENSOR
 from .pipefusion import PipelineRunner
+from .pipeline_report import PipelineReport, pipeline_report
 from .pipelines import Outer, autoencoders, denoisers, restore_call, wrap_call
 from .plan import Plan
 from .replicas import Replicas
@@ -132,8 +133,12 @@ def generation(module: nn.Module) -> AbstractContextManager[None]:
     return runner.generation.running() if isinstance(runner, PipelineRunner) else contextlib.nullcontext()
 
 
-def explain(target: Any, plan: Plan | None = None, args: tuple = (), kwargs: dict | None = None) -> Report:
+def explain(
+    target: Any, plan: Plan | None = None, args: tuple = (), kwargs: dict | None = None
+) -> Report | PipelineReport:
     """How a module is split: axes and roles, boundaries, gathers, collectives with their bytes, imbalance, memory.
+
+    Of a pipeline: blocks, parameters, states and bytes sent of every stage.
 
     Args:
         target: a parallelized pipeline or module that was called at least once, which reports on its latest program; or
@@ -176,14 +181,16 @@ def _denoisers(target: Any, coders: Any) -> Iterator[tuple[str, nn.Module]]:
     return iter(()) if isinstance(target, nn.Module) and coders else denoisers(target)
 
 
-def _report_rows(methods: list[RowMethod]) -> Report:
+def _report_rows(methods: list[RowMethod]) -> Report | PipelineReport:
     prepared = next((found for method in methods if (found := method.latest()) is not None), None)
     if prepared is None:
         raise UsageError("nothing to explain yet: call decode or encode once")
     return _report(prepared.analysis, methods[0].team.plan, methods[0].team.mesh.rank)
 
 
-def _report(analysis: Any, plan: Plan, here: int) -> Report:
+def _report(analysis: Any, plan: Plan, here: int) -> Report | PipelineReport:
+    if plan.patch_count > 1:
+        return pipeline_report(analysis, plan)
     ranks = [place(analysis, plan, Mesh.simulated(plan, rank)) for rank in range(plan.world_size)]
     return report(analysis, ranks, here)
 

@@ -1,0 +1,123 @@
+"""What ``explain`` answers with for a pipeline: the blocks, weights, states and transfers of every stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from .build import Analysis, Pipeline, place_stage, separated
+from .mesh import Mesh
+from .plan import Plan
+from .program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class StageEntry:
+    """One stage: repeated blocks, elements of parameters, and bytes.
+
+    ``states`` stay on the rank from step to step, for one branch of guidance; ``sent`` leaves it in one call after the
+    warm-up, all patches together.
+    """
+
+    stage: int
+    blocks: int
+    parameters: int
+    states: int
+    sent: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineReport:
+    """How a plan cuts one call of a module into stages and patches.
+
+    ``patches`` are the positions of each patch along the dim of the first result that is cut; ``shared`` counts the
+    elements of parameters that several stages hold, because they come before or after the blocks.
+    """
+
+    captured_by: str
+    patches: tuple[int, ...]
+    stages: tuple[StageEntry, ...]
+    parameters: int
+    shared: int
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=120, color_system=None)
+        for part in _rendered(self):
+            console.print(part)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+    __repr__ = __str__
+
+
+def pipeline_report(analysis: Analysis, plan: Plan) -> PipelineReport:
+    """Sum up the stages of a plan.
+
+    Raises:
+        PartitionError: as `place_stage` does.
+    """
+    analysis = separated(analysis, plan)
+    ranks = (Mesh.simulated(plan, rank) for rank in range(plan.pipefusion))
+    stages = [place_stage(analysis, plan, mesh, {}) for mesh in ranks]
+    held = [_parameters(_programs(stage)) for stage in stages]
+    everything = {name: size for one in held for name, size in one.items()}
+    several = [name for name in everything if sum(name in one for one in held) > 1]
+    entries = [
+        StageEntry(
+            stage.stage,
+            sum(bool(call.meta.get("repeated")) for call in stage.full.program.calls()),
+            sum(own.values()),
+            _states(_programs(stage)),
+            sum(tensor.numel() * tensor.element_size() for patch in stage.patches for tensor in patch.sent),
+        )
+        for stage, own in zip(stages, held, strict=True)
+    ]
+    sizes = tuple(len(positions) for positions in stages[0].results[0].positions)
+    return PipelineReport(
+        analysis.program.how, sizes, tuple(entries), sum(everything.values()), sum(everything[name] for name in several)
+    )
+
+
+def _programs(stage: Pipeline) -> list[Program]:
+    return [stage.full.program, stage.common, *(patch.program for patch in stage.patches)]
+
+
+def _parameters(programs: Iterable[Program]) -> dict[str, int]:
+    return {
+        str(given.target): math.prod(given.sizes(node.meta["val"].shape))
+        for program in programs
+        for given, node in zip(program.inputs, program.root.graph.find_nodes(op="placeholder"), strict=False)
+        if given.kind == "parameter"
+    }
+
+
+def _states(programs: Iterable[Program]) -> int:
+    found: dict[Any, int] = {}
+    for program in programs:
+        for given, node in zip(program.inputs, program.root.graph.find_nodes(op="placeholder"), strict=False):
+            if given.kind == "state":
+                found[given.target] = node.meta["val"].numel() * node.meta["val"].element_size()
+    return sum(found.values())
+
+
+def _rendered(found: PipelineReport) -> list[Any]:
+    from rich.table import Table
+
+    sizes = ", ".join(map(str, found.patches))
+    head = (
+        f"{len(found.stages)} stages, {len(found.patches)} patches of {sizes} rows; captured by {found.captured_by}; "
+        f"{found.parameters:,} parameters, {found.shared:,} of them on several stages"
+    )
+    table = Table(title="stages", title_justify="left")
+    for column in ("stage", "blocks", "parameters", "MiB of states a branch", "MiB sent a call"):
+        table.add_column(column, justify="right")
+    for entry in found.stages:
+        table.add_row(
+            str(entry.stage), str(entry.blocks), f"{entry.parameters:,}", f"{entry.states / 2**20:.2f}",
+            f"{entry.sent / 2**20:.2f}",
+        )  # fmt: skip
+    return [head, table]
