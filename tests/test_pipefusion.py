@@ -311,6 +311,29 @@ def test_what_travels_and_what_a_stage_holds(name, stages):
         assert one & other & whole <= named, "only what comes before and after the blocks is on several stages"
 
 
+def test_calls_that_nothing_tells_apart_are_exact():
+    """Two branches that differ in a label for each image alone would share what they keep."""
+    case = MODELS["dit"]
+    module, plain = case.build(), case.build()
+    args, kwargs = case.inputs()
+    other = {**kwargs, "class_labels": kwargs["class_labels"].flip(0)}
+    assert not torch.equal(other["class_labels"], kwargs["class_labels"])
+    xdit_compile.parallelize(module, Plan(patches=3, backend="eager"))
+
+    def twice(denoiser: Any) -> torch.Tensor:
+        (latents,) = args
+        for _ in range(3):
+            one, two = (denoiser(latents, **each)[0] for each in (kwargs, other))
+            latents = latents - 0.1 * (two + one)[:, : latents.shape[1]]
+        return latents + 0
+
+    with torch.no_grad():
+        expected = twice(plain)
+    with xdit_compile.generation(module), pytest.warns(UserWarning, match="called twice in one step"):
+        found = twice(module)
+    assert difference(found, expected) < 2e-5
+
+
 def test_explain_shows_the_stages():
     case = MODELS["flux"]
     args, kwargs = case.inputs()

@@ -91,6 +91,7 @@ class Pipeline:
         full: its part of the program that computes all tokens at once.
         common: computes what its patches need alike: the values named in ``shared``.
         patches: its part of the program of each patch.
+        varying: positions among the flat inputs of those that change from step to step as the result does.
         inputs: how the patches lie in each input that is cut, by its position among the flat inputs.
         results: the same for each result, with the shapes of its patches.
     """
@@ -100,6 +101,7 @@ class Pipeline:
     common: Program
     shared: tuple[str, ...]
     patches: tuple[Stage, ...]
+    varying: tuple[int, ...]
     inputs: Mapping[int, Lie]
     results: tuple[Lie, ...]
 
@@ -148,6 +150,7 @@ def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, in
         only(full.program, [full.wholes[name] for name in wanted]),
         tuple(wanted),
         own,
+        tuple(users[name] for name in names),
         {at: lie for at, lie in given.items() if lie is not None},
         tuple(lie for lie in results if lie is not None),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,10 +22,26 @@ class Branch:
     Args:
         states: what its programs keep, by name.
         steps: how many calls it has seen.
+        mixed: whether two of these calls were of one step, so that what is kept belongs to neither.
     """
 
     states: States
     steps: int = 0
+    mixed: bool = False
+    _latest: tuple[torch.Tensor, ...] = ()
+
+    def enter(self, varying: tuple[torch.Tensor, ...]) -> None:
+        """Note a call, by its inputs that change from step to step: the same ones again are no other step."""
+        again = bool(varying) and len(varying) == len(self._latest)
+        if again and all(one is other for one, other in zip(varying, self._latest, strict=True)) and not self.mixed:
+            self.mixed = True
+            warnings.warn(
+                "the denoiser was called twice in one step with inputs that do not tell the calls apart; "
+                "all tokens are computed in every call from here on",
+                stacklevel=2,
+            )
+        self._latest = varying
+        self.steps += 1
 
 
 class Generation:

@@ -110,8 +110,8 @@ class PipelineRunner(Runner):
         assert isinstance(flow, Flow)
         device = device_of(leaves)
         branch = self.generation.branch(flow, flow.constants(leaves), lambda: flow.states(device))
-        fresh = branch.steps < self.plan.warmup_steps or not self.generation.active
-        branch.steps += 1
+        branch.enter(tuple(leaves[at] for at in flow.pipeline.varying))
+        fresh = branch.steps <= self.plan.warmup_steps or branch.mixed or not self.generation.active
         tensors = self._at_once(flow, leaves, branch) if fresh else self._in_patches(flow, leaves, branch)
         return assemble(flow.program, tuple(tensors))
 
