@@ -179,6 +179,7 @@ class FramePartitioner:
     def _patch_by_patch(
         self, node: fx.Node, typing: Typing, operands: list[Value], choices: Mapping[str, Choice]
     ) -> list[Value]:
+        """One call for each patch, made as the program of that patch makes it; the last one has the sum of all."""
         patches, found = self.layout.patches, []
         assert patches is not None
         for patch in range(patches.parts):

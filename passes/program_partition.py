@@ -62,7 +62,8 @@ def partition(
 
     Args:
         varying: names of inputs that come patch by patch.
-        shared: names of captured calls that are not part of the program: it is given their results.
+        shared: names of captured calls that keep nothing from call to call; the program of one patch does not make
+            them, it is given their results.
 
     Raises:
         PartitionError: where something cannot be split and may not be gathered.
@@ -110,7 +111,7 @@ class _ProgramPartitioner:
     def run(self) -> Partitioned:
         self._inputs()
         for node in self.root.graph.nodes:
-            if node.op == "call_module" and node.name in self.shared:
+            if node.op == "call_module" and node.name in self.shared and PATCH in self.layout.sharding.splits:
                 self._given(node)
             elif node.op == "call_module":
                 self._call(node)
@@ -262,9 +263,11 @@ class _ProgramPartitioner:
             tuple(requests),
             tuple(node.name for node in frame.graph.nodes if node in wanted),
             Fingerprint(self.layout).of(frame),
+            frame.call.name in self.shared,
         )
         if key not in self.known:
-            partitioner = FramePartitioner(frame, self.layout, given, wanted, lambda n: self.inference.place(frame, n))
+            layout = dataclasses.replace(self.layout, patches=None) if key[-1] else self.layout
+            partitioner = FramePartitioner(frame, layout, given, wanted, lambda n: self.inference.place(frame, n))
             structure = partitioner.run(results, requests)
             count = sum(1 for name, _ in self.known.values() if name.startswith(str(frame.call.target)))
             self.known[key] = (f"{frame.call.target}_{count}" if count else str(frame.call.target), structure)

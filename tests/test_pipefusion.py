@@ -388,3 +388,21 @@ def test_in_float64_it_is_the_published_staleness_to_the_last_digits():
     with torch.no_grad():
         expected = steps_of(plain, args, kwargs, [])
     assert found.dtype == torch.float64 and difference(found, expected) < 1e-8
+
+
+REFUSED = {"lumina2_ragged", "zimage", "zimage_ragged"}
+"""Images of several sizes in one call, and tokens padded to a round number behind the picture's."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_cut_or_refused(name):
+    """The first call is verified: all tokens at once, and patch by patch on what that left, both equal the module."""
+    case = MODELS[name]
+    module = xdit_compile.parallelize(case.build(), Plan(patches=2, backend="eager"))
+    args, kwargs = case.inputs()
+    if name in REFUSED:
+        with pytest.raises(XditCompileError, match="cannot cut this denoiser into 2 patches"):
+            module(*args, **kwargs)
+        return
+    module(*args, **kwargs)
+    assert vars(module)["forward"].collected > 0

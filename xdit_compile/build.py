@@ -20,7 +20,7 @@ from .passes.layout import BATCH, SEQUENCE, TENSOR, Chosen, Layout
 from .passes.patches import choose_patches, cuts, one_patch, varying
 from .passes.program_partition import Partitioned, partition
 from .passes.rulebook import rulebook
-from .passes.stages import Stage, assign, cut, only
+from .passes.stages import Stage, assign, cut, everywhere, only
 from .passes.tokens import choose_tokens
 from .plan import Plan
 from .program import Program
@@ -131,7 +131,7 @@ def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, in
     names = varying(inference, split)
     stages = assign(inference, names, count, plan.stage_layers, places)
     layout, stage = Layout.of(plan, mesh, {}), mesh.coordinate("pipefusion")
-    full = partition(inference, layout.keeping(split, None))
+    full = partition(inference, layout.keeping(split, None), shared=everywhere(inference, names))
     patches = [one_patch(inference, layout, split, at).program for at in range(split.parts)]
     users = {given.name: int(given.target) for given in analysis.program.inputs if given.kind == "user"}
     placeholders = analysis.program.root.graph.find_nodes(op="placeholder")
@@ -140,8 +140,12 @@ def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, in
     }
     (output,) = analysis.program.root.graph.find_nodes(op="output")
     results = [_lie(inference.axes[leaf][0], leaf, split) for leaf in output.args[0]]
-    if any(lie is None for lie in results):
-        raise PartitionError("pipefusion needs results that are cut into patches as the input is")
+    for at, patch in enumerate(patches):
+        (output,) = patch.root.graph.find_nodes(op="output")
+        for leaf, lie in zip(output.args[0], results, strict=True):
+            if lie is None or leaf.meta["val"].shape != lie.likes[at].shape:
+                reason = "a result is not cut as the input is"
+                raise PartitionError(f"pipefusion cannot cut this denoiser into {split.parts} patches: {reason}")
     own = tuple(cut(each, stages, names, count)[stage] for each in patches)
     wanted = dict.fromkeys(str(each.target) for one in own for each in one.program.inputs if each.kind == "shared")
     return Pipeline(
