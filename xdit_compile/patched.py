@@ -100,13 +100,15 @@ class PatchedTensor(torch.Tensor):
     parts: list[Part]
     cut: Cut
     _whole: torch.Tensor | None
+    _shared: bool
+    """Whether another tensor is a view of this one, or this one of another."""
 
     @staticmethod
     def __new__(cls, parts: Sequence[Part], cut: Cut, device: torch.device) -> PatchedTensor:
         shape = list(parts[0].like.shape)
         shape[len(shape) - cut.back] = cut.size
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=parts[0].like.dtype, device=device)
-        made.parts, made.cut, made._whole = list(parts), cut, None
+        made.parts, made.cut, made._whole, made._shared = list(parts), cut, None, False
         return made
 
     def whole(self) -> torch.Tensor:
@@ -134,12 +136,13 @@ class PatchedTensor(torch.Tensor):
         if func in _DRAWN:
             plain = torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device)
             return func(plain, *args[1:], **kwargs)
+        target = args[0] if args and isinstance(args[0], PatchedTensor) and func._schema.is_mutable else None
+        if torch.Tag.inplace_view in func.tags or target is not None and target._shared:
+            what = "has views" if target is not None and target._shared else "keeps its shape"
+            raise RuntimeError(f"{func} changes a denoiser's result in place that {what}; write to a clone of it")
         back = _back(func, args, kwargs)
         if back is not None:
             return by_patch(func, args, kwargs, back)
-        if torch.Tag.inplace_view in func.tags:
-            raise RuntimeError(f"{func} changes the shape of a denoiser's result in place, which is not supported")
-        target = args[0] if args and isinstance(args[0], PatchedTensor) and func._schema.is_mutable else None
         plain_args, plain_kwargs = pytree.tree_map(whole_of, (args, kwargs))
         found = func(*plain_args, **plain_kwargs)
         if target is not None:
@@ -160,11 +163,14 @@ def by_patch(func: Any, args: tuple, kwargs: dict, back: int) -> Any:
     inplace = isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable
     results = [_one(func, args, kwargs, first.cut, at, inplace) for at in range(len(first.parts))]
     if inplace:
-        args[0].parts = [result[0][0] for result in results]
+        args[0].parts, args[0]._whole = [result[0][0] for result in results], None
         return args[0]
     cut = dataclasses.replace(first.cut, back=back)
     _, spec = results[0]
     made = [PatchedTensor([parts[at] for parts, _ in results], cut, first.device) for at in range(len(results[0][0]))]
+    if isinstance(func, torch._ops.OpOverload) and func.is_view:
+        for each in (first, *made):
+            each._shared = True
     return pytree.tree_unflatten(made, spec)
 
 
@@ -202,16 +208,15 @@ class _Later:
         return self._found
 
 
-def _functional(func: Any) -> Any:
-    """The operator that returns what one in place writes."""
+def _functional(func: Any) -> Callable[..., torch.Tensor]:
+    """Returns what an operator in place writes, of the dtype and shape of what it writes to."""
     packet, overload = func._schema.name.split("::")[1].rstrip("_"), func._overloadname
-    if packet == "copy":
-        return _copied
-    return getattr(getattr(aten, packet), overload)
+    own = getattr(getattr(aten, packet), overload)
 
+    def found(target: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return own(target, *args, **kwargs).to(target.dtype).expand(target.shape)
 
-def _copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    return source.to(target.dtype).expand(target.shape).clone()
+    return found
 
 
 def _of_patch(leaf: Any, cut: Cut, at: int) -> Any:
