@@ -23,7 +23,7 @@ from .passes.rulebook import rulebook
 from .passes.stages import Stage, assign, cut, everywhere, only
 from .passes.tokens import choose_tokens
 from .plan import Plan
-from .program import Program
+from .program import Input, Kind, Program
 from .separate import separate
 from .shards import Split
 
@@ -104,6 +104,20 @@ class Pipeline:
     varying: tuple[int, ...]
     inputs: Mapping[int, Lie]
     results: tuple[Lie, ...]
+
+    @property
+    def programs(self) -> list[Program]:
+        """All that the rank runs."""
+        return [self.full.program, self.common, *(patch.program for patch in self.patches)]
+
+    def taken(self, kind: Kind) -> dict[str | int, tuple[Input, torch.Tensor]]:
+        """The inputs of one kind that programs take, by target, each with a tensor of its whole shape."""
+        return {
+            given.target: (given, node.meta["val"])
+            for program in self.programs
+            for given, node in zip(program.inputs, program.root.graph.find_nodes(op="placeholder"), strict=False)
+            if given.kind == kind
+        }
 
 
 def separated(analysis: Analysis, plan: Plan) -> Analysis:

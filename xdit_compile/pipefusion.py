@@ -42,7 +42,7 @@ class Flow(Prepared):
 
     @property
     def programs(self) -> Sequence[Program]:
-        return [self.program, self.pipeline.common, *(stage.program for stage in self.pipeline.patches)]
+        return self.pipeline.programs
 
     def constants(self, leaves: list[Any]) -> list[torch.Tensor]:
         """The inputs that tell branches of guidance apart: neither the time of a step nor what every patch has its
@@ -58,14 +58,8 @@ class Flow(Prepared):
 
     def states(self, device: torch.device) -> Kept:
         """Empty states of the kinds that the programs keep."""
-        found: Kept = {}
-        for program in self.programs:
-            nodes = program.root.graph.find_nodes(op="placeholder")
-            for given, node in zip(program.inputs, nodes, strict=False):
-                if given.kind == "state" and given.target not in found:
-                    like = node.meta["val"]
-                    found[given.target] = torch.zeros(like.shape, dtype=like.dtype, device=device)
-        return found
+        likes = {name: like for name, (_, like) in self.pipeline.taken("state").items()}
+        return {name: torch.zeros(like.shape, dtype=like.dtype, device=device) for name, like in likes.items()}
 
 
 class _Drains:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from .build import Analysis, Pipeline, place_stage, separated
 from .mesh import Mesh
 from .plan import Plan
-from .program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ def pipeline_report(analysis: Analysis, plan: Plan) -> PipelineReport:
     analysis = separated(analysis, plan)
     ranks = (Mesh.simulated(plan, rank) for rank in range(plan.pipefusion))
     stages = [place_stage(analysis, plan, mesh, {}) for mesh in ranks]
-    held = [_parameters(_programs(stage)) for stage in stages]
+    held = [_parameters(stage) for stage in stages]
     everything = {name: size for one in held for name, size in one.items()}
     several = [name for name in everything if sum(name in one for one in held) > 1]
     entries = [
@@ -71,7 +69,7 @@ def pipeline_report(analysis: Analysis, plan: Plan) -> PipelineReport:
             stage.stage,
             sum(bool(call.meta.get("repeated")) for call in stage.full.program.calls()),
             sum(own.values()),
-            _states(_programs(stage)),
+            _states(stage),
             sum(tensor.numel() * tensor.element_size() for patch in stage.patches for tensor in patch.sent),
         )
         for stage, own in zip(stages, held, strict=True)
@@ -82,26 +80,13 @@ def pipeline_report(analysis: Analysis, plan: Plan) -> PipelineReport:
     )
 
 
-def _programs(stage: Pipeline) -> list[Program]:
-    return [stage.full.program, stage.common, *(patch.program for patch in stage.patches)]
+def _parameters(stage: Pipeline) -> dict[str | int, int]:
+    taken = stage.taken("parameter")
+    return {name: math.prod(given.sizes(whole.shape)) for name, (given, whole) in taken.items()}
 
 
-def _parameters(programs: Iterable[Program]) -> dict[str, int]:
-    return {
-        str(given.target): math.prod(given.sizes(node.meta["val"].shape))
-        for program in programs
-        for given, node in zip(program.inputs, program.root.graph.find_nodes(op="placeholder"), strict=False)
-        if given.kind == "parameter"
-    }
-
-
-def _states(programs: Iterable[Program]) -> int:
-    found: dict[Any, int] = {}
-    for program in programs:
-        for given, node in zip(program.inputs, program.root.graph.find_nodes(op="placeholder"), strict=False):
-            if given.kind == "state":
-                found[given.target] = node.meta["val"].numel() * node.meta["val"].element_size()
-    return sum(found.values())
+def _states(stage: Pipeline) -> int:
+    return sum(like.numel() * like.element_size() for _, like in stage.taken("state").values())
 
 
 def _rendered(found: PipelineReport) -> list[Any]:
