@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from typing import Any
 
 from .build import Analysis, Pipeline, place_stage, separated
 from .mesh import Mesh
 from .plan import Plan
+from .report import printed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,7 @@ class PipelineReport:
     shared: int
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        for part in _rendered(self):
-            console.print(part)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        return printed(_rendered(self))
 
     __repr__ = __str__
 

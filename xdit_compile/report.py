@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .axes import Axis, Concat, Product, atoms
@@ -71,14 +71,19 @@ class Report:
     memory: dict[str, int]
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        for part in _rendered(self):
-            console.print(part)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        return printed(_rendered(self))
 
     __repr__ = __str__
+
+
+def printed(parts: Iterable[Any]) -> str:
+    """What rich prints of some parts, 120 columns wide and without colours."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    for part in parts:
+        console.print(part)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
 def report(analysis: Analysis, ranks: Sequence[Partitioned], here: int) -> Report:
