@@ -138,7 +138,7 @@ def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, in
             this one are added.
 
     Raises:
-        PartitionError: patches that meet elsewhere than in attention, or stages that the blocks do not fill.
+        PartitionError: patches that need all others at once, or stages that the blocks do not fill.
     """
     inference, count = analysis.inference, plan.pipefusion
     split = choose_patches(inference, plan)

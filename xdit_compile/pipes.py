@@ -47,12 +47,8 @@ class Pipe:
 
     def __init__(self, group: str):
         self.members = process_group(group)
-        self.stage = dist.get_rank(self.members)
-        self.stages = dist.get_world_size(self.members)
         self._leaving: list[tuple[dist.Work, torch.Tensor]] = []
         self._asked: list[Arriving] = []
-        self.sent = 0
-        """Elements that left this rank."""
 
     def send(self, tensors: Sequence[torch.Tensor], to: int) -> None:
         """Send tensors to a stage, and go on at once. Empty ones are not sent."""
@@ -64,7 +60,6 @@ class Pipe:
                     work = dist.isend(kept, group=self.members, group_dst=to)
                     assert work is not None
                     self._leaving.append((work, kept))
-                    self.sent += kept.numel()
 
     def receive(self, likes: Sequence[torch.Tensor], device: torch.device, source: int) -> Arriving:
         """Ask a stage for tensors of these shapes and dtypes; they are taken in even where nobody waits for them."""

@@ -31,10 +31,10 @@ class _Separator:
 
     def run(self) -> Program:
         for node in self.program.root.graph.nodes:
-            if node.name in self.varying if node.op == "placeholder" else self._depends(node):
-                self.varies.add(node)
             if node in self.copies:
                 continue
+            if node.name in self.varying if node.op == "placeholder" else self._depends(node):
+                self.varies.add(node)
             structure = getattr(self.program.root, str(node.target)) if node.op == "call_module" else None
             if structure is not None and node in self.varies and not node.meta.get("repeated"):
                 self._split(node, structure)
@@ -96,16 +96,17 @@ class _Separator:
         return found
 
 
-def _sorted(graph: fx.Graph, formals: set[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
+def _sorted(graph: fx.Graph, formals: set[fx.Node]) -> tuple[dict[fx.Node, None], set[fx.Node]]:
     """The operators that depend on other inputs alone, and those that depend on these; a constant is neither."""
-    changing, fixed = set(formals), []
+    changing = set(formals)
+    fixed: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if any(each in changing for each in node.all_input_nodes):
             changing.add(node)
         elif any(each.op == "placeholder" or each in fixed for each in node.all_input_nodes):
-            fixed.append(node)
+            fixed[node] = None
     return fixed, changing
 
 
