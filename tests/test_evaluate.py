@@ -45,7 +45,7 @@ def test_it_writes_a_report_a_sheet_and_the_pictures(two_processes: tuple[Path, 
     folder, said = two_processes
     assert files(folder) == {"evaluation"}
     assert files(folder / "evaluation") == {"report.json", "sheet.png", "images"}
-    assert len(files(folder / "evaluation" / "images")) == 12
+    assert len(files(folder / "evaluation" / "images")) == 12 + 1
     assert Image.open(folder / "evaluation" / "images" / "0000-plan.png").size == (96, 64)
     assert Image.open(folder / "evaluation" / "sheet.png").width > 900
     for part in ("6 pairs of pictures", "PSNR, dB", "5 captions of one thing", "1 caption of two things",
@@ -91,6 +91,19 @@ def test_the_figures_are_those_of_the_pictures(two_processes: tuple[Path, str]):
         assert (pair["psnr"] is None) == pair["identical"] == (error == 0)
         if error:
             assert pair["psnr"] == pytest.approx(10 * math.log10(255**2 / error), abs=1e-3)
+
+
+def test_pictures_of_one_process_are_taken_from_an_earlier_evaluation(two_processes: tuple[Path, str]):
+    folder = two_processes[0]
+    again = [*QUICK, *"--num_prompts 6 --batch_size 2 --num_pipeline_patch 2 --reference evaluation".split()]
+    done = run("evaluate", *again, *"--output again".split(), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "one process: " not in done.stdout
+    first, second = (report(folder / name)["following"]["one thing"]["right"] for name in ("evaluation", "again"))
+    assert first["reference"] == second["reference"]
+    assert one_error(run("evaluate", *again, *"--seed 3".split(), cwd=folder), 2) == (
+        "--reference evaluation holds pictures of another seed: 42; give the same flags as there, or leave it out"
+    )
 
 
 def test_own_prompts_on_one_process(tmp_path: Path):

@@ -244,6 +244,9 @@ def generate(plan: Plan, nproc: int | None, **flags: Any) -> None:
     "--features", default=EvaluationRequest.features, help=f"Of the Frechet distance: {' or '.join(FEATURES)}."
 )
 @click.option("--images", is_flag=True, help="Also write every picture.")
+@click.option(
+    "--reference", help="Output folder of an evaluation with --images: takes the pictures of one process from there."
+)
 @click.option("--output", default=EvaluationRequest.output, help="Folder for report.json and sheet.png.")
 def evaluate(plan: Plan, nproc: int | None, **flags: Any) -> None:
     """Compare the pictures of a plan with those of one process: distances, what they show, a sheet of both."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import XditCompileError
-from .evaluation_request import DEFAULT_COUNT, EvaluationRequest, read_prompts
+from .errors import XditCompileError, one_line
+from .evaluation_request import DEFAULT_COUNT, KEPT, EvaluationRequest, read_prompts
 from .output import Pixels, pixels_of, whole_file, write
 from .pipeline_call import call_arguments, call_pipeline, leave, open_pipeline, processes, say
 from .world import World
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .evaluation.prompts import Question
 
 ONE_PROCESS = "one process"
+REFERENCE, PLAN = "reference", "plan"
 
 
 def evaluate(request: EvaluationRequest, world: World) -> None:
@@ -36,6 +37,7 @@ def evaluate(request: EvaluationRequest, world: World) -> None:
     from .api import parallelize
 
     pipe, device = open_pipeline(request, world)
+    _make_folder(request, world)
     batches = _batches(_questions(request), request.batch_size)
     arguments, ignored = call_arguments(pipe, request, prompt=_captions(batches[0]))
     if "prompt" not in arguments:
@@ -43,15 +45,27 @@ def evaluate(request: EvaluationRequest, world: World) -> None:
     if ignored:
         say(world, f"ignored, this pipeline does not take them: {', '.join(ignored)}")
     pipe.set_progress_bar_config(disable=True)
-    share = range(world.rank, len(batches), world.size)
-    mine = _pictures(pipe, arguments, [batches[index] for index in share], world, ONE_PROCESS)
+    share = range(world.rank, len(batches), world.size) if request.reference is None else range(0)
+    mine = _pictures(pipe, arguments, [batches[index] for index in share], world, ONE_PROCESS) if share else []
     parallelize(pipe, request.plan)
     gathered = _gathered(dict(zip(share, mine, strict=True)), world)
+    if world.rank == 0:
+        if request.reference is None:
+            reference = np.concatenate([gathered[index] for index in range(len(batches))])
+        else:
+            reference = _read_images(Path(request.reference), sum(map(len, batches)))
+        if request.images:
+            _keep(request, reference)
     plan = np.concatenate(_pictures(pipe, arguments, batches, world, describe(request)))
     leave()
     if world.rank == 0:
-        reference = np.concatenate([gathered[index] for index in range(len(batches))])
         _report(request, world, list(itertools.chain(*batches)), plan, reference, device)
+
+
+def _make_folder(request: EvaluationRequest, world: World) -> None:
+    if world.rank == 0:
+        folder = Path(request.output)
+        (folder / "images" if request.images else folder).mkdir(exist_ok=True, parents=True)
 
 
 def describe(request: EvaluationRequest) -> str:
@@ -139,13 +153,12 @@ def _report(
     extract = inception_features(device) if request.features == "inception" else scene_features()
     found = fidelity(questions, plan, reference, request.features, extract)
     folder = Path(request.output)
-    folder.mkdir(exist_ok=True)
     with whole_file(folder / "report.json") as file:
         file.write_text(json.dumps(_settings(request, world, plan) | found.to_json(), indent=1, allow_nan=False) + "\n")
     with whole_file(folder / "sheet.png") as file:
         contact_sheet(found.pairs, plan, reference, (ONE_PROCESS, describe(request))).save(file)
     if request.images:
-        _write_images(folder / "images", {"reference": reference, "plan": plan})
+        _write_images(folder, PLAN, plan)
     say(world, render(found))
     say(world, f"wrote {folder / 'report.json'} and {folder / 'sheet.png'}; {processes(world.size)}")
 
@@ -157,8 +170,29 @@ def _settings(request: EvaluationRequest, world: World, plan: np.ndarray) -> dic
     return {"settings": {**fields, "num_prompts": len(plan), "processes": world.size}}
 
 
-def _write_images(folder: Path, rows: dict[str, np.ndarray]) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, images in rows.items():
-        for index, image in enumerate(images):
-            write(Pixels(image[None].astype(np.float32) / 255), str(folder / f"{index:04}-{name}.png"), fps=1)
+def _keep(request: EvaluationRequest, reference: np.ndarray) -> None:
+    """Write the pictures of one process, so that other plans can be compared with them."""
+    folder = Path(request.output)
+    _write_images(folder, REFERENCE, reference)
+    with whole_file(folder / KEPT) as file:
+        file.write_text(json.dumps(request.asked, indent=1) + "\n")
+
+
+def _write_images(folder: Path, name: str, images: np.ndarray) -> None:
+    for index, image in enumerate(images):
+        write(Pixels(image[None].astype(np.float32) / 255), str(folder / _file(index, name)), fps=1)
+
+
+def _read_images(folder: Path, count: int) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        return np.stack([np.asarray(Image.open(folder / _file(index, REFERENCE))) for index in range(count)])
+    except (OSError, ValueError) as error:
+        raise XditCompileError(
+            f"the pictures of one process in {folder} cannot be read: {one_line(error)}; leave out --reference"
+        ) from error
+
+
+def _file(index: int, name: str) -> str:
+    return f"images/{index:04}-{name}.png"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .errors import UsageError, one_line
 from .request import PipelineRequest
@@ -16,7 +17,10 @@ FEATURES = ("scenes", "inception")
 DEFAULT_COUNT = 32
 GREATEST_COUNT = 4096
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+KEPT = "images/reference.json"
+"""Says, in an output folder, what the pictures of one process beside it were asked for with."""
 _NEEDED = ("torchmetrics", "scipy")
+_OF_THE_PLAN = ("plan", "output", "images", "reference", "features", "debug", "download_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +32,20 @@ class EvaluationRequest(PipelineRequest):
     batch_size: int = 4
     features: str = "scenes"
     images: bool = False
+    reference: str | None = None
     output: str = "evaluation"
 
     counts: ClassVar[tuple[str, ...]] = (*PipelineRequest.counts, "num_prompts", "batch_size")
 
     def _more_checks(self) -> list[Callable[[], None]]:
-        return [self._check_prompts, self._check_features, self._check_output, self._check_offload, check_installed]
+        return [
+            self._check_prompts,
+            self._check_features,
+            self._check_output,
+            self._check_reference,
+            self._check_offload,
+            check_installed,
+        ]
 
     def _check_offload(self) -> None:
         if self.enable_sequential_cpu_offload and self.plan.world_size == 1:
@@ -52,6 +64,23 @@ class EvaluationRequest(PipelineRequest):
             raise UsageError(f"--features {self.features} is unknown; choose one of {', '.join(FEATURES)}")
         if self.features == "inception":
             check_inception()
+
+    def _check_reference(self) -> None:
+        if self.reference is not None:
+            kept, asked = read_kept(self.reference), self.asked
+            other = [name for name in asked if kept.get(name) != asked[name]]
+            if other:
+                raise UsageError(
+                    f"--reference {self.reference} holds pictures of another {other[0]}: {kept.get(other[0])}; "
+                    "give the same flags as there, or leave it out"
+                )
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All that the pictures of one process depend on."""
+        fields = dataclasses.asdict(self)
+        found = {name: fields[name] for name in fields if name not in _OF_THE_PLAN}
+        return {**found, "prompts": read_prompts(self.prompts) if self.prompts else None}
 
     def _check_output(self) -> None:
         folder = Path(self.output)
@@ -74,6 +103,23 @@ def read_prompts(path: str) -> list[str]:
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise UsageError(f"--prompts {path} holds no prompt; write one a line")
+    return found
+
+
+def read_kept(folder: str) -> dict[str, Any]:
+    """What the pictures of one process that an earlier evaluation left in ``folder`` were asked for with.
+
+    Raises:
+        UsageError: the folder holds none.
+    """
+    file = Path(folder) / KEPT
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--reference {folder} holds no pictures of one process ({file.name} is missing or broken); name the "
+            "--output of an evaluation with --images"
+        ) from error
     return found
 
 
