@@ -18,6 +18,7 @@ from .choices import Choice, feasible, required
 from .layout import PATCH
 from .local import aten
 from .rules import Typing
+from .stale import Exchange
 from .windows import Windows
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ def fetch(
 def _fetch(
     part: FramePartitioner, typing: Typing, inputs: fx.Node, name: str, choices: Mapping[str, Choice]
 ) -> tuple[fx.Node, Seen]:
-    if name == PATCH:
+    if name == PATCH and not part.layout.apart:
         return _left(part, typing, inputs, choices)
     request = ask(part, typing, name, choices)
+    if name == PATCH:
+        return _kept(part, typing, inputs, choices, request), request.seen
     if request.needed:
         inputs = part.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.arguments)
     return inputs, request.seen
@@ -81,6 +84,25 @@ def _left(
     return inputs, request.seen
 
 
+def _kept(
+    part: FramePartitioner, typing: Typing, inputs: fx.Node, choices: Mapping[str, Choice], request: Request
+) -> fx.Node:
+    """This rank's rows and those of others that its windows reach over, as they are or as the last call left them."""
+    if not request.needed:
+        return inputs
+    own, seen = request.own, request.seen
+    first = min(own[0], seen.start) if seen.stop > seen.start else own[0]
+    last = max(own[1], seen.stop) if seen.stop > seen.start else own[1]
+    state = _state(part, typing, choices, last - first, Exchange.of_rows(request, first))
+    part.local.put(state, inputs, request.dim, np.arange(own[0] - first, own[1] - first))
+    if part.layout.stale:
+        rows = part.local.call(aten.slice.Tensor, state, request.dim, seen.start - first, seen.stop - first)
+        return part.local.call(aten.clone.default, rows)
+    rows = part.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.arguments)
+    part.local.put(state, rows, request.dim, np.arange(seen.start - first, seen.stop - first))
+    return rows
+
+
 def keep_rows(part: FramePartitioner, typing: Typing, inputs: fx.Node, choices: Mapping[str, Choice]) -> None:
     """Where all patches are computed at once, keep what the windows of each will want of the others'."""
     patches = part.layout.patches
@@ -92,11 +114,20 @@ def keep_rows(part: FramePartitioner, typing: Typing, inputs: fx.Node, choices: 
             part.local.put(_state(part, typing, choices), inputs, request.dim, np.arange(sum(request.sizes)))
 
 
-def _state(part: FramePartitioner, typing: Typing, choices: Mapping[str, Choice]) -> fx.Node:
+def _state(
+    part: FramePartitioner,
+    typing: Typing,
+    choices: Mapping[str, Choice],
+    rows: int | None = None,
+    exchange: Exchange | None = None,
+) -> fx.Node:
+    """Room for the rows of all patches, or for so many of them that come from other ranks."""
     others = {name: choice for name, choice in choices.items() if name != PATCH}
     shape = part.sharding.sizes(typing.expected[0], required(others, 0))
-    operand = typing.operands[0]
-    return part.local.state(f"{operand.name}_rows", shape, operand.meta["val"].dtype)
+    operand, name = typing.operands[0], ""
+    if exchange is not None and rows is not None:
+        shape[exchange.dim], name = rows, "_" + "_".join(map(str, (*exchange.starts, *exchange.stops)))
+    return part.local.state(f"{operand.name}_rows{name}", shape, operand.meta["val"].dtype, exchange)
 
 
 @dataclasses.dataclass(frozen=True)

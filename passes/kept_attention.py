@@ -1,14 +1,16 @@
-"""Attention over keys and values that stay from call to call (PipeFusion, arXiv:2405.14430).
+"""Attention over keys and values that stay from call to call (PipeFusion, arXiv:2405.14430; DistriFusion,
+arXiv:2402.19481).
 
 Keys and values of all tokens are kept, at their own positions. A program that computes one patch writes those of the
-patch and reads the others as they were left: by earlier patches in this step, by later ones in the step before. A
-program that computes all tokens writes all of them.
+patch and reads the others as they were left: by earlier patches in this step, by later ones or by other ranks in the
+step before. A program that computes all tokens writes all of them, and so does one that has them gathered.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import fx
 
 from . import attention_lowering
@@ -29,6 +31,8 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     patches, tokens = part.layout.patches, typing.facts["attention"]["tokens"]
     if patches is None or not all(patches.splits(typing.expected[at][tokens]) for at in (0, KEYS)):
         return attention_lowering.lower(part, node, typing, operands)
+    if part.layout.apart and any(operands[at].split.get(PATCH) != tokens for at in (KEYS, VALUES)):
+        return attention_lowering.lower(part, node, typing, operands)
     choices = choose_all(typing, operands, part.sharding.splits)
     return _Kept(part, node, typing, operands, choices).emit()
 
@@ -48,7 +52,12 @@ class _Kept(LocalAttention):
         here = {PATCH: tokens, **wanted} if PATCH in self.part.sharding.splits else wanted
         rows = self.part.coerce(self.operands[at], axes, here, self.node, at)
         shape = self.part.sharding.sizes(axes, wanted)
-        state = self.local.state(f"{self.node.name}_{at}", shape, self.operands[at].dtype)
         names = [name for name, dim in here.items() if dim == tokens]
-        self.local.put(state, rows, tokens, self.part.sharding.positions(axes[tokens], names))
+        held = self.part.sharding.positions(axes[tokens], names)
+        exchange = self.part.exchange_all(tokens, axes[tokens], shape, self.operands[at].dtype)
+        state = self.local.state(f"{self.node.name}_{at}", shape, self.operands[at].dtype, exchange)
+        if exchange is not None and not self.part.layout.stale:
+            rows, _ = self.local.gather(rows, tokens, axes[tokens], PATCH, [name for name in names if name != PATCH])
+            held = np.arange(shape[tokens])
+        self.local.put(state, rows, tokens, held)
         return state

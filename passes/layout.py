@@ -18,8 +18,9 @@ SEQUENCE = "sequence"
 BATCH = "cfg"
 TENSOR = "tensor"
 PATCH = "patch"
-"""Parts of the tokens that follow one another in time, on one rank."""
-MEMBERS = {SEQUENCE: ("ring", "ulysses"), BATCH: ("cfg",), TENSOR: ("tensor",)}
+"""Parts of the tokens whose keys and values stay from call to call: they follow one another in time on one rank, or lie
+on ranks that do not wait for one another."""
+MEMBERS = {PATCH: ("distrifusion",), SEQUENCE: ("ring", "ulysses"), BATCH: ("cfg",), TENSOR: ("tensor",)}
 """The mesh dimensions behind each name that a program is split by."""
 
 Chosen = Mapping[str, Sequence[Unit]]
@@ -35,7 +36,8 @@ class Layout:
     neighbours are on their way, and statistics are taken piece by piece.
 
     With ``patches`` the program keeps the keys and values of all tokens from call to call; the split of `PATCH` is then
-    among ``sharding`` too where the program computes one patch alone.
+    among ``sharding`` too where the program computes one patch alone. Where ``patches`` lie on ranks, each rank keeps
+    what it needs of the others': as it is now, or where ``stale`` as it was one call ago.
     """
 
     mesh: Mesh
@@ -46,6 +48,7 @@ class Layout:
     refuse_gathers: bool = False
     sparing: bool = False
     patches: Split | None = None
+    stale: bool = False
 
     @classmethod
     def of(cls, plan: Plan, mesh: Mesh, units: Chosen) -> Layout:
@@ -63,7 +66,13 @@ class Layout:
             plan.attention,
             plan.fallback == "error",
             plan.vae_memory is not None,
+            splits.get(PATCH),
         )
+
+    @property
+    def apart(self) -> bool:
+        """Whether patches lie on ranks."""
+        return PATCH in self.groups
 
     def keeping(self, patches: Split, patch: int | None) -> Layout:
         """The layout of a program that computes one patch and reads what the others left; of all patches for None."""

@@ -17,6 +17,8 @@ from xdit_compile.errors import PartitionError
 from xdit_compile.program import Piece
 from xdit_compile.shards import Sharding
 
+from .stale import Exchange, runs
+
 aten = torch.ops.aten
 SLICE = "slice"
 """Key in the ``meta`` of a node that is a slice, with ``(source, mesh dimension, piece)``."""
@@ -45,11 +47,13 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """A tensor that a graph reads and writes, and that stays from call to call."""
+    """A tensor that a graph reads and writes, and that stays from call to call; other ranks' rows of it come by
+    ``exchange``."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    exchange: Exchange | None = None
 
 
 class LocalGraph:
@@ -74,11 +78,11 @@ class LocalGraph:
         self.constants[name] = value
         return self.graph.get_attr(name)
 
-    def state(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
+    def state(self, name: str, shape: Sequence[int], dtype: torch.dtype, exchange: Exchange | None = None) -> fx.Node:
         """A tensor that stays from call to call; the graph takes it after all its other arguments."""
         if name in self._states:
             return self._states[name]
-        self.states.append(State(name, tuple(shape), dtype))
+        self.states.append(State(name, tuple(shape), dtype, exchange))
         last = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(last):
             self._states[name] = self.graph.placeholder(name)
@@ -87,7 +91,7 @@ class LocalGraph:
     def put(self, state: fx.Node, rows: fx.Node, dim: int, positions: np.ndarray) -> None:
         """Write rows to their positions in a state."""
         at = 0
-        for start, stop in _runs(positions):
+        for start, stop in runs(positions):
             end = at + stop - start
             piece = rows if end - at == len(positions) else self.call(aten.slice.Tensor, rows, dim, at, end)
             self.call(torch.ops.xdit_compile.put_rows.default, state, piece, dim, start)
@@ -108,11 +112,11 @@ class LocalGraph:
     def _take(self, node: fx.Node, dim: int, positions: np.ndarray) -> fx.Node:
         if len(positions) == 0:
             return self.call(aten.slice.Tensor, node, dim, 0, 0)
-        runs = _runs(positions)
-        if len(runs) > MOST_PIECES:
+        pieces = runs(positions)
+        if len(pieces) > MOST_PIECES:
             return self.call(aten.index_select.default, node, dim, self.constant(torch.from_numpy(positions)))
-        pieces = [self.call(aten.slice.Tensor, node, dim, start, stop) for start, stop in runs]
-        return pieces[0] if len(pieces) == 1 else self.call(aten.cat.default, pieces, dim)
+        slices = [self.call(aten.slice.Tensor, node, dim, start, stop) for start, stop in pieces]
+        return slices[0] if len(slices) == 1 else self.call(aten.cat.default, slices, dim)
 
     def slice(self, node: fx.Node, dim: int, axis: Axis, name: str, also: Sequence[str]) -> fx.Node:
         """This rank's positions along mesh dimension ``name`` of a dim that ``also`` splits already."""
@@ -124,7 +128,7 @@ class LocalGraph:
         """What a rank of mesh dimension ``name`` takes of one dim of ``size``."""
         taken = self.take(node, dim, positions, size)
         if taken is not node:
-            taken.meta[SLICE] = (node, name, Piece(dim, _runs(positions)))
+            taken.meta[SLICE] = (node, name, Piece(dim, runs(positions)))
         return taken
 
     def gather(self, node: fx.Node, dim: int, axis: Axis, name: str, also: Sequence[str]) -> tuple[fx.Node, list[int]]:
@@ -156,11 +160,3 @@ class LocalGraph:
         for name, value in self.constants.items():
             owner.register_buffer(name, value, persistent=False)
         return fx.GraphModule(owner, self.graph)
-
-
-def _runs(positions: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Stretches of neighbouring positions as ``(start, stop)``; one empty stretch where there are none."""
-    if len(positions) == 0:
-        return ((0, 0),)
-    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks))

@@ -1,4 +1,8 @@
-"""Norms over split dims: statistics of all ranks joined by one small exchange, or whole groups by themselves."""
+"""Norms over split dims: statistics of all ranks joined by one small exchange, or whole groups by themselves.
+
+Where ranks do not wait for one another, the others' statistics are those of the step before, corrected by how much this
+rank's own have changed since (DistriFusion, arXiv:2402.19481, section 4.3).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from xdit_compile.axes import Atom, Axis, same
 from xdit_compile.shards import Split
 
 from .choices import choose_all, yielded
+from .layout import PATCH
 from .local import Value, aten
 from .rules import Typing, operator_name
 
@@ -88,10 +93,38 @@ class _Grouped:
         flat = call(aten.reshape.default, inputs, view)
         pieces = PIECES if self.part.layout.sparing else 1
         own = moments_in_pieces(call, flat, view[2], dtype, wide, pieces)
-        mean, variance = _merge(self.part, own, 2, name, counts, sizes[0] * groups, wide)
+        statistics = self._kept if name == PATCH and self.part.layout.apart else self._merged
+        mean, variance = statistics(own, name, counts, sizes[0], groups, wide)
         affine = [_cast(self.part, factor, dtype, wide) if factor is not None else None for factor in affine]
         scale, shift = columns(call, sizes, groups, (mean, variance), affine, self._epsilon())
         return call(torch.ops.xdit_compile.scale_shift.default, inputs, scale, shift)
+
+    def _merged(
+        self, own: tuple[fx.Node, fx.Node], name: str, counts: list[int], batch: int, groups: int, wide: torch.dtype
+    ) -> tuple[fx.Node, fx.Node]:
+        return _merge(self.part, own, 2, name, counts, batch * groups, wide)
+
+    def _kept(
+        self, own: tuple[fx.Node, fx.Node], name: str, counts: list[int], batch: int, groups: int, wide: torch.dtype
+    ) -> tuple[fx.Node, fx.Node]:
+        """Mean and biased variance from what ranks keep: mean and mean of squares of each one's positions."""
+        call, here, total = self.part.local.call, self.part.sharding.index[name], sum(counts)
+        mean, variance = own[0], call(aten.div.Scalar, own[1], max(counts[here], 1))
+        squares = call(aten.add.Tensor, variance, call(aten.mul.Tensor, mean, mean))
+        row = call(aten.unsqueeze.default, call(aten.cat.default, [mean, squares], 2), 0)
+        state, exchange = self.part.rows_of_patches(f"{self.node.name}_moments", [batch, groups, 2], wide)
+        if not self.part.layout.stale:
+            self.part.put_row(state, exchange, row)
+            return self._merged(own, name, counts, batch, groups, wide)
+        weights = torch.tensor(counts, dtype=wide).div(total).reshape(-1, 1, 1, 1)
+        weighted = call(aten.mul.Tensor, state, self.part.local.constant(weights))
+        before = call(aten.sum.dim_IntList, weighted, [0], True)
+        changed = call(aten.sub.Tensor, row, call(aten.slice.Tensor, state, 0, here, here + 1))
+        moments_ = call(aten.squeeze.dim, call(aten.add.Tensor, before, changed), 0)
+        self.part.put_row(state, exchange, row)
+        mean, squares = (call(aten.slice.Tensor, moments_, 2, at, at + 1) for at in range(2))
+        corrected = call(aten.sub.Tensor, squares, call(aten.mul.Tensor, mean, mean))
+        return mean, call(aten.where.self, call(aten.lt.Scalar, corrected, 0), variance, corrected)
 
 
 def columns(

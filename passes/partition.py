@@ -31,6 +31,7 @@ from .layout import PATCH, Layout
 from .local import LocalGraph, State, Value, aten
 from .records import Gather, Ledger
 from .rules import Typing, values
+from .stale import Exchange
 
 LOWERINGS = {
     "attention": kept_attention.lower,
@@ -194,13 +195,28 @@ class FramePartitioner:
     def _kept_sum(self, node: fx.Node, at: int, value: Value) -> Value:
         """The sum of what every patch left, this one's put in its place."""
         assert self.layout.patches is not None
-        sizes = self.local.sizes(value)
-        state = self.local.state(f"{node.name}_sum_{at}", [self.layout.patches.parts, *sizes], value.dtype)
-        here = self.sharding.index[PATCH]
         part = self.local.call(aten.unsqueeze.default, value.node, 0)
-        self.local.put(state, part, 0, np.arange(here, here + 1))
-        total = self.local.call(aten.sum.dim_IntList, state, [0])
+        rows = self.rows_of_patches(f"{node.name}_sum_{at}", self.local.sizes(value), value.dtype)
+        self.put_row(*rows, part)
+        total = self.local.call(aten.sum.dim_IntList, rows[0], [0])
         return dataclasses.replace(value, node=total, partial=value.partial - {PATCH})
+
+    def rows_of_patches(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> tuple[fx.Node, Exchange | None]:
+        """A state of what every patch left, one row of ``shape`` for each, and how others' rows come."""
+        assert self.layout.patches is not None
+        whole = [self.layout.patches.parts, *shape]
+        exchange = self.exchange_all(0, None, whole, dtype)
+        return self.local.state(name, whole, dtype, exchange), exchange
+
+    def put_row(self, state: fx.Node, exchange: Exchange | None, row: fx.Node) -> None:
+        """Put this patch's row, [1, ...], in its place; those of all ranks where they are gathered."""
+        here = self.sharding.index[PATCH]
+        held = np.arange(here, here + 1)
+        if exchange is not None and not self.layout.stale:
+            gather = torch.ops.xdit_compile.all_gather.default
+            row = self.local.call(gather, row, 0, list(exchange.sizes), exchange.group)
+            held = np.arange(len(exchange.sizes))
+        self.local.put(state, row, 0, held)
 
     def _biased(self, node: fx.Node, typing: Typing, value: Value) -> Value:
         total = self.summed(value)
@@ -216,6 +232,22 @@ class FramePartitioner:
             self.ledger.collective("all_reduce", purpose, node, value, self.local, self.parts(name))
             value.node, value.partial = node, value.partial - {name}
         return value
+
+    def exchange_all(self, dim: int, axis: Axis | None, shape: Sequence[int], dtype: torch.dtype) -> Exchange | None:
+        """How a state of ``shape`` of which every rank wants all comes from them, counted; None where one rank has all.
+
+        Args:
+            dim: the dim that patches split: by ``axis``, or with one row for each where it is None.
+        """
+        if not self.layout.apart:
+            return None
+        split, here, group = self.sharding.splits[PATCH], self.sharding.index[PATCH], self.local.group(PATCH)
+        held = [
+            np.arange(rank, rank + 1) if axis is None else split.positions(axis, rank) for rank in range(split.parts)
+        ]
+        found = Exchange.of_all(dim, held, here, group)
+        self.ledger.sent("stale_exchange" if self.layout.stale else "all_gather", "state", found.elements(shape), dtype)
+        return found
 
     def parts(self, name: str) -> int:
         return self.layout.parts[name]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx
 
-from xdit_compile.axes import Axis, Product
+from xdit_compile.axes import Axis, Product, atoms
 from xdit_compile.errors import PartitionError
 from xdit_compile.mesh import Mesh
 from xdit_compile.plan import Plan
@@ -103,6 +103,18 @@ def varying(inference: Inference, split: Split) -> list[str]:
         if node.name in users and any(_alike(axes, final, split) for final in finals):
             found.append(node.name)
     return found
+
+
+def stepping(inference: Inference, units: Iterable[Unit]) -> list[str]:
+    """Names of the inputs that have positions of the result's own tokens: they may change from step to step."""
+    made = {id(atom) for axes in _finals(inference) for axis in axes for atom in atoms(axis)}
+    cut = {id(atom) for unit in units for axis in unit for atom in atoms(axis)} & made
+    users = {given.name for given in inference.program.inputs if given.kind == "user"}
+    return [
+        node.name
+        for node in inference.program.root.graph.find_nodes(op="placeholder")
+        if node.name in users and any(id(atom) in cut for axis in inference.axes[node][0] for atom in atoms(axis))
+    ]
 
 
 def _alike(axes: list[Axis], final: list[Axis], split: Split) -> bool:

@@ -17,7 +17,7 @@ from .demand import wants_whole
 from .follow import follow
 from .infer import Frame, Inference, results_of
 from .layout import PATCH, TENSOR, Layout
-from .local import LocalGraph, Value
+from .local import LocalGraph, State, Value
 from .partition import FramePartitioner, LocalStructure
 from .records import Ledger
 from .weight_slices import keep_slices
@@ -41,13 +41,15 @@ class Form:
 class Partitioned:
     """One rank's program and what it does beside arithmetic in one call of the module.
 
-    ``wholes`` are the nodes of the root that hold captured values whole, by the names that these have there.
+    ``wholes`` are the nodes of the root that hold captured values whole, by the names that these have there. What
+    ``leaving`` names is on its way to the next call, after the results among the outputs of the root.
     """
 
     program: Program
     layout: Layout
     ledger: Ledger
     wholes: Mapping[str, fx.Node] = dataclasses.field(default_factory=dict)
+    leaving: tuple[str, ...] = ()
 
 
 def partition(
@@ -84,6 +86,7 @@ class _ProgramPartitioner:
         self.env: dict[fx.Node, Form] = {}
         self.ledger = Ledger()
         self.added: list[Input] = []
+        self.leaving: dict[str, fx.Node] = {}
         self.known: dict[Any, tuple[str, LocalStructure]] = {}
         self.wanted, self.whole, self.split = self._demands()
 
@@ -121,7 +124,7 @@ class _ProgramPartitioner:
         inputs = (*self.inference.program.inputs, *self.added)
         program = keep_slices(dataclasses.replace(self.inference.program, root=module, inputs=inputs), TENSOR)
         wholes = {node.name: form.whole.node for node, form in self.env.items() if form.whole is not None}
-        return Partitioned(program, self.layout, self.ledger, wholes)
+        return Partitioned(program, self.layout, self.ledger, wholes, tuple(self.leaving))
 
     def _given(self, call: fx.Node) -> None:
         """The results of a call that another program makes."""
@@ -212,10 +215,12 @@ class _ProgramPartitioner:
         requests = [self._request(users.get(k), final) for k in range(len(results))]
         name, structure = self._structure(frame, given, results, requests)
         self.ledger.add(structure.ledger)
+        states = self._states(node, structure)
         call = self._add_call(
-            name, structure.module, [*(value.node for value in given), *self._states(node, structure)],
+            name, structure.module, [*(value.node for value in given), *states],
             path=node.meta.get("path", ""), repeated=node.meta.get("repeated", False), captured=node.name,
         )  # fmt: skip
+        self._leave(node, structure, states)
         position = 0
         for item in users.values():
             self.env[item] = Form()
@@ -238,10 +243,21 @@ class _ProgramPartitioner:
         """What a call keeps from one call of the program to the next."""
         found = []
         for state in structure.states:
-            local = self._added(f"{call.name}_{state.name}", "state", f"{call.name}_{state.name}")
+            name = f"{call.name}_{state.name}"
+            local = self._added(name, "state", name)
             local.meta["val"] = torch.empty(state.shape, dtype=state.dtype, device="meta")
             found.append(local)
+            if self.layout.stale and state.exchange is not None:
+                arriving = self._added(name, "arriving", _arriving(call, state))
+                arriving.meta["val"] = torch.empty(0, dtype=state.dtype, device="meta")
+                state.exchange.finish(self.graph, local, arriving)
         return found
+
+    def _leave(self, call: fx.Node, structure: LocalStructure, states: Sequence[fx.Node]) -> None:
+        """Send this rank's rows of what a call kept to the ranks that will want them in the next call."""
+        for state, local in zip(structure.states, states, strict=True):
+            if self.layout.stale and state.exchange is not None:
+                self.leaving[_arriving(call, state)] = state.exchange.start(self.graph, local)
 
     def _request(self, item: fx.Node | None, final: set[fx.Node]) -> tuple[str, ...]:
         """In which forms a result is needed."""
@@ -279,7 +295,12 @@ class _ProgramPartitioner:
                 return leaf
             return self.env[leaf].best(self.gather).node
 
-        self.graph.output(tuple(final(leaf) for leaf in node.args[0]))
+        self.graph.output((*(final(leaf) for leaf in node.args[0]), *self.leaving.values()))
+
+
+def _arriving(call: fx.Node, state: State) -> str:
+    """Name of what is on its way for a state of a call."""
+    return f"{call.name}_{state.name}_arriving"
 
 
 class Fingerprint:

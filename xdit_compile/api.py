@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +18,7 @@ from .autoencoder import RowMethod, Team, restore_rows, row_methods, split_rows
 from .backends.base import Backend
 from .backends.registry import find_backend
 from .build import analyse, place
+from .distrifusion import StaleRunner
 from .distvae_provider import attach_distvae, check_distvae, is_distvae, restore_distvae
 from .errors import UsageError
 from .generations import Generation
@@ -83,16 +84,21 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     _join(plan, next(iter((modules or coders).values())))
     mesh = Mesh.from_process_group(plan)
     branches = Branches(mesh)
-    kept = Generation(plan.warmup_steps if plan.patch_count > 1 else 0)
+    kept = Generation(plan.warmup_steps if plan.is_stale else 0)
     for name, module in modules.items():
         own = weights.get(name) or Weights(module)
-        made = functools.partial(PipelineRunner, generation=kept) if plan.patch_count > 1 else Runner
-        module.forward = made(own, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s), branches)
+        module.forward = _runner(plan, kept)(own, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s), branches)
     if coders:
         _split_rows(coders.values(), plan, mesh, backend)
     if not isinstance(target, nn.Module):
         wrap_call(target, Outer(Agreement.over(mesh, plan.timeout_s), branches, kept, Replicas(mesh)))
     return target
+
+
+def _runner(plan: Plan, kept: Generation) -> Callable[..., Runner]:
+    if plan.patch_count > 1:
+        return functools.partial(PipelineRunner, generation=kept)
+    return functools.partial(StaleRunner, generation=kept) if plan.distrifusion > 1 else Runner
 
 
 def restore(target: Any) -> Any:
@@ -121,8 +127,8 @@ def restore(target: Any) -> Any:
 def generation(module: nn.Module) -> AbstractContextManager[None]:
     """The calls of a parallelized module that make one picture, for loops that are no pipeline's.
 
-    With ``pipefusion`` calls inside take keys and values from one another, from the first to the last step; outside,
-    every call computes all tokens anew. A pipeline's own call is a generation already.
+    With ``pipefusion`` or ``distrifusion`` calls inside take keys and values from one another, from the first to the
+    last step; outside, every call computes all tokens anew. A pipeline's own call is a generation already.
 
     Raises:
         UsageError: for a module that is not parallelized.
@@ -130,7 +136,9 @@ def generation(module: nn.Module) -> AbstractContextManager[None]:
     runner = vars(module).get(RUNNER)
     if not isinstance(runner, Runner):
         raise UsageError("generation takes a module that was parallelized; call xdit_compile.parallelize first")
-    return runner.generation.running() if isinstance(runner, PipelineRunner) else contextlib.nullcontext()
+    if isinstance(runner, PipelineRunner | StaleRunner):
+        return runner.generation.running()
+    return contextlib.nullcontext()
 
 
 def explain(
@@ -191,7 +199,8 @@ def _report_rows(methods: list[RowMethod]) -> Report | PipelineReport:
 def _report(analysis: Any, plan: Plan, here: int) -> Report | PipelineReport:
     if plan.patch_count > 1:
         return pipeline_report(analysis, plan)
-    ranks = [place(analysis, plan, Mesh.simulated(plan, rank)) for rank in range(plan.world_size)]
+    meshes = (Mesh.simulated(plan, rank) for rank in range(plan.world_size))
+    ranks = [place(analysis, plan, mesh, stale=plan.distrifusion > 1) for mesh in meshes]
     return report(analysis, ranks, here)
 
 

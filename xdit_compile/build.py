@@ -16,7 +16,7 @@ from .mesh import Mesh
 from .passes.batch import choose_batch
 from .passes.features import choose_features
 from .passes.infer import Inference, infer
-from .passes.layout import BATCH, SEQUENCE, TENSOR, Chosen, Layout
+from .passes.layout import BATCH, PATCH, SEQUENCE, TENSOR, Chosen, Layout
 from .passes.patches import choose_patches, cuts, one_patch, varying
 from .passes.program_partition import Partitioned, partition
 from .passes.rulebook import rulebook
@@ -59,18 +59,22 @@ def choose_units(inference: Inference, plan: Plan) -> Chosen:
     """What each kind of parallelism in the plan splits; a batch of one is not split, its calls are shared instead."""
     return {
         BATCH: choose_batch(inference, plan.cfg),
+        PATCH: choose_tokens(inference, dataclasses.replace(plan, distrifusion=1, ring=plan.distrifusion, ulysses=1)),
         SEQUENCE: choose_tokens(inference, plan),
         TENSOR: choose_features(inference, plan),
     }
 
 
-def place(analysis: Analysis, plan: Plan, mesh: Mesh, gather: bool = True) -> Partitioned:
+def place(analysis: Analysis, plan: Plan, mesh: Mesh, gather: bool = True, stale: bool = False) -> Partitioned:
     """The program of one rank of ``mesh``; without ``gather`` its results are this rank's part.
+
+    With ``stale`` what it needs of other ranks' patches is what they left in the call before.
 
     Raises:
         PartitionError: where something cannot be split and may not be gathered.
     """
-    return partition(analysis.inference, Layout.of(plan, mesh, analysis.units), gather)
+    layout = Layout.of(plan, mesh, analysis.units)
+    return partition(analysis.inference, dataclasses.replace(layout, stale=stale), gather)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,6 +112,12 @@ def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         "num_pipeline_patch": click.option(
             "--num_pipeline_patch", type=int, help="Parts of the tokens.  [default: as many as stages]"
         ),
+        "distrifusion_parallel_degree": click.option(
+            "--distrifusion_parallel_degree",
+            type=int,
+            default=1,
+            help="Ranks that share the tokens and take the others' keys and values from the step before.",
+        ),
         "warmup_steps": click.option(
             "--warmup_steps", type=int, default=1, help="First steps, which compute all tokens at once."
         ),

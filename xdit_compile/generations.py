@@ -43,6 +43,11 @@ class Branch:
         self._latest = varying
         self.steps += 1
 
+    def settle(self) -> None:
+        """Wait for what is on its way, as nothing will ask for it."""
+        for tensor in self.states.values():
+            torch.ops._c10d_functional.wait_tensor(tensor)
+
 
 class Generation:
     """The calls of the denoisers of one pipeline from its start to its end; outside of one, nothing is kept.
@@ -74,6 +79,8 @@ class Generation:
         self.active = True
         try:
             yield
+            for branch in self._branches.values():
+                branch.settle()
         finally:
             self.active = False
             self._branches.clear()

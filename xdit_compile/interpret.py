@@ -18,8 +18,8 @@ def bind(
 ) -> list[torch.Tensor]:
     """The tensors for the program's placeholders, from a module's weights and the flat leaves of ``(args, kwargs)``.
 
-    Of a program that computes one patch ``kept`` has that patch of the leaves, by position, and by name its states and
-    what another program computed.
+    Of a program that computes one patch ``kept`` has that patch of the leaves, by position, and by name its states,
+    what arrives for them, and what another program computed.
 
     Inputs are made contiguous: a program is captured for contiguous ones.
     """
@@ -27,9 +27,12 @@ def bind(
     for spec in program.inputs:
         if spec.kind == "user":
             found.append(leaves[int(spec.target)].contiguous())
-        elif spec.kind in ("patch", "shared", "state"):
+        elif spec.kind in ("state", "arriving"):
             assert kept is not None
-            found.append(kept[spec.target] if spec.kind == "state" else _dense(kept[spec.target]))
+            found.append(kept[spec.target])
+        elif spec.kind in ("patch", "shared"):
+            assert kept is not None
+            found.append(_dense(kept[spec.target]))
         elif spec.kind == "constant":
             found.append(program.constants[str(spec.target)])
         else:

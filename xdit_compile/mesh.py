@@ -18,7 +18,7 @@ from .errors import AgreementError, PlanError
 from .plan import Plan
 
 SEQUENCE = ("ring", "ulysses")
-TEAM = ("pipefusion", "ring", "ulysses", "tensor")
+TEAM = ("pipefusion", "distrifusion", "ring", "ulysses", "tensor")
 """Ranks that compute one call of a denoiser together, whatever the batch."""
 REPLICA = ("cfg", *TEAM)
 """Ranks that make the same images."""

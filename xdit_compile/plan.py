@@ -11,7 +11,7 @@ from .errors import PlanError
 BACKENDS = ("auto", "inductor", "nexfort", "eager")
 ATTENTIONS = ("auto", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash_attn", "yunchang")
 FALLBACKS = ("gather", "error")
-DEGREES = ("data", "cfg", "pipefusion", "ring", "ulysses", "tensor")
+DEGREES = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
 SPLIT_SCHEMES = ("all", "heads", "ffn")
 VAES = ("whole", "patch", "distvae")
 _CHOICES = (
@@ -38,6 +38,8 @@ class Plan:
         pipefusion: stages of a pipeline of blocks, one rank each, through which ``patches`` parts of the tokens flow;
             keys and values of other patches are the previous step's (PipeFusion, arXiv:2405.14430).
         patches: parts of the tokens; as many as stages by default. With several, one stage works too.
+        distrifusion: ranks that share the tokens and take keys, values and rows of one another from the previous step,
+            so that nobody waits (DistriFusion, arXiv:2402.19481).
         warmup_steps: first steps of a generation that compute all tokens at once, with nothing from a step before.
         stage_layers: how many blocks each stage has; the even share of their cost by default.
         split_scheme: what ``tensor`` splits: ``heads``, ``ffn`` or ``all``.
@@ -62,6 +64,7 @@ class Plan:
     data: int = 1
     tensor: int = 1
     pipefusion: int = 1
+    distrifusion: int = 1
     patches: int | None = None
     warmup_steps: int = 1
     stage_layers: tuple[int, ...] | None = None
@@ -88,6 +91,11 @@ class Plan:
         return self.patches or self.pipefusion
 
     @property
+    def is_stale(self) -> bool:
+        """Whether steps take anything from the step before."""
+        return self.patch_count > 1 or self.distrifusion > 1
+
+    @property
     def replica(self) -> int:
         """Ranks that make the same images."""
         return self.world_size // self.data
@@ -100,6 +108,7 @@ class Plan:
             data=1,
             cfg=1,
             pipefusion=1,
+            distrifusion=1,
             patches=None,
             stage_layers=None,
             ulysses=1,
@@ -164,6 +173,11 @@ class Plan:
         if not found and self.patch_count > 1:
             others = [name for name in ("cfg", "ring", "ulysses", "tensor") if getattr(self, name) > 1]
             found += [f"pipefusion cannot be combined with {' and '.join(others)} yet; set them to 1"] if others else []
+        if not found and self.distrifusion > 1:
+            others = [name for name in ("pipefusion", "ring", "ulysses") if getattr(self, name) > 1]
+            others += ["patches"] if self.patch_count > self.pipefusion else []
+            if others:
+                found.append(f"distrifusion shares the tokens, as {' and '.join(others)} would; take one of them")
         return found
 
     def _vae_problems(self) -> list[str]:

@@ -29,7 +29,7 @@ class Piece:
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
 
-Kind = Literal["parameter", "buffer", "constant", "user", "patch", "shared", "state"]
+Kind = Literal["parameter", "buffer", "constant", "user", "patch", "shared", "state", "arriving"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Input:
     ``target`` is a qualified name in the module for a parameter or buffer, a key of ``Program.constants`` for a
     constant, and for a user input the position among the flat leaves of ``(args, kwargs)``; of a ``patch`` the program
     takes the positions of one patch alone. What is ``shared`` another program computed, by the name that the captured
-    value has. A ``state`` is a tensor that stays from call to call, by a name that all
-    programs of one module share. Of a parameter or buffer with ``pieces`` the program takes only these, one after the
-    other.
+    value has. A ``state`` is a tensor that stays from call to call, by a name that all programs of one module share;
+    what is ``arriving`` for it the call before asked other ranks for. Of a parameter or buffer with ``pieces`` the
+    program takes only these, one after the other.
     """
 
     name: str

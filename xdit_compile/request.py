@@ -235,6 +235,7 @@ _DEGREES = {
     "data": "data_parallel_degree",
     "tensor": "tensor_parallel_degree",
     "pipefusion": "pipefusion_parallel_degree",
+    "distrifusion": "distrifusion_parallel_degree",
     "patches": "num_pipeline_patch",
     "warmup_steps": "warmup_steps",
 }

@@ -27,6 +27,9 @@ from .signature import Signature, fingerprint, signature
 from .verification import verify
 from .weights import Weights
 
+Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
+"""From the flat inputs of a call to the tensors of its result."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -102,12 +105,16 @@ class Runner:
             args, kwargs = self._arrived(args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         prepared = self._known(args, kwargs, leaves)
+        compute = self._computing(prepared, leaves)
         if self._branches.active:
             if not prepared.analysis.units.get(BATCH):
-                return self._deferred(prepared, leaves)
+                return self._deferred(prepared, leaves, compute)
             self._branches.shared += 1
-        tensors = bind(prepared.program, self.weights, leaves)
-        return assemble(prepared.program, prepared.run(*tensors))
+        return assemble(prepared.program, compute(leaves))
+
+    def _computing(self, prepared: Prepared, leaves: list[Any]) -> Computing:
+        """How the results of this call come from its inputs, now or later."""
+        return lambda given: prepared.run(*bind(prepared.program, self.weights, given))
 
     def _known(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
         """What runs a call of this signature, made if need be."""
@@ -125,18 +132,15 @@ class Runner:
             self._branches.flush(asking=self.module)
         return pytree.tree_map(values_of, (args, kwargs))
 
-    def _deferred(self, prepared: Prepared, leaves: list[Any]) -> Any:
+    def _deferred(self, prepared: Prepared, leaves: list[Any], compute: Computing) -> Any:
         """One branch of guidance: its inputs are kept as they are now, its results come with the other branches'."""
         device = device_of(leaves)
         kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
-        def run() -> Sequence[torch.Tensor]:
-            return prepared.run(*bind(prepared.program, self.weights, kept))
-
         (output,) = prepared.analysis.program.root.graph.find_nodes(op="output")
         fakes = [leaf.meta["val"] for leaf in output.args[0]]
         likes = [torch.empty(fake.shape, dtype=fake.dtype, device=device) for fake in fakes]
-        return assemble(prepared.program, tuple(self._branches.call(self.module, run, likes)))
+        return assemble(prepared.program, tuple(self._branches.call(self.module, lambda: compute(kept), likes)))
 
     def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
         self._agreement.agree(
@@ -201,7 +205,7 @@ class Runner:
 
     def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """The results of a call, for every way in which it can be computed."""
-        yield prepared.run(*bind(prepared.program, self.weights, leaves))
+        yield tuple(self._computing(prepared, leaves)(leaves))
 
 
 def device_of(leaves: list[Any]) -> torch.device:

@@ -1,0 +1,105 @@
+"""Runs a denoiser on ranks that share its tokens and do not wait for one another (DistriFusion, arXiv:2402.19481).
+
+The first steps of a generation exchange keys, values and rows before they are used. Later ones take what other ranks
+sent during the step before, and send their own while they go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .build import Analysis, place
+from .dump import dump
+from .generations import Branch, Generation, States
+from .interpret import bind
+from .passes.layout import PATCH
+from .passes.patches import stepping
+from .program import Program
+from .runtime import Computing, Prepared, Runner, device_of
+from .weights import Weights
+
+Run = Callable[..., tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared(Prepared):
+    """What one signature runs on this rank: with exchanges that it waits for, and with those of the step before.
+
+    Args:
+        stale: the program that waits for nothing, and ``run_stale`` what runs it.
+        leaving: names of what it sends, after its results.
+        stepping: positions among the flat inputs of those that may change from step to step.
+    """
+
+    stale: Program
+    run_stale: Run
+    leaving: tuple[str, ...]
+    stepping: frozenset[int]
+
+    @property
+    def programs(self) -> Sequence[Program]:
+        return [self.program, self.stale]
+
+    def constants(self, leaves: list[Any]) -> list[torch.Tensor]:
+        """The inputs that tell branches of guidance apart."""
+        tensors = [(at, leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        return [leaf for at, leaf in tensors if leaf.ndim > 1 and at not in self.stepping]
+
+    def states(self, device: torch.device) -> States:
+        """Empty states, and nothing on its way for them."""
+        placeholders = self.stale.root.graph.find_nodes(op="placeholder")
+        pairs = zip(self.stale.inputs, (node.meta["val"] for node in placeholders), strict=True)
+        kept = {given.target: like for given, like in pairs if given.kind in ("state", "arriving")}
+        return {name: torch.zeros(like.shape, dtype=like.dtype, device=device) for name, like in kept.items()}
+
+    def at_once(self, weights: Weights, leaves: list[Any], states: States) -> tuple[torch.Tensor, ...]:
+        """A call that waits for other ranks."""
+        return self.run(*bind(self.program, weights, leaves, states))
+
+    def on(self, weights: Weights, leaves: list[Any], states: States) -> tuple[torch.Tensor, ...]:
+        """A call that goes on with what other ranks left, and leaves its own."""
+        found = self.run_stale(*bind(self.stale, weights, leaves, states))
+        results = len(found) - len(self.leaving)
+        states.update(zip(self.leaving, found[results:], strict=True))
+        return found[:results]
+
+
+class StaleRunner(Runner):
+    """Called in place of ``module.forward``; waits for other ranks in the first steps of a generation alone."""
+
+    def __init__(self, *args: Any, generation: Generation, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.generation = generation
+
+    def _computing(self, prepared: Prepared, leaves: list[Any]) -> Computing:
+        assert isinstance(prepared, Shared)
+        device = device_of(leaves)
+        branch = self.generation.branch(prepared, prepared.constants(leaves), lambda: prepared.states(device))
+        branch.enter(tuple(leaves[at] for at in sorted(prepared.stepping)))
+        fresh = branch.steps <= self.plan.warmup_steps or branch.mixed or not self.generation.active
+        way = prepared.at_once if fresh else prepared.on
+        return lambda given: way(self.weights, given, branch.states)
+
+    def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
+        fresh, stale = (place(analysis, self.plan, self.mesh, stale=late) for late in (False, True))
+        for each in (fresh, stale):
+            each.program.root.to(device)
+        dump(analysis, stale, self.mesh.rank)
+        runs = (self.backend.compile(each.program.root) for each in (fresh, stale))
+        users = {given.name: int(given.target) for given in analysis.program.inputs if given.kind == "user"}
+        names = stepping(analysis.inference, analysis.units[PATCH])
+        at = frozenset(users[name] for name in names)
+        first, second = runs
+        return Shared(analysis, fresh.program, first, stale.program, second, stale.leaving, at)
+
+    def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Waiting for other ranks, and going on with what that left: the same, because the step is."""
+        assert isinstance(prepared, Shared)
+        branch = Branch(prepared.states(device_of(leaves)))
+        yield prepared.at_once(self.weights, leaves, branch.states)
+        yield prepared.on(self.weights, leaves, branch.states)
+        branch.settle()
