@@ -10,14 +10,14 @@ from .collectives import halo_finish
 
 _LIBRARY = torch.library.Library("xdit_compile", "FRAGMENT")
 _LIBRARY.define(
-    "stale_finish(Tensor(a!) state, Tensor arriving, int dim, SymInt[] starts, SymInt[] stops, str group) -> ()",
+    "stale_finish(Tensor(a!) state, Tensor arriving, int dim, SymInt[] counts, SymInt[] runs, str group) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl(_LIBRARY, "stale_finish", "CompositeExplicitAutograd")
 def stale_finish(
-    state: torch.Tensor, arriving: torch.Tensor, dim: int, starts: list[int], stops: list[int], group: str
+    state: torch.Tensor, arriving: torch.Tensor, dim: int, counts: list[int], runs: list[int], group: str
 ) -> None:
     """Wait for rows that a ``halo_start`` of the call before asked for, and write them into a tensor.
 
@@ -26,7 +26,9 @@ def stale_finish(
         arriving: the rows, flat, rank by rank; an empty tensor where the call before asked for none, which changes
             nothing.
         dim: where rows are counted.
-        starts, stops: where each run of rows belongs, in order of arrival; no run holds rows of two ranks.
+        counts: how many rows of each rank arrive.
+        runs: where the rows belong, in order of arrival: first row and past-the-last row of each stretch of neighbours,
+            none of which holds rows of two ranks.
         group: process group; empty for this rank alone.
 
     Raises:
@@ -35,18 +37,19 @@ def stale_finish(
     """
     if not arriving.numel():
         return
-    rows = halo_finish(arriving, group)
-    runs = list(zip(starts, stops, strict=True))
     row = math.prod(size for at, size in enumerate(state.shape) if at != dim)
-    if rows.numel() != row * sum(stop - start for start, stop in runs):
-        raise ValueError(f"{rows.numel()} elements arrive for the rows {runs} of {list(state.shape)}")
-    at = 0
-    for start, stop in runs:
-        place = state.narrow(dim, start, stop - start)
-        place.copy_(rows[at : at + place.numel()].view(place.shape))
-        at += place.numel()
+    pairs = list(zip(runs[::2], runs[1::2], strict=True))
+    if not arriving.numel() == row * sum(counts) == row * sum(stop - start for start, stop in pairs):
+        raise ValueError(f"{arriving.numel()} elements arrive for the rows {pairs} of {list(state.shape)}")
+    left = iter(pairs)
+    for count, flat in zip(counts, halo_finish(arriving, group).split([count * row for count in counts]), strict=True):
+        rows, at = flat.view(*state.shape[:dim], count, *state.shape[dim + 1 :]), 0
+        while at < count:
+            start, stop = next(left)
+            state.narrow(dim, start, stop - start).copy_(rows.narrow(dim, at, stop - start))
+            at += stop - start
 
 
 @torch.library.register_fake("xdit_compile::stale_finish", lib=_LIBRARY)
-def _(state: torch.Tensor, arriving: torch.Tensor, dim: int, starts: list[int], stops: list[int], group: str) -> None:
+def _(state: torch.Tensor, arriving: torch.Tensor, dim: int, counts: list[int], runs: list[int], group: str) -> None:
     return None

@@ -36,7 +36,7 @@ class Exchange:
     Args:
         dim: where rows are counted.
         own: where this rank's rows are in its state.
-        others: where those that arrive belong, in order; no run holds rows of two ranks.
+        others: where those that arrive belong, in order of arrival; no run holds rows of two ranks.
         index: this rank's place in ``group``.
     """
 
@@ -74,8 +74,9 @@ class Exchange:
 
     def finish(self, graph: fx.Graph, state: fx.Node, arriving: fx.Node) -> None:
         """Take in what arrived."""
-        places = ([run[k] for run in self.others] for k in range(2))
-        graph.call_function(ops.stale_finish.default, (state, arriving, self.dim, *places, self.group))
+        counts = [b - a for a, b in rows_got(list(self.starts), list(self.stops), list(self.sizes), self.index)]
+        flat = [end for run in self.others for end in run if run[1] > run[0]]
+        graph.call_function(ops.stale_finish.default, (state, arriving, self.dim, counts, flat, self.group))
 
     def start(self, graph: fx.Graph, state: fx.Node) -> fx.Node:
         """Send off this rank's rows; what will arrive."""

@@ -1,4 +1,5 @@
-"""PipeFusion on one process, straight from its definition (arXiv:2405.14430, section 3): explicit stale buffers.
+"""PipeFusion and DistriFusion on one process, straight from their definitions (arXiv:2405.14430, section 3;
+arXiv:2402.19481, section 4): explicit stale buffers.
 
 Between attentions a token meets no other. So a patch is computed by running the unmodified module on the whole sample
 with every attention replaced by one over buffers: keys and values at the patch's positions are this call's, all others
@@ -7,6 +8,7 @@ what the buffers hold. What that gives at other positions is thrown away.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -27,13 +29,25 @@ Space = tuple[Sequence[torch.Tensor], int]
 class _Buffered(TorchFunctionMode):
     """Where tokens meet, buffers in place of what other patches give; a patch (for None, all) writes its own first.
 
-    Tokens meet in attention (keys and values are kept), in sums over tokens (each patch's part of the sum is), and in
-    depthwise convolutions (what they slide over is, along the dim that ``space`` says how patches lie on).
+    Tokens meet in attention (keys and values are kept), in sums over tokens (each patch's part of the sum is), in
+    depthwise convolutions (what they slide over is, along the dim that ``space`` says how patches lie on), and in group
+    norms (each patch's mean and mean of squares are).
     """
 
     def __init__(self, buffers: dict[int, Any], positions: Positions, patch: int | None, space: Space | None):
         super().__init__()
         self.buffers, self.positions, self.patch, self.space, self.count = buffers, positions, patch, space, 0
+        self.lies: dict[int, tuple[int, Sequence[torch.Tensor]]] = {}
+
+    def leave(self, buffers: dict[int, Any]) -> None:
+        """Write into other buffers what this patch has written, and nothing else."""
+        assert self.patch is not None
+        for at, mine in self.buffers.items():
+            if isinstance(mine, dict):
+                buffers[at][self.patch] = mine[self.patch]
+            else:
+                dim, held = self.lies[at]
+                buffers[at].index_copy_(dim, held[self.patch], mine.index_select(dim, held[self.patch]))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -49,6 +63,7 @@ class _Buffered(TorchFunctionMode):
 
     def _kept(self, fresh: torch.Tensor, dim: int, held: Sequence[torch.Tensor]) -> torch.Tensor:
         at, self.count = self.count, self.count + 1
+        self.lies[at] = dim, held
         if self.patch is None:
             self.buffers[at] = fresh.clone()
         else:
@@ -82,18 +97,21 @@ class Reference:
     Args:
         module: the unmodified denoiser.
         positions: the tokens of each patch, by the number of tokens of an attention.
-        result: the positions of each patch in the first result, and the dim along which they lie.
+        result: of each patch a mask over the first result, true where it is the patch's.
         warmup: calls of each branch that compute everything.
         branch: tells branches of guidance apart by a call's arguments.
         space: how patches lie on the grid that depthwise convolutions slide over.
+        apart: patches lie on ranks that do not wait for one another (DistriFusion), so that each sees what the others
+            left in the step before; else they follow one another (PipeFusion).
     """
 
     module: nn.Module
     positions: Positions
-    result: tuple[Sequence[torch.Tensor], int]
+    result: Sequence[torch.Tensor]
     warmup: int
     branch: Callable[[tuple, dict], Hashable] = lambda args, kwargs: 0
     space: Space | None = None
+    apart: bool = False
 
     def __post_init__(self) -> None:
         self.forward = self.module.forward
@@ -107,12 +125,24 @@ class Reference:
         if self.steps[branch] <= self.warmup:
             with _Buffered(buffers, self.positions, None, self.space):
                 return self.forward(*args, **kwargs)
-        held, dim = self.result
-        whole = None
-        for patch, positions in enumerate(held):
-            with _Buffered(buffers, self.positions, patch, self.space):
+        whole, left = None, copy.deepcopy(buffers)
+        for patch, mask in enumerate(self.result):
+            with _Buffered(
+                copy.deepcopy(left) if self.apart else buffers, self.positions, patch, self.space
+            ) as buffered:
                 found = self.forward(*args, **kwargs)
+            if self.apart:
+                buffered.leave(buffers)
             first = found[0]
-            whole = torch.zeros_like(first) if whole is None else whole
-            whole.index_copy_(dim, positions, first.index_select(dim, positions))
+            whole = torch.where(mask, first, torch.zeros_like(first) if whole is None else whole)
         return (whole,) if isinstance(found, tuple) else type(found)(sample=whole)
+
+
+def along(positions: Sequence[torch.Tensor], size: int, back: int) -> list[torch.Tensor]:
+    """Masks of patches that lie along one dim of so many positions, so many from the end."""
+    found = []
+    for each in positions:
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[each] = True
+        found.append(mask.reshape(-1, *[1] * (back - 1)))
+    return found

@@ -10,7 +10,7 @@ import procs
 import pytest
 import torch
 from splitting import captured
-from stale_reference import Reference
+from stale_reference import Reference, along
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 from zoo import MODELS
@@ -69,8 +69,9 @@ def by_reference(name: str, cuts: Any, steps: int, warmup: int) -> torch.Tensor:
     scale, tokens, branch = CASES[name]
     pipe = case.build()
     held = [positions[::scale] // scale for positions in cuts.positions]
+    masks = along(cuts.positions, cuts.size, cuts.back)
     pipe.transformer.forward = Reference(
-        pipe.transformer, lambda count: tokens(held, count), (cuts.positions, -cuts.back), warmup, branch, (held, 1)
+        pipe.transformer, lambda count: tokens(held, count), masks, warmup, branch, (held, 1)
     )
     return case.call(pipe, steps=steps)
 
@@ -384,7 +385,8 @@ def test_in_float64_it_is_the_published_staleness_to_the_last_digits():
     cuts = flow.results[0]
     held = [positions[::2] // 2 for positions in cuts.positions]
     tokens = grid((7, 11), 1, after=13)
-    plain = Reference(case.build().double(), lambda count: tokens(held, count), (cuts.positions, -cuts.back), 1)
+    masks = along(cuts.positions, cuts.size, cuts.back)
+    plain = Reference(case.build().double(), lambda count: tokens(held, count), masks, 1)
     with torch.no_grad():
         expected = steps_of(plain, args, kwargs, [])
     assert found.dtype == torch.float64 and difference(found, expected) < 1e-8

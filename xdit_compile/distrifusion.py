@@ -97,9 +97,10 @@ class StaleRunner(Runner):
         return Shared(analysis, fresh.program, first, stale.program, second, stale.leaving, at)
 
     def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Waiting for other ranks, and going on with what that left: the same, because the step is."""
+        """Waiting for other ranks, going on with what that left, and with what this left: the same, the step is."""
         assert isinstance(prepared, Shared)
         branch = Branch(prepared.states(device_of(leaves)))
         yield prepared.at_once(self.weights, leaves, branch.states)
-        yield prepared.on(self.weights, leaves, branch.states)
+        for _ in range(2):
+            yield prepared.on(self.weights, leaves, branch.states)
         branch.settle()
