@@ -17,6 +17,7 @@ from xdit_compile.shards import Split
 from .choices import Choice, feasible, required
 from .layout import PATCH
 from .local import aten
+from .records import STALE
 from .rules import Typing
 from .stale import Exchange
 from .windows import Windows
@@ -164,7 +165,8 @@ def ask(part: FramePartitioner, typing: Typing, name: str, choices: Mapping[str,
         shard = part.sharding.sizes(typing.expected[0], required(choices, 0))
         rows = sum(stop - start for start, stop in rows_sent(found.starts, found.stops, found.sizes, found.here))
         numel = rows * math.prod(shard[: found.dim] + shard[found.dim + 1 :])
-        part.ledger.sent("halo_exchange", "halo", numel, typing.operands[0].meta["val"].dtype)
+        op = STALE if name == PATCH and part.layout.stale else "halo_exchange"
+        part.ledger.sent(op, "halo", numel, typing.operands[0].meta["val"].dtype)
     return dataclasses.replace(found, group=part.local.group(name))
 
 

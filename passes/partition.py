@@ -29,7 +29,7 @@ from .halo import Seen, fetch
 from .infer import Frame
 from .layout import PATCH, Layout
 from .local import LocalGraph, State, Value, aten
-from .records import Gather, Ledger
+from .records import STALE, Gather, Ledger
 from .rules import Typing, values
 from .stale import Exchange
 
@@ -246,7 +246,7 @@ class FramePartitioner:
             np.arange(rank, rank + 1) if axis is None else split.positions(axis, rank) for rank in range(split.parts)
         ]
         found = Exchange.of_all(dim, held, here, group)
-        self.ledger.sent("stale_exchange" if self.layout.stale else "all_gather", "state", found.elements(shape), dtype)
+        self.ledger.sent(STALE if self.layout.stale else "all_gather", "state", found.elements(shape), dtype)
         return found
 
     def parts(self, name: str) -> int:

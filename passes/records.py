@@ -7,6 +7,9 @@ from typing import Any
 
 from .infer import Place
 
+STALE = "stale_exchange"
+"""The op of what is sent for the next call, while this one goes on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Gather:

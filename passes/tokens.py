@@ -6,6 +6,7 @@ lives on where the graph takes the grid apart. What is better shows when the pro
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from xdit_compile.axes import Axis, Concat, Product, atoms
@@ -15,15 +16,15 @@ from xdit_compile.shards import Split, Unit
 
 from .flops import flops
 from .infer import Inference
-from .layout import SEQUENCE, Layout
+from .layout import MEMBERS, PATCH, SEQUENCE, Layout
 from .program_partition import partition
-from .records import Ledger
+from .records import STALE, Ledger
 from .rules import Typing
 
 MOST_FAMILIES = 6
 """Token axes that are tried, costliest attention first."""
 MOST_FACTORS = 2
-"""Factors of a grid that are tried, most even share first."""
+"""Factors of a grid that are tried, most even share first; the outermost one too, whose parts are neighbouring rows."""
 FLOPS_PER_BYTE = 100.0
 """How much arithmetic a byte on the wire is worth when ways to split are compared."""
 
@@ -33,36 +34,42 @@ BLOCKING = 20.0
 Units = tuple[Unit, ...]
 
 
-def choose_tokens(inference: Inference, plan: Plan) -> Units:
-    """The units whose split over the plan's sequence ranks costs least; none when the program has no tokens."""
-    if plan.sequence == 1:
+def choose_tokens(inference: Inference, plan: Plan, name: str = SEQUENCE) -> Units:
+    """The units whose split over the plan's ranks costs least; none when the program has no tokens.
+
+    Args:
+        name: which ranks: those that wait for one another, or those of `PATCH` that do not.
+    """
+    parts = Mesh.simulated(plan, 0).size(MEMBERS[name])
+    if parts == 1:
         return ()
     chosen: Units = ()
     lowest = float("inf")
     for axis in token_axes(inference)[:MOST_FAMILIES]:
-        if chosen and Split(SEQUENCE, plan.sequence, chosen).splits(axis):
+        if chosen and Split(name, parts, chosen).splits(axis):
             continue
-        tried = [chosen + units for units in ways(axis, plan.sequence) if not _overlap(chosen + units, units)]
+        tried = [chosen + units for units in ways(axis, parts) if not _overlap(chosen + units, units)]
         if not tried:
             continue
-        costs = [_cost(inference, plan, units) for units in tried]
+        costs = [_cost(inference, plan, name, units) for units in tried]
         if min(costs) < lowest:
             lowest = min(costs)
             chosen = tried[costs.index(lowest)]
     return chosen
 
 
-def _cost(inference: Inference, plan: Plan, units: Units) -> float:
-    layout = Layout.of(plan, Mesh.simulated(plan, 0), {SEQUENCE: units})
-    return weigh(partition(inference, layout).ledger)
+def _cost(inference: Inference, plan: Plan, name: str, units: Units) -> float:
+    layout = Layout.of(plan, Mesh.simulated(plan, 0), {name: units})
+    return weigh(partition(inference, dataclasses.replace(layout, stale=name == PATCH)).ledger)
 
 
 def weigh(ledger: Ledger) -> float:
     """The cost of one call on the busiest rank, in floating-point operations.
 
-    A gather inside a repeated block stands in the way of everything after it, and weighs more than a planned exchange.
+    A gather inside a repeated block stands in the way of everything after it, and weighs more than a planned exchange;
+    an exchange that nobody waits for weighs nothing.
     """
-    moved = sum(collective.bytes for collective in ledger.collectives)
+    moved = sum(collective.bytes for collective in ledger.collectives if collective.op != STALE)
     blocking = sum(gather.bytes for gather in ledger.gathers if gather.place.repeated)
     return ledger.flops_here + FLOPS_PER_BYTE * (moved + BLOCKING * blocking)
 
@@ -106,7 +113,9 @@ def ways(axis: Axis, parts: int) -> Iterator[Units]:
     """Ways to cut every segment of a token axis: by a factor that as many segments as possible share, or flat."""
     segments = _segments(axis)
     seen = set()
-    for factor in sorted(_all_factors(segments), key=lambda factor: _largest_share(factor, parts))[:MOST_FACTORS]:
+    factors = _all_factors(segments)
+    even = sorted(factors, key=lambda factor: _largest_share(factor, parts))[:MOST_FACTORS]
+    for factor in dict.fromkeys([*even, factors[0]]):
         units = tuple(_by_factor(segment, factor, parts) for segment in segments)
         if units not in seen:
             seen.add(units)

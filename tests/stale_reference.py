@@ -22,16 +22,16 @@ Positions = Callable[[int], Sequence[torch.Tensor] | None]
 """From a number of tokens to those of each patch; None where an attention does not hold the picture's tokens."""
 
 
-Space = tuple[Sequence[torch.Tensor], int]
-"""The positions of each patch on a grid of tokens, along the dim that is so many from the end."""
+Space = tuple[Positions, int]
+"""From the size of the dim that is so many from the end, along which patches lie, to the positions of each."""
 
 
 class _Buffered(TorchFunctionMode):
     """Where tokens meet, buffers in place of what other patches give; a patch (for None, all) writes its own first.
 
     Tokens meet in attention (keys and values are kept), in sums over tokens (each patch's part of the sum is), in
-    depthwise convolutions (what they slide over is, along the dim that ``space`` says how patches lie on), and in group
-    norms (each patch's mean and mean of squares are).
+    convolutions (what they slide over is, along the dim that ``space`` says how patches lie on), and in group norms
+    (each patch's mean and mean of squares are).
     """
 
     def __init__(self, buffers: dict[int, Any], positions: Positions, patch: int | None, space: Space | None):
@@ -55,11 +55,37 @@ class _Buffered(TorchFunctionMode):
             return self._attention(args, kwargs)
         if func is torch.matmul and (held := self.positions(args[0].shape[-1])) is not None:
             return self._sum(*args, held)
-        if func in (torch.conv2d, F.conv2d) and self.space is not None and args[6] > 1:
-            held, back = self.space
-            kept = self._kept(args[0], args[0].ndim - back, held)
-            return func(kept, *args[1:], **kwargs)
+        if self.space is not None and func in (torch.conv2d, F.conv2d, F.group_norm):
+            positions, back = self.space
+            held = positions(args[0].shape[-back])
+            if func is F.group_norm and held is not None:
+                return self._norm(*args, back=back, held=held, **kwargs)
+            if func is not F.group_norm and held is not None and args[1].shape[-back] > args[3][-back]:
+                return func(self._kept(args[0], args[0].ndim - back, held), *args[1:], **kwargs)
         return func(*args, **kwargs)
+
+    def _norm(
+        self, x: torch.Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+        *, back: int, held: Sequence[torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
+        at, self.count = self.count, self.count + 1
+        parts = self.buffers.setdefault(at, {})
+        found = [x.index_select(x.ndim - back, positions).reshape(x.shape[0], groups, -1) for positions in held]
+        moments = [torch.stack([part.mean(-1), part.square().mean(-1)]) for part in found]
+        if self.patch is None:
+            parts.update(enumerate(moments))
+            return F.group_norm(x, groups, weight, bias, eps)
+        mine, before = moments[self.patch], parts[self.patch]
+        stale = sum(parts[rank] * (len(positions) / x.shape[-back]) for rank, positions in enumerate(held))
+        parts[self.patch] = mine
+        mean, squares = stale + mine - before
+        variance, local = squares - mean.square(), mine[1] - mine[0].square()
+        variance = torch.where(variance < 0, local, variance)
+        shape = (x.shape[0], groups, *[1] * (x.ndim - 1))
+        flat = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+        result = ((flat - mean.reshape(shape)) / (variance.reshape(shape) + eps).sqrt()).reshape(x.shape)
+        column = (-1, *[1] * (x.ndim - 2))
+        return result * weight.reshape(column) + bias.reshape(column)
 
     def _kept(self, fresh: torch.Tensor, dim: int, held: Sequence[torch.Tensor]) -> torch.Tensor:
         at, self.count = self.count, self.count + 1
@@ -100,7 +126,7 @@ class Reference:
         result: of each patch a mask over the first result, true where it is the patch's.
         warmup: calls of each branch that compute everything.
         branch: tells branches of guidance apart by a call's arguments.
-        space: how patches lie on the grid that depthwise convolutions slide over.
+        space: how patches lie on the grid that convolutions slide over.
         apart: patches lie on ranks that do not wait for one another (DistriFusion), so that each sees what the others
             left in the step before; else they follow one another (PipeFusion).
     """

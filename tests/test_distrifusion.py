@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import procs
 import pytest
 import torch
-from stale_reference import Reference
+from stale_reference import Reference, along
 from zoo_pipelines import PIPELINES
 
 import xdit_compile
@@ -55,6 +56,41 @@ def digest_of(name: str) -> Callable[[tuple, dict], Hashable]:
     return lambda args, kwargs: float(kwargs[name].double().sum())
 
 
+def shares(height: int, cuts: int) -> Callable[[int, int], list[torch.Tensor] | None]:
+    """Rows of each rank of a picture so high, or smaller by a power of two, cut at multiples of ``height / cuts``."""
+
+    def positions(ranks: int, size: int) -> list[torch.Tensor] | None:
+        if size not in (height, height // 2, height // 4):
+            return None
+        return [torch.arange(size).reshape(cuts, -1)[part].flatten() for part in
+                torch.tensor_split(torch.arange(cuts), ranks)]  # fmt: skip
+
+    return positions
+
+
+def grids(height: int, width: int, cuts: int) -> Callable[[int, int], list[torch.Tensor] | None]:
+    """Tokens of these rows."""
+
+    def positions(ranks: int, tokens: int) -> list[torch.Tensor] | None:
+        sides = [(height // scale, width // scale) for scale in (1, 2, 4)]
+        grid = next((side for side in sides if side[0] * side[1] == tokens), None)
+        held = shares(height, cuts)(ranks, grid[0]) if grid is not None else None
+        return held and [torch.arange(tokens).reshape(grid)[part].flatten() for part in held]
+
+    return positions
+
+
+def bands(height: int, cuts: int) -> Callable[[int], list[torch.Tensor]]:
+    """Masks of these rows of the picture."""
+
+    def masks(ranks: int) -> list[torch.Tensor]:
+        held = shares(height, cuts)(ranks, height)
+        assert held is not None
+        return along(held, height, 2)
+
+    return masks
+
+
 # name: tokens of each rank in an attention, pixels of each in the result, branch
 CASES: dict[str, tuple[Any, Any, Callable[[tuple, dict], Hashable]]] = {
     "flux": (tokens_of(13, 77), rows(77), lambda args, kwargs: 0),
@@ -63,7 +99,11 @@ CASES: dict[str, tuple[Any, Any, Callable[[tuple, dict], Hashable]]] = {
     "hunyuandit": (tokens_of(77), pixels((7, 11), 2), lambda args, kwargs: 0),
     "wan": (tokens_of(175), pixels((5, 5, 7), 2), digest_of("encoder_hidden_states")),
     "qwenimage": (tokens_of(13, 77), rows(77), digest_of("encoder_hidden_states")),
+    "sd15": (grids(14, 22, 7), bands(14, 7), lambda args, kwargs: 0),
+    "sdxl": (grids(12, 20, 3), bands(12, 3), lambda args, kwargs: 0),
 }
+ROWS = {"sd15": shares(14, 7), "sdxl": shares(12, 3)}
+"""Rows that convolutions slide over."""
 
 
 def generate(rank: int, name: str, plan: Plan | None, steps: int) -> torch.Tensor:
@@ -78,9 +118,9 @@ def by_reference(name: str, ranks: int, steps: int) -> torch.Tensor:
     case = PIPELINES[name]
     tokens, masks, branch = CASES[name]
     pipe = case.build()
-    pipe.transformer.forward = Reference(
-        pipe.transformer, lambda count: tokens(ranks, count), masks(ranks), 1, branch, apart=True
-    )
+    denoiser = pipe.unet if name in ROWS else pipe.transformer
+    space = (functools.partial(ROWS[name], ranks), 2) if name in ROWS else None
+    denoiser.forward = Reference(denoiser, functools.partial(tokens, ranks), masks(ranks), 1, branch, space, True)
     return case.call(pipe, steps=steps)
 
 

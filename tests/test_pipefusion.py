@@ -71,7 +71,7 @@ def by_reference(name: str, cuts: Any, steps: int, warmup: int) -> torch.Tensor:
     held = [positions[::scale] // scale for positions in cuts.positions]
     masks = along(cuts.positions, cuts.size, cuts.back)
     pipe.transformer.forward = Reference(
-        pipe.transformer, lambda count: tokens(held, count), masks, warmup, branch, (held, 1)
+        pipe.transformer, lambda count: tokens(held, count), masks, warmup, branch, (lambda size: held, 1)
     )
     return case.call(pipe, steps=steps)
 

@@ -59,7 +59,7 @@ def choose_units(inference: Inference, plan: Plan) -> Chosen:
     """What each kind of parallelism in the plan splits; a batch of one is not split, its calls are shared instead."""
     return {
         BATCH: choose_batch(inference, plan.cfg),
-        PATCH: choose_tokens(inference, dataclasses.replace(plan, distrifusion=1, ring=plan.distrifusion, ulysses=1)),
+        PATCH: choose_tokens(inference, plan, PATCH),
         SEQUENCE: choose_tokens(inference, plan),
         TENSOR: choose_features(inference, plan),
     }
