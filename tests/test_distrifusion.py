@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -9,11 +11,23 @@ from typing import Any
 import procs
 import pytest
 import torch
+from splitting import Captured, captured, worst_difference
 from stale_reference import Reference, along
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils import _pytree as pytree
+from zoo import MODELS
 from zoo_pipelines import PIPELINES
+from zoo_unets import UNETS
 
 import xdit_compile
-from xdit_compile import Plan
+from xdit_compile import Plan, XditCompileError
+from xdit_compile.build import place
+from xdit_compile.distrifusion import Shared
+from xdit_compile.interpret import assemble, bind
+from xdit_compile.mesh import Mesh
+from xdit_compile.simulated import run_ranks
+from xdit_compile.weights import Weights
 
 Masks = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
@@ -68,6 +82,11 @@ def shares(height: int, cuts: int) -> Callable[[int, int], list[torch.Tensor] | 
     return positions
 
 
+def columns(ranks: int, size: int) -> list[torch.Tensor] | None:
+    """Columns of each rank."""
+    return list(torch.tensor_split(torch.arange(size), ranks)) if size == 11 else None
+
+
 def grids(height: int, width: int, cuts: int) -> Callable[[int, int], list[torch.Tensor] | None]:
     """Tokens of these rows."""
 
@@ -99,11 +118,20 @@ CASES: dict[str, tuple[Any, Any, Callable[[tuple, dict], Hashable]]] = {
     "hunyuandit": (tokens_of(77), pixels((7, 11), 2), lambda args, kwargs: 0),
     "wan": (tokens_of(175), pixels((5, 5, 7), 2), digest_of("encoder_hidden_states")),
     "qwenimage": (tokens_of(13, 77), rows(77), digest_of("encoder_hidden_states")),
+    "sana": (
+        lambda ranks, tokens: (
+            [torch.arange(77).reshape(7, 11)[:, part].flatten() for part in columns(ranks, 11) or ()]
+            if tokens == 77
+            else None
+        ),
+        lambda ranks: along(columns(ranks, 11) or (), 11, 1),
+        lambda args, kwargs: 0,
+    ),
     "sd15": (grids(14, 22, 7), bands(14, 7), lambda args, kwargs: 0),
     "sdxl": (grids(12, 20, 3), bands(12, 3), lambda args, kwargs: 0),
 }
-ROWS = {"sd15": shares(14, 7), "sdxl": shares(12, 3)}
-"""Rows that convolutions slide over."""
+SPACES = {"sana": (columns, 1), "sd15": (shares(14, 7), 2), "sdxl": (shares(12, 3), 2)}
+"""Positions that convolutions slide over, and their dim from the end."""
 
 
 def generate(rank: int, name: str, plan: Plan | None, steps: int) -> torch.Tensor:
@@ -118,8 +146,9 @@ def by_reference(name: str, ranks: int, steps: int) -> torch.Tensor:
     case = PIPELINES[name]
     tokens, masks, branch = CASES[name]
     pipe = case.build()
-    denoiser = pipe.unet if name in ROWS else pipe.transformer
-    space = (functools.partial(ROWS[name], ranks), 2) if name in ROWS else None
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    rows, back = SPACES.get(name, (None, 0))
+    space = (functools.partial(rows, ranks), back) if rows is not None else None
     denoiser.forward = Reference(denoiser, functools.partial(tokens, ranks), masks(ranks), 1, branch, space, True)
     return case.call(pipe, steps=steps)
 
@@ -141,3 +170,152 @@ def test_the_staleness_is_the_published_one(name, ranks):
     exact, expected = generate(0, name, None, 5), by_reference(name, ranks, 5)
     for found in procs.run(generate, ranks, name, Plan(distrifusion=ranks, backend="eager"), 5):
         assert difference(found, expected) < 2e-5 < 1e-3 < difference(found, exact)
+
+
+HYBRIDS = {
+    "sd3": Plan(distrifusion=2, cfg=2, backend="eager"),
+    "qwenimage": Plan(distrifusion=2, cfg=2, backend="eager"),
+    "pixart": Plan(distrifusion=2, tensor=2, backend="eager"),
+    "sd15": Plan(distrifusion=2, cfg=2, backend="eager"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_other_degrees_change_nothing(name):
+    """Guidance's branches (in one call, and in two) and tensor parallel beside it: the same latents."""
+    expected = procs.run(generate, 2, name, Plan(distrifusion=2, backend="eager"), 4)[0]
+    for found in procs.run(generate, 4, name, HYBRIDS[name], 4):
+        assert difference(found, expected) < 2e-5
+
+
+def twice(rank: int, name: str, plan: Plan) -> list[torch.Tensor]:
+    """A run, one of another size, one that a callback gives up, and the first again; then one that is all warm-up."""
+    case = PIPELINES[name]
+    pipe = xdit_compile.parallelize(case.build(), plan)
+    first = case.call(pipe, steps=3)
+    case.call(pipe, steps=3, height=128, width=112)
+
+    def give_up(pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step:
+            raise KeyboardInterrupt
+        return given
+
+    with pytest.raises(KeyboardInterrupt):
+        case.call(pipe, steps=3, callback_on_step_end=give_up)
+    second = case.call(pipe, steps=3)
+    xdit_compile.restore(pipe)
+    xdit_compile.parallelize(pipe, dataclasses.replace(plan, warmup_steps=3))
+    return [first, second, case.call(pipe, steps=3)]
+
+
+def test_nothing_of_a_generation_is_in_the_next():
+    exact = generate(0, "sd3", None, 3)
+    for first, second, waited in procs.run(twice, 2, "sd3", Plan(distrifusion=2, backend="eager")):
+        assert torch.equal(first, second)
+        assert difference(waited, exact) < 2e-5 < 1e-3 < difference(first, exact)
+
+
+def loop(rank: int, name: str, plan: Plan, dtype: torch.dtype) -> tuple[torch.Tensor, list[int]]:
+    """Latents after four steps, and how many graphs had been compiled after each."""
+    case = MODELS[name]
+    module = xdit_compile.parallelize(case.build().to(dtype), plan)
+    return steps_of(module, *inputs_of(name, dtype))
+
+
+def inputs_of(name: str, dtype: torch.dtype) -> tuple[tuple, dict[str, Any]]:
+    given: tuple[tuple, dict[str, Any]] = pytree.tree_map_only(
+        torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, MODELS[name].inputs()
+    )
+    return given
+
+
+def steps_of(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, list[int]]:
+    latents, graphs = kwargs["hidden_states"], []
+    with (
+        xdit_compile.generation(module) if isinstance(module, nn.Module) else contextlib.nullcontext(),
+        torch.no_grad(),
+    ):
+        for _ in range(4):
+            latents = latents - 0.1 * module(*args, **{**kwargs, "hidden_states": latents})[0]
+            graphs.append(counters["stats"]["unique_graphs"])
+    return latents, graphs
+
+
+@pytest.mark.slow
+def test_in_float64_it_is_the_published_staleness_to_the_last_digits():
+    tokens, masks, _ = CASES["sd3"]
+    plain = Reference(MODELS["sd3"].build().double(), functools.partial(tokens, 3), masks(3), 1, apart=True)
+    expected, _ = steps_of(plain, *inputs_of("sd3", torch.float64))
+    for found, _ in procs.run(loop, 3, "sd3", Plan(distrifusion=3, backend="eager"), torch.float64):
+        assert found.dtype == torch.float64 and difference(found, expected) < 1e-8
+
+
+@pytest.mark.slow
+def test_compiled_programs_do_not_compile_again():
+    ((expected, _), _) = procs.run(loop, 2, "flux", Plan(distrifusion=2, backend="eager"), torch.float32)
+    for found, graphs in procs.run(
+        loop, 2, "flux", Plan(distrifusion=2, backend="inductor"), torch.float32, timeout=900
+    ):
+        assert difference(found, expected) < 2e-5
+        assert len(set(graphs)) == 1 and graphs[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ({"distrifusion": 2, "ulysses": 2}, "distrifusion shares the tokens, as ulysses would; take one of them"),
+        ({"distrifusion": 2, "pipefusion": 2}, "distrifusion shares the tokens, as pipefusion would"),
+        ({"distrifusion": 2, "patches": 3}, "distrifusion shares the tokens, as patches would"),
+        ({"distrifusion": 0}, "distrifusion=0 must be a whole number of at least 1"),
+    ],
+)
+def test_plans_that_cannot_run(plan, said):
+    with pytest.raises(XditCompileError, match=said):
+        Plan(**plan).check()
+
+
+def shared_by(name: str, ranks: int) -> tuple[Captured, list[Shared]]:
+    """A model's programs on every rank of a simulated mesh."""
+    model, plan = captured(name), Plan(distrifusion=ranks)
+    analysis = model.analysis(plan)
+    found = []
+    for rank in range(ranks):
+        fresh, stale = (place(analysis, plan, Mesh.simulated(plan, rank), stale=late) for late in (False, True))
+        at = frozenset[int]()
+        found.append(
+            Shared(analysis, fresh.program, fresh.program.root, stale.program, stale.program.root, stale.leaving, at)
+        )
+    return model, found
+
+
+FAST = {"flux": 3, "pixart": 4, "sana": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        *FAST.items(),
+        *(
+            pytest.param(name, ranks, marks=pytest.mark.slow)
+            for name in (*MODELS, *UNETS)
+            for ranks in (2, 3, 8)
+            if FAST.get(name) != ranks
+        ),
+    ],
+)
+def test_a_step_again_is_the_same(name, ranks):
+    """What ranks leave one another is what they would have exchanged: any size, on simulated meshes."""
+    model, shared = shared_by(name, ranks)
+    leaves, weights = pytree.tree_leaves((model.args, model.kwargs)), Weights(model.module)
+    states = [each.states(torch.device("cpu")) for each in shared]
+    programs = [each.program for each in shared]
+    for step in range(3):
+        given = [bind(program, weights, leaves, state) for program, state in zip(programs, states, strict=True)]
+        found = run_ranks(programs, given)
+        for rank, each in enumerate(shared):
+            if step:
+                states[rank].update(zip(each.leaving, found[rank][len(found[rank]) - len(each.leaving) :], strict=True))
+            assert worst_difference(assemble(programs[rank], found[rank]), model.expected) < 2e-5
+        programs = [each.stale for each in shared]
+    assert shared[0].leaving

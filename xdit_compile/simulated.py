@@ -44,7 +44,22 @@ def run_simulated(
         AgreementError: when ranks do not meet at the same collectives.
     """
     leaves, weights = pytree.tree_leaves((args, kwargs)), Weights(module)
-    ranks = [_steps(program.root, bind(program, weights, leaves)) for program in programs]
+    found = run_ranks(programs, [bind(program, weights, leaves) for program in programs], observe)
+    return [assemble(program, tensors) for program, tensors in zip(programs, found, strict=True)]
+
+
+@torch.no_grad()
+def run_ranks(
+    programs: Sequence[Program],
+    inputs: Sequence[Sequence[torch.Tensor]],
+    observe: Callable[[int, Any, tuple[Any, ...]], None] | None = None,
+) -> list[tuple[torch.Tensor, ...]]:
+    """What the root graph of every rank's program gives for its inputs.
+
+    Raises:
+        AgreementError: when ranks do not meet at the same collectives.
+    """
+    ranks = [_steps(program.root, given) for program, given in zip(programs, inputs, strict=True)]
     waiting: dict[int, Step] = {}
     results: dict[int, tuple] = {}
     for rank in range(len(ranks)):
@@ -60,7 +75,7 @@ def run_simulated(
         outputs = simulate(steps[0][0], [step[1] for step in steps])
         for rank, output in zip(ready, outputs, strict=True):
             _advance(rank, ranks[rank], output, waiting, results)
-    return [assemble(program, results[rank]) for rank, program in enumerate(programs)]
+    return [results[rank] for rank in range(len(programs))]
 
 
 def _ready(waiting: dict[int, Step]) -> list[int] | None:
