@@ -91,6 +91,7 @@ def test_the_staleness_is_the_published_one(name):
 
 def rank(index: int, name: str, plan: Plan, steps: int, more: dict[str, Any]) -> tuple[torch.Tensor, int, int]:
     found, runner = generate(name, plan, steps, **more)
+    assert runner.pipe.kept <= 2 * 3 * plan.patch_count, "what was sent long ago is let go"
     return found, runner.weights.elements, runner.collected
 
 

@@ -155,6 +155,7 @@ class PipelineRunner(Runner):
         """All tokens, stage after stage; the results on every rank."""
         leaves = [whole_of(leaf) for leaf in leaves]
         device, stage = device_of(leaves), flow.pipeline.full
+        self._turn()
         received: Sequence[torch.Tensor] = ()
         if self.pipe is not None and self.stage:
             received = self.pipe.receive(stage.received, device, self.stage - 1).wait()
@@ -172,6 +173,7 @@ class PipelineRunner(Runner):
     def _in_patches(self, flow: Flow, leaves: list[Any], branch: Branch) -> list[PatchedTensor]:
         """Patch after patch, with the keys and values that other patches left."""
         self._drains.between(self.generation.number)
+        self._turn()
         device = device_of(leaves)
         given = {at: self._patches(leaves[at], cut) for at, cut in flow.inputs.items()}
         arriving = [self._asked(stage, device) for stage in flow.pipeline.patches]
@@ -188,6 +190,10 @@ class PipelineRunner(Runner):
             done.append(found)
         parts = self._parts(flow, done, device)
         return [PatchedTensor([part[k] for part in parts], cut, device) for k, cut in enumerate(flow.results)]
+
+    def _turn(self) -> None:
+        if self.pipe is not None:
+            self.pipe.turn()
 
     def _asked(self, stage: Stage, device: torch.device) -> Callable[[], Sequence[torch.Tensor]]:
         if self.pipe is None or not self.stage:

@@ -13,16 +13,11 @@ from .kernels.groups import answering, process_group
 
 @dataclasses.dataclass
 class Arriving:
-    """Tensors on their way to this rank."""
+    """Tensors on their way to this rank, or from it."""
 
     tensors: tuple[torch.Tensor, ...]
     _works: list[dist.Work]
     _pipe: Pipe
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing is on its way any more."""
-        return all(work.is_completed() for work in self._works)
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         """The tensors, once they are here.
@@ -41,34 +36,47 @@ class Arriving:
 class Pipe:
     """One rank's ends of a pipeline: every message meets the receiver's request of the same order.
 
+    What is on its way is kept until the second call after, when it has arrived or will at once: no rank is further ahead
+    of another than one call.
+
     Args:
         group: name of the process group of the stages, in order.
     """
 
     def __init__(self, group: str):
         self.members = process_group(group)
-        self._leaving: list[tuple[dist.Work, torch.Tensor]] = []
-        self._asked: list[Arriving] = []
+        self._before: list[Arriving] = []
+        self._under_way: list[Arriving] = []
+
+    @property
+    def kept(self) -> int:
+        """How many transfers are kept."""
+        return len(self._before) + len(self._under_way)
+
+    def turn(self) -> None:
+        """Another call begins: let go of what was sent and asked for two calls ago.
+
+        Raises:
+            AgreementError: when another stage fails or does not answer in time.
+        """
+        for each in self._before:
+            each.wait()
+        self._before, self._under_way = self._under_way, []
 
     def send(self, tensors: Sequence[torch.Tensor], to: int) -> None:
         """Send tensors to a stage, and go on at once. Empty ones are not sent."""
-        self._leaving = [(work, tensor) for work, tensor in self._leaving if not work.is_completed()]
+        kept = tuple(tensor.contiguous() for tensor in tensors if tensor.numel())
         with answering(self.members, "a transfer between stages"):
-            for tensor in tensors:
-                if tensor.numel():
-                    kept = tensor.contiguous()
-                    work = dist.isend(kept, group=self.members, group_dst=to)
-                    assert work is not None
-                    self._leaving.append((work, kept))
+            works = [dist.isend(each, group=self.members, group_dst=to) for each in kept]
+        self._under_way.append(Arriving(kept, [work for work in works if work is not None], self))
 
     def receive(self, likes: Sequence[torch.Tensor], device: torch.device, source: int) -> Arriving:
         """Ask a stage for tensors of these shapes and dtypes; they are taken in even where nobody waits for them."""
         tensors = tuple(torch.empty(like.shape, dtype=like.dtype, device=device) for like in likes)
         with answering(self.members, "a transfer between stages"):
             works = [dist.irecv(each, group=self.members, group_src=source) for each in tensors if each.numel()]
-        self._asked = [each for each in self._asked if not each.over]
-        self._asked.append(Arriving(tensors, [work for work in works if work is not None], self))
-        return self._asked[-1]
+        self._under_way.append(Arriving(tensors, [work for work in works if work is not None], self))
+        return self._under_way[-1]
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """A tensor of one stage on all of them; others give one of its shape, which is filled."""
