@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import numpy as np
 import procs
 import pytest
 import torch
@@ -26,6 +27,7 @@ from xdit_compile.build import place
 from xdit_compile.distrifusion import Shared
 from xdit_compile.interpret import assemble, bind
 from xdit_compile.mesh import Mesh
+from xdit_compile.passes.records import STALE
 from xdit_compile.simulated import run_ranks
 from xdit_compile.weights import Weights
 
@@ -287,6 +289,22 @@ def shared_by(name: str, ranks: int) -> tuple[Captured, list[Shared]]:
             Shared(analysis, fresh.program, fresh.program.root, stale.program, stale.program.root, stale.leaving, at)
         )
     return model, found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", ["flux", "pixart", "unet_sdxl"])
+def test_after_the_warm_up_nobody_waits_but_for_the_result(name, ranks):
+    model, plan = captured(name), Plan(distrifusion=ranks)
+    analysis = model.analysis(plan)
+    for rank in range(ranks):
+        ledger = place(analysis, plan, Mesh.simulated(plan, rank), stale=True).ledger
+        waited = [each for each in ledger.collectives if each.op != STALE]
+        assert [each.op for each in waited] == ["all_gather"] == ["all_gather"] * len(ledger.gathers)
+        assert ledger.flops_here < 1.5 / ranks * ledger.flops
+        if name == "flux":
+            held = len(np.array_split(np.arange(77), ranks)[rank]) + len(np.array_split(np.arange(13), ranks)[rank])
+            sent = sum(each.elements for each in ledger.collectives if each.op == STALE)
+            assert sent == 2 * 5 * held * 90 * (ranks - 1), "keys and values of five blocks, to every other rank"
 
 
 FAST = {"flux": 3, "pixart": 4, "sana": 2}

@@ -36,8 +36,8 @@ class Arriving:
 class Pipe:
     """One rank's ends of a pipeline: every message meets the receiver's request of the same order.
 
-    What is on its way is kept until the second call after, when it has arrived or will at once: no rank is further ahead
-    of another than one call.
+    What is on its way is kept until the second call after, when it has arrived or will at once: no rank is further than
+    one call ahead of another.
 
     Args:
         group: name of the process group of the stages, in order.
