@@ -17,8 +17,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .build import Analysis, Lie, Pipeline, place_stage, separated
+from .errors import PlanError
 from .generations import Branch, Generation
 from .interpret import assemble, bind
+from .passes.layout import BATCH
 from .passes.stages import Stage
 from .patched import Cut, Part, PatchedTensor, whole_of
 from .pipes import Arriving, Pipe
@@ -115,6 +117,11 @@ class PipelineRunner(Runner):
 
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
         analysis = separated(analysis, self.plan)
+        if self._branches.active and not analysis.units.get(BATCH):
+            raise PlanError(
+                f"cfg={self.plan.cfg} with pipefusion or patches shares branches of guidance that are stacked in one "
+                "call, and this call has fewer entries; use cfg=1 and more stages or patches"
+            )
         pipeline = place_stage(analysis, self.plan, self.mesh, self.places)
         stages = (pipeline.full, *pipeline.patches)
         roots = [pipeline.common.root, *(stage.program.root for stage in stages)]
@@ -126,6 +133,7 @@ class PipelineRunner(Runner):
 
     def _release(self, prepared: Prepared) -> None:
         self.taken += prepared.programs
+        self.weights.release(self.taken)
         self.weights.release_others(self.taken)
 
     def _cut(self, lie: Lie, known: dict[tuple, tuple[torch.Tensor, ...]]) -> Cut:
