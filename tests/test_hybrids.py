@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import procs
@@ -13,6 +14,8 @@ from test_pipefusion import difference, generate
 from torch.utils import _pytree as pytree
 
 from xdit_compile import Plan
+
+TURNED = ("data", "cfg", "tensor", "ulysses", "ring", "pipefusion")
 
 
 def label(value: Any) -> str:
@@ -45,9 +48,44 @@ def check(name: str, plan: Plan) -> None:
     assert max(worst_difference(each, expected) for each in ranks.in_patches(args, kwargs)) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["sd3", "pixart"])
-def test_heads_and_channels_of_every_patch_are_shared(name):
-    check(name, Plan(patches=3, tensor=2))
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("pixart", Plan(patches=3, ulysses=2, ring=2)),
+        pytest.param("sd3", Plan(patches=3, tensor=2), marks=pytest.mark.slow),
+        pytest.param("flux", Plan(patches=3, ulysses=3), marks=pytest.mark.slow),
+        pytest.param("sd3", Plan(patches=3, cfg=2), marks=pytest.mark.slow),
+        pytest.param("pixart", Plan(patches=3, tensor=2), marks=pytest.mark.slow),
+        pytest.param("pixart", Plan(patches=3, cfg=2, ulysses=2, tensor=2), marks=pytest.mark.slow),
+        pytest.param("sd3", Plan(patches=5, ulysses=5), marks=pytest.mark.slow),
+        pytest.param("sd3", Plan(patches=2, ulysses=2, ring=3, mesh_order=TURNED), marks=pytest.mark.slow),
+        pytest.param("sana", Plan(patches=3, ulysses=2), marks=pytest.mark.slow),
+        pytest.param("wan_t2v", Plan(patches=2, ulysses=3), marks=pytest.mark.slow),
+        pytest.param("hunyuanvideo", Plan(patches=2, ring=2), marks=pytest.mark.slow),
+    ],
+    ids=label,
+)
+def test_ranks_share_every_patch(name, plan):
+    check(name, plan)
+
+
+def test_ranks_exchange_tokens_for_heads_within_a_patch():
+    """What crosses in one patch are its own tokens, and what is kept the heads of one rank; nothing is gathered but
+    the result."""
+    model, plan = captured("pixart"), Plan(patches=3, ulysses=2)
+    alone, ranks = Simulated(model, Plan(patches=3)), Simulated(model, plan)
+    sizes = [sum(state.numel() for state in each.values()) for each in (*alone.states, *ranks.states)]
+    assert sizes[0] == sizes[1] + sizes[2] and sizes[1] < 0.7 * sizes[0]
+    for pipeline in ranks.ranks:
+        for patch in pipeline.patches:
+            ops = [
+                str(node.target)
+                for structure in patch.program.structures().values()
+                for node in structure.graph.nodes
+                if str(node.target).startswith("xdit_compile.all_")
+            ]
+            assert set(ops) == {"xdit_compile.all_to_all.default", "xdit_compile.all_gather.default"}
+            assert ops.count("xdit_compile.all_gather.default") == 1
 
 
 def hybrid(rank: int, name: str, plan: Plan, steps: int) -> tuple[torch.Tensor, int, int]:
@@ -58,6 +96,18 @@ def hybrid(rank: int, name: str, plan: Plan, steps: int) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
+        ("sd3", Plan(pipefusion=2, patches=3, ulysses=2)),
+        pytest.param("sd3", Plan(patches=3, ulysses=2), marks=pytest.mark.slow),
+        pytest.param("flux", Plan(pipefusion=2, patches=4, ring=2), marks=pytest.mark.slow),
+        pytest.param("pixart", Plan(pipefusion=2, patches=3, ulysses=2), marks=pytest.mark.slow),
+        pytest.param("pixart", Plan(patches=3, ulysses=3), marks=pytest.mark.slow),
+        pytest.param("flux", Plan(patches=3, ulysses=2, ring=2), marks=pytest.mark.slow),
+        pytest.param("pixart", Plan(patches=2, ulysses=2, tensor=2), marks=pytest.mark.slow),
+        pytest.param("wan", Plan(pipefusion=2, ring=2), marks=pytest.mark.slow),
+        pytest.param("flux_true_cfg", Plan(pipefusion=2, ulysses=2), marks=pytest.mark.slow),
+        pytest.param("sd3", Plan(pipefusion=2, patches=3, cfg=2), marks=pytest.mark.slow),
+        pytest.param("pixart", Plan(patches=3, cfg=2, ulysses=2), marks=pytest.mark.slow),
+        pytest.param("sana", Plan(patches=3, ulysses=2), marks=pytest.mark.slow),
         pytest.param("sd3", Plan(pipefusion=2, patches=3, tensor=2), marks=pytest.mark.slow),
         pytest.param("flux", Plan(pipefusion=2, patches=3, tensor=2), marks=pytest.mark.slow),
         pytest.param("pixart", Plan(patches=3, tensor=3), marks=pytest.mark.slow),
@@ -66,9 +116,18 @@ def hybrid(rank: int, name: str, plan: Plan, steps: int) -> tuple[torch.Tensor, 
 )
 def test_processes_compute_what_one_does(name, plan):
     """Both with stale values and, where the warm-up is the whole run, without."""
-    plan = Plan(**{**vars(plan), "backend": "eager"})
-    alone, runner = generate(name, Plan(patches=plan.patches, backend="eager"), 4)
+    plan = dataclasses.replace(plan, backend="eager")
+    alone, runner = generate(name, Plan(patches=plan.patch_count, backend="eager"), 4)
     for latents, elements, collected in procs.run(hybrid, plan.world_size, name, plan, 4):
         assert difference(latents, alone) < 2e-5
         assert plan.pipefusion * plan.tensor == 1 or elements < runner.weights.elements
         assert collected == 2, "once to verify, once for the result"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
+def test_a_warm_up_as_long_as_the_run_is_exact(name):
+    expected, _ = generate(name, None, 3)
+    plan = Plan(pipefusion=2, patches=3, ulysses=2, warmup_steps=3, backend="eager")
+    for latents, _, _ in procs.run(hybrid, 4, name, plan, 3):
+        assert difference(latents, expected) < 2e-5

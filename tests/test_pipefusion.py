@@ -268,7 +268,6 @@ def test_what_does_not_fit_is_refused(plan, said):
         ({"warmup_steps": 0}, "warmup_steps=0 must be at least 1"),
         ({"pipefusion": 2, "stage_layers": (1, 2, 3)}, "must have pipefusion=2 numbers, one for each stage"),
         ({"pipefusion": 2, "stage_layers": ("a", 2)}, "must be a tuple of whole numbers"),
-        ({"pipefusion": 2, "ulysses": 2}, "cannot be combined with ulysses yet"),
     ],
 )
 def test_plans_that_cannot_run(plan, said):

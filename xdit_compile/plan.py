@@ -156,9 +156,6 @@ class Plan:
             found.append(f"patches={self.patches!r} must be a whole number of at least 1")
         if not _is_count(self.warmup_steps, 1):
             found.append(f"warmup_steps={self.warmup_steps!r} must be at least 1: the first step has none before it")
-        if self.patch_count > 1 and self.sequence > 1:
-            names = " and ".join(name for name in ("ring", "ulysses") if getattr(self, name) > 1)
-            found.append(f"pipefusion cannot be combined with {names} yet; set them to 1")
         layers = self.stage_layers
         if layers is not None and not (isinstance(layers, tuple) and all(_is_count(each, 1) for each in layers)):
             found.append(f"stage_layers={layers!r} must be a tuple of whole numbers of at least 1")
