@@ -10,10 +10,12 @@ import pytest
 import torch
 from hybrids import Simulated
 from splitting import captured, worst_difference
-from test_pipefusion import difference, generate
+from test_pipefusion import again, difference, generate
 from torch.utils import _pytree as pytree
+from zoo_pipelines import PIPELINES
 
-from xdit_compile import Plan
+import xdit_compile
+from xdit_compile import Plan, XditCompileError
 
 TURNED = ("data", "cfg", "tensor", "ulysses", "ring", "pipefusion")
 
@@ -107,6 +109,10 @@ def hybrid(rank: int, name: str, plan: Plan, steps: int) -> tuple[torch.Tensor, 
         pytest.param("flux_true_cfg", Plan(pipefusion=2, ulysses=2), marks=pytest.mark.slow),
         pytest.param("sd3", Plan(pipefusion=2, patches=3, cfg=2), marks=pytest.mark.slow),
         pytest.param("pixart", Plan(patches=3, cfg=2, ulysses=2), marks=pytest.mark.slow),
+        pytest.param("flux_true_cfg", Plan(patches=3, cfg=2), marks=pytest.mark.slow),
+        pytest.param("flux_true_cfg", Plan(pipefusion=2, patches=3, cfg=2), marks=pytest.mark.slow),
+        pytest.param("wan", Plan(pipefusion=2, patches=3, cfg=2), marks=pytest.mark.slow),
+        pytest.param("qwenimage", Plan(patches=3, cfg=2, ulysses=2), marks=pytest.mark.slow),
         pytest.param("sana", Plan(patches=3, ulysses=2), marks=pytest.mark.slow),
         pytest.param("sd3", Plan(pipefusion=2, patches=3, tensor=2), marks=pytest.mark.slow),
         pytest.param("flux", Plan(pipefusion=2, patches=3, tensor=2), marks=pytest.mark.slow),
@@ -121,7 +127,7 @@ def test_processes_compute_what_one_does(name, plan):
     for latents, elements, collected in procs.run(hybrid, plan.world_size, name, plan, 4):
         assert difference(latents, alone) < 2e-5
         assert plan.pipefusion * plan.tensor == 1 or elements < runner.weights.elements
-        assert collected == 2, "once to verify, once for the result"
+        assert collected == 2 or runner.collected > 2, "once to verify, once for the result"
 
 
 @pytest.mark.slow
@@ -131,3 +137,46 @@ def test_a_warm_up_as_long_as_the_run_is_exact(name):
     plan = Plan(pipefusion=2, patches=3, ulysses=2, warmup_steps=3, backend="eager")
     for latents, _, _ in procs.run(hybrid, 4, name, plan, 3):
         assert difference(latents, expected) < 2e-5
+
+
+def counted(rank: int, name: str, plan: Plan, steps: int) -> tuple[torch.Tensor, list[int]]:
+    """Latents, and how many calls of each branch this rank computed after the warm-up."""
+    case, computed = PIPELINES[name], []
+    pipe = xdit_compile.parallelize(case.build(), plan)
+    runner = vars(pipe.transformer)["forward"]
+    plain = runner._in_patches
+
+    def count(flow: Any, leaves: Any, branch: Any, **more: Any) -> Any:
+        computed.append(branch.index)
+        return plain(flow, leaves, branch, **more)
+
+    runner._in_patches = count
+    return case.call(pipe, steps=steps), computed
+
+
+def test_branches_in_calls_of_their_own_are_computed_once():
+    """By one half of the mesh each, for so many steps that nothing may pile up."""
+    alone, _ = generate("flux_true_cfg", Plan(patches=2, backend="eager"), 40)
+    halves = procs.run(counted, 2, "flux_true_cfg", Plan(cfg=2, patches=2, backend="eager"), 40)
+    for half, (latents, computed) in enumerate(halves):
+        assert difference(latents, alone) < 2e-5
+        assert computed == [0] + [half] * 39, "once to verify"
+
+
+@pytest.mark.slow
+def test_halves_go_on_after_a_run_that_was_given_up():
+    plan = Plan(cfg=2, pipefusion=2, patches=3, backend="eager")
+    for first, second in procs.run(again, 4, "flux_true_cfg", plan):
+        assert torch.equal(first, second)
+
+
+def refused(rank: int, name: str, plan: Plan) -> str:
+    with pytest.raises(XditCompileError) as error:
+        generate(name, plan, 3)
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_a_pipeline_without_guidance_has_no_branches_to_share():
+    for said in procs.run(refused, 2, "flux", Plan(cfg=2, patches=2, backend="eager")):
+        assert "cfg=2 but this pipeline makes one call of the denoiser" in said
