@@ -10,8 +10,9 @@ import pytest
 import torch
 from hybrids import Simulated
 from splitting import captured, worst_difference
-from test_pipefusion import again, difference, generate
+from test_pipefusion import REFUSED, again, difference, generate
 from torch.utils import _pytree as pytree
+from zoo import MODELS
 from zoo_pipelines import PIPELINES
 
 import xdit_compile
@@ -69,6 +70,13 @@ def check(name: str, plan: Plan) -> None:
 )
 def test_ranks_share_every_patch(name, plan):
     check(name, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in REFUSED])
+def test_ranks_share_every_patch_of_every_model(name):
+    check(name, Plan(patches=2, ulysses=2))
+    check(name, Plan(patches=3, ring=3))
 
 
 def test_ranks_exchange_tokens_for_heads_within_a_patch():

@@ -344,6 +344,17 @@ def test_explain_shows_the_stages():
     assert "2 stages, 3 patches of 26, 26, 25 rows" in str(found)
 
 
+def test_explain_shows_what_one_rank_of_a_stage_has():
+    case = MODELS["flux"]
+    args, kwargs = case.inputs()
+    alone = xdit_compile.explain(case.build(), Plan(pipefusion=2, patches=3), args, kwargs)
+    found = xdit_compile.explain(case.build(), Plan(pipefusion=2, patches=3, ulysses=2, tensor=2), args, kwargs)
+    assert found.patches == alone.patches and found.parameters == alone.parameters
+    for one, other in zip(found.stages, alone.stages, strict=True):
+        assert one.blocks == other.blocks and one.parameters < 0.7 * other.parameters
+        assert one.states <= other.states / 2 and one.sent <= 0.52 * other.sent
+
+
 def steps_of(module: Any, args: tuple, kwargs: dict[str, Any], graphs: list[int]) -> torch.Tensor:
     """Latents after some steps; ``graphs`` gets how many had been compiled after each."""
     latents = kwargs["hidden_states"]

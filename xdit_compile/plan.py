@@ -35,8 +35,9 @@ class Plan:
         data: replicas that share the images of one call.
         tensor: ranks that share heads and feed-forward channels, and with them the weights (Megatron-LM,
             arXiv:1909.08053).
-        pipefusion: stages of a pipeline of blocks, one rank each, through which ``patches`` parts of the tokens flow;
-            keys and values of other patches are the previous step's (PipeFusion, arXiv:2405.14430).
+        pipefusion: stages of a pipeline of blocks, through which ``patches`` parts of the tokens flow; ranks of a stage
+            share every patch by ``ulysses``, ``ring`` and ``tensor``, pipelines the branches by ``cfg``. Keys and
+            values of other patches are the previous step's (PipeFusion, arXiv:2405.14430).
         patches: parts of the tokens; as many as stages by default. With several, one stage works too.
         warmup_steps: first steps of a generation that compute all tokens at once, with nothing from a step before.
         stage_layers: how many blocks each stage has; the even share of their cost by default.
