@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import procs
@@ -17,6 +18,10 @@ from zoo_pipelines import PIPELINES
 
 import xdit_compile
 from xdit_compile import Plan, XditCompileError
+from xdit_compile.axes import Product
+from xdit_compile.mesh import Mesh
+from xdit_compile.passes.layout import PATCH, SEQUENCE, Layout
+from xdit_compile.passes.patches import choose_patches
 
 TURNED = ("data", "cfg", "tensor", "ulysses", "ring", "pipefusion")
 
@@ -77,6 +82,18 @@ def test_ranks_share_every_patch(name, plan):
 def test_ranks_share_every_patch_of_every_model(name):
     check(name, Plan(patches=2, ulysses=2))
     check(name, Plan(patches=3, ring=3))
+
+
+def test_every_patch_is_shared_evenly():
+    model = captured("flux")
+    for plan in (Plan(patches=3, ulysses=2), Plan(patches=4, ulysses=2, ring=2)):
+        split = choose_patches(model.inference, plan)
+        (unit,) = (unit for unit in split.units if math.prod(axis.size for axis in unit) == 77)
+        for patch in range(plan.patch_count):
+            layouts = [Layout.of(plan, Mesh.simulated(plan, r), {SEQUENCE: split.units}) for r in range(plan.sequence)]
+            names = [PATCH, SEQUENCE]
+            counts = [each.keeping(split, patch).sharding.length(Product(unit), names) for each in layouts]
+            assert sum(counts) == len(split.positions(Product(unit), patch)) and max(counts) - min(counts) <= 1
 
 
 def test_ranks_exchange_tokens_for_heads_within_a_patch():
@@ -163,12 +180,20 @@ def counted(rank: int, name: str, plan: Plan, steps: int) -> tuple[torch.Tensor,
 
 
 def test_branches_in_calls_of_their_own_are_computed_once():
-    """By one half of the mesh each, for so many steps that nothing may pile up."""
-    alone, _ = generate("flux_true_cfg", Plan(patches=2, backend="eager"), 40)
-    halves = procs.run(counted, 2, "flux_true_cfg", Plan(cfg=2, patches=2, backend="eager"), 40)
-    for half, (latents, computed) in enumerate(halves):
+    """By one half of the mesh each."""
+    steps, plan = 5, Plan(cfg=2, patches=2, backend="eager")
+    alone, _ = generate("flux_true_cfg", Plan(patches=2, backend="eager"), steps)
+    for half, (latents, computed) in enumerate(procs.run(counted, 2, "flux_true_cfg", plan, steps)):
         assert difference(latents, alone) < 2e-5
-        assert computed == [0] + [half] * 39, "once to verify"
+        assert computed == [0] + [half] * (steps - 1), "once to verify"
+
+
+@pytest.mark.slow
+def test_what_a_rank_does_not_read_does_not_pile_up():
+    """The last stage of a half needs the other half's patches at the very end alone."""
+    alone, _ = generate("flux_true_cfg", Plan(patches=2, backend="eager"), 60)
+    for latents, _, _ in procs.run(hybrid, 4, "flux_true_cfg", Plan(cfg=2, pipefusion=2, backend="eager"), 60):
+        assert difference(latents, alone) < 2e-5
 
 
 @pytest.mark.slow
