@@ -20,6 +20,7 @@ from torch import fx
 
 import xdit_compile.kernels.attention  # noqa: F401  (registers the op)
 import xdit_compile.kernels.ring  # noqa: F401  (registers the op)
+from xdit_compile.axes import Axis
 from xdit_compile.shards import share
 
 from .choices import Choice, choose_all, required
@@ -41,12 +42,17 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
         elements = sum(math.prod(axis.size for axis in axes) for axes in typing.expected[1:3])
         part.ledger.hold_keys(elements * node.meta["val"].dtype.itemsize)
         return None
+    made = Exchanged if exchanges(part, typing, operands, choices) else LocalAttention
+    return made(part, node, typing, operands, choices).emit()
+
+
+def exchanges(part: FramePartitioner, typing: Typing, operands: list[Value], choices: dict[str, Choice]) -> bool:
+    """Whether sequence ranks hold parts of the queries and of the keys, so that they exchange tokens for heads."""
     tokens = typing.facts["attention"]["tokens"]
-    if SEQUENCE in choices and choices[SEQUENCE].operands.get(0) == tokens:
-        keys_split = part.sharding.splits[SEQUENCE].splits(typing.expected[1][tokens])
-        if keys_split and operands[1].split.get(SEQUENCE) == tokens and _one_to_one(typing):
-            return _Exchanged(part, node, typing, operands, choices).emit()
-    return LocalAttention(part, node, typing, operands, choices).emit()
+    if SEQUENCE not in choices or choices[SEQUENCE].operands.get(0) != tokens:
+        return False
+    keys_split = part.sharding.splits[SEQUENCE].splits(typing.expected[1][tokens])
+    return keys_split and operands[1].split.get(SEQUENCE) == tokens and _one_to_one(typing)
 
 
 def _one_to_one(typing: Typing) -> bool:
@@ -90,13 +96,6 @@ class LocalAttention:
     def results(self) -> dict[str, int]:
         """The dim of the result that each mesh dimension splits."""
         return {name: choice.results[0] for name, choice in self.choices.items()}
-
-    def sizes(self, at: int) -> list[int]:
-        """The shape of an operand as the mesh dimensions other than the sequence leave it."""
-        return self.part.sharding.sizes(self.typing.expected[at], required(self._others(), at))
-
-    def _others(self) -> dict[str, Choice]:
-        return {name: choice for name, choice in self.choices.items() if name != SEQUENCE}
 
     def provider(self) -> str:
         return "sdpa" if self.part.layout.provider == "auto" else self.part.layout.provider
@@ -142,7 +141,7 @@ class _Heads:
         return self.keys[1] - self.keys[0]
 
 
-class _Exchanged(LocalAttention):
+class Exchanged(LocalAttention):
     """Attention whose keys lie on all ranks."""
 
     def __init__(
@@ -152,21 +151,46 @@ class _Exchanged(LocalAttention):
         mesh = part.layout.mesh
         self.ulysses, self.ring = mesh.size("ulysses"), mesh.size("ring")
         self.u, self.r = mesh.coordinate("ulysses"), mesh.coordinate("ring")
-        split, tokens = part.sharding.splits[SEQUENCE], self.facts["tokens"]
+        ranks, tokens = range(part.parts(SEQUENCE)), self.facts["tokens"]
         self.query_axis, self.key_axis = typing.expected[0][tokens], typing.expected[1][tokens]
-        self.query_lengths = [split.length(self.query_axis, index) for index in range(split.parts)]
-        self.key_lengths = [split.length(self.key_axis, index) for index in range(split.parts)]
+        self.query_lengths, self.key_lengths = (
+            [len(self.held(axis, index)) for index in ranks] for axis in (self.query_axis, self.key_axis)
+        )
         shape, keys, values_ = (self.sizes(at) for at in range(3))
         self.batch = shape[:-3]
         self.query_heads, self.key_heads = (shape[-3], keys[-3]) if len(shape) > 2 else (1, 1)
         self.head_dim, self.value_dim = shape[-1], values_[-1]
         self.dtype = node.meta["val"].dtype
 
+    @property
+    def along(self) -> list[str]:
+        """The names of what splits the tokens."""
+        return [SEQUENCE]
+
+    def sizes(self, at: int) -> list[int]:
+        """The shape of an operand as what splits other dims than tokens leaves it."""
+        return self.part.sharding.sizes(self.typing.expected[at], required(self._others(), at))
+
+    def _others(self) -> dict[str, Choice]:
+        return {name: choice for name, choice in self.choices.items() if name not in self.along}
+
     def members(self, ring: int) -> list[int]:
         """Sequence ranks of one Ulysses group."""
         mesh = self.part.layout.mesh
         outer = mesh.names.index("ring") < mesh.names.index("ulysses")
         return [ring * self.ulysses + u if outer else u * self.ring + ring for u in range(self.ulysses)]
+
+    def held(self, axis: Axis, index: int) -> np.ndarray:
+        """Positions of a token axis that a sequence rank brings to the exchange, in its order."""
+        return self.part.sharding.positions(axis, self.along, {SEQUENCE: index})
+
+    def attended(self, ring: int) -> np.ndarray:
+        """Positions of the keys that the ranks of one Ulysses group attend to, in the order in which they have them."""
+        return np.concatenate([self.held(self.key_axis, i) for i in self.members(ring)])
+
+    def exchanged(self, at: int, rows: fx.Node) -> fx.Node:
+        """Keys or values to attend to, from those that the exchange brought: heads of this rank, its group's tokens."""
+        return rows
 
     def heads(self, u: int) -> _Heads:
         return _Heads.of(self.query_heads, self.key_heads, self.ulysses, u)
@@ -183,7 +207,8 @@ class _Exchanged(LocalAttention):
             q, k, v = (self.local.call(aten.unsqueeze.default, x, 0) for x in (q, k, v))
         if self.ulysses > 1:
             q, k, v = self._rows_to_heads(q, k, v) if self.regular else self._to_heads(q, k, v)
-        result = self._attend(q, self._aligned(k), self._aligned(v))
+        k, v = (self._aligned(self.exchanged(at, rows)) for at, rows in ((1, k), (2, v)))
+        result = self._attend(q, k, v)
         if self.ulysses > 1:
             result = self._rows_to_tokens(result) if self.regular else self._to_tokens(result)
         if len(self.typing.expected[0]) == 2:
@@ -192,7 +217,7 @@ class _Exchanged(LocalAttention):
         return [Value(result, self.typing.outs[0], self.dtype, self.results())]
 
     def _required(self, at: int, tokens: int) -> dict[str, int]:
-        return {SEQUENCE: tokens, **required(self._others(), at)}
+        return {**required(self._others(), at), **dict.fromkeys(self.along, tokens)}
 
     def _count(self) -> None:
         total = flops(self.node)
@@ -200,7 +225,7 @@ class _Exchanged(LocalAttention):
         mine = self.heads(self.u).query_count / self.query_heads if self.query_heads else 0.0
         others = math.prod(self.sizes(0)[:-2]) / math.prod(axis.size for axis in self.typing.expected[0][:-2])
         self.part.ledger.work(total, rows * mine * others, tuple(self.choices))
-        tokens = sum(self.key_lengths[i] for i in self.members(self.r))
+        tokens = len(self.attended(self.r))
         heads = self.heads(self.u).key_count if self.ulysses > 1 else self.key_heads
         held = math.prod(self.batch) * heads * tokens * (self.head_dim + self.value_dim)
         self.part.ledger.hold_keys(held * self.dtype.itemsize)
@@ -333,7 +358,7 @@ class _Exchanged(LocalAttention):
         scale = self.facts["scale"]
         if self.ring == 1:
             return self.local.call(ops.attention.default, q, k, v, mask, False, scale, self._grouped(), self.provider())
-        lengths = [sum(self.key_lengths[i] for i in self.members(r)) for r in range(self.ring)]
+        lengths = [len(self.attended(r)) for r in range(self.ring)]
         heads = self.heads(self.u) if self.ulysses > 1 else _Heads((0, self.query_heads), (0, self.key_heads))
         count = heads.key_count if self._grouped() or self.query_heads == self.key_heads else heads.query_count
         elements = math.prod(self.batch) * count * (self.head_dim + self.value_dim)
@@ -347,10 +372,8 @@ class _Exchanged(LocalAttention):
 
     def _mask(self) -> fx.Node | None:
         """The mask of this rank's heads and queries, its columns in the order in which keys arrive."""
-        split = self.part.sharding.splits[SEQUENCE]
-        rows = np.concatenate([split.positions(self.query_axis, i) for i in self.members(self.r)])
-        arriving = [i for r in range(self.ring) for i in self.members(r)]
-        columns = np.concatenate([split.positions(self.key_axis, i) for i in arriving])
+        rows = np.concatenate([self.held(self.query_axis, i) for i in self.members(self.r)])
+        columns = np.concatenate([self.attended(r) for r in range(self.ring)])
         if self.facts["is_causal"]:
             return self.local.constant(torch.from_numpy(columns[None, :] <= rows[:, None]))
         at = self.facts["mask"]

@@ -1,9 +1,12 @@
 """Attention over keys and values that stay from call to call (PipeFusion, arXiv:2405.14430; DistriFusion,
 arXiv:2402.19481).
 
-Keys and values of all tokens are kept, at their own positions. A program that computes one patch writes those of the
-patch and reads the others as they were left: by earlier patches in this step, by later ones or by other ranks in the
-step before. A program that computes all tokens writes all of them, and so does one that has them gathered.
+Keys and values of all tokens are kept. A program that computes one patch writes those of the patch and reads the others
+as they were left: by earlier patches in this step, by later ones or by other ranks in the step before. A program that
+computes all tokens writes all of them, and so does one that has them gathered.
+
+Ranks that wait for one another exchange those of a patch before they are kept, so that every rank of a group sees the
+same mixture: a rank keeps its heads of the tokens of its Ulysses group, which a ring passes on whole.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ import numpy as np
 from torch import fx
 
 from . import attention_lowering
-from .attention_lowering import LocalAttention
+from .attention_lowering import Exchanged, LocalAttention, exchanges
 from .choices import choose_all, required
-from .layout import PATCH
+from .layout import PATCH, SEQUENCE
 from .local import Value
 from .rules import Typing
 
@@ -34,10 +37,13 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     if part.layout.apart and any(operands[at].split.get(PATCH) != tokens for at in (KEYS, VALUES)):
         return attention_lowering.lower(part, node, typing, operands)
     choices = choose_all(typing, operands, part.sharding.splits)
-    return _Kept(part, node, typing, operands, choices).emit()
+    kept = _KeptExchanged if exchanges(part, typing, operands, choices) else _Kept
+    return kept(part, node, typing, operands, choices).emit()
 
 
 class _Kept(LocalAttention):
+    """Attention over keys and values at their own positions, whole on every rank."""
+
     def emit(self) -> list[Value]:
         if self.facts["dropout_p"]:
             raise ValueError(f"{self.node.name}: attention with dropout cannot be split")
@@ -60,4 +66,31 @@ class _Kept(LocalAttention):
             rows, _ = self.local.gather(rows, tokens, axes[tokens], PATCH, [name for name in names if name != PATCH])
             held = np.arange(shape[tokens])
         self.local.put(state, rows, tokens, held)
+        return state
+
+
+class _KeptExchanged(Exchanged):
+    """Attention over this rank's heads of its group's tokens, kept patch after patch, each in the exchange's order."""
+
+    @property
+    def along(self) -> list[str]:
+        return [PATCH, SEQUENCE] if PATCH in self.part.sharding.splits else [SEQUENCE]
+
+    def attended(self, ring: int) -> np.ndarray:
+        patches, split = self.part.layout.patches, self.part.sharding.splits[SEQUENCE]
+        assert patches is not None
+        held = [split.positions(self.key_axis, index) for index in self.members(ring)]
+        of_patch = [patches.positions(self.key_axis, patch) for patch in range(patches.parts)]
+        return np.concatenate([own[np.isin(own, positions)] for positions in of_patch for own in held])
+
+    def exchanged(self, at: int, rows: fx.Node) -> fx.Node:
+        order = self.attended(self.r)
+        arrived = np.concatenate([self.held(self.key_axis, index) for index in self.members(self.r)])
+        places = np.empty(self.key_axis.size, dtype=int)
+        places[order] = np.arange(len(order))
+        heads = self.heads(self.u).key_count if self.ulysses > 1 else self.key_heads
+        dims = {KEYS: self.head_dim, VALUES: self.value_dim}
+        shape = [*self.batch, heads, len(order), dims[at]]
+        state = self.local.state(f"{self.node.name}_{at}", shape, self.operands[at].dtype)
+        self.local.put(state, rows, len(self.batch) + 1, places[arrived])
         return state

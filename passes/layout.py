@@ -38,6 +38,7 @@ class Layout:
     With ``patches`` the program keeps the keys and values of all tokens from call to call; the split of `PATCH` is then
     among ``sharding`` too where the program computes one patch alone. Where ``patches`` lie on ranks, each rank keeps
     what it needs of the others': as it is now, or where ``stale`` as it was one call ago.
+    Ranks of `SEQUENCE` share every patch that is computed on one rank.
     """
 
     mesh: Mesh
@@ -74,13 +75,24 @@ class Layout:
         """Whether patches lie on ranks."""
         return PATCH in self.groups
 
+    @property
+    def one_patch(self) -> bool:
+        """Whether the program computes one patch, of which others follow."""
+        return PATCH in self.sharding.splits and not self.apart
+
     def keeping(self, patches: Split, patch: int | None) -> Layout:
         """The layout of a program that computes one patch and reads what the others left; of all patches for None."""
-        if patch is None:
-            return dataclasses.replace(self, patches=patches)
-        sharding = Sharding({PATCH: patches, **self.sharding.splits}, {PATCH: patch, **self.sharding.index})
-        parts = {PATCH: patches.parts, **self.parts}
-        return dataclasses.replace(self, sharding=sharding, parts=parts, patches=patches)
+        splits, index, parts = dict(self.sharding.splits), self.sharding.index, self.parts
+        if SEQUENCE in splits:
+            splits[SEQUENCE] = Split(SEQUENCE, parts[SEQUENCE], patches.units, within=patches)
+        if patch is not None:
+            splits, index, parts = {PATCH: patches, **splits}, {PATCH: patch, **index}, {PATCH: patches.parts, **parts}
+        return dataclasses.replace(self, sharding=Sharding(splits, index), parts=parts, patches=patches)
+
+    def alone(self) -> Layout:
+        """The layout of what is the same for all patches: ranks that share tokens or batch compute all of it each."""
+        splits = {name: split for name, split in self.sharding.splits.items() if name == TENSOR}
+        return dataclasses.replace(self, sharding=Sharding(splits, self.sharding.index), patches=None)
 
     def natural(self, axes: Sequence[Axis]) -> dict[str, int]:
         """For each mesh dimension the first dim of a tensor that it can split."""

@@ -97,8 +97,10 @@ class FramePartitioner:
         """A result in one form; None where a split value was wanted whole and is given split as well."""
         value = self.summed(self.env[leaf][0])
         if form == "gathered":
-            whole = self.coerce(value, value.axes, {}, leaf, -1)
-            return dataclasses.replace(value, node=whole, split={})
+            lies = self.layout.natural(value.axes) if self.layout.one_patch else {}
+            patch = {name: dim for name, dim in lies.items() if name == PATCH}
+            whole = self.coerce(value, value.axes, patch, leaf, -1)
+            return dataclasses.replace(value, node=whole, split=patch)
         if form == "split" and value.replicated:
             return self.sliced_where_possible(value)
         return value if form == "split" or value.replicated or only else None

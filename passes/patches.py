@@ -87,7 +87,7 @@ def one_patch(inference: Inference, layout: Layout, split: Split, patch: int) ->
     """The program of one patch: of what every patch needs alike it is given the results."""
     names = varying(inference, split)
     own = layout.keeping(split, patch)
-    return partition(inference, own, gather=False, varying=names, shared=everywhere(inference, names))
+    return partition(inference, own, varying=names, shared=everywhere(inference, names))
 
 
 def varying(inference: Inference, split: Split) -> list[str]:

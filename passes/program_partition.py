@@ -62,6 +62,8 @@ def partition(
 ) -> Partitioned:
     """Rewrite a typed program into what this rank runs; without ``gather`` results stay split.
 
+    The results of a program that computes one patch are that patch, whole in all else.
+
     Args:
         varying: names of inputs that come patch by patch.
         shared: names of captured calls that keep nothing from call to call; the program of one patch does not make
@@ -79,6 +81,7 @@ class _ProgramPartitioner:
     ):
         self.inference, self.layout, self.gather = inference, layout, gather
         self.varying, self.shared = varying, shared
+        self.one_patch = layout.one_patch
         self.root = inference.program.root
         self.frames = {frame.call: frame for frame in inference.frames}
         self.graph = fx.Graph()
@@ -108,13 +111,13 @@ class _ProgramPartitioner:
                     if isinstance(actual, fx.Node):
                         (whole if formal in wanted[node] else split).add(actual)
             elif node.op == "output":
-                (whole if self.gather else split).update(node.all_input_nodes)
+                (whole if self.gather and not self.one_patch else split).update(node.all_input_nodes)
         return wanted, whole, split
 
     def run(self) -> Partitioned:
         self._inputs()
         for node in self.root.graph.nodes:
-            if node.op == "call_module" and node.name in self.shared and PATCH in self.layout.sharding.splits:
+            if node.op == "call_module" and node.name in self.shared and self.one_patch:
                 self._given(node)
             elif node.op == "call_module":
                 self._call(node)
@@ -153,7 +156,7 @@ class _ProgramPartitioner:
     def _given_as_patches(self) -> None:
         """Inputs that vary come patch by patch, as the last step left them."""
         kinds = {given.name: given for given in self.inference.program.inputs}
-        for node in [node for node in self.env if node.name in self.varying and PATCH in self.layout.sharding.splits]:
+        for node in [node for node in self.env if node.name in self.varying and self.one_patch]:
             value = self.env[node].whole
             assert value is not None
             dim = self.layout.natural(value.axes)[PATCH]
@@ -203,16 +206,16 @@ class _ProgramPartitioner:
 
     def _call(self, node: fx.Node) -> None:
         frame = self.frames[node]
-        wanted = self.wanted[node]
+        wanted, shared = self.wanted[node], node.name in self.shared
         formals = [n for n in frame.graph.nodes if n.op == "placeholder"]
         given = [
-            self.env[actual].best(formal in wanted) if isinstance(actual, fx.Node) else actual
+            self.env[actual].best(formal in wanted or shared) if isinstance(actual, fx.Node) else actual
             for formal, actual in zip(formals, node.args, strict=True)
         ]
         users = {user.args[1]: user for user in node.users}
         results = [leaf if k in users else None for k, leaf in enumerate(results_of(frame.graph))]
         final = {item for item in users.values() if any(user.op == "output" for user in item.users)}
-        requests = [self._request(users.get(k), final) for k in range(len(results))]
+        requests = [self._request(users.get(k), final, shared) for k in range(len(results))]
         name, structure = self._structure(frame, given, results, requests)
         self.ledger.add(structure.ledger)
         states = self._states(node, structure)
@@ -259,12 +262,14 @@ class _ProgramPartitioner:
             if self.layout.stale and state.exchange is not None:
                 self.leaving[_arriving(call, state)] = state.exchange.start(self.graph, local)
 
-    def _request(self, item: fx.Node | None, final: set[fx.Node]) -> tuple[str, ...]:
+    def _request(self, item: fx.Node | None, final: set[fx.Node], shared: bool) -> tuple[str, ...]:
         """In which forms a result is needed."""
         if item is None:
             return ()
         if item in final and not self.gather:
             return ("split",)
+        if shared or item in final and self.one_patch:
+            return ("gathered",)
         if item in final:
             return ("gathered",) + (("split",) if item in self.split else ())
         return (("whole",) if item in self.whole else ()) + (("split",) if item in self.split else ())
@@ -282,7 +287,7 @@ class _ProgramPartitioner:
             frame.call.name in self.shared,
         )
         if key not in self.known:
-            layout = dataclasses.replace(self.layout, patches=None) if key[-1] else self.layout
+            layout = self.layout.alone() if key[-1] else self.layout
             partitioner = FramePartitioner(frame, layout, given, wanted, lambda n: self.inference.place(frame, n))
             structure = partitioner.run(results, requests)
             count = sum(1 for name, _ in self.known.values() if name.startswith(str(frame.call.target)))

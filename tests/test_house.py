@@ -25,7 +25,7 @@ CAPTURE = (
 )
 RUNTIME = (
     "simulated agreement verification digest build report dump deferred guidance replicas pipelines empty runtime "
-    "autoencoder distvae_provider generations patched pipes pipefusion pipeline_report"
+    "autoencoder distvae_provider generations patched pipes halves pipefusion distrifusion pipeline_report"
 )
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
 LAYERS = [

@@ -155,9 +155,8 @@ def test_schedulers_run_patch_by_patch(name, scheduler):
     held = [positions[::scale] // scale for positions in cuts.positions]
     plain = case.build()
     change(plain)
-    plain.transformer.forward = Reference(
-        plain.transformer, lambda count: tokens(held, count), (cuts.positions, -cuts.back), 1, branch
-    )
+    masks = along(cuts.positions, cuts.size, cuts.back)
+    plain.transformer.forward = Reference(plain.transformer, lambda count: tokens(held, count), masks, 1, branch)
     assert difference(found, case.call(plain, steps=5)) < 1e-4
 
 
@@ -270,7 +269,6 @@ def test_what_does_not_fit_is_refused(plan, said):
         ({"warmup_steps": 0}, "warmup_steps=0 must be at least 1"),
         ({"pipefusion": 2, "stage_layers": (1, 2, 3)}, "must have pipefusion=2 numbers, one for each stage"),
         ({"pipefusion": 2, "stage_layers": ("a", 2)}, "must be a tuple of whole numbers"),
-        ({"pipefusion": 2, "ulysses": 2}, "cannot be combined with ulysses yet"),
     ],
 )
 def test_plans_that_cannot_run(plan, said):
@@ -345,6 +343,17 @@ def test_explain_shows_the_stages():
     assert sum(entry.parameters for entry in found.stages) - found.shared == found.parameters
     assert found.stages[0].sent == 90 * 90 * 4 and found.stages[1].sent == 0
     assert "2 stages, 3 patches of 26, 26, 25 rows" in str(found)
+
+
+def test_explain_shows_what_one_rank_of_a_stage_has():
+    case = MODELS["flux"]
+    args, kwargs = case.inputs()
+    alone = xdit_compile.explain(case.build(), Plan(pipefusion=2, patches=3), args, kwargs)
+    found = xdit_compile.explain(case.build(), Plan(pipefusion=2, patches=3, ulysses=2, tensor=2), args, kwargs)
+    assert found.patches == alone.patches and found.parameters == alone.parameters
+    for one, other in zip(found.stages, alone.stages, strict=True):
+        assert one.blocks == other.blocks and one.parameters < 0.7 * other.parameters
+        assert one.states <= other.states / 2 and one.sent <= 0.52 * other.sent
 
 
 def steps_of(module: Any, args: tuple, kwargs: dict[str, Any], graphs: list[int]) -> torch.Tensor:

@@ -93,13 +93,18 @@ def run_released(rank: int, name: str, plan: Plan) -> tuple[float, float, bool, 
 
 @pytest.mark.parametrize(
     ("name", "plan"),
-    [("flux", Plan(tensor=2, backend="eager")), ("wan_t2v", Plan(tensor=2, ulysses=2, backend="eager"))],
-    ids=["flux", "wan"],
+    [
+        ("flux", Plan(tensor=2, backend="eager")),
+        ("wan_t2v", Plan(tensor=2, ulysses=2, backend="eager")),
+        pytest.param("flux", Plan(pipefusion=2, backend="eager"), marks=pytest.mark.slow),
+        pytest.param("flux", Plan(pipefusion=2, tensor=2, backend="eager"), marks=pytest.mark.slow),
+    ],
+    ids=["flux", "wan", "stages", "stages and slices"],
 )
 def test_ranks_release_what_they_do_not_need_and_restore_gathers_it(name: str, plan: Plan) -> None:
     for worst, share, same, captured_once in procs.run(run_released, plan.world_size, name, plan):
         assert worst <= 2e-5 and same and captured_once
-        assert share < 0.6
+        assert share < 0.65
 
 
 def run_other_size(rank: int) -> tuple[float, int]:

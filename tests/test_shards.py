@@ -58,6 +58,25 @@ def test_a_product_of_an_atom_with_itself_is_not_split() -> None:
     assert not Split("m", 2, [(a,)]).splits(Product((a, a)))
 
 
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("case", range(len(axes_and_units())))
+def test_parts_of_another_split_are_cut_each_by_itself(case: int, parts: int) -> None:
+    axis, units = axes_and_units()[case]
+    first = {unit[0]: (unit[0].size,) * 3 for unit in units if unit[0].size == 13}
+    outer = Split("o", 3, units, first)
+    split = Split("m", parts, units, within=outer)
+    held = [split.positions(axis, index) for index in range(parts)]
+    assert sorted(np.concatenate(held)) == list(range(axis.size))
+    assert [len(positions) for positions in held] == [split.length(axis, index) for index in range(parts)]
+    assert all(np.all(np.diff(positions) > 0) for positions in held)
+    both = Sharding({"o": outer, "m": split}, {})
+    for part in range(3):
+        counts = [len(both.positions(axis, ["o", "m"], {"o": part, "m": index})) for index in range(parts)]
+        assert sum(counts) == len(outer.positions(axis, part))
+        assert max(counts) - min(counts) <= 1 or case not in (0, 3), "what is one run is shared evenly"
+    assert split.ends(axis) is None
+
+
 def test_two_mesh_dimensions_split_one_grid() -> None:
     system = AxisSystem()
     h, w = system.atom(6), system.atom(4)

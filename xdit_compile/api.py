@@ -26,7 +26,7 @@ from .guidance import Branches
 from .kernels.providers import AttentionQuery
 from .kernels.registry import choose
 from .kernels.whole import gather_whole
-from .mesh import Mesh
+from .mesh import TEAM, Mesh
 from .passes.layout import TENSOR
 from .pipefusion import PipelineRunner
 from .pipeline_report import PipelineReport, pipeline_report
@@ -104,8 +104,8 @@ def _runner(plan: Plan, kept: Generation) -> Callable[..., Runner]:
 def restore(target: Any) -> Any:
     """Undo `parallelize`; returns ``target``.
 
-    Weights that were released are gathered, or read where they came from: with tensor parallelism every rank must call
-    this, and has room for the whole module afterwards.
+    Weights that were released are gathered, or read where they came from: with ``tensor`` or ``pipefusion`` every rank
+    must call this, and has room for the whole module afterwards.
 
     Raises:
         UsageError: nothing of ``target`` is parallelized.
@@ -214,7 +214,8 @@ def _check_provider(plan: Plan, module: nn.Module) -> None:
 
 def _take_off(module: nn.Module) -> None:
     runner = vars(module).pop(RUNNER)
-    runner.weights.recover(functools.partial(gather_whole, runner.mesh.group(TENSOR)))
+    holders = TEAM if runner.plan.pipefusion > 1 else TENSOR
+    runner.weights.recover(functools.partial(gather_whole, runner.mesh.group(holders)))
     if getattr(runner.forward, "__self__", None) is not module or runner.forward.__func__ is not type(module).forward:
         module.forward = runner.forward
 

@@ -56,11 +56,14 @@ def analyse(
 
 
 def choose_units(inference: Inference, plan: Plan) -> Chosen:
-    """What each kind of parallelism in the plan splits; a batch of one is not split, its calls are shared instead."""
+    """What each kind of parallelism in the plan splits; a batch of one is not split, its calls are shared instead.
+
+    Of a plan with patches ranks share the tokens of each patch: what that splits follows from the patches.
+    """
     return {
         BATCH: choose_batch(inference, plan.cfg),
         PATCH: choose_tokens(inference, plan, PATCH),
-        SEQUENCE: choose_tokens(inference, plan),
+        SEQUENCE: choose_tokens(inference, plan) if plan.patch_count == 1 else (),
         TENSOR: choose_features(inference, plan),
     }
 
@@ -130,7 +133,8 @@ def separated(analysis: Analysis, plan: Plan) -> Analysis:
         names = varying(analysis.inference, split)
         if names:
             program = separate(analysis.program, names)
-            return Analysis(program, infer(program, rulebook()), analysis.units)
+            inference = infer(program, rulebook())
+            return Analysis(program, inference, choose_units(inference, plan))
     return analysis
 
 
@@ -148,7 +152,8 @@ def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, in
     split = choose_patches(inference, plan)
     names = varying(inference, split)
     stages = assign(inference, names, count, plan.stage_layers, places)
-    layout, stage = Layout.of(plan, mesh, {}), mesh.coordinate("pipefusion")
+    layout = Layout.of(plan, mesh, {**analysis.units, SEQUENCE: split.units})
+    stage = mesh.coordinate("pipefusion")
     full = partition(inference, layout.keeping(split, None), shared=everywhere(inference, names))
     patches = [one_patch(inference, layout, split, at).program for at in range(split.parts)]
     users = {given.name: int(given.target) for given in analysis.program.inputs if given.kind == "user"}

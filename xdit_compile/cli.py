@@ -93,7 +93,18 @@ def _rank_prefix() -> str:
 
 def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags of a plan; the command is given the plan that they make."""
-    flags = {
+    flags = {**_degree_flags(), **_vae_flags(), **_choice_flags()}
+
+    @functools.wraps(command)
+    def with_plan(**given: Any) -> Any:
+        plan = plan_from_flags(**{name: given.pop(name) for name in flags})
+        return command(plan=plan, **given)
+
+    return _flagged(with_plan, *flags.values())
+
+
+def _degree_flags() -> dict[str, Any]:
+    return {
         "ulysses_degree": click.option(
             "--ulysses_degree", type=int, default=1, help="Ranks that exchange tokens for heads."
         ),
@@ -127,6 +138,11 @@ def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         "use_cfg_parallel": click.option(
             "--use_cfg_parallel", is_flag=True, help="Two ranks share the branches of guidance."
         ),
+    }
+
+
+def _vae_flags() -> dict[str, Any]:
+    return {
         "use_parallel_vae": click.option(
             "--use_parallel_vae", is_flag=True, help="Split the rows that the autoencoder decodes and encodes."
         ),
@@ -139,6 +155,11 @@ def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         "vae_memory": click.option(
             "--vae_memory", help="Activations that the parallel autoencoder may hold on a rank, such as 2GiB."
         ),
+    }
+
+
+def _choice_flags() -> dict[str, Any]:
+    return {
         "split_scheme": click.option(
             "--split_scheme",
             default=Plan.split_scheme,
@@ -152,13 +173,6 @@ def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "--attention", default=Plan.attention, help="Attention provider; auto takes the best available."
         ),
     }
-
-    @functools.wraps(command)
-    def with_plan(**given: Any) -> Any:
-        plan = plan_from_flags(**{name: given.pop(name) for name in flags})
-        return command(plan=plan, **given)
-
-    return _flagged(with_plan, *flags.values())
 
 
 def _model_flags(command: Callable[..., Any]) -> Callable[..., Any]:

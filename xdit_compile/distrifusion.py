@@ -78,7 +78,7 @@ class StaleRunner(Runner):
     def _computing(self, prepared: Prepared, leaves: list[Any]) -> Computing:
         assert isinstance(prepared, Shared)
         device = device_of(leaves)
-        branch = self.generation.branch(prepared, prepared.constants(leaves), lambda: prepared.states(device))
+        branch = self.generation.branch(self, prepared, prepared.constants(leaves), lambda: prepared.states(device))
         branch.enter(tuple(leaves[at] for at in sorted(prepared.stepping)))
         fresh = branch.steps <= self.plan.warmup_steps or branch.mixed or not self.generation.active
         way = prepared.at_once if fresh else prepared.on
@@ -99,8 +99,8 @@ class StaleRunner(Runner):
     def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Waiting for other ranks, going on with what that left, and with what this left: the same, the step is."""
         assert isinstance(prepared, Shared)
-        branch = Branch(prepared.states(device_of(leaves)))
+        branch = Branch(lambda: prepared.states(device_of(leaves)))
         yield prepared.at_once(self.weights, leaves, branch.states)
         for _ in range(2):
             yield prepared.on(self.weights, leaves, branch.states)
-        branch.settle()
+        branch.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 
 from .digest import digest_tensors
 from .errors import UsageError
+from .patched import Part
 
 States = dict[str | int, torch.Tensor]
 
@@ -20,15 +22,32 @@ class Branch:
     """One branch of guidance: the calls of a denoiser that differ in nothing but the step.
 
     Args:
-        states: what its programs keep, by name.
+        fresh: makes the states that it begins with.
+        index: its place among the branches of one denoiser, in the order of their first calls.
         steps: how many calls it has seen.
         mixed: whether two of these calls were of one step, so that what is kept belongs to neither.
     """
 
-    states: States
+    fresh: Callable[[], States]
+    index: int = 0
     steps: int = 0
     mixed: bool = False
     _latest: tuple[torch.Tensor, ...] = ()
+    _asked: tuple[Part, ...] = ()
+
+    @functools.cached_property
+    def states(self) -> States:
+        """What its programs keep, by name; made where they are first asked for."""
+        return self.fresh()
+
+    def settle(self, given: tuple[Part, ...]) -> None:
+        """Get what the last step's call was given, where it comes here, and remember what this one's is.
+
+        What no rank reads would be put off from step to step, with all that it is made of.
+        """
+        for part in self._asked:
+            part.value()
+        self._asked = given
 
     def enter(self, varying: tuple[torch.Tensor, ...]) -> None:
         """Note a call, by its inputs that change from step to step: the same ones again are no other step."""
@@ -43,9 +62,9 @@ class Branch:
         self._latest = varying
         self.steps += 1
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Wait for what is on its way, as nothing will ask for it."""
-        for tensor in self.states.values():
+        for tensor in vars(self).get("states", {}).values():
             torch.ops._c10d_functional.wait_tensor(tensor)
 
 
@@ -60,7 +79,7 @@ class Generation:
         self.warmup = warmup
         self.number = 0
         self.active = False
-        self._branches: dict[tuple[int, str], Branch] = {}
+        self._branches: dict[tuple[int, int, str], Branch] = {}
         self._digests: dict[tuple[int, int], tuple[torch.Tensor, str]] = {}
 
     @contextmanager
@@ -80,25 +99,32 @@ class Generation:
         try:
             yield
             for branch in self._branches.values():
-                branch.settle()
+                branch.finish()
         finally:
             self.active = False
             self._branches.clear()
             self._digests.clear()
 
-    def branch(self, program: object, constants: list[torch.Tensor], fresh: Callable[[], States]) -> Branch:
+    def branches(self, denoiser: object) -> int:
+        """How many branches of a denoiser this generation has had so far."""
+        return sum(key[0] == id(denoiser) for key in self._branches)
+
+    def branch(
+        self, denoiser: object, program: object, constants: list[torch.Tensor], fresh: Callable[[], States]
+    ) -> Branch:
         """The branch of a call, by what does not change from step to step.
 
         Args:
-            program: tells programs apart.
+            denoiser: tells denoisers apart.
+            program: tells the programs of one apart.
             constants: the inputs that make a branch.
             fresh: makes the states that a new branch begins with.
         """
         if not self.active:
-            return Branch(fresh())
-        key = (id(program), " ".join(map(self._digest, constants)))
+            return Branch(fresh)
+        key = (id(denoiser), id(program), " ".join(map(self._digest, constants)))
         if key not in self._branches:
-            self._branches[key] = Branch(fresh())
+            self._branches[key] = Branch(fresh, self.branches(denoiser))
         return self._branches[key]
 
     def _digest(self, tensor: torch.Tensor) -> str:

@@ -85,10 +85,7 @@ class Branches:
         if len(waiting) == 1:
             module = waiting[0].module
             if not self.shared and (asking in (None, module) or module in self._lonely):
-                raise XditCompileError(
-                    f"cfg={self._size} but this pipeline makes one call of the denoiser with one image per step: it is "
-                    "guidance-distilled or runs without guidance; use cfg=1, or a guidance scale above 1"
-                )
+                raise alone(self._size)
             self._lonely.append(module)
             self.alone += 1
             waiting[0].source.fill(waiting[0].run())
@@ -108,6 +105,14 @@ class Branches:
             own = torch.cat(parts) if parts else waiting[0].likes[0].new_empty(0, dtype=dtype)
             flat[dtype] = torch.ops.xdit_compile.all_gather(own, 0, sizes, self._group)
         return _unpacked(waiting, flat)
+
+
+def alone(size: int) -> XditCompileError:
+    """What to raise where ``size`` ranks should share branches of guidance and there is one."""
+    return XditCompileError(
+        f"cfg={size} but this pipeline makes one call of the denoiser with one image per step: it is "
+        "guidance-distilled or runs without guidance; use cfg=1, or a guidance scale above 1"
+    )
 
 
 def _unpacked(waiting: Sequence[_Waiting], flat: dict[torch.dtype, torch.Tensor]) -> list[list[torch.Tensor]]:

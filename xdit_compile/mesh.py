@@ -22,6 +22,8 @@ TEAM = ("pipefusion", "distrifusion", "ring", "ulysses", "tensor")
 """Ranks that compute one call of a denoiser together, whatever the batch."""
 REPLICA = ("cfg", *TEAM)
 """Ranks that make the same images."""
+PIPELINES = ("cfg", "pipefusion")
+"""The stages of all pipelines among the ranks that make the same images, each with a branch of guidance."""
 ALONE = ""
 _SIMULATED = "sim/"
 
@@ -199,7 +201,7 @@ def is_simulated(group: str) -> bool:
 
 def _subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The sets of dimensions that have a group, each in mesh order."""
-    wanted = [*((name,) for name in names), SEQUENCE, TEAM, REPLICA, names]
+    wanted = [*((name,) for name in names), SEQUENCE, PIPELINES, TEAM, REPLICA, names]
     return list(dict.fromkeys(tuple(name for name in names if name in chosen) for chosen in wanted))
 
 

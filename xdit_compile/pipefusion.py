@@ -18,7 +18,10 @@ from torch.utils import _pytree as pytree
 
 from .build import Analysis, Lie, Pipeline, place_stage, separated
 from .generations import Branch, Generation
+from .guidance import alone
+from .halves import Halves
 from .interpret import assemble, bind
+from .passes.layout import BATCH
 from .passes.stages import Stage
 from .patched import Cut, Part, PatchedTensor, whole_of
 from .pipes import Arriving, Pipe
@@ -43,6 +46,15 @@ class Flow(Prepared):
     @property
     def programs(self) -> Sequence[Program]:
         return self.pipeline.programs
+
+    @property
+    def patches(self) -> range:
+        """The patches, by number."""
+        return range(len(self.pipeline.patches))
+
+    def likes(self, patch: int) -> list[torch.Tensor]:
+        """Tensors of the shapes and dtypes of the results of one patch, on the meta device."""
+        return [lie.likes[patch] for lie in self.pipeline.results]
 
     def constants(self, leaves: list[Any]) -> list[torch.Tensor]:
         """The inputs that tell branches of guidance apart: neither the time of a step nor what every patch has its
@@ -95,6 +107,7 @@ class PipelineRunner(Runner):
         self.places: dict[str, int] = {}
         group = self.mesh.group("pipefusion")
         self.pipe = Pipe(group) if group else None
+        self.halves = Halves(self.mesh)
         self.stage, self.last = self.mesh.coordinate("pipefusion"), self.mesh.size("pipefusion") - 1
 
     @torch.no_grad()
@@ -103,11 +116,37 @@ class PipelineRunner(Runner):
         flow = self._known(args, kwargs, leaves)
         assert isinstance(flow, Flow)
         device = device_of(leaves)
-        branch = self.generation.branch(flow, flow.constants(leaves), lambda: flow.states(device))
+        branch = self.generation.branch(self, flow, flow.constants(leaves), lambda: flow.states(device))
         branch.enter(tuple(leaves[at] for at in flow.pipeline.varying))
         fresh = branch.steps <= self.plan.warmup_steps or branch.mixed or not self.generation.active
+        if self.halves.count > 1 and self.generation.active and not flow.analysis.units.get(BATCH):
+            return assemble(flow.program, tuple(self._on_one_half(flow, leaves, branch, fresh)))
         tensors = self._at_once(flow, leaves, branch) if fresh else self._in_patches(flow, leaves, branch)
         return assemble(flow.program, tuple(tensors))
+
+    def _on_one_half(self, flow: Flow, leaves: list[Any], branch: Branch, fresh: bool) -> list[PatchedTensor]:
+        """A branch of guidance that one pipeline computes, while the others compute theirs; results in patches on all.
+
+        Raises:
+            XditCompileError: the generation has no other branch.
+        """
+        if branch.steps > 1 and self.generation.branches(self) == 1:
+            raise alone(self.plan.cfg)
+        self.halves.turn()
+        given = [part for leaf in leaves if isinstance(leaf, PatchedTensor) for part in leaf.parts]
+        branch.settle(tuple(part for part in given if part.here))
+        device, half = device_of(leaves), branch.index % self.halves.count
+        if half != self.halves.here:
+            return self._patched(flow, [self._taken(flow, at, device, half) for at in flow.patches], device)
+        if not fresh:
+            return self._in_patches(flow, leaves, branch, shared=True)
+        found = self._stage_at_once(flow, leaves, branch)
+        done: list[Sequence[torch.Tensor]] = [()] * len(flow.patches)
+        if self.stage == self.last:
+            done = [[cut.take(each, at) for each, cut in zip(found, flow.results, strict=True)] for at in flow.patches]
+            for results in done:
+                self._give(results, shared=True)
+        return self._patched(flow, self._parts(flow, done, device), device)
 
     def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
         args, kwargs = pytree.tree_map(whole_of, (args, kwargs))
@@ -126,6 +165,7 @@ class PipelineRunner(Runner):
 
     def _release(self, prepared: Prepared) -> None:
         self.taken += prepared.programs
+        self.weights.release(self.taken)
         self.weights.release_others(self.taken)
 
     def _cut(self, lie: Lie, known: dict[tuple, tuple[torch.Tensor, ...]]) -> Cut:
@@ -137,7 +177,7 @@ class PipelineRunner(Runner):
     def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """All tokens at once, and patch by patch with what that left: the same, because the step is."""
         assert isinstance(prepared, Flow)
-        branch = Branch(prepared.states(device_of(leaves)))
+        branch = Branch(lambda: prepared.states(device_of(leaves)))
         self._compile(prepared, leaves, branch)
         yield tuple(self._at_once(prepared, leaves, branch))
         yield tuple(map(whole_of, self._in_patches(prepared, leaves, branch)))
@@ -153,6 +193,16 @@ class PipelineRunner(Runner):
 
     def _at_once(self, flow: Flow, leaves: list[Any], branch: Branch) -> list[torch.Tensor]:
         """All tokens, stage after stage; the results on every rank."""
+        found, device = self._stage_at_once(flow, leaves, branch), device_of(leaves)
+        if self.pipe is None:
+            return list(found)
+        if self.stage < self.last:
+            likes = [lie.likes for lie in flow.pipeline.results]
+            found = [cut.empty(parts, device) for cut, parts in zip(flow.results, likes, strict=True)]
+        return [self.pipe.broadcast(tensor, self.last) for tensor in found]
+
+    def _stage_at_once(self, flow: Flow, leaves: list[Any], branch: Branch) -> Sequence[torch.Tensor]:
+        """This stage of all tokens; the last one has the results."""
         leaves = [whole_of(leaf) for leaf in leaves]
         device, stage = device_of(leaves), flow.pipeline.full
         self._turn()
@@ -162,16 +212,14 @@ class PipelineRunner(Runner):
         found: Sequence[torch.Tensor] = flow.runs[0](
             *bind(stage.program, self.weights, leaves, branch.states), *received
         )
-        if self.pipe is None:
-            return list(found)
-        if self.stage < self.last:
+        if self.pipe is not None and self.stage < self.last:
             self.pipe.send(found, self.stage + 1)
-            likes = [lie.likes for lie in flow.pipeline.results]
-            found = [cut.empty(parts, device) for cut, parts in zip(flow.results, likes, strict=True)]
-        return [self.pipe.broadcast(tensor, self.last) for tensor in found]
+        return found
 
-    def _in_patches(self, flow: Flow, leaves: list[Any], branch: Branch) -> list[PatchedTensor]:
-        """Patch after patch, with the keys and values that other patches left."""
+    def _in_patches(
+        self, flow: Flow, leaves: list[Any], branch: Branch, shared: bool = False
+    ) -> list[PatchedTensor]:  # fmt: skip
+        """Patch after patch, with the keys and values that other patches left; ``shared`` with other pipelines."""
         self._drains.between(self.generation.number)
         self._turn()
         device = device_of(leaves)
@@ -185,10 +233,21 @@ class PipelineRunner(Runner):
             kept.update((target, given[target][at].value()) for target in wanted)
             tensors = bind(stage.program, self.weights, leaves, kept)
             found = flow.runs[at + 1](*tensors, *arriving[at]())
-            if self.pipe is not None:
-                self.pipe.send(found, self.stage + 1 if self.stage < self.last else 0)
+            if self.pipe is not None and self.stage < self.last:
+                self.pipe.send(found, self.stage + 1)
+            else:
+                self._give(found, shared)
             done.append(found)
-        parts = self._parts(flow, done, device)
+        return self._patched(flow, self._parts(flow, done, device), device)
+
+    def _give(self, found: Sequence[torch.Tensor], shared: bool) -> None:
+        """Send the results of a patch from the last stage to where they are needed."""
+        if self.pipe is not None:
+            self.pipe.send(found, 0)
+        if shared:
+            self.halves.give(found)
+
+    def _patched(self, flow: Flow, parts: list[list[Part]], device: torch.device) -> list[PatchedTensor]:
         return [PatchedTensor([part[k] for part in parts], cut, device) for k, cut in enumerate(flow.results)]
 
     def _turn(self) -> None:
@@ -204,15 +263,15 @@ class PipelineRunner(Runner):
         """The results patch by patch: here on the last stage, on their way on the first, on no other."""
         if self.stage == self.last:
             return [[Part.of(tensor) for tensor in found] for found in done]
-        found = []
-        for at in range(len(done)):
-            likes = [lie.likes[at] for lie in flow.pipeline.results]
-            if self.stage or self.pipe is None:
-                found.append([Part(like) for like in likes])
-                continue
-            arriving = self.pipe.receive(likes, device, self.last)
-            found.append([Part(like, make=_item(arriving, k)) for k, like in enumerate(likes)])
-        return found
+        if self.stage or self.pipe is None:
+            return [[Part(like) for like in flow.likes(at)] for at in flow.patches]
+        return [_coming(self.pipe.receive(flow.likes(at), device, self.last), flow.likes(at)) for at in flow.patches]
+
+    def _taken(self, flow: Flow, at: int, device: torch.device, half: int) -> list[Part]:
+        """The results of a patch that another pipeline computes: on their way to the first and last stage here."""
+        if self.stage in (0, self.last):
+            return _coming(self.halves.take(flow.likes(at), device, half), flow.likes(at))
+        return [Part(like) for like in flow.likes(at)]
 
     def _patches(self, leaf: torch.Tensor, cut: Cut) -> list[Part]:
         """An input patch by patch."""
@@ -232,6 +291,10 @@ class PipelineRunner(Runner):
         whole = whole if self.pipe is None else self.pipe.broadcast(whole, self.last)
         self._drains.seconds += time.perf_counter() - begin
         return whole
+
+
+def _coming(arriving: Arriving, likes: Sequence[torch.Tensor]) -> list[Part]:
+    return [Part(like, make=_item(arriving, k)) for k, like in enumerate(likes)]
 
 
 def _item(arriving: Arriving, at: int) -> Callable[[], torch.Tensor]:

@@ -14,7 +14,7 @@ from .report import printed
 
 @dataclasses.dataclass(frozen=True)
 class StageEntry:
-    """One stage: repeated blocks, elements of parameters, and bytes.
+    """One stage, on the first of its ranks: repeated blocks, elements of parameters, and bytes.
 
     ``states`` stay on the rank from step to step, for one branch of guidance; ``sent`` leaves it in one call after the
     warm-up, all patches together.
@@ -54,10 +54,12 @@ def pipeline_report(analysis: Analysis, plan: Plan) -> PipelineReport:
         PartitionError: as `place_stage` does.
     """
     analysis = separated(analysis, plan)
-    ranks = (Mesh.simulated(plan, rank) for rank in range(plan.pipefusion))
-    stages = [place_stage(analysis, plan, mesh, {}) for mesh in ranks]
+    ranks = Mesh.simulated(plan, 0).peers("pipefusion")
+    stages = [place_stage(analysis, plan, Mesh.simulated(plan, rank), {}) for rank in ranks]
     held = [_parameters(stage) for stage in stages]
-    everything = {name: size for one in held for name, size in one.items()}
+    everything = {
+        name: math.prod(whole.shape) for stage in stages for name, (_, whole) in stage.taken("parameter").items()
+    }
     several = [name for name in everything if sum(name in one for one in held) > 1]
     entries = [
         StageEntry(

@@ -35,8 +35,9 @@ class Plan:
         data: replicas that share the images of one call.
         tensor: ranks that share heads and feed-forward channels, and with them the weights (Megatron-LM,
             arXiv:1909.08053).
-        pipefusion: stages of a pipeline of blocks, one rank each, through which ``patches`` parts of the tokens flow;
-            keys and values of other patches are the previous step's (PipeFusion, arXiv:2405.14430).
+        pipefusion: stages of a pipeline of blocks, through which ``patches`` parts of the tokens flow; ranks of a stage
+            share every patch by ``ulysses``, ``ring`` and ``tensor``, pipelines the branches by ``cfg``. Keys and
+            values of other patches are the previous step's (PipeFusion, arXiv:2405.14430).
         patches: parts of the tokens; as many as stages by default. With several, one stage works too.
         distrifusion: ranks that share the tokens and take keys, values and rows of one another from the previous step,
             so that nobody waits (DistriFusion, arXiv:2402.19481).
@@ -170,9 +171,6 @@ class Plan:
             found.append(f"stage_layers={layers!r} must be a tuple of whole numbers of at least 1")
         elif layers is not None and len(layers) != self.pipefusion:
             found.append(f"stage_layers={layers!r} must have pipefusion={self.pipefusion} numbers, one for each stage")
-        if not found and self.patch_count > 1:
-            others = [name for name in ("cfg", "ring", "ulysses", "tensor") if getattr(self, name) > 1]
-            found += [f"pipefusion cannot be combined with {' and '.join(others)} yet; set them to 1"] if others else []
         if not found and self.distrifusion > 1:
             others = [name for name in ("pipefusion", "ring", "ulysses") if getattr(self, name) > 1]
             others += ["patches"] if self.patch_count > self.pipefusion else []

@@ -191,7 +191,7 @@ class Runner:
                 self.prepared[dataclasses.replace(key, modules=after)] = self.prepared.pop(key)
 
     def _release(self, prepared: Prepared) -> None:
-        self.weights.release(prepared.program)
+        self.weights.release(prepared.programs)
 
     def _verify(self, prepared: Prepared, args: tuple, kwargs: dict, leaves: list[Any]) -> None:
         try:

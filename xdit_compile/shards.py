@@ -34,13 +34,22 @@ class Split:
         units: what is split; every unit is cut into ``parts`` by itself.
         cuts: for some axes, whole ones or factors, where the part of each rank ends, in place of an even share: rows
             that an operator with a window makes lie where the rows lie that it reads.
+        within: another split of the same units, every part of which is cut by itself: a rank holds its share of each.
     """
 
-    def __init__(self, dim: str, parts: int, units: Iterable[Unit], cuts: Mapping[Axis, tuple[int, ...]] | None = None):
+    def __init__(
+        self,
+        dim: str,
+        parts: int,
+        units: Iterable[Unit],
+        cuts: Mapping[Axis, tuple[int, ...]] | None = None,
+        within: Split | None = None,
+    ):
         self.dim = dim
         self.parts = parts
         self.units = tuple(sorted(units, key=len, reverse=True))
         self.cuts = dict(cuts or {})
+        self.within = within
         self._known: dict[int, tuple[Axis, tuple[int, int] | bool]] = {}
         self._places: dict[int, tuple[Axis, tuple[bytes, ...] | None]] = {}
 
@@ -93,8 +102,7 @@ class Split:
     def _held(self, middle: Sequence[Axis], index: int) -> int:
         if self._joined(middle):
             return self.length(middle[0], index)
-        start, stop = self._share(middle, index)
-        return stop - start
+        return sum(stop - start for start, stop in self._shares(middle, index))
 
     def _joined(self, middle: Sequence[Axis]) -> bool:
         """Whether the factor that is split is a concatenation of parts that are split, each by itself."""
@@ -103,6 +111,17 @@ class Split:
     def cuts_whole(self, axis: Axis) -> bool:
         """Whether an axis is a concatenation that is split by its own positions, not by those of its parts."""
         return isinstance(axis, Concat) and (axis in self.cuts or (axis,) in self.units)
+
+    def _shares(self, middle: Sequence[Axis], index: int) -> list[tuple[int, int]]:
+        """The runs of neighbouring positions that a rank holds of what is cut as one, in order."""
+        if self.within is None:
+            return [self._share(middle, index)]
+        found = []
+        for outer in range(self.within.parts):
+            begin, end = self.within._share(middle, outer)
+            start, stop = share(end - begin, self.parts, index)
+            found.append((begin + start, begin + stop))
+        return found
 
     def _share(self, middle: Sequence[Axis], index: int) -> tuple[int, int]:
         ends = self.cuts.get(middle[0]) if len(middle) == 1 else None
@@ -123,12 +142,15 @@ class Split:
         if self._joined(middle):
             kept = self.positions(middle[0], index)
         else:
-            kept = np.arange(*self._share(middle, index))
+            kept = np.concatenate([np.arange(*run) for run in self._shares(middle, index)])
         shape = [math.prod(f.size for f in group) for group in (outer, middle, inner)]
         return np.arange(axis.size).reshape(shape)[:, kept].reshape(-1)
 
     def ends(self, axis: Axis) -> tuple[int, ...] | None:
-        """Where the part of each rank ends; None where ranks do not hold neighbouring positions, in rank order."""
+        """Where the part of each rank ends; None where ranks do not hold neighbouring positions, in rank order, or hold
+        some of every part of another split."""
+        if self.within is not None:
+            return None
         held = [self.positions(axis, index) for index in range(self.parts)]
         if not np.array_equal(np.concatenate(held), np.arange(axis.size)):
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ def run_simulated(
     args: tuple,
     kwargs: dict,
     observe: Callable[[int, Any, tuple[Any, ...]], None] | None = None,
+    kept: Sequence[Mapping[str | int, torch.Tensor]] | None = None,
 ) -> list[Any]:
     """Each rank's result of a call, collectives computed by their plain definitions.
 
@@ -39,12 +40,15 @@ def run_simulated(
         programs: the local program of every rank, partitioned on a simulated mesh.
         module: holds the weights.
         observe: told of every collective: the rank, the op and its arguments.
+        kept: for every rank what its program takes beside the call's own arguments; see `bind`.
 
     Raises:
         AgreementError: when ranks do not meet at the same collectives.
     """
     leaves, weights = pytree.tree_leaves((args, kwargs)), Weights(module)
-    found = run_ranks(programs, [bind(program, weights, leaves) for program in programs], observe)
+    own = kept or [{}] * len(programs)
+    given = [bind(program, weights, leaves, each) for program, each in zip(programs, own, strict=True)]
+    found = run_ranks(programs, given, observe)
     return [assemble(program, tensors) for program, tensors in zip(programs, found, strict=True)]
 
 

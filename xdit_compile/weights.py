@@ -101,14 +101,16 @@ class Weights:
             if parameter.is_meta:
                 self.put_back(name, self._read(name, ()))
 
-    def release(self, program: Program) -> None:
-        """Give back the memory of parameters of which a program takes slices alone; the first parameter stays."""
+    def release(self, programs: Iterable[Program]) -> None:
+        """Give back the memory of parameters of which programs take one and the same slice; the first one stays."""
         first = next(self.module.parameters(), None)
-        for given in program.inputs:
-            if given.kind != "parameter" or not given.pieces:
-                continue
+        taken = [given for program in programs for given in program.inputs if given.kind == "parameter"]
+        pieces: dict[str, set[tuple[Piece, ...]]] = {}
+        for given in taken:
+            pieces.setdefault(str(given.target), set()).add(given.pieces)
+        for given in taken:
             name, whole = str(given.target), self.module.get_parameter(str(given.target))
-            if whole.is_meta or whole is first:
+            if not given.pieces or len(pieces[name]) > 1 or whole.is_meta or whole is first:
                 continue
             self.find(given)
             self._replace(whole, nn.Parameter(torch.empty_like(whole, device="meta"), whole.requires_grad))
