@@ -24,7 +24,7 @@ from xdit_compile.passes.layout import PATCH, SEQUENCE, Layout
 from xdit_compile.passes.patches import choose_patches
 from xdit_compile.program import Program
 
-TURNED = ("data", "cfg", "tensor", "ulysses", "ring", "pipefusion")
+TURNED = ("data", "cfg", "tensor", "ulysses", "ring", "pipefusion", "distrifusion")
 
 
 def label(value: Any) -> str:
@@ -70,7 +70,7 @@ def check(name: str, plan: Plan) -> None:
         pytest.param("sd3", Plan(patches=2, ulysses=2, ring=3, mesh_order=TURNED), marks=pytest.mark.slow),
         pytest.param("sana", Plan(patches=3, ulysses=2), marks=pytest.mark.slow),
         pytest.param("wan_t2v", Plan(patches=2, ulysses=3), marks=pytest.mark.slow),
-        pytest.param("hunyuanvideo", Plan(patches=2, ring=2), marks=pytest.mark.slow),
+        pytest.param("hunyuan_video", Plan(patches=2, ring=2), marks=pytest.mark.slow),
     ],
     ids=label,
 )
