@@ -105,19 +105,27 @@ def varying(inference: Inference, split: Split) -> list[str]:
     return found
 
 
-def stepping(inference: Inference, units: Iterable[Unit]) -> list[str]:
-    """Names of the inputs that have positions of the result's own tokens: they may change from step to step."""
-    made = {id(atom) for axes in _finals(inference) for axis in axes for atom in atoms(axis)}
+def stepping(inference: Inference, units: Iterable[Unit]) -> tuple[list[str], list[str]]:
+    """Names of the inputs that have positions of the result's own tokens, which may change from step to step; then of
+    those among them that are shaped as the result but for one dim, which do."""
+    finals = list(_finals(inference))
+    made = {id(atom) for axes in finals for axis in axes for atom in atoms(axis)}
     cut = {id(atom) for unit in units for axis in unit for atom in atoms(axis)} & made
     users = {given.name for given in inference.program.inputs if given.kind == "user"}
-    return [
-        node.name
-        for node in inference.program.root.graph.find_nodes(op="placeholder")
-        if node.name in users and any(id(atom) in cut for axis in inference.axes[node][0] for atom in atoms(axis))
-    ]
+    found, alike = [], []
+    for node in inference.program.root.graph.find_nodes(op="placeholder"):
+        axes = inference.axes[node][0]
+        if node.name in users and any(id(atom) in cut for axis in axes for atom in atoms(axis)):
+            found.append(node.name)
+            if any(len(axes) == len(final) and len(_resized(axes, final)) <= 1 for final in finals):
+                alike.append(node.name)
+    return found, alike
 
 
 def _alike(axes: list[Axis], final: list[Axis], split: Split) -> bool:
-    other = [dim for dim, (one, two) in enumerate(zip(axes, final, strict=False)) if one.size != two.size]
     lie = [[split.places(axis) for axis in each] for each in (axes, final)]
-    return len(axes) == len(final) and len(other) <= 1 and lie[0] == lie[1]
+    return len(axes) == len(final) and len(_resized(axes, final)) <= 1 and lie[0] == lie[1]
+
+
+def _resized(axes: list[Axis], final: list[Axis]) -> list[int]:
+    return [dim for dim, (one, two) in enumerate(zip(axes, final, strict=False)) if one.size != two.size]

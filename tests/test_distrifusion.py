@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -277,6 +278,30 @@ def test_plans_that_cannot_run(plan, said):
         Plan(**plan).check()
 
 
+def twice_a_step(rank: int, plan: Plan | None) -> torch.Tensor:
+    """Steps of two calls that differ in a label for each image alone."""
+    case = MODELS["dit"]
+    module = case.build()
+    (latents,), kwargs = case.inputs()
+    other = {**kwargs, "class_labels": kwargs["class_labels"].flip(0)}
+    if plan is not None:
+        xdit_compile.parallelize(module, plan)
+    running = xdit_compile.generation(module) if plan is not None else contextlib.nullcontext()
+    with running, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            one, two = (module(latents, **each)[0] for each in (kwargs, other))
+            latents = latents - 0.1 * (two + one)[:, : latents.shape[1]]
+    return latents
+
+
+@pytest.mark.slow
+def test_calls_that_nothing_tells_apart_are_exact():
+    expected = twice_a_step(0, None)
+    for found in procs.run(twice_a_step, 2, Plan(distrifusion=2, backend="eager")):
+        assert difference(found, expected) < 2e-5
+
+
 def shared_by(name: str, ranks: int) -> tuple[Captured, list[Shared]]:
     """A model's programs on every rank of a simulated mesh."""
     model, plan = captured(name), Plan(distrifusion=ranks)
@@ -284,10 +309,8 @@ def shared_by(name: str, ranks: int) -> tuple[Captured, list[Shared]]:
     found = []
     for rank in range(ranks):
         fresh, stale = (place(analysis, plan, Mesh.simulated(plan, rank), stale=late) for late in (False, True))
-        at = frozenset[int]()
-        found.append(
-            Shared(analysis, fresh.program, fresh.program.root, stale.program, stale.program.root, stale.leaving, at)
-        )
+        ways = fresh.program, fresh.program.root, stale.program, stale.program.root
+        found.append(Shared(analysis, *ways, stale.leaving, frozenset(), ()))
     return model, found
 
 

@@ -32,13 +32,15 @@ class Shared(Prepared):
     Args:
         stale: the program that waits for nothing, and ``run_stale`` what runs it.
         leaving: names of what it sends, after its results.
-        stepping: positions among the flat inputs of those that may change from step to step.
+        stepping: positions among the flat inputs of those that may change from step to step, and ``varying`` of those
+            among them that do.
     """
 
     stale: Program
     run_stale: Run
     leaving: tuple[str, ...]
     stepping: frozenset[int]
+    varying: tuple[int, ...]
 
     @property
     def programs(self) -> Sequence[Program]:
@@ -79,9 +81,8 @@ class StaleRunner(Runner):
         assert isinstance(prepared, Shared)
         device = device_of(leaves)
         branch = self.generation.branch(self, prepared, prepared.constants(leaves), lambda: prepared.states(device))
-        branch.enter(tuple(leaves[at] for at in sorted(prepared.stepping)))
-        fresh = branch.steps <= self.plan.warmup_steps or branch.mixed or not self.generation.active
-        way = prepared.at_once if fresh else prepared.on
+        branch.enter(tuple(leaves[at] for at in prepared.varying))
+        way = prepared.at_once if self.generation.waits(branch) else prepared.on
         return lambda given: way(self.weights, given, branch.states)
 
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
@@ -89,12 +90,11 @@ class StaleRunner(Runner):
         for each in (fresh, stale):
             each.program.root.to(device)
         dump(analysis, stale, self.mesh.rank)
-        runs = (self.backend.compile(each.program.root) for each in (fresh, stale))
+        first, second = (self.backend.compile(each.program.root) for each in (fresh, stale))
         users = {given.name: int(given.target) for given in analysis.program.inputs if given.kind == "user"}
-        names = stepping(analysis.inference, analysis.units[PATCH])
-        at = frozenset(users[name] for name in names)
-        first, second = runs
-        return Shared(analysis, fresh.program, first, stale.program, second, stale.leaving, at)
+        some, varying = ([users[n] for n in names] for names in stepping(analysis.inference, analysis.units[PATCH]))
+        ways = fresh.program, first, stale.program, second
+        return Shared(analysis, *ways, stale.leaving, frozenset(some), tuple(varying))
 
     def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Waiting for other ranks, going on with what that left, and with what this left: the same, the step is."""

@@ -105,6 +105,10 @@ class Generation:
             self._branches.clear()
             self._digests.clear()
 
+    def waits(self, branch: Branch) -> bool:
+        """Whether the call that a branch was entered with takes nothing from a call before."""
+        return branch.steps <= self.warmup or branch.mixed or not self.active
+
     def branches(self, denoiser: object) -> int:
         """How many branches of a denoiser this generation has had so far."""
         return sum(key[0] == id(denoiser) for key in self._branches)

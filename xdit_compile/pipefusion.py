@@ -118,7 +118,7 @@ class PipelineRunner(Runner):
         device = device_of(leaves)
         branch = self.generation.branch(self, flow, flow.constants(leaves), lambda: flow.states(device))
         branch.enter(tuple(leaves[at] for at in flow.pipeline.varying))
-        fresh = branch.steps <= self.plan.warmup_steps or branch.mixed or not self.generation.active
+        fresh = self.generation.waits(branch)
         if self.halves.count > 1 and self.generation.active and not flow.analysis.units.get(BATCH):
             return assemble(flow.program, tuple(self._on_one_half(flow, leaves, branch, fresh)))
         tensors = self._at_once(flow, leaves, branch) if fresh else self._in_patches(flow, leaves, branch)
