@@ -106,3 +106,27 @@ def test_equal_stages_hardly_wait(stages: int, monkeypatch: pytest.MonkeyPatch) 
     for patches in (stages, stages + 1, 2 * stages):
         assert schedule.idle_share(schedule.simulate(stages, patches, 20)) < 0.10
     assert schedule.idle_share(schedule.simulate(stages, 1, 20)) > 0.4, "one patch at a time keeps one stage busy"
+
+
+def test_evaluations_of_stale_methods_become_a_table_and_a_curve(tmp_path: pathlib.Path) -> None:
+    interval = {"value": 0.5, "low": 0.25, "high": 0.75}
+    for steps in (1, 4):
+        report = {
+            "settings": {"plan": {"distrifusion": 2, "pipefusion": 1, "patches": None, "warmup_steps": steps}},
+            "distances": {"pairs": 64, "psnr": {**interval, "value": 30.0 + steps}, "ssim": interval},
+            "following": {"one thing": {"right": dict.fromkeys(("reference", "plan", "difference"), interval)}},
+        }
+        (tmp_path / str(steps)).mkdir()
+        (tmp_path / str(steps) / "report.json").write_text(json.dumps(report))
+    command = [sys.executable, str(BENCHMARKS / "stale_pictures.py"), *(str(tmp_path / name) for name in ("4", "1"))]
+    done = subprocess.run(
+        [*command, "--curve", str(tmp_path / "curve.png")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()[2:]
+    assert [row.split(" | ")[1:4] for row in rows] == [
+        ["1", "64", "31.0 (0.2 to 0.8)"],
+        ["4", "64", "34.0 (0.2 to 0.8)"],
+    ]
+    assert all(row.startswith("| DistriFusion, 2 ranks | ") and "50.0 (25.0 to 75.0)" in row for row in rows)
+    assert (tmp_path / "curve.png").stat().st_size > 1000
