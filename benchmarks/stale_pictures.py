@@ -47,8 +47,9 @@ class Evaluation:
     @property
     def method(self) -> str:
         """The method and its ranks."""
-        if self.plan["distrifusion"] > 1:
-            return f"DistriFusion, {self.plan['distrifusion']} ranks"
+        ranks = self.plan.get("distrifusion", 1)
+        if ranks > 1:
+            return f"DistriFusion, {ranks} ranks"
         patches = self.plan["patches"] or self.plan["pipefusion"]
         return f"PipeFusion, {self.plan['pipefusion']} stages, {patches} patches"
 
