@@ -112,7 +112,7 @@ def test_a_stacked_batch_is_split_beside_tokens(name: str) -> None:
     for plan in (
         Plan(cfg=2),
         Plan(cfg=2, ring=2),
-        Plan(cfg=2, ulysses=2, mesh_order=("data", "ring", "ulysses", "cfg", "tensor")),
+        Plan(cfg=2, ulysses=2, mesh_order=("data", "pipefusion", "distrifusion", "ring", "ulysses", "cfg", "tensor")),
     ):
         worst, ranks = run_split(captured(name), plan)
         assert worst <= 2e-5

@@ -230,7 +230,7 @@ def broken_merge(rank: int) -> str:
         alive[:, : lengths[0]] = False
         return self.local.constant(alive)
 
-    attention_lowering._Exchanged._mask = without_first_rank
+    attention_lowering.Exchanged._mask = without_first_rank
     module, args, kwargs = small_module()
     xdit_compile.parallelize(module, Plan(ulysses=2, backend="eager", timeout_s=20))
     try:
