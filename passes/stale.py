@@ -67,14 +67,19 @@ class Exchange:
         own = ((a - first, b - first),)
         return cls(request.dim, own, others, tuple(starts), tuple(stops), tuple(sizes), index, request.group)
 
+    @property
+    def rows(self) -> tuple[list[int], list[int], list[int]]:
+        """``starts``, ``stops`` and ``sizes``, as ops take them."""
+        return list(self.starts), list(self.stops), list(self.sizes)
+
     def elements(self, shape: Sequence[int]) -> int:
         """How many leave this rank for a state of ``shape``."""
-        rows = sum(b - a for a, b in rows_sent(list(self.starts), list(self.stops), list(self.sizes), self.index))
+        rows = sum(b - a for a, b in rows_sent(*self.rows, self.index))
         return rows * math.prod(size for at, size in enumerate(shape) if at != self.dim)
 
     def finish(self, graph: fx.Graph, state: fx.Node, arriving: fx.Node) -> None:
         """Take in what arrived."""
-        counts = [b - a for a, b in rows_got(list(self.starts), list(self.stops), list(self.sizes), self.index)]
+        counts = [b - a for a, b in rows_got(*self.rows, self.index)]
         flat = [end for run in self.others for end in run if run[1] > run[0]]
         graph.call_function(ops.stale_finish.default, (state, arriving, self.dim, counts, flat, self.group))
 
@@ -82,8 +87,7 @@ class Exchange:
         """Send off this rank's rows; what will arrive."""
         pieces: list[Any] = [graph.call_function(aten.slice.Tensor, (state, self.dim, *run)) for run in self.own]
         rows = pieces[0] if len(pieces) == 1 else graph.call_function(aten.cat.default, (pieces, self.dim))
-        wanted = (list(self.starts), list(self.stops), list(self.sizes))
-        return graph.call_function(ops.halo_start.default, (rows, self.dim, *wanted, self.index, self.group))
+        return graph.call_function(ops.halo_start.default, (rows, self.dim, *self.rows, self.index, self.group))
 
 
 def runs(positions: np.ndarray) -> Runs:

@@ -172,3 +172,13 @@ def along(positions: Sequence[torch.Tensor], size: int, back: int) -> list[torch
         mask[each] = True
         found.append(mask.reshape(-1, *[1] * (back - 1)))
     return found
+
+
+def digest_of(name: str) -> Callable[[tuple, dict], Hashable]:
+    """Branches by the sum of one argument, which differs between a prompt and its negative."""
+    return lambda args, kwargs: float(kwargs[name].double().sum())
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Greatest difference, of the greatest expected value."""
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -14,7 +14,7 @@ import procs
 import pytest
 import torch
 from splitting import Captured, captured, worst_difference
-from stale_reference import Reference, along
+from stale_reference import Reference, along, difference, digest_of
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
@@ -66,11 +66,6 @@ def rows(count: int) -> Callable[[int], list[torch.Tensor]]:
     return lambda ranks: [
         torch.isin(torch.arange(count), part)[:, None] for part in torch.tensor_split(torch.arange(count), ranks)
     ]
-
-
-def digest_of(name: str) -> Callable[[tuple, dict], Hashable]:
-    """Branches by the sum of one argument, which differs between a prompt and its negative."""
-    return lambda args, kwargs: float(kwargs[name].double().sum())
 
 
 def shares(height: int, cuts: int) -> Callable[[int, int], list[torch.Tensor] | None]:
@@ -154,10 +149,6 @@ def by_reference(name: str, ranks: int, steps: int) -> torch.Tensor:
     space = (functools.partial(rows, ranks), back) if rows is not None else None
     denoiser.forward = Reference(denoiser, functools.partial(tokens, ranks), masks(ranks), 1, branch, space, True)
     return case.call(pipe, steps=steps)
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hybrids import Simulated
 from splitting import captured, worst_difference
-from test_pipefusion import REFUSED, again, difference, generate
+from stale_reference import difference
+from test_pipefusion import REFUSED, again, generate
 from torch.utils import _pytree as pytree
 from zoo import MODELS
 from zoo_pipelines import PIPELINES

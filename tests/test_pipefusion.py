@@ -10,7 +10,7 @@ import procs
 import pytest
 import torch
 from splitting import captured
-from stale_reference import Reference, along
+from stale_reference import Reference, along, difference, digest_of
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 from zoo import MODELS
@@ -20,11 +20,6 @@ import xdit_compile
 from xdit_compile import Plan, XditCompileError
 from xdit_compile.build import place_stage, separated
 from xdit_compile.mesh import Mesh
-
-
-def digest_of(name: str) -> Callable[[tuple, dict], Hashable]:
-    """Branches by the sum of one argument, which differs between a prompt and its negative."""
-    return lambda args, kwargs: float(kwargs[name].double().sum())
 
 
 def grid(sizes: tuple[int, ...], cut: int, before: int = 0, after: int = 0) -> Any:
@@ -74,10 +69,6 @@ def by_reference(name: str, cuts: Any, steps: int, warmup: int) -> torch.Tensor:
         pipe.transformer, lambda count: tokens(held, count), masks, warmup, branch, (lambda size: held, 1)
     )
     return case.call(pipe, steps=steps)
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,7 +10,7 @@ import diffusers
 import procs
 import pytest
 import torch
-from stale_reference import Reference
+from stale_reference import Reference, difference, digest_of
 from torch import nn
 from zoo import MODELS
 from zoo_pipelines import PIPELINES, PipelineCase
@@ -54,14 +54,6 @@ def generate(rank: int, name: str, plan: Plan | None, denoisers: Denoisers | Non
     return CASES[name].call(pipe, steps=8)
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def by_branch(args: tuple, kwargs: dict) -> float:
-    return float(kwargs["encoder_hidden_states"].double().sum())
-
-
 def reference(name: str, plan: Plan) -> Denoisers:
     """The plain definition on one process: tokens of each patch, and the part of the result that it makes."""
     parts, apart = max(plan.patch_count, plan.distrifusion), plan.distrifusion > 1
@@ -79,7 +71,12 @@ def reference(name: str, plan: Plan) -> Denoisers:
     pixels = owner.repeat_interleave(2, -1).repeat_interleave(2, -2)
     masks = [pixels == at for at in range(parts)]
     return lambda module: Reference(
-        module, lambda count: held if count == tokens + text else None, masks, 1, by_branch, apart=apart
+        module,
+        lambda count: held if count == tokens + text else None,
+        masks,
+        1,
+        digest_of("encoder_hidden_states"),
+        apart=apart,
     )
 
 
