@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import nn
 
 from xdit_compile import Plan, generation, parallelize
+from xdit_compile.api import runner_of
 from xdit_compile.backends.base import Backend
 from xdit_compile.deferred import values_of
 from xdit_compile.kernels import collectives
 from xdit_compile.patched import whole_of
-from xdit_compile.runtime import Runner
 
 Call = Callable[..., Any]
 
@@ -72,7 +72,7 @@ class Steps:
 
     def __call__(self, **inputs: Any) -> torch.Tensor:
         if not self._warm:
-            if isinstance(vars(self.module).get("forward"), Runner):
+            if runner_of(self.module) is not None:
                 self._generation = generation(self.module)
                 self._generation.__enter__()
             self.module(**inputs)
@@ -111,7 +111,7 @@ def pipefusion(backend: str) -> list[Contender]:
 
     def make(plan: Plan) -> Callable[[nn.Module], Call]:
         def timed(module: nn.Module) -> Call:
-            runner = vars(parallelize(module, plan))["forward"]
+            runner = runner_of(parallelize(module, plan))
             runner.backend = Timed(runner.backend)
             return Steps(module, runner.backend)
 

@@ -6,6 +6,7 @@ graph that calls them compiles whole.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from xdit_compile.mesh import is_simulated
 
-from .groups import answering, keep_in_order, process_group
+from .groups import answering, complete, hold, keep_in_order, process_group, settle
 
 _REDUCTIONS = ("sum", "max")
 
@@ -56,8 +57,8 @@ def all_to_all(x: torch.Tensor, out_splits: list[int], in_splits: list[int], gro
     out = x.new_empty(sum(out_splits))
     members = process_group(group)
     _check_count(members, len(in_splits))
-    with answering(members, "an all-to-all"):
-        dist.all_to_all_single(out, x.contiguous(), list(out_splits), list(in_splits), group=members)
+    away, splits = x.contiguous(), (list(out_splits), list(in_splits))
+    complete(members, "an all-to-all", lambda: dist.all_to_all_single(out, away, *splits, group=members, async_op=True))
     return out
 
 
@@ -119,13 +120,13 @@ def _gather_flat(x: torch.Tensor, counts: list[int], group: str) -> tuple[torch.
     _check_count(members, len(counts))
     out = x.new_empty(sum(counts))
     flat = x.reshape(-1)
-    with answering(members, "an all-gather"):
-        if len(set(counts)) == 1:
-            if counts[0]:
-                _gather_even(out, flat, group=members)
-        else:
-            copies = flat.repeat(len(counts))
-            dist.all_to_all_single(out, copies, counts, [flat.numel()] * len(counts), group=members)
+    if len(set(counts)) > 1:
+        copies, splits = flat.repeat(len(counts)), (counts, [flat.numel()] * len(counts))
+        start = functools.partial(dist.all_to_all_single, out, copies, *splits)
+    else:
+        start = functools.partial(_gather_even, out, flat)
+    if out.numel():
+        complete(members, "an all-gather", lambda: start(group=members, async_op=True))
     return out.split(counts)
 
 
@@ -149,8 +150,8 @@ def all_reduce(x: torch.Tensor, group: str, op: str = "sum") -> torch.Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     if group and out.numel():
         members = process_group(group)
-        with answering(members, "an all-reduce"):
-            dist.all_reduce(out, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=members)
+        how = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        complete(members, "an all-reduce", lambda: dist.all_reduce(out, op=how, group=members, async_op=True))
     return out
 
 
@@ -216,8 +217,7 @@ def halo_start(
         _check_count(members, len(in_splits))
         with answering(members, "an exchange of rows"):
             work = dist.all_to_all_single(out, away, out_splits, in_splits, group=members, async_op=True)
-        if work is not None:
-            torch._C._distributed_c10d._register_work(out, work)
+        hold(out, work, members)
     return out
 
 
@@ -240,8 +240,7 @@ def halo_finish(arriving: torch.Tensor, group: str) -> torch.Tensor:
         AgreementError: when a peer fails or does not answer in time.
     """
     if group and not is_simulated(group):
-        with answering(process_group(group), "an exchange of rows"):
-            torch.ops._c10d_functional.wait_tensor(arriving)
+        settle(arriving, "an exchange of rows")
     return arriving.clone()
 
 

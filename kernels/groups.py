@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import datetime
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.distributed import distributed_c10d
 
-from xdit_compile.errors import AgreementError
+from xdit_compile.errors import AgreementError, PeerError
 from xdit_compile.mesh import first_sentence, is_simulated
 
 
@@ -24,20 +27,176 @@ def keep_in_order(op: torch._ops.OpOverload) -> None:
     _register_effectful_op(op, _EffectType.ORDERED)
 
 
-def process_group(name: str) -> dist.ProcessGroup:
-    """The process group of that name.
+Make = Callable[[], Mapping[str, dist.ProcessGroup]]
+Pulse = Callable[[str, float], None]
+
+
+class Groups:
+    """The process groups that a running program reaches, by their role in its mesh.
+
+    A failure ends them (`close`); `open` makes new ones, which carry nothing of what the old ones had under way. Graphs
+    name roles alone, so they stay as they are.
+
+    Args:
+        make: makes all groups, the same on every rank at the same point.
+        pulse: called now and then while a rank waits in a collective, with what it is and the seconds so far; raises
+            where waiting is in vain.
+    """
+
+    def __init__(self, make: Make, pulse: Pulse = lambda what, waited: None):
+        self._make = make
+        self._made: dict[str, dist.ProcessGroup] = {}
+        self._left: list[dist.ProcessGroup] = []
+        self._under_way: dict[int, tuple[torch.Tensor, dist.Work, dist.ProcessGroup]] = {}
+        self.pulse = pulse
+        self.is_open = False
+
+    def open(self) -> None:
+        """Make the groups, where there are none.
+
+        Raises:
+            AgreementError: when a rank does not answer in time.
+        """
+        if not self.is_open:
+            self._made = dict(self._make())
+            self.is_open = True
+
+    def find(self, role: str) -> dist.ProcessGroup | None:
+        """The group of a role; None where this mesh has no such role."""
+        if role in self._made:
+            return self._made[role]
+        if not self.is_open:
+            raise AgreementError("the connections between ranks were closed after a failure; make another request")
+        return None
+
+    def hold(self, tensor: torch.Tensor, work: dist.Work, group: dist.ProcessGroup) -> None:
+        """Keep a collective that is under way until `settle` waits for the tensor that it fills."""
+        self._under_way[_storage(tensor)] = (tensor, work, group)
+
+    def settle(self, tensor: torch.Tensor, what: str) -> None:
+        """Wait for the collective that fills a tensor, if one is under way.
+
+        Raises:
+            AgreementError: when a peer died, failed, goes another way or did not answer within the group's limit.
+        """
+        if _storage(tensor) in self._under_way:
+            _, work, group = self._under_way.pop(_storage(tensor))
+            self.wait(work, group, what)
+
+    def wait(self, work: dist.Work, group: dist.ProcessGroup, what: str) -> None:
+        """Wait for a collective, and look now and then whether that is in vain."""
+        begin = time.monotonic()
+        with answering(group, what):
+            while not _came(work, group):
+                try:
+                    self.pulse(what, time.monotonic() - begin)
+                except AgreementError:
+                    self.leave(group)
+                    raise
+
+    def leave(self, group: dist.ProcessGroup) -> None:
+        """Give up a collective that is under way in ``group``: the group cannot be ended before the collective is."""
+        self._left.append(group)
+
+    def close(self) -> None:
+        """End all groups, which frees peers that wait in one of them."""
+        made, self._made, self.is_open = {id(group): group for group in self._made.values()}, {}, False
+        for _, work, group in self._under_way.values():
+            if not work.is_completed():
+                self.leave(group)
+        self._under_way.clear()
+        left = {id(group) for group in self._left}
+        while made:
+            key, group = made.popitem()
+            if key not in left and group in distributed_c10d._world.pg_map:
+                group.abort()
+                dist.destroy_process_group(group)
+            del group
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Ops that run inside find their groups here."""
+        token = RUNNING.set(self)
+        try:
+            yield
+        finally:
+            RUNNING.reset(token)
+
+
+RUNNING: ContextVar[Groups | None] = ContextVar("xdit_compile_groups", default=None)
+"""The groups of the program that runs in this thread."""
+
+
+def process_group(role: str) -> dist.ProcessGroup:
+    """The process group of a role in the running program, or else the one of that name.
 
     Raises:
-        AgreementError: when no such group exists in this process, or the name is a simulated one.
+        AgreementError: when no such group exists in this process, or it is a simulated one.
     """
-    if is_simulated(name):
-        raise AgreementError(f"group {name!r} is simulated and cannot carry data; run its ops through simulate")
+    if is_simulated(role):
+        raise AgreementError(f"group {role!r} is simulated and cannot carry data; run its ops through simulate")
+    running = RUNNING.get()
+    found = None if running is None else running.find(role)
+    if found is not None:
+        return found
     try:
-        return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+        return distributed_c10d._resolve_process_group(role)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
         raise AgreementError(
-            f"there is no process group {name!r} here ({first_sentence(error)}); make the mesh in this process first"
+            f"there is no process group {role!r} here ({first_sentence(error)}); make the mesh in this process first"
         ) from error
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+SLICE = datetime.timedelta(seconds=1)
+
+
+def complete(group: dist.ProcessGroup, what: str, start: Callable[[], dist.Work | None]) -> None:
+    """Start a collective with ``async_op=True`` and wait for it, looking now and then whether that is in vain.
+
+    Raises:
+        AgreementError: when a peer died, failed, goes another way or did not answer within the group's limit.
+    """
+    running = RUNNING.get()
+    with answering(group, what):
+        work = start()
+        if work is not None and running is None:
+            work.wait()
+    if work is not None and running is not None:
+        running.wait(work, group, what)
+
+
+def hold(tensor: torch.Tensor, work: dist.Work | None, group: dist.ProcessGroup) -> None:
+    """Go on while a collective fills a tensor, which `settle` waits for; outside of a running program wait here."""
+    running = RUNNING.get()
+    if work is not None and running is not None:
+        running.hold(tensor, work, group)
+    elif work is not None:
+        work.wait()
+
+
+def settle(tensor: torch.Tensor, what: str) -> None:
+    """Wait for what fills a tensor, if anything is under way."""
+    running = RUNNING.get()
+    if running is not None:
+        running.settle(tensor, what)
+
+
+def _came(work: dist.Work, group: dist.ProcessGroup) -> bool:
+    """Wait for a part of the limit; gloo's collectives may be waited for again, unlike its receives."""
+    if dist.get_backend(group) != "gloo":
+        work.wait()
+        return True
+    try:
+        work.wait(SLICE)
+        return True
+    except RuntimeError:
+        if work.is_completed():
+            raise
+        return False
 
 
 @contextmanager
@@ -45,12 +204,12 @@ def answering(group: dist.ProcessGroup, what: str) -> Iterator[None]:
     """Turn the failure of a transfer into one line that names the ranks concerned.
 
     Raises:
-        AgreementError: when a peer died or did not answer within the group's limit.
+        PeerError: when a peer died or did not answer within the group's limit.
     """
     try:
         yield
     except RuntimeError as error:
-        raise AgreementError(
+        raise PeerError(
             f"{what} over ranks {dist.get_process_group_ranks(group)} failed on rank {dist.get_rank()} "
             f"({first_sentence(error)}); a peer stopped or did not answer in time, look at the first rank that failed"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -17,6 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from xdit_compile import Plan
+from xdit_compile.kernels.groups import RUNNING, Groups
+from xdit_compile.mesh import Mesh, connect
 
 GRACE_S = 5.0
 PRELOADED = ["torch", "torch.distributed", "diffusers", "diffusers.models.transformers", "xdit_compile.api"]
@@ -93,6 +98,15 @@ def _leave() -> None:
         with contextlib.suppress(RuntimeError):
             dist.barrier()
         dist.destroy_process_group()
+
+
+def connected(plan: Plan, timeout: float = 60) -> Mesh:
+    """The mesh of a plan over this process's group, with connections that ops find for the rest of its life."""
+    mesh = Mesh.from_process_group(plan)
+    groups = Groups(functools.partial(connect, mesh, datetime.timedelta(seconds=timeout)))
+    groups.open()
+    RUNNING.set(groups)
+    return mesh
 
 
 def _wait(processes: list[BaseProcess], timeout: float) -> None:

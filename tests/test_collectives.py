@@ -117,7 +117,7 @@ CASES = [
 
 def run_all(rank, ranks, backend):
     """Every case of that many ranks: its result, or None where it matches the simulation run on this very rank."""
-    group = Mesh.from_process_group(Plan(ulysses=ranks), timeout=60).group("ulysses")
+    group = procs.connected(Plan(ulysses=ranks), 60).group("ulysses")
     wrong = []
     for name, count, op, args in CASES:
         if count != ranks:
@@ -155,7 +155,7 @@ def test_what_they_do_is_what_the_simulation_says(ranks, backend):
 def chained(rank, group_size):
     """Whether independent collectives in one compiled graph give what they give eagerly, and the order they run in."""
     pin_order()
-    group = Mesh.from_process_group(Plan(ulysses=group_size), timeout=100).group("ulysses")
+    group = procs.connected(Plan(ulysses=group_size), 100).group("ulysses")
     sizes = [5, 4, 4][:group_size]
 
     def block(x, y):
@@ -284,7 +284,7 @@ def test_elements_that_leave_a_rank():
 
 
 def one_dies(rank):
-    group = Mesh.from_process_group(Plan(ulysses=2), timeout=20).group("ulysses")
+    group = procs.connected(Plan(ulysses=2), 20).group("ulysses")
     if rank == 1:
         dist.destroy_process_group()
         return None

@@ -21,10 +21,10 @@ FOLDERS = {
 }
 CAPTURE = (
     "program flatten memory weights checkpoint tracing values valued writes decompose simplify blocks outline "
-    "interpret preserve signature capture separate"
+    "interpret preserve signature capture separate in_place"
 )
 RUNTIME = (
-    "simulated agreement verification digest build report dump deferred guidance replicas pipelines empty runtime "
+    "simulated sketch liveness agreement request_facts shared_inputs session verification digest build report dump deferred guidance replicas pipelines empty runtime "
     "autoencoder distvae_provider generations patched pipes halves pipefusion distrifusion pipeline_report"
 )
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"

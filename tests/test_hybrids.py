@@ -19,6 +19,7 @@ from zoo_pipelines import PIPELINES
 
 import xdit_compile
 from xdit_compile import Plan, XditCompileError
+from xdit_compile.api import runner_of
 from xdit_compile.axes import Product
 from xdit_compile.mesh import Mesh
 from xdit_compile.passes.layout import PATCH, SEQUENCE, Layout
@@ -172,7 +173,7 @@ def counted(rank: int, name: str, plan: Plan, steps: int) -> tuple[torch.Tensor,
     """Latents, and how many calls of each branch this rank computed after the warm-up."""
     case, computed = PIPELINES[name], []
     pipe = xdit_compile.parallelize(case.build(), plan)
-    runner = vars(pipe.transformer)["forward"]
+    runner = runner_of(pipe.transformer)
     plain = runner._in_patches
 
     def count(flow: Any, leaves: Any, branch: Any, **more: Any) -> Any:

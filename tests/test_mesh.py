@@ -95,7 +95,7 @@ def test_a_world_of_one_needs_no_process_group():
 
 
 def sums(rank, plan):
-    mesh = Mesh.from_process_group(plan, timeout=60)
+    mesh = procs.connected(plan, 60)
     value = torch.tensor([float(10**rank)])
     ops = torch.ops.xdit_compile
     found = {names: ops.all_reduce(value, mesh.group(names)).item() for names in ("ring", "ulysses")}
@@ -116,7 +116,7 @@ def one_never_comes(rank, late):
         return None
     begun = time.monotonic()
     try:
-        Mesh.from_process_group(Plan(ring=2), timeout=2)
+        procs.connected(Plan(ring=2), 2)
     except AgreementError as error:
         return time.monotonic() - begun, str(error)
     return None

@@ -18,6 +18,7 @@ from zoo_pipelines import PIPELINES
 
 import xdit_compile
 from xdit_compile import Plan, XditCompileError
+from xdit_compile.api import runner_of
 from xdit_compile.build import place_stage, separated
 from xdit_compile.mesh import Mesh
 
@@ -56,7 +57,7 @@ def generate(name: str, plan: Plan | None, steps: int, **more: Any) -> tuple[tor
     if plan is not None:
         xdit_compile.parallelize(pipe, plan)
     found = case.call(pipe, steps=steps, **more)
-    return found, vars(pipe.transformer).get("forward")
+    return found, runner_of(pipe.transformer)
 
 
 def by_reference(name: str, cuts: Any, steps: int, warmup: int) -> torch.Tensor:
@@ -139,7 +140,7 @@ def test_schedulers_run_patch_by_patch(name, scheduler):
     change(pipe)
     xdit_compile.parallelize(pipe, Plan(patches=3, backend="eager"))
     found = case.call(pipe, steps=5)
-    runner = vars(pipe.transformer)["forward"]
+    runner = runner_of(pipe.transformer)
     assert runner.collected == 2 + DRAINS.get(scheduler, 0), "once to verify, once for the result"
     ((flow,),) = runner.prepared.values()
     cuts = flow.results[0]
@@ -382,7 +383,7 @@ def test_in_float64_it_is_the_published_staleness_to_the_last_digits():
     module = xdit_compile.parallelize(case.build().double(), Plan(patches=3, backend="eager"))
     with xdit_compile.generation(module):
         found = steps_of(module, args, kwargs, [])
-    ((flow,),) = vars(module)["forward"].prepared.values()
+    ((flow,),) = runner_of(module).prepared.values()
     cuts = flow.results[0]
     held = [positions[::2] // 2 for positions in cuts.positions]
     tokens = grid((7, 11), 1, after=13)
@@ -408,4 +409,4 @@ def test_every_model_is_cut_or_refused(name):
             module(*args, **kwargs)
         return
     module(*args, **kwargs)
-    assert vars(module)["forward"].collected > 0
+    assert runner_of(module).collected > 0

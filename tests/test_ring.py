@@ -15,7 +15,6 @@ from xdit_compile.kernels.attention import attention_reference
 from xdit_compile.kernels.inductor_order import pin_order
 from xdit_compile.kernels.ring import absorbed
 from xdit_compile.kernels.simulate import simulate
-from xdit_compile.mesh import Mesh
 from xdit_compile.plan import Plan
 
 RING = torch.ops.xdit_compile.ring_attention.default
@@ -124,7 +123,7 @@ def tolerance(spec):
 
 
 def run_all(rank, ranks):
-    group = Mesh.from_process_group(Plan(ring=ranks), timeout=60).group("ring")
+    group = procs.connected(Plan(ring=ranks), 60).group("ring")
     wrong = []
     for spec in cases(ranks):
         args = local(spec, rank, group)
@@ -153,7 +152,7 @@ def test_ring_equals_attention_over_all_keys(ranks):
 
 def compiled(rank, ranks, backend):
     pin_order()
-    group = Mesh.from_process_group(Plan(ring=ranks), timeout=100).group("ring")
+    group = procs.connected(Plan(ring=ranks), 100).group("ring")
     fine = []
     for lengths in ([5, 3, 4][:ranks], [5, 0, 4][:ranks]):
         torch._dynamo.reset()
@@ -208,7 +207,7 @@ def test_lengths_that_do_not_fit_are_refused(lengths, mask, words):
 
 
 def refused(rank):
-    group = Mesh.from_process_group(Plan(ring=2), timeout=20).group("ring")
+    group = procs.connected(Plan(ring=2), 20).group("ring")
     try:
         RING(*local(case("no lse", [5, 3], provider="sdpa"), rank, group))
     except ProviderUnavailable as error:
@@ -222,7 +221,7 @@ def test_a_provider_without_log_sum_exp_is_refused():
 
 
 def neighbour_stops(rank):
-    group = Mesh.from_process_group(Plan(ring=2), timeout=3).group("ring")
+    group = procs.connected(Plan(ring=2), 3).group("ring")
     spec = case("stops", [5, 3])
     if rank == 1:
         time.sleep(8)

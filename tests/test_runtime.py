@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import xdit_compile
 from xdit_compile import Plan
+from xdit_compile.api import runner_of
 from xdit_compile.errors import AgreementError, PlanError, UsageError
 
 
@@ -28,7 +29,7 @@ def run_model(rank: int, name: str, plan: Plan) -> float:
     found = [module(*args, **kwargs) for _ in range(4)]
     worst = max(worst_difference(one, expected) for one in found)
     xdit_compile.restore(module)
-    assert "forward" not in vars(module)
+    assert runner_of(module) is None
     return worst
 
 
@@ -80,7 +81,7 @@ def test_one_process_and_a_plan_of_one_work_without_a_launcher() -> None:
 
 
 def programs(module: nn.Module) -> int:
-    return sum(map(len, vars(module)["forward"].prepared.values()))
+    return sum(map(len, runner_of(module).prepared.values()))
 
 
 def test_the_same_signature_is_captured_once_and_others_again() -> None:

@@ -1,21 +1,35 @@
 """Ranks tell each other what they are about to do, and stop together where they differ.
 
 Everything goes through the key-value store of the process group, never through a collective: a collective is what must
-not be entered before all agree.
+not be entered before all agree. What ranks do in step is counted in *events*; a rank that waits sees by the latest
+event of its peers when they do something else. After a failure ranks go on in another *epoch*, in which nothing that
+was said before counts.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.distributed as dist
 
-from .errors import AgreementError
+from .errors import AgreementError, one_line
+from .liveness import SILENT_SECONDS, Liveness
 from .mesh import REPLICA, Mesh
+from .sketch import Sketch, alike
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.005
+NOTICE_SECONDS = 5.0
+"""After so long a rank that waits says for whom."""
+SETTLE_SECONDS = 2.0
+"""How long a broken transfer is given for its cause to be known."""
+REMEMBERED = 8
+"""Calls whose inputs a rank keeps in the store for others to compare."""
+
+logger = logging.getLogger("xdit_compile")
 
 
 class Agreement:
@@ -24,107 +38,321 @@ class Agreement:
     Args:
         name: sets this conversation apart from others in the same store; the same on every rank that takes part.
         rank: this process.
-        members: the ranks that take part, in ascending order; the first of them has the say in `share`.
+        members: the ranks that take part, in ascending order.
+        peers: those of them that make the same images, whose calls must be the same.
         timeout_s: seconds to wait for a rank before giving up.
     """
 
-    def __init__(self, name: str, rank: int, members: Sequence[int], timeout_s: float):
-        self._name = name
-        self._rank = rank
-        self._members = members
+    def __init__(self, name: str, rank: int, members: Sequence[int], peers: Sequence[int], timeout_s: float):
+        self._name = f"xdit_compile/{name}"
+        self.rank = rank
+        self._members, self._peers = list(members), list(peers)
         self._timeout = timeout_s
-        self._talks = 0
-        self._calls = 0
+        self.epoch = 0
+        self.calls = 0
+        self._event = 0
+        self._said = ""
+        self._tail: dict[int, Sketch] = {}
+        self._unread: set[int] = set()
+        self._talks: dict[str, int] = {}
+        self._heard = False
         self._store = dist.distributed_c10d._get_default_store() if len(members) > 1 else None
+        self._life = None if self._store is None else Liveness(self._store, self._name, rank)
 
     @classmethod
     def over(cls, mesh: Mesh, timeout_s: float) -> Agreement:
-        """A new conversation among the ranks that make the same images; all must start theirs in the same order."""
-        members = mesh.peers(REPLICA)
+        """A new conversation among all ranks of a mesh; all must start theirs in the same order."""
+        members = list(range(mesh.world_size))
         if len(members) == 1:
-            return cls("alone", mesh.rank, members, timeout_s)
+            return cls("alone", mesh.rank, members, members, timeout_s)
         count = dist.distributed_c10d._get_default_store().add(f"xdit_compile/conversations/{mesh.rank}", 1)
-        return cls(f"{members[0]}/{count}", mesh.rank, members, timeout_s)
+        return cls(str(count), mesh.rank, members, mesh.peers(REPLICA), timeout_s)
 
-    def announce_call(self, what: str) -> None:
-        """Say which call this rank enters now, without waiting for anybody."""
-        if self._store is not None:
-            self._calls += 1
-            self._store.set(self._key("call", self._rank), f"{self._calls} {what}")
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to agree with."""
+        return self._store is None
 
-    def share(self, value: bytes | None) -> bytes:
-        """The first member's bytes on every rank; the last one to read them takes them out of the store."""
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in self._peers if rank != self.rank]
+
+    def close(self) -> None:
+        """End the talk; others see that this rank takes part no more."""
+        if self._life is not None:
+            self._life.close()
+
+    # ---- calls, announced and compared
+
+    def announce_call(self, what: str, sketch: Sketch) -> None:
+        """Say which call this rank enters now and what it is given, without waiting for anybody.
+
+        What peers said of calls before this one is compared.
+
+        Raises:
+            AgreementError: a peer made another call, or the same one with other inputs.
+        """
         if self._store is None:
-            assert value is not None
-            return value
-        self._talks += 1
-        first = self._members[0]
-        key = self._key(f"share{self._talks}", first)
-        if self._rank == first:
-            assert value is not None
-            self._store.set(key, value.hex())
-        shared = bytes.fromhex(self._wait(key, first).decode())
-        if self._store.add(f"{key}/read", 1) == len(self._members):
-            self._store.delete_key(key)
-            self._store.delete_key(f"{key}/read")
-        return shared
+            return
+        self.calls += 1
+        self._unread.add(self.calls)
+        self._tail[self.calls] = [what, *sketch]
+        self._tail.pop(self.calls - REMEMBERED, None)
+        self._say(f"call {self.calls} of {what}")
+        if self._heard and self._others:
+            positions = map(json.loads, self._store.multi_get([self._key("at", rank) for rank in self._others]))
+            self._compare({each["rank"]: each["tail"] for each in positions if each["epoch"] == self.epoch})
+
+    def _compare(self, tails: Mapping[int, Mapping[str, Sketch]]) -> None:
+        """Compare the latest calls of peers, as far as they have come, with this rank's."""
+        for rank, tail in tails.items():
+            for call in [call for call in self._unread if str(call) in tail]:
+                self._check_call(rank, call, tail[str(call)])
+        if len(tails) == len(self._others):
+            reached = min((max(map(int, tail), default=0) for tail in tails.values()), default=self.calls)
+            self._unread = {call for call in self._unread if call > reached}
+
+    def _check_call(self, rank: int, call: int, theirs: Sketch) -> None:
+        mine = self._tail.get(call)
+        if mine is None:
+            return
+        if mine[0] != theirs[0] or len(mine) != len(theirs):
+            raise AgreementError(
+                f"call {call} of rank {rank} is {theirs[0]} where rank {self.rank} makes {mine[0]}; "
+                "give every rank the same inputs"
+            )
+        pairs = enumerate(zip(mine[1:], theirs[1:], strict=True))
+        differing = [at for at, (one, other) in pairs if not alike(one, other)]
+        if differing:
+            raise AgreementError(
+                f"call {call} of rank {rank} has another input {differing[0]} than rank {self.rank}'s; "
+                "give every rank the same inputs and the same seed"
+            )
+
+    # ---- talks, in which ranks wait for one another
 
     def agree(self, stage: str, facts: Mapping[str, str]) -> None:
-        """Return once every rank has come to this stage with equal facts.
+        """Return once every peer has come to this stage with equal facts.
 
         Raises:
             AgreementError: naming the ranks and the facts that differ, a rank that failed, or one that did not come.
         """
-        said = self._exchange(stage, {"facts": dict(facts)})
-        failed = {rank: other["error"] for rank, other in said.items() if "error" in other}
-        if failed:
-            raise AgreementError("; ".join(f"rank {rank} failed: {why}" for rank, why in sorted(failed.items())))
+        self.require_equal(self.exchange(stage, dict(facts)), facts)
+
+    def require_equal(self, said: Mapping[int, Mapping[str, str]], facts: Mapping[str, str]) -> None:
+        """Compare what others said of some facts with what this rank says.
+
+        Raises:
+            AgreementError: naming the first rank that differs, and in what.
+        """
         for rank, other in sorted(said.items()):
-            differing = [name for name, value in facts.items() if other["facts"].get(name) != value]
+            differing = [name for name in {**facts, **other} if facts.get(name) != other.get(name)]
             if differing:
                 raise AgreementError(
-                    f"rank {rank} was called with another {' and another '.join(differing)} than rank {self._rank}; "
+                    f"rank {rank} was called with another {' and another '.join(differing)} than rank {self.rank}; "
                     "give every rank the same plan, the same inputs and the same seed"
                 )
 
-    def fail(self, stage: str, error: BaseException) -> None:
-        """Tell the others that this rank will not come to ``stage``; waits for nobody."""
-        if self._store is not None:
-            self._talks += 1
-            self._store.set(self._key(f"{stage}{self._talks}", self._rank), json.dumps({"error": str(error)}))
+    def any(self, stage: str, mine: bool) -> bool:
+        """Whether something holds on any peer."""
+        return any([mine, *self.exchange(stage, mine).values()])
 
-    def _exchange(self, stage: str, mine: dict) -> dict[int, dict]:
+    def share(self, value: bytes | None) -> bytes:
+        """The first peer's bytes on every rank."""
+        first = self._peers[0]
+        said = self.exchange("share", value.hex() if self.rank == first and value is not None else None)
+        return bytes.fromhex(said[first]) if first in said else value or b""
+
+    def exchange(self, stage: str, mine: Any, everyone: bool = False) -> dict[int, Any]:
+        """What every other peer says at this stage, or every other member with ``everyone``.
+
+        Raises:
+            AgreementError: a rank failed, does something else, or did not come in time.
+        """
         if self._store is None:
             return {}
-        self._talks += 1
-        topic = f"{stage}{self._talks}"
-        self._store.set(self._key(topic, self._rank), json.dumps(mine))
-        others = [rank for rank in self._members if rank != self._rank]
-        return {rank: json.loads(self._wait(self._key(topic, rank), rank)) for rank in others}
+        ranks = [rank for rank in (self._members if everyone else self._peers) if rank != self.rank]
+        scope = "all" if everyone else "peers"
+        count = self._talks[scope] = self._talks.get(scope, 0) + 1
+        self._say(stage)
+        topic = f"{self.epoch}/{scope}{count}"
+        self._store.set(self._key(topic, self.rank), json.dumps({"stage": stage, "said": mine}))
+        found = {}
+        for rank in ranks:
+            theirs = json.loads(self._wait(self._key(topic, rank), rank, stage))
+            if theirs["stage"] != stage:
+                raise self._other_way(rank, theirs["stage"])
+            found[rank] = theirs["said"]
+        self._heard = self._heard or not set(self._others) - set(ranks)
+        if count > 2:
+            self._store.delete_key(self._key(f"{self.epoch}/{scope}{count - 2}", self.rank))
+        return found
 
-    def _wait(self, key: str, rank: int) -> bytes:
+    def _wait(self, key: str, rank: int, stage: str) -> bytes:
         assert self._store is not None
-        deadline = time.monotonic() + self._timeout
-        mine = self._latest(self._rank)
+        begin = time.monotonic()
+        noticed = begin + NOTICE_SECONDS
+        pause = POLL_SECONDS / 10
         while not self._store.check([key]):
-            theirs = self._latest(rank)
-            if mine is not None and theirs is not None and theirs[0] >= mine[0] and theirs != mine:
-                if not self._store.check([key]):
-                    raise AgreementError(
-                        f"rank {rank} makes another call than rank {self._rank}; give every rank the same inputs"
-                    )
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - begin > 10 * POLL_SECONDS:
+                self.look([rank])
+                position = self._position(rank)
+                if self._store.check([key]):
+                    break
+                self._refuse_other_way(rank, position, passed=True)
+            if now - begin > self._timeout:
                 raise AgreementError(f"rank {rank} did not answer within {self._timeout:.0f} s; was it stopped?")
-            time.sleep(POLL_SECONDS)
+            if now > noticed:
+                noticed += 6 * NOTICE_SECONDS
+                logger.warning("rank %d waits at %s for rank %d, which %s", self.rank, stage, rank, self._where(rank))
+            time.sleep(pause)
+            pause = min(2 * pause, 4 * POLL_SECONDS)
         return self._store.get(key)
 
-    def _latest(self, rank: int) -> tuple[int, str] | None:
+    def pulse(self, what: str, waited: float) -> None:
+        """To be called now and then while this rank waits in a transfer.
+
+        Raises:
+            AgreementError: a peer failed, has ended, or is not on its way to the same transfer.
+        """
+        self.look(self._others)
+        positions = {rank: position for rank in self._others if (position := self._position(rank)) is not None}
+        here = {rank: position for rank, position in positions.items() if position["epoch"] == self.epoch}
+        for rank, position in here.items():
+            self._refuse_other_way(rank, position)
+        self._compare({rank: position["tail"] for rank, position in here.items()})
+        if waited > NOTICE_SECONDS and int(waited) % int(6 * NOTICE_SECONDS) == int(NOTICE_SECONDS):
+            logger.warning(
+                "rank %d waits in %s of %s: %s", self.rank, what, self._said,
+                "; ".join(f"rank {rank} {self._where(rank)}" for rank in self._others),
+            )  # fmt: skip
+
+    def look(self, ranks: Sequence[int]) -> None:
+        """See whether waiting for some ranks is in vain.
+
+        Raises:
+            AgreementError: a rank failed in this epoch, or one of ``ranks`` gives no sign of life.
+        """
+        failed = self.failure()
+        if failed is not None:
+            raise AgreementError(failed)
+        for rank in ranks if self._life is not None else ():
+            if self._life is not None and self._life.silence(rank) > min(SILENT_SECONDS, self._timeout):
+                raise AgreementError(_stopped(rank))
+
+    def _refuse_other_way(self, rank: int, position: Mapping[str, Any] | None, passed: bool = False) -> None:
+        """Raise where a peer's latest event shows that it does not come; with ``passed`` also if it is further on."""
+        if rank not in self._peers or position is None or position["epoch"] != self.epoch:
+            return
+        ahead = position["event"] - self._event
+        if (ahead > 0 and passed) or (ahead == 0 and position["said"] != self._said):
+            raise self._other_way(rank, position["said"])
+
+    def _other_way(self, rank: int, said: str) -> AgreementError:
+        return AgreementError(
+            f"rank {rank} is at {said} where rank {self.rank} is at {self._said}: every rank must make the same calls; "
+            "give them the same inputs, and read results or stop on all of them or on none"
+        )
+
+    # ---- failures
+
+    def fail(self, error: BaseException, cause: str | None) -> None:
+        """Tell the others that this rank goes no further in this epoch, and what stopped it; the first one counts."""
+        if self._store is None or self._store.check([self._failed]):
+            return
+        if cause is None:
+            prefix = "" if isinstance(error, AgreementError) else f"rank {self.rank} failed: {type(error).__name__}: "
+            cause = prefix + one_line(error)
+        self._store.set(self._failed, json.dumps({"rank": self.rank, "why": cause}))
+
+    def all_failed_unused(self) -> bool:
+        """Whether all ranks failed before they reached one another, as all do at an argument that is wrong."""
         assert self._store is not None
-        key = self._key("call", rank)
-        if not self._store.check([key]):
+        self._store.set(self._key(f"{self.epoch}/unused", self.rank), "yes")
+        keys = [self._key(f"{self.epoch}/unused", rank) for rank in self._members]
+        end = time.monotonic() + SETTLE_SECONDS / 2
+        while not self._store.check(keys):
+            if time.monotonic() > end or any("call" in self._where(rank) for rank in self._others):
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def blame(self) -> str | None:
+        """What stopped a transfer of this rank, once it is known: which rank failed and why, or which gives no sign."""
+        if self._store is None:
             return None
-        count, _, what = self._store.get(key).decode().partition(" ")
-        return int(count), what
+        end = time.monotonic() + SETTLE_SECONDS
+        while (failed := self.failure()) is None and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        if failed is None and self._life is not None:
+            silent = self._life.silent([rank for rank in self._members if rank != self.rank])
+            failed = self.failure() or (None if silent is None else _stopped(silent))
+        return failed
+
+    def failure(self) -> str | None:
+        """Which rank failed in this epoch and why, where another one did."""
+        if self._store is None or not self._store.check([self._failed]):
+            return None
+        said = json.loads(self._store.get(self._failed))
+        return None if said["rank"] == self.rank else said["why"]
+
+    def renew(self) -> None:
+        """Go on in another epoch; what was said in this one is forgotten."""
+        self.epoch += 1
+        self._event = self.calls = 0
+        self._talks.clear()
+        self.start()
+
+    def start(self) -> None:
+        """Count calls from the first again."""
+        self.calls = 0
+        self._tail.clear()
+        self._unread.clear()
+
+    @property
+    def _failed(self) -> str:
+        return f"{self._name}/{self.epoch}/failed"
+
+    def finish(self) -> None:
+        """See to it that all peers made the calls that this rank made since `start`, with the same inputs.
+
+        Raises:
+            AgreementError: they did not.
+        """
+        if self._store is None:
+            return
+        made = self.exchange("the end", {"calls": self.calls, "tail": self._tail}, everyone=True)
+        tails = {rank: made[rank]["tail"] for rank in self._others}
+        for rank in self._others:
+            if made[rank]["calls"] != self.calls:
+                raise AgreementError(
+                    f"rank {rank} made {made[rank]['calls']} calls where rank {self.rank} made {self.calls}; "
+                    "stop or go on on every rank alike"
+                )
+        self._compare(tails)
+
+    # ---- where ranks are
+
+    def _say(self, what: str) -> None:
+        assert self._store is not None
+        self._event += 1
+        self._said = what
+        position = {"rank": self.rank, "epoch": self.epoch, "event": self._event, "said": what, "tail": self._tail}
+        self._store.set(self._key("at", self.rank), json.dumps(position))
+
+    def _position(self, rank: int) -> dict[str, Any] | None:
+        assert self._store is not None
+        key = self._key("at", rank)
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def _where(self, rank: int) -> str:
+        position = self._position(rank)
+        return "has made no call yet" if position is None else f"was last seen at {position['said']}"
 
     def _key(self, topic: str, rank: int) -> str:
-        return f"xdit_compile/{self._name}/{topic}/{rank}"
+        return f"{self._name}/{topic}/{rank}"
+
+
+def _stopped(rank: int) -> str:
+    return f"rank {rank} stopped: it gives no sign of life; look at what it printed, and start all processes again"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,16 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .agreement import Agreement
 from .autoencoder import RowMethod, Team, restore_rows, row_methods, split_rows
-from .backends.base import Backend
 from .backends.registry import find_backend
 from .build import analyse, place
 from .distrifusion import StaleRunner
 from .distvae_provider import attach_distvae, check_distvae, is_distvae, restore_distvae
 from .errors import UsageError
-from .generations import Generation
-from .guidance import Branches
+from .in_place import held, put_back, put_in_place
 from .kernels.providers import AttentionQuery
 from .kernels.registry import choose
 from .kernels.whole import gather_whole
@@ -30,15 +26,13 @@ from .mesh import TEAM, Mesh
 from .passes.layout import TENSOR
 from .pipefusion import PipelineRunner
 from .pipeline_report import PipelineReport, pipeline_report
-from .pipelines import Outer, autoencoders, denoisers, restore_call, wrap_call
+from .pipelines import autoencoders, denoisers, follow_modules, restore_call, session_of, wrap_call
 from .plan import Plan
-from .replicas import Replicas
 from .report import Report, report
 from .runtime import Runner
+from .session import Session
 from .weights import Weights
 from .world import World
-
-RUNNER = "forward"
 
 
 def parallelize(target: Any, plan: Plan | None = None) -> Any:
@@ -78,27 +72,47 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     modules = dict(_denoisers(target, coders))
     for module in modules.values():
         _check_provider(plan, module)
-    for name, module in [*modules.items(), *coders.items()]:
-        if isinstance(vars(module).get(RUNNER), Runner) or row_methods(module) or is_distvae(module):
-            raise UsageError(f"{name} is parallelized already; call xdit_compile.restore first")
-    _join(plan, next(iter((modules or coders).values())))
-    mesh = Mesh.from_process_group(plan)
-    branches = Branches(mesh)
-    kept = Generation(plan.warmup_steps if plan.is_stale else 0)
+    session = _common_session(target, {**modules, **coders}, plan)
+    if session is None:
+        _join(plan, next(iter((modules or coders).values())))
+        session = Session(plan, Mesh.from_process_group(plan), backend)
     for name, module in modules.items():
-        own = weights.get(name) or Weights(module)
-        module.forward = _runner(plan, kept)(own, plan, mesh, backend, Agreement.over(mesh, plan.timeout_s), branches)
-    if coders:
-        _split_rows(coders.values(), plan, mesh, backend)
-    if not isinstance(target, nn.Module):
-        wrap_call(target, Outer(Agreement.over(mesh, plan.timeout_s), branches, kept, Replicas(mesh)))
+        if not held(module):
+            runner = _runner(plan)(weights.get(name) or Weights(module), session, name)
+            put_in_place(module, {"forward": runner})
+    _split_rows([module for module in coders.values() if not held(module)], session)
+    if not isinstance(target, nn.Module) and not held(target):
+        wrap_call(target, session)
+        follow_modules(_pipeline_base(type(target)))
     return target
 
 
-def _runner(plan: Plan, kept: Generation) -> Callable[..., Runner]:
+def _common_session(target: Any, modules: Mapping[str, nn.Module], plan: Plan) -> Session | None:
+    """The session of the same plan in which another pipeline has some of these modules, if there is one.
+
+    Raises:
+        UsageError: all is parallelized already, or some of it by another plan.
+    """
+    sessions = {name: session for name, module in modules.items() if (session := session_of(module)) is not None}
+    taken = [*sessions, *(name for name, module in modules.items() if is_distvae(module))]
+    if not taken:
+        return None
+    session = next(iter(sessions.values()), None)
+    alone = isinstance(target, nn.Module) or session is None
+    if alone or any(other is not session or other.plan != plan for other in sessions.values()):
+        raise UsageError(f"{taken[0]} is parallelized already; call xdit_compile.restore first")
+    return session
+
+
+def _pipeline_base(kind: type) -> type:
+    """The class that gives pipelines ``register_modules``."""
+    return next(base for base in reversed(kind.__mro__) if "register_modules" in vars(base))
+
+
+def _runner(plan: Plan) -> type[Runner]:
     if plan.patch_count > 1:
-        return functools.partial(PipelineRunner, generation=kept)
-    return functools.partial(StaleRunner, generation=kept) if plan.distrifusion > 1 else Runner
+        return PipelineRunner
+    return StaleRunner if plan.distrifusion > 1 else Runner
 
 
 def restore(target: Any) -> Any:
@@ -111,20 +125,23 @@ def restore(target: Any) -> Any:
         UsageError: nothing of ``target`` is parallelized.
     """
     coders = [module for _, module in autoencoders(target) if row_methods(module) or is_distvae(module)]
-    found = [module for _, module in _denoisers(target, coders) if isinstance(vars(module).get(RUNNER), Runner)]
+    found = [module for _, module in _denoisers(target, coders) if runner_of(module) is not None]
     if not found and not coders:
         raise UsageError("nothing to restore: this was not parallelized")
+    session = next((session for each in (*found, *coders) if (session := session_of(each)) is not None), None)
     for module in found:
         _take_off(module)
     for module in coders:
         restore_distvae(module)
         restore_rows(module)
+    if session is not None:
+        session.close()
     if not isinstance(target, nn.Module):
         restore_call(target)
     return target
 
 
-def generation(module: nn.Module) -> AbstractContextManager[None]:
+def generation(module: nn.Module) -> AbstractContextManager[Any]:
     """The calls of a parallelized module that make one picture, for loops that are no pipeline's.
 
     With ``pipefusion`` or ``distrifusion`` calls inside take keys and values from one another, from the first to the
@@ -133,12 +150,10 @@ def generation(module: nn.Module) -> AbstractContextManager[None]:
     Raises:
         UsageError: for a module that is not parallelized.
     """
-    runner = vars(module).get(RUNNER)
-    if not isinstance(runner, Runner):
+    runner = runner_of(module)
+    if runner is None:
         raise UsageError("generation takes a module that was parallelized; call xdit_compile.parallelize first")
-    if isinstance(runner, PipelineRunner | StaleRunner):
-        return runner.generation.running()
-    return contextlib.nullcontext()
+    return runner.session.request({})
 
 
 def explain(
@@ -161,8 +176,8 @@ def explain(
     if isinstance(target, nn.Module) and (methods := row_methods(target)) and not plan_given:
         return _report_rows(methods)
     for _, module in denoisers(target):
-        runner = vars(module).get(RUNNER)
-        if isinstance(runner, Runner) and not plan_given:
+        runner = runner_of(module)
+        if runner is not None and not plan_given:
             prepared = next((known[-1] for known in reversed(runner.prepared.values()) if known), None)
             if prepared is None:
                 raise UsageError("nothing to explain yet: call the pipeline once, or give a plan and example inputs")
@@ -175,13 +190,19 @@ def explain(
     return _report(analysis, plan, 0)
 
 
-def _split_rows(coders: Iterable[nn.Module], plan: Plan, mesh: Mesh, backend: Backend) -> None:
-    rows = mesh.shared_rows(plan)
+def runner_of(module: nn.Module) -> Runner | None:
+    """What stands in the place of a module's forward, if it is parallelized."""
+    found = held(module).get("forward")
+    return found if isinstance(found, Runner) else None
+
+
+def _split_rows(coders: Iterable[nn.Module], session: Session) -> None:
     for module in coders:
-        if plan.vae == "patch":
-            split_rows(Team(Weights(module), plan.rows, rows, backend, Agreement.over(mesh, plan.timeout_s)))
-        elif rows.world_size > 1:
-            attach_distvae(module, rows)
+        if session.plan.vae == "patch":
+            split_rows(Team(Weights(module), session, session.rows))
+        elif session.rows.mesh.world_size > 1:
+            with session.groups.running():
+                attach_distvae(module, session.rows.mesh)
 
 
 def _denoisers(target: Any, coders: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -193,7 +214,7 @@ def _report_rows(methods: list[RowMethod]) -> Report | PipelineReport:
     prepared = next((found for method in methods if (found := method.latest()) is not None), None)
     if prepared is None:
         raise UsageError("nothing to explain yet: call decode or encode once")
-    return _report(prepared.analysis, methods[0].team.plan, methods[0].team.mesh.rank)
+    return _report(prepared.analysis, methods[0].team.place.plan, methods[0].team.place.mesh.rank)
 
 
 def _report(analysis: Any, plan: Plan, here: int) -> Report | PipelineReport:
@@ -213,11 +234,12 @@ def _check_provider(plan: Plan, module: nn.Module) -> None:
 
 
 def _take_off(module: nn.Module) -> None:
-    runner = vars(module).pop(RUNNER)
+    runner = runner_of(module)
+    assert runner is not None
     holders = TEAM if runner.plan.pipefusion > 1 else TENSOR
-    runner.weights.recover(functools.partial(gather_whole, runner.mesh.group(holders)))
-    if getattr(runner.forward, "__self__", None) is not module or runner.forward.__func__ is not type(module).forward:
-        module.forward = runner.forward
+    with runner.session.call():
+        runner.weights.recover(functools.partial(gather_whole, runner.mesh.group(holders)))
+    put_back(module)
 
 
 def _join(plan: Plan, module: nn.Module) -> None:

@@ -14,18 +14,15 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .agreement import Agreement
-from .backends.base import Backend
 from .backends.eager import Eager
 from .deferred import values_of
 from .errors import CaptureError, UsageError
-from .guidance import Branches
-from .mesh import Mesh
+from .in_place import held, put_back, put_in_place
 from .passes.rows import choose_rows
 from .pipelines import CODING
-from .plan import Plan
 from .preserve import preserved
 from .runtime import Prepared, Runner
+from .session import Place, Session
 from .weights import Weights
 
 REHEARSED = {"decode": 16, "encode": 128}
@@ -45,18 +42,15 @@ class Team:
     """What the runners of one autoencoder share."""
 
     weights: Weights
-    plan: Plan
-    mesh: Mesh
-    backend: Backend
-    agreement: Agreement
+    session: Session
+    place: Place
 
-    def runner(self, module: nn.Module, computation: Callable[..., Any], **options: Any) -> Runner:
+    def runner(self, module: nn.Module, name: str, computation: Callable[..., Any], **options: Any) -> Runner:
         """A runner that splits ``computation`` by rows."""
         weights = self.weights if module is self.weights.module else Weights(module)
-        branches = Branches(self.mesh)
         return Runner(
-            weights, self.plan, self.mesh, self.backend, self.agreement, branches,
-            computation=computation, choose=choose_rows, budget=self.plan.vae_bytes, **options,
+            weights, self.session, name,
+            place=self.place, computation=computation, choose=choose_rows, budget=self.place.plan.vae_bytes, **options,
         )  # fmt: skip
 
 
@@ -74,15 +68,20 @@ class RowMethod:
         self.team, self.name = team, method
         self.module = team.weights.module
         self.method = getattr(self.module, method)
-        self._checked = team.runner(self.module, self._opened)
-        self._rehearsal = dataclasses.replace(team, backend=Eager()).runner(self.module, self._opened)
-        self._trusting = {
-            gather: team.runner(self.module, self._opened, gather=gather, trace_only=True) for gather in (True, False)
-        }
+        self.session = team.session
+        runner = functools.partial(team.runner, self.module, method, self._opened)
+        uncompiled = dataclasses.replace(team, place=dataclasses.replace(team.place, backend=Eager()))
+        self._checked = runner()
+        self._rehearsal = uncompiled.runner(self.module, f"the rehearsal of {method}", self._opened)
+        self._trusting = {gather: runner(gather=gather, trace_only=True) for gather in (True, False)}
         self._rehearsed: set[Hashable] = set()
         self._children: dict[str, _Child] = {}
 
     def __call__(self, *args: Any, gather: bool = True, **kwargs: Any) -> Any:
+        with self.session.call():
+            return self._coded(args, kwargs, gather)
+
+    def _coded(self, args: tuple, kwargs: dict, gather: bool) -> Any:
         args, kwargs = pytree.tree_map(_plain, (args, kwargs))
         self._refuse_unfit(args, kwargs)
         if getattr(self.module, "use_tiling", False):
@@ -90,7 +89,7 @@ class RowMethod:
         small, sizes = pytree.tree_map(self._cut, (args, kwargs)), _sizes((args, kwargs))
         if gather and _sizes(small) == sizes:
             return _closed(self._checked(*args, **kwargs))
-        if self.team.plan.verify and sizes not in self._rehearsed:
+        if self.team.place.plan.verify and sizes not in self._rehearsed:
             self._rehearsal(*small[0], **small[1])
             self._rehearsed.add(sizes)
         return _closed(self._trusting[gather](*args, **kwargs))
@@ -120,7 +119,7 @@ class RowMethod:
         for tensor in tensors:
             if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
                 raise UsageError(f"the input of {self.name} holds NaN or infinite values; nothing was computed of it")
-        parts = self.team.mesh.world_size
+        parts = self.team.place.mesh.world_size
         rows = max((tensor.shape[-2] for tensor in tensors if tensor.dim() >= 4), default=parts)
         if rows < parts:
             idle = f"{parts - rows} of {parts} ranks have nothing to do"
@@ -145,11 +144,11 @@ class RowMethod:
             replaced[child] = runner
         try:
             for child, runner in replaced.items():
-                child.forward = runner
+                put_in_place(child, {"forward": runner})
             yield
         finally:
-            for child in replaced:
-                vars(child).pop("forward", None)
+            for child in filter(held, replaced):
+                put_back(child)
 
 
 class _Child:
@@ -162,7 +161,7 @@ class _Child:
     def __init__(self, team: Team, name: str, module: nn.Module):
         self.name, self.module = name, module
         self._forward = module.forward
-        self._runner = team.runner(module, self._with_containers)
+        self._runner = team.runner(module, name, self._with_containers)
         self._whole = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,37 +197,20 @@ def _put_back(inputs: Any, left: Any) -> None:
             container.update(contents)
 
 
-ROWS = "rows"
-
-
 def split_rows(team: Team) -> None:
     """Put a `RowMethod` in the place of every coding method of an autoencoder."""
-    for name in CODING:
-        _install(team.weights.module, name, RowMethod(team, name))
-
-
-def _install(module: nn.Module, name: str, rows: RowMethod) -> None:
-    """A function stands for the object, since what hangs on a module counts for its state, and a function has none."""
-
-    @functools.wraps(rows.method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return rows(*args, **kwargs)
-
-    setattr(call, ROWS, rows)
-    setattr(module, name, call)
+    put_in_place(team.weights.module, {name: RowMethod(team, name) for name in CODING})
 
 
 def row_methods(module: nn.Module) -> list[RowMethod]:
     """The methods of a module that run split by rows."""
-    return [found for name in CODING if (found := getattr(vars(module).get(name), ROWS, None)) is not None]
+    return [method for method in held(module).values() if isinstance(method, RowMethod)]
 
 
 def restore_rows(module: nn.Module) -> None:
     """Undo `split_rows`."""
-    for rows in row_methods(module):
-        vars(module).pop(rows.name)
-        if getattr(rows.method, "__func__", None) is not getattr(type(module), rows.name):
-            setattr(module, rows.name, rows.method)
+    if row_methods(module):
+        put_back(module)
 
 
 def _plain(leaf: Any) -> Any:

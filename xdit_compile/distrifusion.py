@@ -14,7 +14,7 @@ import torch
 
 from .build import Analysis, place
 from .dump import dump
-from .generations import Branch, Generation, States
+from .generations import Branch, States
 from .interpret import bind
 from .passes.layout import PATCH
 from .passes.patches import stepping
@@ -25,7 +25,7 @@ from .weights import Weights
 Run = Callable[..., tuple[Any, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Shared(Prepared):
     """What one signature runs on this rank: with exchanges that it waits for, and with those of the step before.
 
@@ -73,9 +73,9 @@ class Shared(Prepared):
 class StaleRunner(Runner):
     """Called in place of ``module.forward``; waits for other ranks in the first steps of a generation alone."""
 
-    def __init__(self, *args: Any, generation: Generation, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.generation = generation
+        self.generation = self.session.generation
 
     def _computing(self, prepared: Prepared, leaves: list[Any]) -> Computing:
         assert isinstance(prepared, Shared)

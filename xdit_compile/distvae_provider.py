@@ -32,7 +32,10 @@ def check_distvae(module: nn.Module) -> None:
 
 
 def attach_distvae(module: nn.Module, mesh: Mesh) -> None:
-    """Have distvae rebuild the halves of an autoencoder that it has adapters for; `restore_distvae` undoes it."""
+    """Have distvae rebuild the halves of an autoencoder that it has adapters for; `restore_distvae` undoes it.
+
+    To be called where the process groups of ``mesh`` are found.
+    """
     from distvae.vae import encoder_adapter_name, parallelize_decoder, parallelize_encoder
 
     kept = {name: getattr(module, name) for name in HALVES}

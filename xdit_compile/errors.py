@@ -35,6 +35,10 @@ class AgreementError(XditCompileError):
     """Ranks that disagree on plan, inputs or graph, or one that did not answer in time."""
 
 
+class PeerError(AgreementError):
+    """A transfer that broke off, since another rank stopped or did not answer in time."""
+
+
 class ProviderUnavailable(UsageError):
     """A backend or an attention provider that cannot be used here, with the reason."""
 

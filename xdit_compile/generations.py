@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from .digest import digest_tensors
 from .errors import UsageError
+from .kernels.groups import settle
 from .patched import Part
 
 States = dict[str | int, torch.Tensor]
@@ -65,7 +66,7 @@ class Branch:
     def finish(self) -> None:
         """Wait for what is on its way, as nothing will ask for it."""
         for tensor in vars(self).get("states", {}).values():
-            torch.ops._c10d_functional.wait_tensor(tensor)
+            settle(tensor, "an exchange of the last step")
 
 
 class Generation:
@@ -79,7 +80,7 @@ class Generation:
         self.warmup = warmup
         self.number = 0
         self.active = False
-        self._branches: dict[tuple[int, int, str], Branch] = {}
+        self._branches: dict[tuple[int, Hashable, str], Branch] = {}
         self._digests: dict[tuple[int, int], tuple[torch.Tensor, str]] = {}
 
     @contextmanager
@@ -114,25 +115,27 @@ class Generation:
         return sum(key[0] == id(denoiser) for key in self._branches)
 
     def branch(
-        self, denoiser: object, program: object, constants: list[torch.Tensor], fresh: Callable[[], States]
+        self, denoiser: object, program: Hashable, constants: list[torch.Tensor], fresh: Callable[[], States]
     ) -> Branch:
         """The branch of a call, by what does not change from step to step.
 
         Args:
             denoiser: tells denoisers apart.
-            program: tells the programs of one apart.
+            program: tells the programs of one apart; never used again.
             constants: the inputs that make a branch.
             fresh: makes the states that a new branch begins with.
         """
         if not self.active:
             return Branch(fresh)
-        key = (id(denoiser), id(program), " ".join(map(self._digest, constants)))
+        key = (id(denoiser), program, " ".join(map(self._digest, constants)))
         if key not in self._branches:
             self._branches[key] = Branch(fresh, self.branches(denoiser))
         return self._branches[key]
 
     def _digest(self, tensor: torch.Tensor) -> str:
         """A digest of values; those of a tensor that was seen and not written to since are not read again."""
+        if tensor.is_inference():
+            return digest_tensors([tensor])
         key = (id(tensor), tensor._version)
         if key not in self._digests:
             self._digests[key] = (tensor, digest_tensors([tensor]))

@@ -7,8 +7,10 @@ reads another's values.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -35,9 +37,14 @@ class Branches:
 
     Over the latest generation ``shared`` counts the calls that ranks shared, by splitting their batch or by computing
     one each, and ``alone`` those that every rank had to compute by itself.
+
+    Args:
+        mesh: this rank's place.
+        running: around what reaches other ranks.
     """
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, running: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext):
+        self._running = running
         self._size = mesh.size(DIMENSION)
         self._index = mesh.coordinate(DIMENSION)
         self._group = mesh.group(DIMENSION)
@@ -81,6 +88,10 @@ class Branches:
         Raises:
             XditCompileError: one call waits in a generation in which no two ever met: there is no guidance to share.
         """
+        with self._running():
+            self._flush(asking)
+
+    def _flush(self, asking: object) -> None:
         waiting, self._waiting = self._waiting, []
         if len(waiting) == 1:
             module = waiting[0].module

@@ -25,6 +25,11 @@ class Halves:
         self._at = {(each.coordinate("cfg"), each.coordinate("pipefusion")): k for k, each in enumerate(peers)}
         self._pipe = Pipe(mesh.group(PIPELINES)) if self.count > 1 else None
 
+    def reset(self) -> None:
+        """Forget what is on its way: connections were closed."""
+        if self._pipe is not None:
+            self._pipe.reset()
+
     def turn(self) -> None:
         """Another call begins: let go of what was given and asked for two calls ago."""
         if self._pipe is not None:

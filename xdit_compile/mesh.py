@@ -42,7 +42,8 @@ class Mesh:
         names: dimensions, outer to inner.
         sizes: ranks along each.
         rank: this rank in the flat order.
-        groups: name of the process group for each set of dimensions (in mesh order) that spans several ranks.
+        groups: role of the process group for each set of dimensions (in mesh order) that spans several ranks. Graphs
+            name these; which group has the role is known when they run.
 
     Raises:
         PlanError: for sizes below 1, names that repeat, or a rank outside the grid.
@@ -75,43 +76,40 @@ class Mesh:
         return dataclasses.replace(mesh, groups=MappingProxyType(groups))
 
     @classmethod
-    def from_process_group(cls, plan: Plan, timeout: float | None = None) -> Mesh:
-        """The mesh of a plan over the running process group, with a subgroup for every set of dimensions.
+    def from_process_group(cls, plan: Plan) -> Mesh:
+        """The mesh of a plan over the running process group; `connect` makes its groups.
 
-        Every rank must call this at the same point. Each new group is used once, so that a rank which is missing is
-        noticed here. Without an initialised process group the world is this process alone.
-
-        Args:
-            plan: gives the degrees.
-            timeout: seconds that a collective waits for a peer, ``plan.timeout_s`` by default.
+        Without an initialised process group the world is this process alone.
 
         Raises:
             PlanError: when the degrees do not multiply to the world size.
-            AgreementError: when a rank does not answer in time.
         """
         ready = dist.is_available() and dist.is_initialized()
         plan.check(dist.get_world_size() if ready else 1)
         mesh = cls._of(plan, dist.get_rank() if ready else 0)
-        limit = datetime.timedelta(seconds=plan.timeout_s if timeout is None else timeout)
-        return dataclasses.replace(mesh, groups=MappingProxyType(_make_groups(mesh, limit)))
+        roles = {names: mesh._role(mesh._wide(names)) for names in _subsets(mesh.names) if mesh.size(names) > 1}
+        return dataclasses.replace(mesh, groups=MappingProxyType(roles))
 
     def shared_rows(self, plan: Plan) -> Mesh:
-        """This rank's mesh for the autoencoder: ``plan.rows.ring`` neighbours among those that make the same images.
-
-        Every rank of the world must call this at the same point, since groups may be made.
-
-        Raises:
-            AgreementError: when a rank does not answer in time.
-        """
+        """This rank's mesh for the autoencoder: ``plan.rows.ring`` neighbours among those that make the same images."""
         members, parts = self.peers(REPLICA), plan.rows.ring
         mesh = Mesh._of(plan.rows, members.index(self.rank) % parts)
         if parts == 1:
             return mesh
-        if parts == len(members):
-            name = self.group(REPLICA)
-        else:
-            name = _make_runs(self, parts, datetime.timedelta(seconds=plan.timeout_s))
-        return dataclasses.replace(mesh, groups=MappingProxyType({("ring",): name}))
+        role = self.group(REPLICA) if parts == len(members) else self.rows_role(parts)
+        return dataclasses.replace(mesh, groups=MappingProxyType({("ring",): role}))
+
+    def rows_role(self, parts: int) -> str:
+        """Role of the group of ``parts`` neighbours among the ranks that make the same images."""
+        return self._role((f"{parts}rows",))
+
+    def _role(self, names: tuple[str, ...]) -> str:
+        layout = ".".join(f"{name}{size}" for name, size in zip(self.names, self.sizes, strict=True) if size > 1)
+        return f"{layout}/{'.'.join(names)}"
+
+    def _wide(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of some dimensions along which there are several ranks."""
+        return tuple(name for name in names if self.size(name) > 1)
 
     @classmethod
     def _of(cls, plan: Plan, rank: int) -> Mesh:
@@ -205,39 +203,43 @@ def _subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(tuple(name for name in names if name in chosen) for chosen in wanted))
 
 
-def _make_groups(mesh: Mesh, limit: datetime.timedelta) -> dict[tuple[str, ...], str]:
-    """Make every group, in one order on all ranks; sets of dimensions that span the same ranks share one."""
+def connect(mesh: Mesh, limit: datetime.timedelta, rows: int = 1) -> dict[str, dist.ProcessGroup]:
+    """Make the group of every role of a mesh, in one order on all ranks; each is used once, so all of it connects.
+
+    Every rank must call this at the same point.
+
+    Args:
+        limit: how long a collective waits for a peer.
+        rows: how many neighbours share the rows of the autoencoder.
+
+    Raises:
+        AgreementError: when a rank does not answer in time.
+    """
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    groups: dict[tuple[str, ...], str] = {}
-    for names in _subsets(mesh.names):
-        if mesh.size(names) == 1:
-            continue
-        for other in range(mesh.world_size):
-            ranks = tuple(dataclasses.replace(mesh, rank=other).peers(names))
+    own: dict[str, dist.ProcessGroup] = {}
+    for role, teams in _teams(mesh, rows).items():
+        for ranks in teams:
             if ranks not in made:
                 with _answering(ranks, limit):
-                    made[ranks] = dist.new_group(list(ranks), timeout=limit, group_desc=",".join(names))
-        groups[names] = made[tuple(mesh.peers(names))].group_name
+                    made[ranks] = dist.new_group(list(ranks), timeout=limit, group_desc=role)
+            if mesh.rank in ranks:
+                own[role] = made[ranks]
     for ranks, group in made.items():
         if mesh.rank in ranks:
             with _answering(ranks, limit):
                 _meet(group)
-    return groups
-
-
-def _make_runs(mesh: Mesh, parts: int, limit: datetime.timedelta) -> str:
-    """The group of ``parts`` neighbours among the ranks that make the same images, after making all of them."""
-    own = ""
-    for first in sorted({min(dataclasses.replace(mesh, rank=rank).peers(REPLICA)) for rank in range(mesh.world_size)}):
-        members = dataclasses.replace(mesh, rank=first).peers(REPLICA)
-        for at in range(0, len(members), parts):
-            ranks = members[at : at + parts]
-            with _answering(tuple(ranks), limit):
-                group = dist.new_group(ranks, timeout=limit, group_desc="rows")
-                if mesh.rank in ranks:
-                    _meet(group)
-                    own = group.group_name
     return own
+
+
+def _teams(mesh: Mesh, rows: int) -> dict[str, list[tuple[int, ...]]]:
+    """For each role the ranks of every group that has it."""
+    places = [dataclasses.replace(mesh, rank=rank) for rank in range(mesh.world_size)]
+    teams = {role: [tuple(place.peers(names)) for place in places] for names, role in mesh.groups.items()}
+    if 1 < rows < mesh.size(REPLICA):
+        members = [place.peers(REPLICA) for place in places]
+        runs = [tuple(each[at : at + rows]) for each in members for at in range(0, len(each), rows)]
+        teams[mesh.rows_role(rows)] = runs
+    return {role: list(dict.fromkeys(each)) for role, each in teams.items()}
 
 
 def _meet(group: dist.ProcessGroup) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .build import Analysis, Lie, Pipeline, place_stage, separated
-from .generations import Branch, Generation
+from .generations import Branch
 from .guidance import alone
 from .halves import Halves
 from .interpret import assemble, bind
@@ -33,7 +33,7 @@ Run = Callable[..., tuple[Any, ...]]
 Kept = dict[str | int, torch.Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Flow(Prepared):
     """What one signature runs on this rank: its stage of the program of all tokens, and of that of each patch."""
 
@@ -98,9 +98,9 @@ class _Drains:
 class PipelineRunner(Runner):
     """Called in place of ``module.forward``; results come in patches once the warm-up is over."""
 
-    def __init__(self, *args: Any, generation: Generation, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.generation = generation
+        self.generation = self.session.generation
         self.collected = 0
         self._drains = _Drains()
         self.taken: list[Program] = []
@@ -109,11 +109,15 @@ class PipelineRunner(Runner):
         self.pipe = Pipe(group) if group else None
         self.halves = Halves(self.mesh)
         self.stage, self.last = self.mesh.coordinate("pipefusion"), self.mesh.size("pipefusion") - 1
+        self.session.after_failure(self._reset)
 
-    @torch.no_grad()
+    def _reset(self) -> None:
+        self.halves.reset()
+        if self.pipe is not None:
+            self.pipe.reset()
+
     def _run(self, args: tuple, kwargs: dict) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
-        flow = self._known(args, kwargs, leaves)
+        flow, leaves = self._known(args, kwargs)
         assert isinstance(flow, Flow)
         device = device_of(leaves)
         branch = self.generation.branch(self, flow, flow.constants(leaves), lambda: flow.states(device))

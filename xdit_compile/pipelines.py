@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .agreement import Agreement
 from .errors import UsageError
-from .generations import Generation
-from .guidance import Branches
+from .in_place import held, own_class, put_back, put_in_place
 from .patched import whole_of
-from .replicas import Replicas
+from .session import Session
 
 DENOISERS = ("transformer", "unet", "controlnet", "prior", "decoder", "dit")
 """Component names that diffusers gives to denoisers; a pipeline with several numbers them (``transformer_2``)."""
@@ -67,64 +63,63 @@ def is_denoiser(component: str) -> bool:
     return component.rstrip("_0123456789") in DENOISERS
 
 
-@dataclasses.dataclass(frozen=True)
-class Outer:
-    """What happens around the outer call of a pipeline."""
-
-    agreement: Agreement
-    branches: Branches
-    generation: Generation
-    replicas: Replicas
-
-
 STEPS = "num_inference_steps"
 """The argument by which diffusers' pipelines are told how many steps to make."""
 
 
-class _Parallel:
-    """Marks the class that `wrap_call` gives a pipeline."""
+def wrap_call(pipe: Any, session: Session) -> None:
+    """Make a pipeline's outer call this rank's part of a request of all ranks; `restore_call` undoes it.
 
-
-OUTER = "_xdit_compile_outer"
-
-
-def wrap_call(pipe: Any, outer: Outer) -> None:
-    """Make a pipeline's outer call this rank's part of a call of all ranks.
-
-    The ranks that make the same images start from the same random state, since some pipelines draw from the default
-    generators even when they are given one; images are shared out over replicas. Python looks ``__call__`` up on the
-    class, so an instance alone cannot change it: the pipeline gets a class derived from its own, of the same name.
+    Images are shared out over replicas, and results made whole.
     """
-    cls = type(pipe)
-    own = cls.__call__
+    own = functools.partial(own_class(pipe).__call__, pipe)
 
-    @functools.wraps(own)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = outer.replicas.arguments(functools.partial(own, self), args, kwargs)
-        steps = inspect.signature(own).bind(self, *args, **kwargs).arguments.get(STEPS)
-        with outer.generation.running(steps):
-            share_random_state(outer.agreement)
-            outer.branches.begin()
-            result = pytree.tree_map(whole_of, own(self, *args, **kwargs))
-        return outer.replicas.joined(result)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if session.closed:
+            return own(*args, **kwargs)
+        bound = inspect.signature(own).bind(*args, **kwargs)
+        with session.request(bound.arguments, bound.arguments.get(STEPS)) as agreed:
+            bound.arguments.update(agreed)
+            args, kwargs = session.replicas.arguments(own, bound.args, bound.kwargs)
+            return session.replicas.joined(pytree.tree_map(whole_of, own(*args, **kwargs)))
 
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__call__": call}
-    object.__setattr__(pipe, OUTER, outer)
-    pipe.__class__ = type(cls.__name__, (_Parallel, cls), body)
+    put_in_place(pipe, {"__call__": call})
 
 
 def restore_call(pipe: Any) -> None:
     """Give a pipeline its own class back."""
-    if isinstance(pipe, _Parallel):
-        vars(pipe).pop(OUTER)
-        pipe.__class__ = type(pipe).__mro__[2]
+    if held(pipe):
+        put_back(pipe)
 
 
-def share_random_state(agreement: Agreement) -> None:
-    """Set the default generators of all ranks to the state of the first."""
-    devices = [torch.default_generator]
-    if torch.cuda.is_available():
-        devices.append(torch.cuda.default_generators[torch.cuda.current_device()])
-    for generator in devices:
-        state = agreement.share(generator.get_state().numpy().tobytes())
-        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+def session_of(target: Any) -> Session | None:
+    """The session of a module that is parallelized."""
+    return next((each.session for each in held(target).values() if hasattr(each, "session")), None)
+
+
+def follow_modules(base: type) -> None:
+    """Have pipelines that are made of parallelized modules make requests as well.
+
+    diffusers makes one pipeline of another's modules (``from_pipe``, ``Other(**pipe.components)``) and tells nobody but
+    ``register_modules`` of the new one, so that is where it must be noticed: before the first call, in which ranks
+    would already draw different latents.
+
+    Args:
+        base: the class that all pipelines derive from.
+    """
+    own = base.register_modules  # type: ignore[attr-defined]
+    if hasattr(own, FOLLOWING):
+        return
+
+    @functools.wraps(own)
+    def register_modules(self: Any, **modules: Any) -> None:
+        own(self, **modules)
+        session = next((found for module in modules.values() if (found := session_of(module)) is not None), None)
+        if session is not None and not held(self):
+            wrap_call(self, session)
+
+    setattr(register_modules, FOLLOWING, True)
+    base.register_modules = register_modules  # type: ignore[attr-defined]
+
+
+FOLLOWING = "_xdit_compile_following"

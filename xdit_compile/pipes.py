@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from .kernels.groups import answering, process_group
+from .kernels.groups import answering, complete, process_group
 
 
 @dataclasses.dataclass
@@ -40,13 +41,22 @@ class Pipe:
     one call ahead of another.
 
     Args:
-        group: name of the process group of the stages, in order.
+        group: role of the process group of the stages, in order.
     """
 
     def __init__(self, group: str):
-        self.members = process_group(group)
+        self._group = group
         self._before: list[Arriving] = []
         self._under_way: list[Arriving] = []
+
+    @property
+    def members(self) -> dist.ProcessGroup:
+        """The stages, in order."""
+        return process_group(self._group)
+
+    def reset(self) -> None:
+        """Forget what is on its way: connections were closed."""
+        self._before, self._under_way = [], []
 
     @property
     def kept(self) -> int:
@@ -81,6 +91,6 @@ class Pipe:
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """A tensor of one stage on all of them; others give one of its shape, which is filled."""
         tensor = tensor.contiguous()
-        with answering(self.members, "a broadcast over stages"):
-            dist.broadcast(tensor, group=self.members, group_src=source)
+        start = functools.partial(dist.broadcast, tensor, group=self.members, group_src=source, async_op=True)
+        complete(self.members, "a broadcast over stages", start)
         return tensor

@@ -56,6 +56,8 @@ class Plan:
         attention: which kernel computes attention; ``auto`` takes the best that is available.
         fallback: ``gather`` runs what cannot be split on gathered tensors and reports it, ``error`` refuses.
         verify: compare the first call of every new graph with the unsplit module.
+        max_programs: graphs, one for each size and kind of call, that a module keeps compiled; the one that was not
+            used for the longest time is dropped first.
         timeout_s: seconds that any rank waits for another before it gives up.
     """
 
@@ -79,6 +81,7 @@ class Plan:
     attention: str = "auto"
     fallback: str = "gather"
     verify: bool = True
+    max_programs: int = 32
     timeout_s: float = 600.0
 
     @property
@@ -148,6 +151,8 @@ class Plan:
         for name in ("verify", "keep_weights"):
             if not isinstance(getattr(self, name), bool):
                 found.append(f"{name}={getattr(self, name)!r} must be True or False")
+        if not _is_count(self.max_programs, 1):
+            found.append(f"max_programs={self.max_programs!r} must be a whole number of at least 1")
         if not isinstance(self.timeout_s, int | float) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
             found.append(f"timeout_s={self.timeout_s!r} must be a positive number of seconds")
         if not found:

@@ -9,20 +9,18 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .agreement import Agreement
-from .backends.base import Backend
 from .build import Analysis, analyse, choose_units, place
 from .deferred import Deferred, values_of
-from .digest import digest, digest_program, digest_shapes, digest_tensors
+from .digest import digest, digest_program, digest_shapes
 from .dump import dump
-from .guidance import Branches
+from .in_place import as_it_was, found_method
 from .interpret import assemble, bind
-from .mesh import Mesh
 from .passes.infer import Inference
 from .passes.layout import BATCH, Chosen
 from .passes.strips import in_strips
 from .plan import Plan
 from .program import Program
+from .session import Place, Session
 from .signature import Signature, fingerprint, signature
 from .verification import verify
 from .weights import Weights
@@ -31,7 +29,7 @@ Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
 """From the flat inputs of a call to the tensors of its result."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
     """What one signature runs on this rank."""
 
@@ -53,10 +51,14 @@ class Runner:
     """Called in place of ``module.forward``.
 
     A call whose signature is known runs at once; another is captured, partitioned, compiled and, with ``plan.verify``,
-    compared with the module itself. Values of guards that changed make a new program too. A hook of accelerate's on the
-    module (which moves it to its device) runs around every call, as it would around the module's own forward.
+    compared with the module itself. Values of guards that changed make a new program too. Of more programs than
+    ``plan.max_programs`` the one that was not used for the longest time is dropped.
 
     Args:
+        weights: of the module.
+        session: what the ranks share.
+        name: what the module is called in messages.
+        place: what graphs are made for, where that is not the session's own.
         computation: what to compute in place of the module's ``forward``: another method of it.
         choose: says what of a program is split.
         gather: whether results are made whole; without it each rank has its part of them.
@@ -68,45 +70,41 @@ class Runner:
     def __init__(
         self,
         weights: Weights,
-        plan: Plan,
-        mesh: Mesh,
-        backend: Backend,
-        agreement: Agreement,
-        branches: Branches,
+        session: Session,
+        name: str = "module",
         *,
+        place: Place | None = None,
         computation: Callable[..., Any] | None = None,
         choose: Callable[[Inference, Plan], Chosen] = choose_units,
         gather: bool = True,
         budget: int | None = None,
         trace_only: bool = False,
     ):
-        self.weights, self.module = weights, weights.module
-        self.plan = plan
-        self.mesh = mesh
-        self.backend = backend
-        self.forward = self.module.forward
-        own: Callable[..., Any] = getattr(self.module, "_old_forward", None) or self.forward
-        self._computation = computation or own
+        self.weights, self.module, self.name = weights, weights.module, name
+        self.session = session
+        place = place or session.place
+        self.plan, self.mesh, self.backend = place.plan, place.mesh, place.backend
+        self._guided = place is session.place and session.branches.active
+        self._given = computation
         self._choose, self._gather, self._budget, self._trace_only = choose, gather, budget, trace_only
         self.prepared: dict[Signature, list[Prepared]] = {}
-        self._agreement = agreement
-        self._branches = branches
+        self._agreement = session.agreement
+        self._branches = session.branches
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hook = getattr(self.module, "_hf_hook", None)
-        if hook is None:
+        with self.session.call(), torch.inference_mode(False), torch.no_grad():
             return self._run(args, kwargs)
-        args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
-        return hook.post_forward(self.module, self._run(args, kwargs))
 
-    @torch.no_grad()
+    @property
+    def _computation(self) -> Callable[..., Any]:
+        return self._given or found_method(self.module, "forward")
+
     def _run(self, args: tuple, kwargs: dict) -> Any:
-        if self._branches.active:
+        if self._guided:
             args, kwargs = self._arrived(args, kwargs)
-        leaves = pytree.tree_leaves((args, kwargs))
-        prepared = self._known(args, kwargs, leaves)
+        prepared, leaves = self._known(args, kwargs)
         compute = self._computing(prepared, leaves)
-        if self._branches.active:
+        if self._guided:
             if not prepared.analysis.units.get(BATCH):
                 return self._deferred(prepared, leaves, compute)
             self._branches.shared += 1
@@ -116,15 +114,29 @@ class Runner:
         """How the results of this call come from its inputs, now or later."""
         return lambda given: prepared.run(*bind(prepared.program, self.weights, given))
 
-    def _known(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
-        """What runs a call of this signature, made if need be."""
-        known = self.prepared.setdefault(signature(self.module, args, kwargs), [])
+    def _known(self, args: tuple, kwargs: dict) -> tuple[Prepared, list[Any]]:
+        """What runs a call of this signature, made if need be, and the flat inputs to run it with."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        inputs, first = self.session.inputs, self.session.in_request and self.session.inputs.first(self)
+        leaves = inputs.agreed(leaves) if first else inputs.known(leaves)
+        key = signature(self.module, args, kwargs)
+        known = self.prepared[key] = self.prepared.pop(key, [])
         prepared = next((one for one in known if one.fits(leaves)), None)
-        self._agreement.announce_call("new" if prepared is None else f"known {known.index(prepared)} {len(leaves)}")
+        self.session.announce(f"{self.name} {'new' if prepared is None else known.index(prepared)}", leaves)
         if prepared is None:
+            leaves = leaves if first else inputs.agreed(leaves)
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
             prepared = self._prepare(args, kwargs, leaves)
             known.append(prepared)
-        return prepared
+            self._drop_oldest()
+        return prepared, leaves
+
+    def _drop_oldest(self) -> None:
+        while sum(map(len, self.prepared.values())) > self.plan.max_programs:
+            key, known = next((key, known) for key, known in self.prepared.items() if known)
+            known.pop(0)
+            if not known:
+                del self.prepared[key]
 
     def _arrived(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The inputs with the values of those that another denoiser has not computed yet."""
@@ -143,25 +155,20 @@ class Runner:
         return assemble(prepared.program, tuple(self._branches.call(self.module, lambda: compute(kept), likes)))
 
     def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
-        self._agreement.agree(
-            "inputs",
-            {"plan": digest([self.plan]), "input shape": digest_shapes(leaves), "input": digest_tensors(leaves)},
-        )
-        try:
+        shapes = {"plan": digest([self.plan]), "input shape": digest_shapes(leaves)}
+        self._agreement.agree("a new program", shapes)
+        own = self._computation
+        with as_it_was(self.module):
             analysis = analyse(
-                self.module, self.plan, args, kwargs, forward=self._computation, check=self.plan.verify,
+                self.module, self.plan, args, kwargs, forward=own, check=self.plan.verify,
                 choose=self._choose, run=not self._trace_only,
             )  # fmt: skip
-            graph = digest([digest_program(analysis.program), analysis.units])
-            prepared = self._placed(analysis, device_of(leaves))
-        except Exception as error:
-            self._agreement.fail("graph", error)
-            raise
-        self._agreement.agree("graph", {"graph": graph})
-        verified = self.plan.verify and not self._trace_only
+        prepared = self._placed(analysis, device_of(leaves))
+        self._agreement.agree("its graph", {"graph": digest([digest_program(analysis.program), analysis.units])})
         rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1
-        if verified and rewritten and not self.weights.partial:
-            self._verify(prepared, args, kwargs, leaves)
+        if self.plan.verify and not self._trace_only and rewritten:
+            if not self._agreement.any("whole weights", self.weights.partial):
+                self._verify(prepared, own, args, kwargs, leaves)
         self._settle(prepared)
         return prepared
 
@@ -176,15 +183,11 @@ class Runner:
     def _settle(self, prepared: Prepared) -> None:
         """Bring the weights that programs need, and release what they leave; known signatures follow the module."""
         before = fingerprint(self.module)
-        try:
-            for program in prepared.programs:
-                self.weights.load(program)
-            if not self.plan.keep_weights:
-                self._release(prepared)
-        except Exception as error:
-            self._agreement.fail("weights", error)
-            raise
-        self._agreement.agree("weights", {})
+        for program in prepared.programs:
+            self.weights.load(program)
+        if not self.plan.keep_weights:
+            self._release(prepared)
+        self._agreement.agree("its weights", {})
         after = fingerprint(self.module)
         if after != before:
             for key in [key for key in self.prepared if key.modules == before]:
@@ -193,15 +196,14 @@ class Runner:
     def _release(self, prepared: Prepared) -> None:
         self.weights.release(prepared.programs)
 
-    def _verify(self, prepared: Prepared, args: tuple, kwargs: dict, leaves: list[Any]) -> None:
-        try:
-            expected = self._computation(*args, **kwargs)
-            for found in self._found(prepared, leaves):
-                verify(assemble(prepared.program, found), expected)
-        except Exception as error:
-            self._agreement.fail("verdict", error)
-            raise
-        self._agreement.agree("verdict", {})
+    def _verify(
+        self, prepared: Prepared, own: Callable[..., Any], args: tuple, kwargs: dict, leaves: list[Any]
+    ) -> None:
+        with as_it_was(self.module):
+            expected = own(*args, **kwargs)
+        for found in self._found(prepared, leaves):
+            verify(assemble(prepared.program, found), expected)
+        self._agreement.agree("its verdict", {})
 
     def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """The results of a call, for every way in which it can be computed."""

@@ -12,8 +12,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .in_place import HELD, own_class
+
 TORCH_STATE = frozenset(vars(nn.Module()))
 """Names that every module carries; those that matter are read by name."""
+
+AROUND = frozenset({"forward", HELD, "_hf_hook", "_old_forward", "_diffusers_hook"})
+"""Attributes of a root that concern what happens around its forward, or what stands in its place."""
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 VALUES = frozenset({bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type})
@@ -94,7 +99,7 @@ def fingerprint(module: nn.Module) -> Fingerprint:
 def _state(module: nn.Module, root: bool) -> Iterable[Any]:
     own = vars(module)
     yield id(module)
-    yield type(module)
+    yield own_class(module)
     yield module.training
     for name, parameter in own["_parameters"].items():
         if parameter is not None:
@@ -106,7 +111,7 @@ def _state(module: nn.Module, root: bool) -> Iterable[Any]:
         if own[hooks]:
             yield (hooks, *(_Same(hook) for hook in own[hooks].values()))
     for name, value in own.items():
-        if name in TORCH_STATE or value is None or (root and name == "forward"):
+        if name in TORCH_STATE or value is None or (root and name in AROUND):
             continue
         if value.__class__ in VALUES:
             yield (name, value)

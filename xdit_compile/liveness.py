@@ -1,0 +1,86 @@
+"""Signs of life: every rank says in the store that it runs, so that one which was stopped can be named."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+BEAT_SECONDS = 1.0
+SILENT_SECONDS = 15.0
+"""A rank that gives no sign for so long has stopped."""
+ENDED = "ended"
+
+
+class Liveness:
+    """This rank's signs of life, and what it has seen of the others'.
+
+    A thread of its own writes them, through a connection of its own, as the main thread may be in a collective. It ends
+    with this object, and says so: a rank that has ended is known at once.
+
+    Args:
+        store: the store of the process group.
+        name: begins the keys; the same on every rank.
+    """
+
+    def __init__(self, store: dist.Store, name: str, rank: int):
+        self._store, self._name = store, name
+        self._seen: dict[int, tuple[str, float]] = {}
+        stop = threading.Event()
+        own: dist.Store = store.clone()  # type: ignore[attr-defined]
+        thread = threading.Thread(target=_beat, args=(own, self._key(rank), stop), daemon=True)
+        thread.start()
+        self.close = weakref.finalize(self, _end, thread, stop)
+
+    def silence(self, rank: int) -> float:
+        """Seconds for which a rank was looked at and gave no sign of life; infinite for one that said it ended."""
+        sign, now = self._sign(rank), time.monotonic()
+        if sign == ENDED:
+            return math.inf
+        before = self._seen.get(rank)
+        if before is None or before[0] != sign:
+            self._seen[rank] = (sign, now)
+            return 0.0
+        return now - before[1]
+
+    def silent(self, ranks: Sequence[int]) -> int | None:
+        """The first of some ranks that gives no sign of life while it is looked at for three beats."""
+        first = {rank: self._sign(rank) for rank in ranks}
+        end = time.monotonic() + 3 * BEAT_SECONDS
+        while True:
+            signs = {rank: self._sign(rank) for rank in ranks}
+            quiet = [rank for rank in ranks if signs[rank] in (ENDED, first[rank])]
+            ended = next((rank for rank in ranks if signs[rank] == ENDED), None)
+            if ended is not None or not quiet:
+                return ended
+            if time.monotonic() > end:
+                return quiet[0]
+            time.sleep(BEAT_SECONDS / 10)
+
+    def _sign(self, rank: int) -> str:
+        key = self._key(rank)
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def _key(self, rank: int) -> str:
+        return f"{self._name}/alive/{rank}"
+
+
+def _beat(store: dist.Store, key: str, stop: threading.Event) -> None:
+    count = 0
+    try:
+        while not stop.is_set():
+            count += 1
+            store.set(key, str(count))
+            stop.wait(BEAT_SECONDS)
+        store.set(key, ENDED)
+    except RuntimeError:
+        return
+
+
+def _end(thread: threading.Thread, stop: threading.Event) -> None:
+    stop.set()
+    thread.join(2 * BEAT_SECONDS)

@@ -1,0 +1,201 @@
+"""What the ranks of one plan share: made once by `parallelize`, handed on as one to whatever runs for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from .agreement import Agreement
+from .backends.base import Backend
+from .digest import digest
+from .errors import AgreementError, PeerError
+from .generations import Generation
+from .guidance import Branches
+from .kernels.groups import Groups
+from .mesh import REPLICA, Mesh, connect
+from .plan import Plan
+from .replicas import Replicas
+from .request_facts import facts_of, share_random_state
+from .shared_inputs import SharedInputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What graphs are made for.
+
+    Args:
+        plan: the degrees and choices.
+        mesh: this rank's place.
+        backend: what runs graphs.
+    """
+
+    plan: Plan
+    mesh: Mesh
+    backend: Backend
+
+
+class Session:
+    """One plan at work on the modules of one or several pipelines.
+
+    A *request* is what one outer call of a pipeline does; a call of a module outside of one is a request of its own, in
+    which ranks do not wait for one another at the end. Requests of several threads follow one another. A rank that
+    fails in one says so and closes its connections, which frees its peers; all ranks then raise, and the next request
+    opens new connections in another epoch.
+
+    Args:
+        plan: the degrees and choices.
+        mesh: this rank's place.
+        backend: what runs graphs.
+    """
+
+    def __init__(self, plan: Plan, mesh: Mesh, backend: Backend):
+        self.plan, self.mesh = plan, mesh
+        self.place = Place(plan, mesh, backend)
+        self.rows = Place(plan.rows, mesh.shared_rows(plan), backend)
+        self.agreement = Agreement.over(mesh, plan.timeout_s)
+        limit = datetime.timedelta(seconds=plan.timeout_s)
+        rows = plan.rows.ring if plan.vae != "whole" else 1
+        self.groups = Groups(functools.partial(connect, mesh, limit, rows), self.agreement.pulse)
+        self.groups.open()
+        self.branches = Branches(mesh, self.call)
+        self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
+        self.replicas = Replicas(mesh)
+        self.inputs = SharedInputs(self.agreement, mesh.group(REPLICA))
+        self._lock = threading.RLock()
+        self._in_request = self._closed = False
+        self._requests = 0
+        self._before: list[Callable[[], None]] = []
+        self._after_failure: list[Callable[[], None]] = []
+        self._reconciled = True
+
+    def before_request(self, do: Callable[[], None]) -> None:
+        """Have something done when a request begins."""
+        self._before.append(do)
+
+    def after_failure(self, do: Callable[[], None]) -> None:
+        """Have something done when connections were closed."""
+        self._after_failure.append(do)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session has ended."""
+        return self._closed
+
+    @property
+    def in_request(self) -> bool:
+        """Whether an outer call is under way."""
+        return self._in_request
+
+    def close(self) -> None:
+        """End what the session holds: connections and signs of life."""
+        self._closed = True
+        self.agreement.close()
+        self.groups.close()
+
+    @contextmanager
+    def request(self, arguments: Mapping[str, Any], steps: int | None = None) -> Iterator[dict[str, Any]]:
+        """One outer call: ranks agree on its arguments before it, and after it on the calls that it made.
+
+        Args:
+            arguments: by name.
+            steps: how many it has, where that is known.
+
+        Returns:
+            The arguments, with the first rank's in the place of tensors that differ by rounding.
+
+        Raises:
+            AgreementError: ranks were given other arguments, made other calls, or one failed.
+        """
+        with self._lock, self.groups.running(), self._guarded():
+            if self._in_request:
+                yield dict(arguments)
+                return
+            self._in_request = True
+            self.agreement.start()
+            try:
+                with self.generation.running(steps):
+                    yield self._begin(arguments)
+                self.agreement.finish()
+            finally:
+                self._in_request = False
+                self.inputs.forget()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """One call of a module; outside of a request it is all of one."""
+        with self._lock, self.groups.running(), self._guarded():
+            if not self._in_request:
+                self._connect()
+                self._do(self._before)
+            yield
+
+    def announce(self, what: str, leaves: Sequence[Any]) -> None:
+        """Tell peers which call this rank enters, and see whether earlier ones were the same."""
+        if not self.agreement.alone:
+            self.agreement.announce_call(what, [self.inputs.sketch(leaf) for leaf in leaves])
+
+    def _begin(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        self._requests += 1
+        own = {"request": str(self._requests), "plan": digest([self.plan])}
+        self._meet({**own, **facts_of(arguments)})
+        leaves, spec = pytree.tree_flatten(dict(arguments))
+        found = pytree.tree_unflatten(self.inputs.agreed(leaves), spec)
+        share_random_state(self.agreement)
+        self.branches.begin()
+        self._do(self._before)
+        return found
+
+    def _connect(self) -> None:
+        """After a failure open new connections; all ranks come here with their next call."""
+        if not self._reconciled:
+            self._meet({})
+
+    def _meet(self, facts: Mapping[str, str]) -> None:
+        """Agree on the facts of a request, and have connections: all ranks keep theirs or all make new ones."""
+        said = self.agreement.exchange("the start", {"open": self.groups.is_open, "facts": facts}, everyone=True)
+        self.agreement.require_equal({rank: other["facts"] for rank, other in said.items()}, facts)
+        if not (self.groups.is_open and all(other["open"] for other in said.values())):
+            self.groups.close()
+            self.groups.open()
+        self.agreement.start()
+        self._reconciled = True
+
+    def _do(self, what: Sequence[Callable[[], None]]) -> None:
+        for each in what:
+            each()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Stop together: what is raised inside reaches the other ranks, and what stopped them is raised here."""
+        try:
+            yield
+        except BaseException as error:
+            if self.agreement.alone or getattr(error, STOPPED, False):
+                raise
+            raised = self._stop(error)
+            setattr(raised, STOPPED, True)
+            if raised is error:
+                raise
+            raise raised from error
+
+    def _stop(self, error: BaseException) -> BaseException:
+        """Say that this rank goes no further, and close its connections, if any rank may wait in one."""
+        cause = self.agreement.blame() if isinstance(error, PeerError) else None
+        self.agreement.fail(error, cause)
+        if self.agreement.calls or not self.agreement.all_failed_unused():
+            self.groups.close()
+            self._do(self._after_failure)
+        self.agreement.renew()
+        self._reconciled = False
+        return error if cause is None else AgreementError(cause)
+
+
+STOPPED = "_xdit_compile_stopped"
+"""Marks an error that other ranks know of."""
