@@ -24,8 +24,9 @@ CAPTURE = (
     "interpret preserve signature capture separate in_place"
 )
 RUNTIME = (
-    "simulated sketch liveness agreement request_facts shared_inputs session verification digest build report dump deferred guidance replicas pipelines empty runtime "
-    "autoencoder distvae_provider generations patched pipes halves pipefusion distrifusion pipeline_report"
+    "simulated sketch liveness agreement request_facts shared_inputs session verification digest build report "
+    "dump deferred guidance replicas pipelines empty runtime autoencoder distvae_provider generations patched "
+    "pipes halves pipefusion distrifusion pipeline_report"
 )
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
 LAYERS = [

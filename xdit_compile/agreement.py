@@ -178,6 +178,8 @@ class Agreement:
         topic = f"{self.epoch}/{scope}{count}"
         self._store.set(self._key(topic, self.rank), json.dumps({"stage": stage, "said": mine}))
         found = {}
+        if self._life is not None:
+            self._life.forget()
         for rank in ranks:
             theirs = json.loads(self._wait(self._key(topic, rank), rank, stage))
             if theirs["stage"] != stage:

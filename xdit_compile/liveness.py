@@ -47,6 +47,10 @@ class Liveness:
             return 0.0
         return now - before[1]
 
+    def forget(self) -> None:
+        """Look anew: a rank that was stopped may run again."""
+        self._seen.clear()
+
     def silent(self, ranks: Sequence[int]) -> int | None:
         """The first of some ranks that gives no sign of life while it is looked at for three beats."""
         first = {rank: self._sign(rank) for rank in ranks}

@@ -92,7 +92,7 @@ class Runner:
         self._branches = session.branches
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.session.call(), torch.inference_mode(False), torch.no_grad():
+        with self.session.call():
             return self._run(args, kwargs)
 
     @property

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
@@ -113,7 +114,7 @@ class Session:
         Raises:
             AgreementError: ranks were given other arguments, made other calls, or one failed.
         """
-        with self._lock, self.groups.running(), self._guarded():
+        with self._lock, self.groups.running(), self._guarded(), torch.inference_mode(False), torch.no_grad():
             if self._in_request:
                 yield dict(arguments)
                 return
@@ -130,7 +131,7 @@ class Session:
     @contextmanager
     def call(self) -> Iterator[None]:
         """One call of a module; outside of a request it is all of one."""
-        with self._lock, self.groups.running(), self._guarded():
+        with self._lock, self.groups.running(), self._guarded(), torch.inference_mode(False), torch.no_grad():
             if not self._in_request:
                 self._connect()
                 self._do(self._before)
@@ -145,7 +146,7 @@ class Session:
         self._requests += 1
         own = {"request": str(self._requests), "plan": digest([self.plan])}
         self._meet({**own, **facts_of(arguments)})
-        leaves, spec = pytree.tree_flatten(dict(arguments))
+        leaves, spec = pytree.tree_flatten(pytree.tree_map_only(torch.Tensor, _countable, dict(arguments)))
         found = pytree.tree_unflatten(self.inputs.agreed(leaves), spec)
         share_random_state(self.agreement)
         self.branches.begin()
@@ -163,6 +164,7 @@ class Session:
         self.agreement.require_equal({rank: other["facts"] for rank, other in said.items()}, facts)
         if not (self.groups.is_open and all(other["open"] for other in said.values())):
             self.groups.close()
+            self.agreement.exchange("new connections", None, everyone=True)
             self.groups.open()
         self.agreement.start()
         self._reconciled = True
@@ -193,8 +195,13 @@ class Session:
             self.groups.close()
             self._do(self._after_failure)
         self.agreement.renew()
-        self._reconciled = False
+        self._requests, self._reconciled = 0, False
         return error if cause is None else AgreementError(cause)
+
+
+def _countable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that counts writes to it, unlike those made in inference mode; requests run outside of that mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 STOPPED = "_xdit_compile_stopped"
