@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
 from .errors import UsageError
@@ -18,6 +17,7 @@ from .generations import Generation
 from .guidance import Branches
 from .patched import whole_of
 from .replicas import Replicas
+from .results import replaced
 
 DENOISERS = ("transformer", "unet", "controlnet", "prior", "decoder", "dit")
 """Component names that diffusers gives to denoisers; a pipeline with several numbers them (``transformer_2``)."""
@@ -105,7 +105,7 @@ def wrap_call(pipe: Any, outer: Outer) -> None:
         with outer.generation.running(steps):
             share_random_state(outer.agreement)
             outer.branches.begin()
-            result = pytree.tree_map(whole_of, own(self, *args, **kwargs))
+            result = replaced(own(self, *args, **kwargs), torch.Tensor, whole_of)
         return outer.replicas.joined(result)
 
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__call__": call}
