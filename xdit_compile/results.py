@@ -34,16 +34,21 @@ PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 ABSENT = object()
 
 
-def tensors_of(result: Any) -> list[torch.Tensor]:
-    """The tensors in a result, in a fixed order; one that stands in two places is there twice."""
-    found: list[torch.Tensor] = []
+def found_in(result: Any, kind: Kind) -> list[Any]:
+    """The leaves of a kind in a result, in a fixed order; one that stands in two places is there twice."""
+    found: list[Any] = []
 
-    def see(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
+    def see(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
 
-    replaced(result, torch.Tensor, see)
+    replaced(result, kind, see)
     return found
+
+
+def tensors_of(result: Any) -> list[torch.Tensor]:
+    """The tensors in a result, as `found_in` finds them."""
+    return found_in(result, torch.Tensor)
 
 
 def replaced(result: Any, kind: Kind, change: Change) -> Any:
