@@ -127,5 +127,32 @@ def two_ranks(rank: int) -> None:
             assert len(found.images) == 1 and found.nsfw_content_detected is None
 
 
+def guidance_ends_early(rank: int) -> None:
+    """The call of the last step waits alone, and nothing of the pipeline's reads what it gives."""
+    case = PIPELINES["wan"]
+
+    def generate() -> Any:
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        given = {**case.arguments(Draw(0)), "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        return pipe(**given, num_inference_steps=2, callback_on_step_end=without_guidance)
+
+    def without_guidance(pipe: Any, *_: Any) -> dict[str, Any]:
+        pipe._guidance_scale = 1.0
+        return {}
+
+    pipe = case.build()
+    expected = generate()
+    xdit_compile.parallelize(pipe, Plan(cfg=2, backend="eager"))
+    found = generate()
+    assert type(found) is type(expected) and type(found.frames) is torch.Tensor
+    if rank == 0:
+        torch.testing.assert_close(found.frames, expected.frames, rtol=1e-4, atol=1e-4)
+
+
+def both(rank: int) -> None:
+    two_ranks(rank)
+    guidance_ends_early(rank)
+
+
 def test_two_ranks() -> None:
-    procs.run(two_ranks, 2)
+    procs.run(both, 2)

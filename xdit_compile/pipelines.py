@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .agreement import Agreement
+from .deferred import values_of
 from .errors import UsageError
 from .generations import Generation
 from .guidance import Branches
@@ -105,12 +106,17 @@ def wrap_call(pipe: Any, outer: Outer) -> None:
         with outer.generation.running(steps):
             share_random_state(outer.agreement)
             outer.branches.begin()
-            result = replaced(own(self, *args, **kwargs), torch.Tensor, whole_of)
+            result = replaced(own(self, *args, **kwargs), torch.Tensor, _there)
         return outer.replicas.joined(result)
 
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__call__": call}
     object.__setattr__(pipe, OUTER, outer)
     pipe.__class__ = type(cls.__name__, (_Parallel, cls), body)
+
+
+def _there(tensor: torch.Tensor) -> torch.Tensor:
+    """All values of a tensor: what a pipeline returns may be read on one rank alone."""
+    return values_of(whole_of(tensor))
 
 
 def restore_call(pipe: Any) -> None:
