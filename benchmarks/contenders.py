@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from xdit_compile import Plan, generation, parallelize
 from xdit_compile.api import runner_of
@@ -259,14 +260,16 @@ class Stubs:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[Stubs]:
-        """In the place of torch.distributed's functions, for as long as the block runs."""
+        """In the place of torch.distributed's functions, for as long as the block runs.
+
+        A ``P2POp`` accepts no send or receive but those of the module that defines it, so they are replaced there, too.
+        """
         replaced = [
             (dist, "all_to_all_single", self._all_to_all),
             (dist, "all_reduce", self._all_reduce),
             (dist, "batch_isend_irecv", self._pass_on),
             (collectives, "_gather_even", self._gather),
-            (dist, "isend", self._sent),
-            (dist, "irecv", self._sent),
+            *((owner, name, self._sent) for owner in (dist, distributed_c10d) for name in ("isend", "irecv")),
             (dist, "broadcast", self._all_reduce),
         ]
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]

@@ -13,6 +13,7 @@ from xdit_compile.build import Pipeline, place_stage, separated
 from xdit_compile.mesh import Mesh
 from xdit_compile.plan import Plan
 from xdit_compile.program import Program
+from xdit_compile.results import Template
 from xdit_compile.simulated import run_simulated
 
 Kept = dict[str | int, torch.Tensor]
@@ -55,7 +56,7 @@ class Simulated:
     def _run(self, programs: list[Program], args: tuple, kwargs: dict, kept: list[Kept]) -> list[Any]:
         results = [len(program.root.graph.output_node().args[0]) for program in programs]
         plain = [
-            dataclasses.replace(program, outputs=tuple(range(count)), out_spec=pytree.tree_structure([0] * count))
+            dataclasses.replace(program, result=Template.of([torch.empty(0)] * count))
             for program, count in zip(programs, results, strict=True)
         ]
         return run_simulated(plain, self.model.module, args, kwargs, kept=kept)

@@ -22,6 +22,7 @@ from xdit_compile.capture import capture
 from xdit_compile.errors import PlanError, ProviderUnavailable, UsageError
 from xdit_compile.passes.infer import Inference, infer
 from xdit_compile.passes.rulebook import rulebook
+from xdit_compile.results import tensors_of
 from xdit_compile.simulated import run_simulated
 
 SMALL = ("kl", "wan", "dc")
@@ -49,6 +50,35 @@ def split_by_rows(name: str, method: str, parts: int) -> None:
     assert [gather.reason for rank in ranks for gather in rank.ledger.gathers] == []
     assert all(rank.ledger.flops_replicated < 0.02 * rank.ledger.flops for rank in ranks)
     assert difference(torch.cat(strips, -2), expected) < 2e-5
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """Two results of one method called as it is by default, the second from the module itself."""
+    assert type(found) is type(expected) and list(found) == list(expected)
+    ours, own = (getattr(result, "latent_dist", result) for result in (found, expected))
+    assert type(ours) is type(own) and vars(ours).keys() == vars(own).keys()
+    for name, value in vars(own).items():
+        mine = vars(ours)[name]
+        assert difference(mine, value) < 2e-5 if isinstance(value, torch.Tensor) else mine == value
+    assert found[0] is next(iter(vars(found).values()))
+    if ours is not found:
+        samples = [distribution.sample(torch.Generator().manual_seed(1)) for distribution in (ours, own)]
+        assert difference(*samples) < 2e-5 and difference(ours.mode(), own.mode()) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["kl", "tiny", "dc", "qwen", "mochi"])
+def test_default_calls_return_what_the_module_returns(name):
+    case = AUTOENCODERS[name]
+    module = case.build()
+    given = {method: case.given(method) for method in ("decode", "encode")}
+    with torch.no_grad():
+        expected = {method: getattr(module, method)(x) for method, x in given.items()}
+    xdit_compile.parallelize(module, Plan(vae="patch", backend="eager"))
+    for method, x in given.items():
+        first, second = (getattr(module, method)(x) for _ in range(2))
+        assert_alike(first, expected[method])
+        assert_alike(second, expected[method])
+        assert not {id(tensor) for tensor in tensors_of(first)} & {id(tensor) for tensor in tensors_of(second)}
 
 
 @pytest.mark.parametrize(("name", "method"), CALLS)
@@ -108,6 +138,20 @@ def test_two_processes_for_the_others(name):
 @pytest.mark.parametrize("name", ["kl", "hunyuan", "qwen"])
 def test_compiled(name):
     both_ways(2, name, "inductor")
+
+
+def default_calls(rank: int, count: int) -> None:
+    for name, method in (("kl", "encode"), ("dc", "encode"), ("dc", "decode")):
+        case = AUTOENCODERS[name]
+        module, given = case.build(), case.given(method)
+        with torch.no_grad():
+            expected = getattr(module, method)(given)
+        xdit_compile.parallelize(module, Plan(ring=count, vae="patch", backend="eager"))
+        assert_alike(getattr(module, method)(given), expected)
+
+
+def test_default_calls_on_two_processes():
+    procs.run(default_calls, 2, 2)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -83,6 +84,17 @@ def test_stubs_are_taken_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert stubs.calls == 1 and torch.equal(out, x)
         raise KeyError
     assert dist.all_to_all_single is real
+
+
+def test_stubs_stand_for_sends_and_receives_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from contenders import Stubs
+
+    before = (dist.isend, distributed_c10d.irecv)
+    with Stubs().installed():
+        for op in (dist.isend, dist.irecv):
+            assert dist.P2POp.__new__(dist.P2POp, op, torch.empty(3)) is not None
+    assert (dist.isend, distributed_c10d.irecv) == before
 
 
 @pytest.mark.slow

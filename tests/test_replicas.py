@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import pickle
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import procs
 import pytest
 import torch
 import zoo_pipelines
+from diffusers.utils import BaseOutput
+from PIL import Image
 from zoo import Draw
 
 import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.errors import UsageError
 from xdit_compile.mesh import Mesh
-from xdit_compile.replicas import Images, Replicas, count_images
+from xdit_compile.replicas import Images, Replicas, count_images, join, sent
+from xdit_compile.results import found_in
 
 
 def replica(count: int, index: int) -> Replicas:
@@ -74,6 +81,57 @@ def test_a_single_generator_gives_each_replica_another_stream() -> None:
 def test_more_replicas_than_images_are_refused() -> None:
     with pytest.raises(UsageError, match="data=2 replicas but 1 image: give more prompts"):
         shared(2, "a")
+
+
+@dataclasses.dataclass
+class Pictures(BaseOutput):
+    """Of the fields the second has no default and is often None."""
+
+    images: Any
+    flagged: list[bool] | None
+    rate: int = 8
+
+
+COLORS = ("red", "green", "blue")
+MAKES: dict[str, Callable[[list[Any], torch.Tensor], Any]] = {
+    "a field that is None": lambda images, _: Pictures(images, None),
+    "flags": lambda images, _: Pictures(images, [image.getpixel((0, 0))[0] > 0 for image in images]),
+    "tensors": lambda _, tensor: Pictures(tensor, None),
+    "arrays": lambda _, tensor: Pictures(tensor.numpy(), None),
+    "videos": lambda images, _: Pictures([[image, image] for image in images], None),
+    "tuple": lambda images, tensor: (images, tensor, None, torch.tensor(8)),
+    "within one another": lambda images, tensor: {"one": Pictures(images, None), "two": (tensor,), "rate": 8},
+    "a list alone": lambda images, _: images,
+}
+
+
+def made(kind: str, start: int, stop: int) -> Any:
+    images = [Image.new("RGB", (2, 2), color) for color in COLORS[start:stop]]
+    return MAKES[kind](images, torch.arange(6.0).reshape(3, 2)[start:stop])
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert type(found) is type(expected)
+    leaves = (torch.Tensor, np.ndarray, Image.Image, int, type(None))
+    for one, other in zip(found_in(found, leaves), found_in(expected, leaves), strict=True):
+        assert type(one) is type(other)
+        assert (np.array(one) == np.array(other)).all()
+
+
+@pytest.mark.parametrize("kind", MAKES)
+def test_results_are_joined_in_the_object_that_was_made(kind: str) -> None:
+    first, second = made(kind, 0, 2), made(kind, 2, 3)
+    found = join(first, pickle.loads(pickle.dumps([sent(first), sent(second)])))
+    assert found is first or isinstance(first, tuple | list)
+    assert_same(found, made(kind, 0, 3))
+    if isinstance(found, Pictures):
+        assert found["images"] is found.images
+
+
+def test_replicas_with_other_fields_are_told_of() -> None:
+    first, second = Pictures([1], [True]), Pictures([2], None)
+    with pytest.raises(UsageError, match="other fields"):
+        join(first, [sent(first), sent(second)])
 
 
 def run_pipeline(rank: int, name: str, plan: Plan, images: int) -> tuple[list[int], float]:

@@ -27,8 +27,6 @@ from .weights import Weights
 
 REHEARSED = {"decode": 16, "encode": 128}
 """Rows and columns to which an input is cut when a method is compared with the module itself."""
-INSIDE = "(objects)"
-"""Key under which an opened object says its class."""
 
 
 class Unread(enum.Enum):
@@ -69,10 +67,10 @@ class RowMethod:
         self.module = team.weights.module
         self.method = getattr(self.module, method)
         self.session = team.session
-        runner = functools.partial(team.runner, self.module, method, self._opened)
+        runner = functools.partial(team.runner, self.module, method, self._computed)
         uncompiled = dataclasses.replace(team, place=dataclasses.replace(team.place, backend=Eager()))
         self._checked = runner()
-        self._rehearsal = uncompiled.runner(self.module, f"the rehearsal of {method}", self._opened)
+        self._rehearsal = uncompiled.runner(self.module, f"the rehearsal of {method}", self._computed)
         self._trusting = {gather: runner(gather=gather, trace_only=True) for gather in (True, False)}
         self._rehearsed: set[Hashable] = set()
         self._children: dict[str, _Child] = {}
@@ -88,11 +86,11 @@ class RowMethod:
             return self._tiled(args, kwargs, gather)
         small, sizes = pytree.tree_map(self._cut, (args, kwargs)), _sizes((args, kwargs))
         if gather and _sizes(small) == sizes:
-            return _closed(self._checked(*args, **kwargs))
+            return self._checked(*args, **kwargs)
         if self.team.place.plan.verify and sizes not in self._rehearsed:
             self._rehearsal(*small[0], **small[1])
             self._rehearsed.add(sizes)
-        return _closed(self._trusting[gather](*args, **kwargs))
+        return self._trusting[gather](*args, **kwargs)
 
     def latest(self) -> Prepared | None:
         """What ran last among the programs of this method, the largest inputs first."""
@@ -101,10 +99,10 @@ class RowMethod:
                 return next(reversed(runner.prepared.values()))[-1]
         return None
 
-    def _opened(self, *args: Any, **kwargs: Any) -> Any:
-        """The method itself, with tensors inside objects of its result laid open; the module is left as it was."""
+    def _computed(self, *args: Any, **kwargs: Any) -> Any:
+        """What the method itself computes; the module is left as it was."""
         with preserved(self.module):
-            return pytree.tree_map(_open, self.method(*args, **kwargs))
+            return self.method(*args, **kwargs)
 
     def _cut(self, leaf: Any) -> Any:
         """Rows and columns cut to few, with the rest that the whole leaves when it is divided by a power of two."""
@@ -217,31 +215,6 @@ def _plain(leaf: Any) -> Any:
     if isinstance(leaf, torch.Generator):
         return Unread.GENERATOR
     return values_of(leaf)
-
-
-def _open(leaf: Any) -> Any:
-    """An object that holds tensors, such as a distribution, as a dict of what it holds."""
-    if isinstance(leaf, torch.Tensor) or not hasattr(leaf, "__dict__"):
-        return leaf
-    inside = vars(leaf)
-    holds = any(isinstance(value, torch.Tensor) for value in inside.values())
-    return {INSIDE: type(leaf), **inside} if holds else leaf
-
-
-def _closed(result: Any) -> Any:
-    return pytree.tree_map(_close, result, is_leaf=_is_opened)
-
-
-def _is_opened(value: Any) -> bool:
-    return isinstance(value, dict) and INSIDE in value
-
-
-def _close(value: Any) -> Any:
-    if not _is_opened(value):
-        return value
-    made = object.__new__(value[INSIDE])
-    vars(made).update({name: inner for name, inner in value.items() if name != INSIDE})
-    return made
 
 
 def _sizes(inputs: tuple[tuple, dict]) -> Hashable:

@@ -18,7 +18,8 @@ from .interpret import run_program
 from .outline import outline
 from .preserve import preserved, same_random_numbers
 from .program import Program
-from .tracing import Flat, Trace, by_dynamo, by_export, describe_result, refuse_written
+from .results import Template, tensors_of
+from .tracing import Flat, Trace, by_dynamo, by_export, refuse_written
 from .valued import by_values
 
 Rung = Callable[[Flat], Trace]
@@ -79,7 +80,7 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
         leaves = pytree.tree_leaves((args, kwargs))
         expected = flat.call(*args, **kwargs)
         refuse_written(leaves, (args, kwargs))
-        flat.seen.result = describe_result(expected)
+        flat.seen.result = Template.of(expected)
     reasons: list[str] = []
     about_data = False
     for how, rung in ladder:
@@ -102,10 +103,13 @@ def _climb(flat: Flat, how: str, rung: Rung) -> Program:
     root, inputs = outline(trace)
     used = {spec.target for spec in inputs if spec.kind == "constant"}
     constants = {name: value for name, value in trace.constants.items() if name in used}
-    if flat.seen.result is None:
+    result = flat.seen.result
+    if result is None:
         raise CaptureError("the module's result was not seen")
-    outputs, out_spec = flat.seen.result
-    return Program(root, inputs, constants, flat.in_spec, out_spec, outputs, trace.guards, how)
+    recorded = len(pytree.tree_leaves(root.graph.output_node().args))
+    if recorded != result.count:
+        raise CaptureError(f"the module returned {result.count} tensors, and {recorded} while it was recorded")
+    return Program(root, inputs, constants, flat.in_spec, result, trace.guards, how)
 
 
 def _is_about_data(error: BaseException | None) -> bool:
@@ -122,10 +126,7 @@ def compare(found: Any, expected: Any) -> None:
     Raises:
         CaptureError: where they differ by more than rounding, relative to the greatest expected value.
     """
-    pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
-    for position, (one, other) in enumerate(pairs):
-        if not isinstance(other, torch.Tensor):
-            continue
+    for position, (one, other) in enumerate(zip(tensors_of(found), tensors_of(expected), strict=True)):
         if one.shape != other.shape or one.dtype != other.dtype:
             raise CaptureError(
                 f"output {position} is {one.dtype}{tuple(one.shape)} instead of {other.dtype}{tuple(other.shape)}"

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .program import Constant, Program
+from .program import Program
 from .weights import Weights
 
 
@@ -48,8 +48,7 @@ def _dense(value: torch.Tensor) -> torch.Tensor:
 
 def assemble(program: Program, tensors: tuple[torch.Tensor, ...]) -> Any:
     """The module's own result from the tensors of the root's output."""
-    leaves = [spec.value if isinstance(spec, Constant) else tensors[spec] for spec in program.outputs]
-    return pytree.tree_unflatten(leaves, program.out_spec)
+    return program.result.filled(tensors)
 
 
 @torch.no_grad()

@@ -7,12 +7,14 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from .deferred import values_of
 from .errors import UsageError
 from .in_place import held, own_class, put_back, put_in_place
 from .patched import whole_of
+from .results import replaced
 from .session import Session
 
 DENOISERS = ("transformer", "unet", "controlnet", "prior", "decoder", "dit")
@@ -81,9 +83,14 @@ def wrap_call(pipe: Any, session: Session) -> None:
         with session.request(bound.arguments, bound.arguments.get(STEPS)) as agreed:
             bound.arguments.update(agreed)
             args, kwargs = session.replicas.arguments(own, bound.args, bound.kwargs)
-            return session.replicas.joined(pytree.tree_map(whole_of, own(*args, **kwargs)))
+            return session.replicas.joined(replaced(own(*args, **kwargs), torch.Tensor, _there))
 
     put_in_place(pipe, {"__call__": call})
+
+
+def _there(tensor: torch.Tensor) -> torch.Tensor:
+    """All values of a tensor: what a pipeline returns may be read on one rank alone."""
+    return values_of(whole_of(tensor))
 
 
 def restore_call(pipe: Any) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+
+from .results import Template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +70,14 @@ class Program:
     list of repeated blocks. Every structure is a functional ATen GraphModule: placeholders, ``call_function`` nodes and
     one flat tuple as output, each node with ``meta["val"]``; weights come in as arguments.
 
-    ``outputs`` says how the module's flat result is made: an ``int`` is a position in the root's output tuple, anything
-    else is wrapped in ``Constant``.
+    ``result`` says how the module's result is made of the root's output tuple.
     """
 
     root: fx.GraphModule
     inputs: tuple[Input, ...]
     constants: dict[str, torch.Tensor]
     in_spec: pytree.TreeSpec
-    out_spec: pytree.TreeSpec
-    outputs: tuple[int | Constant, ...]
+    result: Template
     guards: tuple[Guard, ...] = ()
     how: str = ""
 
@@ -88,13 +88,6 @@ class Program:
     def calls(self) -> list[fx.Node]:
         """The calls of structures, in the order they run."""
         return [node for node in self.root.graph.nodes if node.op == "call_module"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Constant:
-    """A leaf of the module's result that is no tensor of the graph (None, a number, a string)."""
-
-    value: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from .errors import UsageError
 from .kernels.groups import process_group
 from .mesh import Mesh
+from .results import copied, found_in, replaced
 from .shards import share
 
 DIMENSION = "data"
@@ -90,8 +91,8 @@ class Replicas:
             return result
         group = process_group(self._group)
         parts: list[Any] | None = [None] * self._count if self._index == 0 else None
-        dist.gather_object(_plain(result), parts, group_dst=0, group=group)
-        return result if parts is None else _join(result, parts)
+        dist.gather_object(sent(result), parts, group_dst=0, group=group)
+        return result if parts is None else join(result, parts)
 
 
 def count_images(given: Mapping[str, Any]) -> Images:
@@ -127,23 +128,33 @@ def _stream(generator: torch.Generator, index: int) -> torch.Generator:
     return torch.Generator(generator.device).manual_seed((number + index) % 2**63)
 
 
-def _plain(result: Any) -> list[Any]:
-    values = result if isinstance(result, tuple) else list(result.values())
-    return [value.cpu() if isinstance(value, torch.Tensor) else value for value in values]
+_ENTRIES = (torch.Tensor, np.ndarray, list)
+"""What has an entry for each image."""
 
 
-def _join(result: Any, parts: Sequence[list[Any]]) -> Any:
-    joined = [_concatenated(list(pieces)) for pieces in zip(*parts, strict=True)]
-    if isinstance(result, tuple):
-        return type(result)(joined)
-    return type(result)(**dict(zip(result.keys(), joined, strict=True)))
+def sent(result: Any) -> list[Any]:
+    """What a result holds an entry of for each image, of a kind that every process can read."""
+    return [copied(entries, torch.Tensor, torch.Tensor.cpu) for entries in found_in(result, _ENTRIES)]
 
 
-def _concatenated(pieces: list[Any]) -> Any:
-    if isinstance(pieces[0], torch.Tensor):
-        return torch.cat(pieces)
-    if isinstance(pieces[0], np.ndarray):
-        return np.concatenate(pieces)
-    if isinstance(pieces[0], list):
+def join(result: Any, parts: Sequence[list[Any]]) -> Any:
+    """A result with the entries of all replicas, in their order, in the place of this one's; the rest stays.
+
+    Args:
+        parts: of every replica what it `sent`.
+
+    Raises:
+        UsageError: a replica has nothing where another has entries.
+    """
+    if len({len(part) for part in parts}) > 1:
+        raise UsageError("replicas returned results with other fields than each other; use data=1")
+    pieces = zip(*parts, strict=True)
+    return replaced(result, _ENTRIES, lambda own: _concatenated(own, next(pieces)))
+
+
+def _concatenated(own: Any, pieces: Sequence[Any]) -> Any:
+    if isinstance(own, list):
         return [entry for piece in pieces for entry in piece]
-    return pieces[0]
+    if own.ndim == 0:
+        return own
+    return torch.cat(list(pieces)).to(own.device) if isinstance(own, torch.Tensor) else np.concatenate(pieces)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +15,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
-from .program import Constant, Guard, Input
+from .program import Guard, Input
+from .results import Template, tensors_of
 
 PREFIX = "module"
 
@@ -40,9 +40,9 @@ class Trace:
 
 @dataclasses.dataclass(eq=False)
 class Seen:
-    """What a module was seen to return (see ``describe_result``)."""
+    """What a module was seen to return."""
 
-    result: tuple[tuple[int | Constant, ...], pytree.TreeSpec] | None = None
+    result: Template | None = None
 
 
 class Flat(nn.Module):
@@ -67,11 +67,13 @@ class Flat(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
         result = self.call(*args, **kwargs)
-        if not torch.compiler.is_dynamo_compiling():
-            refuse_written(leaves, (args, kwargs))
-        if not torch.compiler.is_dynamo_compiling() and self.seen.result is None:
-            self.seen.result = describe_result(result)
-        return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        if torch.compiler.is_dynamo_compiling():
+            assert self.seen.result is not None
+            return tuple(self.seen.result.taken(result))
+        refuse_written(leaves, (args, kwargs))
+        if self.seen.result is None:
+            self.seen.result = Template.of(result)
+        return tuple(tensors_of(result))
 
     def own_inputs(self) -> tuple[tuple, dict]:
         """``(args, kwargs)`` of the example call, with tensors that a call may write to without harm."""
@@ -100,14 +102,6 @@ def refuse_written(leaves: list[Any], inputs: tuple[tuple, dict]) -> None:
     )
     if before != after:
         raise CaptureError("the module writes tensors to a list or dict that it is given")
-
-
-def describe_result(result: Any) -> tuple[tuple[int | Constant, ...], pytree.TreeSpec]:
-    """How a module's result is made: each flat leaf's number among the tensors or its value, and the containers."""
-    leaves, spec = pytree.tree_flatten(result)
-    numbers = itertools.count()
-    recipe = tuple(next(numbers) if isinstance(leaf, torch.Tensor) else Constant(leaf) for leaf in leaves)
-    return recipe, spec
 
 
 def by_export(flat: Flat) -> Trace:

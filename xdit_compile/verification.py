@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from .capture import relative_difference
 from .errors import VerificationError
+from .results import tensors_of
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Greatest difference, relative to the greatest value, that another order of summation can explain."""
@@ -20,9 +20,7 @@ def verify(found: Any, expected: Any) -> None:
     Raises:
         VerificationError: where they differ by more than rounding; the message says what to do.
     """
-    for position, (one, other) in enumerate(zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)):
-        if not isinstance(other, torch.Tensor):
-            continue
+    for position, (one, other) in enumerate(zip(tensors_of(found), tensors_of(expected), strict=True)):
         alike = one.shape == other.shape and one.dtype == other.dtype
         difference = relative_difference(one, other) if alike else float("inf")
         limit = TOLERANCE.get(other.dtype, 0.0)
