@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from .errors import UsageError
@@ -22,7 +22,7 @@ Method = Callable[..., Any]
 
 
 class Held:
-    """What stands in the place of an object's methods, and those methods as they were found."""
+    """What stands in the place of an object's methods, and those that were found on the instance itself."""
 
     def __init__(self, methods: Mapping[str, Method], found: Mapping[str, Method]):
         self.methods, self.found = dict(methods), dict(found)
@@ -36,22 +36,21 @@ def put_in_place(target: Any, methods: Mapping[str, Method]) -> None:
     """
     own = type(target)
     derived = _derived(own, tuple(methods))
-    found = {name: _found(target, own, name) for name in methods}
-    object.__setattr__(target, HELD, Held(methods, found))
+    found = {name: method for name in methods if (method := _taken_off(target, own, name)) is not None}
     for name in methods:
         _rebind(target, name, own, types.MethodType(vars(derived)[name], target))
+    object.__setattr__(target, HELD, Held(methods, found))
     object.__setattr__(target, "__class__", derived)
 
 
 def put_back(target: Any) -> None:
     """Give an object its own class and methods back."""
-    held: Held = vars(target).pop(HELD)
+    kept: Held = vars(target).pop(HELD)
     derived, own = type(target), own_class(target)
     object.__setattr__(target, "__class__", own)
-    for name, method in held.found.items():
+    for name in kept.methods:
         _rebind(target, name, derived, types.MethodType(getattr(own, name), target))
-        if not _is(method, own, name, target):
-            vars(target)[name] = method
+    vars(target).update(kept.found)
 
 
 def held(target: Any) -> dict[str, Method]:
@@ -62,8 +61,41 @@ def held(target: Any) -> dict[str, Method]:
 
 def found_method(target: Any, name: str) -> Method:
     """An object's own method, whether or not another stands in its place."""
-    found = vars(target).get(HELD)
-    return getattr(target, name) if found is None else found.found[name]
+    kept = vars(target).get(HELD)
+    if kept is None:
+        return getattr(target, name)
+    return kept.found.get(name) or types.MethodType(getattr(own_class(target), name), target)
+
+
+def refuse_lost(target: Any, what: str) -> None:
+    """See to it that calls of an object still come to what stands in the place of its methods.
+
+    Raises:
+        UsageError: a method was replaced on the instance since, by something that holds none of what it replaced.
+    """
+    for name in held(target):
+        ours = types.MethodType(vars(type(target))[name], target)
+        on_instance = vars(target).get(name)
+        if on_instance is not None and not any(value == ours for _, _, value in _holders(target, name)):
+            if not _reaches(on_instance, ours):
+                raise UsageError(
+                    f"{what}.{name} was replaced after parallelize by something that does not call what it replaced: "
+                    "call xdit_compile.restore first, replace it, then parallelize again"
+                )
+
+
+def _reaches(method: Any, ours: Method, depth: int = 4) -> bool:
+    """Whether a function holds a method, as wrappers do: in its closure, or among the arguments of a partial."""
+    if method == ours:
+        return True
+    if depth == 0:
+        return False
+    parts = [getattr(method, "func", None), getattr(method, "__func__", None), getattr(method, "__wrapped__", None)]
+    parts += [*getattr(method, "args", ()), *(getattr(method, "keywords", None) or {}).values()]
+    for cell in getattr(method, "__closure__", None) or ():
+        with suppress(ValueError):
+            parts.append(cell.cell_contents)
+    return any(_reaches(part, ours, depth - 1) for part in parts if callable(part))
 
 
 def own_class(target: Any) -> type:
@@ -133,12 +165,10 @@ def _parameters(target: Any) -> Any:
     return parameters() if callable(parameters) else ()
 
 
-def _found(target: Any, own: type, name: str) -> Method:
-    """The method to compute with: the class's own where wrappers on the instance lead there, else the instance's."""
-    on_instance = vars(target).get(name)
-    bound = types.MethodType(getattr(own, name), target)
-    if on_instance is None or any(_is(value, own, name, target) for _, _, value in _holders(target, name)):
-        return bound
+def _taken_off(target: Any, own: type, name: str) -> Method | None:
+    """A method that stands on the instance and leads nowhere else, taken off it."""
+    if name not in vars(target) or any(_is(value, own, name, target) for _, _, value in _holders(target, name)):
+        return None
     return vars(target).pop(name)
 
 

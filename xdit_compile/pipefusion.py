@@ -288,6 +288,7 @@ class PipelineRunner(Runner):
         """All patches on every rank, from the last stage, which computes every one."""
         self.collected += 1
         begin = time.perf_counter()
+        self.session.agreement.exchange("a read of all patches", None)
         if self.pipe is None or self.stage == self.last:
             whole = tensor.cut.join([part.value() for part in tensor.parts])
         else:

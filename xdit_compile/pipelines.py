@@ -39,7 +39,9 @@ def denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
     if not isinstance(components, dict):
         raise UsageError(f"a {type(target).__name__} is neither a diffusers pipeline nor a module")
     found = [
-        (name, module) for name, module in components.items() if isinstance(module, nn.Module) and is_denoiser(name)
+        (name, _uncompiled(module))
+        for name, module in components.items()
+        if isinstance(module, nn.Module) and is_denoiser(name)
     ]
     if not found:
         raise UsageError(f"this pipeline has no denoiser among {', '.join(components)}; parallelize the module itself")
@@ -52,8 +54,14 @@ def autoencoders(target: Any) -> Iterator[tuple[str, nn.Module]]:
         found = [("module", target)]
     else:
         components = getattr(target, "components", None) or {}
-        found = [(name, module) for name, module in components.items() if name.rstrip("_0123456789") in AUTOENCODERS]
+        coders = ((name, module) for name, module in components.items() if name.rstrip("_0123456789") in AUTOENCODERS)
+        found = [(name, _uncompiled(module)) for name, module in coders]
     yield from ((name, module) for name, module in found if _codes(module))
+
+
+def _uncompiled(module: Any) -> Any:
+    """The module that ``torch.compile`` was given; what it made of it calls that one."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _codes(module: Any) -> bool:

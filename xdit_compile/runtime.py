@@ -13,7 +13,7 @@ from .build import Analysis, analyse, choose_units, place
 from .deferred import Deferred, values_of
 from .digest import digest, digest_program, digest_shapes
 from .dump import dump
-from .in_place import as_it_was, found_method
+from .in_place import as_it_was, found_method, refuse_lost
 from .interpret import assemble, bind
 from .passes.infer import Inference
 from .passes.layout import BATCH, Chosen
@@ -90,10 +90,15 @@ class Runner:
         self.prepared: dict[Signature, list[Prepared]] = {}
         self._agreement = session.agreement
         self._branches = session.branches
+        if computation is None:
+            session.before_request(self._refuse_lost)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.call():
             return self._run(args, kwargs)
+
+    def _refuse_lost(self) -> None:
+        refuse_lost(self.module, self.name)
 
     @property
     def _computation(self) -> Callable[..., Any]:

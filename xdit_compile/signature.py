@@ -101,6 +101,8 @@ def _state(module: nn.Module, root: bool) -> Iterable[Any]:
     yield id(module)
     yield own_class(module)
     yield module.training
+    if root:
+        yield ("forward", _Same(getattr(own_class(module), "forward", None)))
     for name, parameter in own["_parameters"].items():
         if parameter is not None:
             yield (name, id(parameter), parameter.shape, parameter.dtype, parameter.device)
