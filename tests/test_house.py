@@ -20,7 +20,7 @@ FOLDERS = {
     "xdit_compile.backends": ROOT / "backends",
 }
 CAPTURE = (
-    "program flatten memory weights checkpoint tracing values valued writes decompose simplify blocks outline "
+    "versions released samples program flatten memory weights checkpoint tracing values valued writes decompose simplify blocks outline "
     "interpret preserve signature capture separate"
 )
 RUNTIME = (

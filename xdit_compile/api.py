@@ -1,4 +1,4 @@
-"""What users call: parallelize, restore, explain."""
+"""What users call: parallelize, restore, refresh, explain."""
 
 from __future__ import annotations
 
@@ -124,6 +124,26 @@ def restore(target: Any) -> Any:
     return target
 
 
+def refresh(target: Any) -> Any:
+    """Forget what was kept of the weights' values; returns ``target``.
+
+    The next call cuts slices anew from the module or, after `from_pretrained`, reads the files again, and captures the
+    module anew. Changes of weights are noticed without this as a rule (docs/plans.md says which are not). Every rank
+    must call this.
+
+    Raises:
+        UsageError: nothing of ``target`` is parallelized, or the values of its weights are not there to be cut anew.
+    """
+    coders = [module for _, module in autoencoders(target) if row_methods(module)]
+    found = [runner for _, module in _denoisers(target, coders) if (runner := vars(module).get(RUNNER)) is not None]
+    runners = [runner for runner in found if isinstance(runner, Runner)]
+    if not runners and not coders:
+        raise UsageError("nothing to refresh: this was not parallelized")
+    for known in [*runners, *(method for module in coders for method in row_methods(module))]:
+        known.refresh()
+    return target
+
+
 def generation(module: nn.Module) -> AbstractContextManager[None]:
     """The calls of a parallelized module that make one picture, for loops that are no pipeline's.
 
@@ -213,9 +233,10 @@ def _check_provider(plan: Plan, module: nn.Module) -> None:
 
 
 def _take_off(module: nn.Module) -> None:
-    runner = vars(module).pop(RUNNER)
+    runner = vars(module)[RUNNER]
     holders = TEAM if runner.plan.pipefusion > 1 else TENSOR
-    runner.weights.recover(functools.partial(gather_whole, runner.mesh.group(holders)))
+    runner.recover(functools.partial(gather_whole, runner.mesh.group(holders)))
+    del module.forward
     if getattr(runner.forward, "__self__", None) is not module or runner.forward.__func__ is not type(module).forward:
         module.forward = runner.forward
 

@@ -25,7 +25,7 @@ from .plan import Plan
 from .program import Program
 from .signature import Signature, fingerprint, signature
 from .verification import verify
-from .weights import Weights
+from .weights import Gather, Weights
 
 Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
 """From the flat inputs of a call to the tensors of its result."""
@@ -112,12 +112,37 @@ class Runner:
             self._branches.shared += 1
         return assemble(prepared.program, compute(leaves))
 
+    def renew(self) -> None:
+        """Notice weights that changed without a word since the last request; to be called when one begins."""
+        self.weights.renew()
+
+    def recover(self, gather: Gather) -> None:
+        """Give the module its weights back, once all ranks have come to gather the same ones.
+
+        Raises:
+            AgreementError: a rank has other ones, or does not come.
+            UsageError: the values of some are nowhere.
+        """
+        if self.plan.tensor > 1 or self.plan.pipefusion > 1:
+            self._agreement.agree("restore", {"set of released weights": digest(self.weights.to_gather())})
+        self.weights.recover(gather)
+
+    def refresh(self) -> None:
+        """Forget slices of weights, and programs, which may hold values that the module keeps outside of parameters.
+
+        Raises:
+            UsageError: weights were released and cannot be had again.
+        """
+        self.weights.refresh()
+        self.prepared.clear()
+
     def _computing(self, prepared: Prepared, leaves: list[Any]) -> Computing:
         """How the results of this call come from its inputs, now or later."""
         return lambda given: prepared.run(*bind(prepared.program, self.weights, given))
 
     def _known(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
         """What runs a call of this signature, made if need be."""
+        self.renew()
         known = self.prepared.setdefault(signature(self.module, args, kwargs), [])
         prepared = next((one for one in known if one.fits(leaves)), None)
         self._agreement.announce_call("new" if prepared is None else f"known {known.index(prepared)} {len(leaves)}")
