@@ -20,8 +20,8 @@ FOLDERS = {
     "xdit_compile.backends": ROOT / "backends",
 }
 CAPTURE = (
-    "versions released samples program flatten memory weights checkpoint tracing values valued writes decompose simplify blocks outline "
-    "interpret preserve signature capture separate"
+    "versions released samples program flatten memory weights checkpoint tracing values valued writes decompose "
+    "simplify blocks outline interpret preserve signature capture separate"
 )
 RUNTIME = (
     "simulated agreement verification digest build report dump deferred guidance replicas pipelines empty runtime "

@@ -139,8 +139,10 @@ def refresh(target: Any) -> Any:
     runners = [runner for runner in found if isinstance(runner, Runner)]
     if not runners and not coders:
         raise UsageError("nothing to refresh: this was not parallelized")
-    for known in [*runners, *(method for module in coders for method in row_methods(module))]:
-        known.refresh()
+    for runner in runners:
+        runner.refresh()
+    for method in (method for module in coders for method in row_methods(module)):
+        method.refresh()
     return target
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from .errors import UsageError
 
@@ -29,7 +30,7 @@ class Released(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-        mine = next((arg for arg in args if isinstance(arg, Released)), None)
+        mine = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Released)), None)
         if name in WRITERS and (mine is not args[0] or attribute not in SETTABLE):
             raise refusal(mine)
         try:

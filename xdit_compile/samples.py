@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ class Sample:
 
     def __init__(self, tensor: torch.Tensor):
         self.there = strided(tensor)
-        self.before = None if self.there is None else self.there.clone()
+        self.before = None if self.there is None else self.there.clone(memory_format=torch.contiguous_format)
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -30,22 +31,50 @@ def strided(tensor: torch.Tensor) -> torch.Tensor | None:
     return dense.view(-1)[::step][:SAMPLES]
 
 
-def changed(samples: Sequence[Sample]) -> set[int]:
-    """Which of the tensors have other values now, by position; those that cannot be looked at count as such.
+class Samples:
+    """Samples of many tensors, compared in one operation for each dtype and device.
 
-    All samples of one dtype and device are compared at once.
+    Args:
+        samples: may be of one tensor more than once.
     """
-    found = {at for at, sample in enumerate(samples) if sample.there is None}
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for at, sample in enumerate(samples):
-        if sample.there is not None:
-            kinds.setdefault((sample.there.dtype, sample.there.device), []).append(at)
-    for members in kinds.values():
-        if not _same([samples[at] for at in members]):
-            found.update(at for at in members if not _same([samples[at]]))
-    return found
+
+    def __init__(self, samples: Sequence[Sample]):
+        self._unseen = {at for at, sample in enumerate(samples) if sample.there is None}
+        self._groups: dict[tuple[torch.dtype, torch.device], _Group] = {}
+        for at, sample in enumerate(samples):
+            if sample.there is not None and sample.before is not None:
+                kind = (sample.there.dtype, sample.there.device)
+                self._groups.setdefault(kind, _Group()).add(at, sample.there, sample.before)
+
+    def changed(self) -> set[int]:
+        """Which of the tensors have other values now, by position; those that cannot be looked at count as such."""
+        return self._unseen.union(*(group.changed() for group in self._groups.values()))
 
 
-def _same(samples: Sequence[Sample]) -> bool:
-    there, before = (torch.cat(each).view(torch.uint8) for each in zip(*((s.there, s.before) for s in samples)))
-    return torch.equal(there, before)
+class _Group:
+    """Samples of one dtype on one device."""
+
+    def __init__(self) -> None:
+        self._at: list[int] = []
+        self._there: list[torch.Tensor] = []
+        self._before: list[torch.Tensor] = []
+
+    def add(self, at: int, there: torch.Tensor, before: torch.Tensor) -> None:
+        self._at.append(at)
+        self._there.append(there)
+        self._before.append(before)
+
+    @functools.cached_property
+    def _all(self) -> torch.Tensor:
+        return torch.cat(self._before)
+
+    def changed(self) -> set[int]:
+        if _same(torch.cat(self._there), self._all):
+            return set()
+        triples = zip(self._at, self._there, self._before, strict=True)
+        return {at for at, there, before in triples if not _same(there.contiguous(), before)}
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two dense tensors are equal bit by bit."""
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))

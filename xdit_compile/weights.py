@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -13,11 +13,12 @@ from torch import nn
 from .errors import UsageError
 from .program import Input, Piece, Program
 from .released import Refusals, Released, refuse_released, released
-from .samples import Sample, changed
+from .samples import Sample, Samples
 from .versions import version_of
 
 MOST_NAMED = 3
 Pieces = tuple[Piece, ...]
+Key = tuple[str, Pieces]
 NOTHING = (Piece(0, ()),)
 """The pieces of a parameter of which this rank keeps none."""
 Gather = Callable[[torch.Size, Pieces, torch.Tensor], torch.Tensor]
@@ -58,7 +59,7 @@ class Weights:
 
     Args:
         module: holds the parameters; those on the meta device are read from ``source``.
-        source: where they are read from; without one they cannot be read.
+        source: where they are read from; without one they cannot be read. Buffers were read from it already.
         device: where what is read is put.
     """
 
@@ -66,7 +67,8 @@ class Weights:
         self.module = module
         self._source = source
         self._device = device
-        self._slices: dict[tuple[str, Pieces], _Slice] = {}
+        self._slices: dict[Key, _Slice] = {}
+        self._samples: tuple[list[Key], Samples] | None = None
         self._held: dict[str, dict[Pieces, torch.Tensor]] = {}
         self._released: dict[str, Pieces] = {}
         self._wanted: dict[str, set[Pieces]] = {}
@@ -103,6 +105,7 @@ class Weights:
         key = (name, given.pieces)
         kept = self._slices.get(key)
         if kept is None or not kept.fits(whole):
+            self._samples = None
             kept = self._slices[key] = _Slice(cut(whole, given.pieces), _state(whole), Sample(whole))
         return kept.value
 
@@ -124,13 +127,23 @@ class Weights:
         Of each tensor about 64 values are compared: that notices what raises no version number, such as writes
         through ``.data``. A write there that leaves all of them as they were is not seen.
         """
-        if not self._slices:
-            return
-        present = dict(self.module.named_parameters(remove_duplicate=False))
+        if self._samples is None:
+            self._samples = list(self._slices), Samples([kept.sample for kept in self._slices.values()])
+        keys, samples = self._samples
+        for at in samples.changed():
+            self._forget(keys[at])
+
+    def _forget(self, key: Key) -> None:
+        self._slices.pop(key, None)
+        self._samples = None
+
+    def _forget_gone(self) -> None:
+        """Forget slices of tensors that are no more in the module."""
+        present: dict[str, torch.Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
         present.update(self.module.named_buffers(remove_duplicate=False))
-        keys = [key for key, kept in self._slices.items() if kept.fits(present.get(key[0]))]
-        other = changed([self._slices[key].sample for key in keys])
-        self._slices = {key: self._slices[key] for at, key in enumerate(keys) if at not in other}
+        for key, kept in list(self._slices.items()):
+            if not kept.fits(present.get(key[0])):
+                self._forget(key)
 
     def refresh(self) -> None:
         """Forget every slice, and what was read and not changed since: it is cut or read anew.
@@ -145,11 +158,13 @@ class Weights:
             self._held.clear()
             self._released.clear()
             self._forget_read()
-        self._slices.clear()
         self._wanted.clear()
+        for key in list(self._slices):
+            self._forget(key)
 
     def load(self, program: Program) -> None:
         """Read what a program takes of parameters that the module does not hold, and give the module whole ones."""
+        self._forget_gone()
         for given in program.inputs:
             name = str(given.target)
             if given.kind == "parameter" and (whole := self.module.get_parameter(name)).is_meta:
@@ -194,7 +209,7 @@ class Weights:
         return [(name, whole) for name, whole in others if not whole.is_meta and name not in self._released]
 
     def _let_go(self, name: str, whole: nn.Parameter, pieces: Pieces, value: torch.Tensor) -> None:
-        self._slices.pop((name, pieces), None)
+        self._forget((name, pieces))
         self._held[name], self._released[name] = {pieces: value}, pieces
         self._replace(whole, released(whole, name))
 
@@ -214,15 +229,22 @@ class Weights:
         with torch.inference_mode(False), torch.no_grad():
             for name in self.to_gather():
                 whole = self.module.get_parameter(name)
-                pieces = self._released[whole.origin] if isinstance(whole, Released) else ()
-                found = gather(whole.shape, pieces, self._held[whole.origin][pieces] if pieces else whole.detach())
+                found = gather(whole.shape, *self._here(whole))
                 if isinstance(whole, Released):
                     self._put_back(whole, found)
             for parameter in list(self.module.parameters()):
                 if isinstance(parameter, Released):
                     self._put_back(parameter, self._read(parameter, ()))
-        self._slices.clear()
+        for key in list(self._slices):
+            self._forget(key)
         self._refusals.take_off()
+
+    def _here(self, whole: nn.Parameter) -> tuple[Pieces, torch.Tensor]:
+        """What this rank has of a parameter."""
+        if not isinstance(whole, Released):
+            return (), whole.detach()
+        pieces = self._released[whole.origin]
+        return pieces, self._held[whole.origin][pieces]
 
     def to_gather(self) -> list[str]:
         """The parameters that some rank released, the same on every rank: all, where ranks released different ones."""
@@ -245,11 +267,20 @@ class Weights:
             self._read_whole[name] = _state(self._put_back(stand_in, value))
 
     def _forget_read(self) -> None:
-        """Take out of the module what was read into it and not changed since; the first parameter is read at once."""
+        """Take out of the module what was read into it and not changed since.
+
+        The first parameter and buffers are read at once.
+        """
+        assert self._source is not None
+        for name, buffer in self._stored_buffers():
+            if self._read_whole.get(name) == _state(buffer):
+                owner, _, own = name.rpartition(".")
+                read = self._source.read(name, ()).to(self._device, buffer.dtype)
+                self.module.get_submodule(owner)._buffers[own] = read
         for name, parameter in list(self.module.named_parameters()):
             if not parameter.is_meta and self._read_whole.get(name) == _state(parameter):
                 self._replace(parameter, released(parameter, name))
-        self._read_whole.clear()
+        self._read_whole = {name: _state(buffer) for name, buffer in self._stored_buffers()}
         self.load_first()
 
     def _await_reading(self) -> None:
@@ -257,7 +288,15 @@ class Weights:
         for name, parameter in list(self.module.named_parameters()):
             if parameter.is_meta:
                 self._replace(parameter, released(parameter, name))
+        self._read_whole = {name: _state(buffer) for name, buffer in self._stored_buffers()}
         self._refusals.put_on(self.module)
+
+    def _stored_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The buffers that a file has."""
+        for path, child in self.module.named_modules():
+            for own, buffer in child._buffers.items():
+                if buffer is not None and own not in child._non_persistent_buffers_set:
+                    yield (f"{path}.{own}" if path else own), buffer
 
     def _replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
         for module in self.module.modules():
@@ -268,7 +307,7 @@ class Weights:
     def _read(self, whole: Released, pieces: Pieces) -> torch.Tensor:
         if self._source is None:
             raise UsageError(
-                f"this call needs other parts of {whole.origin} than the calls before, and the rest of it was released; "
+                f"this call needs other parts of {whole.origin} than calls before it, and the rest of it was released; "
                 "call xdit_compile.restore(pipe) and parallelize it with Plan(keep_weights=True) for such calls"
             )
         with torch.inference_mode(False):
