@@ -7,6 +7,7 @@ import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import procs
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.capture import capture
-from xdit_compile.errors import CaptureError, UsageError
+from xdit_compile.errors import AgreementError, CaptureError, UsageError
 from xdit_compile.program import Input, Piece
 from xdit_compile.released import Refusals, released
 from xdit_compile.versions import version_of
@@ -179,6 +180,17 @@ def test_no_constant_of_a_program_is_a_weight() -> None:
         capture(Past(read=True).eval(), (torch.randn(2, 3),), {})
 
 
+def test_what_an_earlier_program_takes_whole_is_not_released() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    weights = Weights(module)
+    earlier, later = (
+        [Input(name, "parameter", name, pieces) for name in ("1.weight", "2.weight")] for pieces in ((), HALF)
+    )
+    weights.release([SimpleNamespace(inputs=earlier[:1])])  # type: ignore[list-item]
+    weights.release([SimpleNamespace(inputs=later)])  # type: ignore[list-item]
+    assert [name for name, each in module.named_parameters() if each.is_meta] == ["2.weight"]
+
+
 # ---- two processes
 
 
@@ -296,6 +308,10 @@ def run_released(rank: int, folder: str) -> tuple[list[str], list[float]]:
         each.load_state_dict(given)
         fuse(each)
     worst.append(worst_difference(call(xdit_compile.parallelize(module, TENSOR)), call(twin)))
+    if rank:
+        linears(module)[0].weight = nn.Parameter(linears(twin)[0].weight.detach())
+    with pytest.raises(AgreementError, match="another set of released weights"):
+        xdit_compile.restore(module)
     return refused, worst
 
 

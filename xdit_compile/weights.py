@@ -72,7 +72,7 @@ class Weights:
         self._held: dict[str, dict[Pieces, torch.Tensor]] = {}
         self._released: dict[str, Pieces] = {}
         self._wanted: dict[str, set[Pieces]] = {}
-        self._read_whole: dict[str, State] = {}
+        self._read_whole: dict[State, tuple[str, Sample]] = {}
         self._differ = False
         self._refusals = Refusals()
         if source is not None:
@@ -170,13 +170,13 @@ class Weights:
             if given.kind == "parameter" and (whole := self.module.get_parameter(name)).is_meta:
                 value = self.find(given)
                 if not given.pieces:
-                    self._put_read(name, whole, value)
+                    self._put_read(whole, value)
 
     def load_first(self) -> None:
         """Read the first parameter: libraries look at it for the device that a module is on."""
         for name, parameter in itertools.islice(self.module.named_parameters(), 1):
             if parameter.is_meta:
-                self._put_read(name, parameter, self._absent(name, parameter, ()))
+                self._put_read(parameter, self._absent(name, parameter, ()))
 
     def release(self, programs: Iterable[Program]) -> None:
         """Give back the memory of parameters of which all programs so far take one and the same slice.
@@ -204,9 +204,13 @@ class Weights:
         self._refusals.put_on(self.module)
 
     def _releasable(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that are there, but for the first and those whose name another one had that was released."""
-        others = list(self.module.named_parameters())[1:]
-        return [(name, whole) for name, whole in others if not whole.is_meta and name not in self._released]
+        """The parameters that can be had again: neither the first nor read from a file and changed since.
+
+        Nor one of which the name is that of another one that was released.
+        """
+        others = [(name, each) for name, each in list(self.module.named_parameters())[1:] if not each.is_meta]
+        known = self._source is None
+        return [(n, each) for n, each in others if n not in self._released and (known or self._origin(each) == n)]
 
     def _let_go(self, name: str, whole: nn.Parameter, pieces: Pieces, value: torch.Tensor) -> None:
         self._forget((name, pieces))
@@ -234,7 +238,7 @@ class Weights:
                     self._put_back(whole, found)
             for parameter in list(self.module.parameters()):
                 if isinstance(parameter, Released):
-                    self._put_back(parameter, self._read(parameter, ()))
+                    self._put_read(parameter, self._read(parameter, ()))
         for key in list(self._slices):
             self._forget(key)
         self._refusals.take_off()
@@ -261,10 +265,10 @@ class Weights:
         self._held.pop(stand_in.origin, None)
         return made
 
-    def _put_read(self, name: str, stand_in: torch.Tensor, value: torch.Tensor) -> None:
+    def _put_read(self, stand_in: torch.Tensor, value: torch.Tensor) -> None:
         assert isinstance(stand_in, Released)
         with torch.inference_mode(False):
-            self._read_whole[name] = _state(self._put_back(stand_in, value))
+            self._note_read([(stand_in.origin, self._put_back(stand_in, value))])
 
     def _forget_read(self) -> None:
         """Take out of the module what was read into it and not changed since.
@@ -272,15 +276,18 @@ class Weights:
         The first parameter and buffers are read at once.
         """
         assert self._source is not None
+        buffers: list[tuple[str, torch.Tensor]] = []
         for name, buffer in self._stored_buffers():
-            if self._read_whole.get(name) == _state(buffer):
+            if (origin := self._origin(buffer)) is not None:
                 owner, _, own = name.rpartition(".")
-                read = self._source.read(name, ()).to(self._device, buffer.dtype)
+                read = self._source.read(origin, ()).to(self._device, buffer.dtype)
                 self.module.get_submodule(owner)._buffers[own] = read
-        for name, parameter in list(self.module.named_parameters()):
-            if not parameter.is_meta and self._read_whole.get(name) == _state(parameter):
-                self._replace(parameter, released(parameter, name))
-        self._read_whole = {name: _state(buffer) for name, buffer in self._stored_buffers()}
+                buffers.append((origin, read))
+        for parameter in list(self.module.parameters()):
+            if not parameter.is_meta and (origin := self._origin(parameter)) is not None:
+                self._replace(parameter, released(parameter, origin))
+        self._read_whole = {}
+        self._note_read(buffers)
         self.load_first()
 
     def _await_reading(self) -> None:
@@ -288,8 +295,16 @@ class Weights:
         for name, parameter in list(self.module.named_parameters()):
             if parameter.is_meta:
                 self._replace(parameter, released(parameter, name))
-        self._read_whole = {name: _state(buffer) for name, buffer in self._stored_buffers()}
+        self._note_read(self._stored_buffers())
         self._refusals.put_on(self.module)
+
+    def _note_read(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._read_whole.update((_state(tensor), (name, Sample(tensor))) for name, tensor in tensors)
+
+    def _origin(self, tensor: torch.Tensor) -> str | None:
+        """The name in the file of what was read from it and not changed since."""
+        name, sample = self._read_whole.get(_state(tensor), (None, None))
+        return None if sample is None or Samples([sample]).changed() else name
 
     def _stored_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The buffers that a file has."""
