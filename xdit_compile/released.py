@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,16 @@ class Released(nn.Parameter):
     """A parameter on the meta device that refuses every use of its values, in one line that says what to do.
 
     What can be asked for are shape, dtype, device, strides and the like; ``detach()`` and ``.data`` give another one
-    that refuses as well. Made by `released`.
+    that refuses as well. Made by `released`. What every call asks for is answered without going through torch.
     """
 
     origin: str
+    _shape: torch.Size
+    _dtype: torch.dtype
+    is_meta = True
+    device = torch.device("meta")
+    shape = property(operator.attrgetter("_shape"))
+    dtype = property(operator.attrgetter("_dtype"))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,6 +75,7 @@ def released(like: torch.Tensor, origin: str) -> Released:
         empty = torch.empty_like(like.detach(), device="meta")
         made: Released = torch.Tensor._make_subclass(Released, empty, like.requires_grad)  # type: ignore[assignment]
     made.origin = origin
+    made._shape, made._dtype = empty.shape, empty.dtype
     return made
 
 
