@@ -20,6 +20,7 @@ import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.capture import capture
 from xdit_compile.errors import PlanError, ProviderUnavailable, UsageError
+from xdit_compile.in_place import held
 from xdit_compile.passes.infer import Inference, infer
 from xdit_compile.passes.rulebook import rulebook
 from xdit_compile.results import tensors_of
@@ -229,7 +230,7 @@ def test_a_generator_that_nothing_reads_is_no_new_program():
     xdit_compile.parallelize(module, Plan(vae="patch", backend="eager"))
     results = [module.decode(given, return_dict=False, generator=torch.Generator())[0] for _ in range(2)]
     assert torch.equal(*results)
-    (rows,) = [vars(module)["decode"].rows]
+    (rows,) = [held(module)["decode"]]
     assert sum(len(runner.prepared) for runner in (rows._checked, *rows._trusting.values())) == 1
 
 
@@ -290,7 +291,7 @@ def some_of_the_ranks(rank: int, count: int, degree: int, data: int) -> tuple[fl
         expected = run(module, "decode", given)
     plan = Plan(ulysses=count // data, data=data, vae="patch", vae_degree=degree, backend="eager")
     xdit_compile.parallelize(module, plan)
-    return difference(run(module, "decode", given), expected), vars(module)["decode"].rows.team.mesh.world_size
+    return difference(run(module, "decode", given), expected), held(module)["decode"].team.mesh.world_size
 
 
 @pytest.mark.parametrize(("degree", "data", "expected"), [(2, 1, 2), (None, 2, 2), (1, 1, 1)])

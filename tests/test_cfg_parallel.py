@@ -13,7 +13,7 @@ from splitting import captured, run_split
 
 import xdit_compile
 from xdit_compile import Plan
-from xdit_compile.pipelines import OUTER
+from xdit_compile.pipelines import session_of
 
 PLAN = Plan(cfg=2, backend="eager")
 GUIDED = sorted(set(zoo_pipelines.PIPELINES) - {"flux"})
@@ -29,7 +29,7 @@ def run_pipeline(rank: int, name: str, more: dict[str, Any]) -> tuple[float, int
     expected = case.call(case.build(), steps=3, **more)
     pipe = xdit_compile.parallelize(case.build(), PLAN)
     difference = relative(case.call(pipe, steps=3, **more), expected)
-    branches = vars(pipe)[OUTER].branches
+    branches = session_of(pipe.transformer).branches
     return difference, branches.shared, branches.alone
 
 
@@ -97,7 +97,7 @@ def run_three_branches(rank: int) -> tuple[float, int, int]:
     found = [module(**kwargs)[0] for kwargs in inputs]
     guided = found[0] + 2 * (found[1] - found[0]) + 3 * (found[2] - found[1])
     reference = expected[0] + 2 * (expected[1] - expected[0]) + 3 * (expected[2] - expected[1])
-    branches = module.forward._branches
+    branches = session_of(module).branches
     return relative(guided, reference), branches.shared, branches.alone
 
 

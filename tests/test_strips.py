@@ -16,6 +16,7 @@ import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.capture import capture
 from xdit_compile.flatten import flatten
+from xdit_compile.in_place import held
 from xdit_compile.memory import peak_bytes
 from xdit_compile.passes.infer import infer
 from xdit_compile.passes.rulebook import rulebook
@@ -132,7 +133,7 @@ def within(rank: int, count: int, backend: str) -> list[float]:
         plan = Plan(ring=count, vae="patch", vae_memory="24kB", backend=backend)
         xdit_compile.parallelize(module, plan)
         found.append(difference(run(module, method, given), expected))
-        (runner,) = [vars(module)[method].rows._checked]
+        (runner,) = [held(module)[method]._checked]
         ((prepared,),) = runner.prepared.values()
         assert any(node.target is PUT for node in flatten(prepared.program.root).graph.nodes) or method == "encode"
     return found

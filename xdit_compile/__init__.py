@@ -8,16 +8,16 @@ from .errors import XditCompileError
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from .api import explain, generation, parallelize, restore
+    from .api import explain, generation, parallelize, refresh, restore
     from .loading import from_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "XditCompileError", "explain", "from_pretrained", "generation", "parallelize", "restore"]
+__all__ = ["Plan", "XditCompileError", "explain", "from_pretrained", "generation", "parallelize", "refresh", "restore"]
 
 
 def __getattr__(name: str) -> Any:
     """Import the API, and with it torch, only when it is used: the command line checks its flags without it."""
-    if name in ("explain", "generation", "parallelize", "restore"):
+    if name in ("explain", "generation", "parallelize", "refresh", "restore"):
         from . import api
 
         return getattr(api, name)

@@ -1,4 +1,4 @@
-"""What users call: parallelize, restore, explain."""
+"""What users call: parallelize, restore, refresh, explain."""
 
 from __future__ import annotations
 
@@ -141,6 +141,27 @@ def restore(target: Any) -> Any:
     return target
 
 
+def refresh(target: Any) -> Any:
+    """Forget what was kept of the weights' values; returns ``target``.
+
+    The next call cuts slices anew from the module or, after `from_pretrained`, reads the files again, and captures the
+    module anew. Changes of weights are noticed without this as a rule (docs/plans.md says which are not). Every rank
+    must call this.
+
+    Raises:
+        UsageError: nothing of ``target`` is parallelized, or the values of its weights are not there to be cut anew.
+    """
+    coders = [module for _, module in autoencoders(target) if row_methods(module)]
+    runners = [runner for _, module in _denoisers(target, coders) if (runner := runner_of(module)) is not None]
+    if not runners and not coders:
+        raise UsageError("nothing to refresh: this was not parallelized")
+    for runner in runners:
+        runner.refresh()
+    for method in (method for module in coders for method in row_methods(module)):
+        method.refresh()
+    return target
+
+
 def generation(module: nn.Module) -> AbstractContextManager[Any]:
     """The calls of a parallelized module that make one picture, for loops that are no pipeline's.
 
@@ -238,7 +259,7 @@ def _take_off(module: nn.Module) -> None:
     assert runner is not None
     holders = TEAM if runner.plan.pipefusion > 1 else TENSOR
     with runner.session.call():
-        runner.weights.recover(functools.partial(gather_whole, runner.mesh.group(holders)))
+        runner.recover(functools.partial(gather_whole, runner.mesh.group(holders)))
     put_back(module)
 
 

@@ -92,6 +92,13 @@ class RowMethod:
             self._rehearsed.add(sizes)
         return self._trusting[gather](*args, **kwargs)
 
+    def refresh(self) -> None:
+        """Forget every program and slice of weights."""
+        children = [child._runner for child in self._children.values()]
+        for runner in (self._checked, self._rehearsal, *self._trusting.values(), *children):
+            runner.refresh()
+        self._rehearsed.clear()
+
     def latest(self) -> Prepared | None:
         """What ran last among the programs of this method, the largest inputs first."""
         for runner in (*self._trusting.values(), self._checked):

@@ -32,11 +32,13 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, variant: str | None = None):
-        self.folder = folder
+        self.folder, self._variant = folder, variant
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, list[int]] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
         for file in _files(folder, variant):
             try:
+                self._stamps[file] = _stamp(file)
                 with safe_open(file, "pt") as opened:
                     for name in opened.keys():  # noqa: SIM118  (no mapping)
                         self._files[name] = file
@@ -62,9 +64,34 @@ class Checkpoint:
             raise UsageError(f"{self.folder} does not fit its config.json: {_some(wrong)}")
 
     def read(self, name: str, pieces: tuple[Piece, ...] = ()) -> torch.Tensor:
-        """One tensor, or pieces of it, in memory of its own; the file is mapped, so only what is taken is read."""
-        with safe_open(self._files[name], "pt") as opened:
+        """One tensor, or pieces of it, in memory of its own; the file is mapped, so only what is taken is read.
+
+        Raises:
+            UsageError: the file was written to since it was opened.
+        """
+        file = self._files[name]
+        if not file.is_file() or _stamp(file) != self._stamps[file]:
+            raise UsageError(
+                f"{file} was changed after {name} and others were to be read from it; "
+                "call xdit_compile.refresh(pipe) on all ranks to read all of it anew"
+            )
+        with safe_open(file, "pt") as opened:
             return cut(opened.get_tensor(name), pieces)
+
+    def reopen(self) -> None:
+        """Look at the folder anew, as files may have been replaced.
+
+        Raises:
+            UsageError: they do not hold tensors of the same names and shapes.
+        """
+        now = Checkpoint(self.folder, self._variant)
+        now.check(self._shapes)
+        self._files, self._shapes, self._stamps = now._files, now._shapes, now._stamps
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_mtime_ns, found.st_size
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:

@@ -14,6 +14,7 @@ from .digest import digest_tensors
 from .errors import UsageError
 from .kernels.groups import settle
 from .patched import Part
+from .versions import version_of
 
 States = dict[str | int, torch.Tensor]
 
@@ -134,9 +135,10 @@ class Generation:
 
     def _digest(self, tensor: torch.Tensor) -> str:
         """A digest of values; those of a tensor that was seen and not written to since are not read again."""
-        if tensor.is_inference():
+        version = version_of(tensor)
+        if version is None:
             return digest_tensors([tensor])
-        key = (id(tensor), tensor._version)
+        key = (id(tensor), version)
         if key not in self._digests:
             self._digests[key] = (tensor, digest_tensors([tensor]))
         return self._digests[key][1]

@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from torch import nn
+
 from .errors import UsageError
+from .released import refuse_released
 
 HELD = "_xdit_compile"
 """The attribute under which an object keeps what stands in the place of its methods."""
@@ -153,16 +156,11 @@ def _not_compiled(call: Method) -> Method:
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles are of the object as it was: no ranks share them."""
-    if any(getattr(parameter, "is_meta", False) for parameter in _parameters(self)):
-        raise UsageError("parts of the weights lie on other ranks; call xdit_compile.restore first, then copy")
+    if isinstance(self, nn.Module):
+        refuse_released(self)
     with as_it_was(self):
         function, arguments, *rest = self.__reduce_ex__(protocol)
         return (function, arguments, *(dict(each) if isinstance(each, dict) else each for each in rest))
-
-
-def _parameters(target: Any) -> Any:
-    parameters = getattr(target, "parameters", None)
-    return parameters() if callable(parameters) else ()
 
 
 def _taken_off(target: Any, own: type, name: str) -> Method | None:

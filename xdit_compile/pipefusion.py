@@ -167,6 +167,10 @@ class PipelineRunner(Runner):
         results = tuple(self._cut(lie, known) for lie in pipeline.results)
         return Flow(analysis, pipeline.full.program, runs[0], pipeline, common, tuple(runs), inputs, results)
 
+    def refresh(self) -> None:
+        super().refresh()
+        self.taken.clear()
+
     def _release(self, prepared: Prepared) -> None:
         self.taken += prepared.programs
         self.weights.release(self.taken)

@@ -23,7 +23,7 @@ from .program import Program
 from .session import Place, Session
 from .signature import Signature, fingerprint, signature
 from .verification import verify
-from .weights import Weights
+from .weights import Gather, Weights
 
 Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
 """From the flat inputs of a call to the tensors of its result."""
@@ -90,15 +90,11 @@ class Runner:
         self.prepared: dict[Signature, list[Prepared]] = {}
         self._agreement = session.agreement
         self._branches = session.branches
-        if computation is None:
-            session.before_request(self._refuse_lost)
+        session.before_request(self.renew)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.call():
             return self._run(args, kwargs)
-
-    def _refuse_lost(self) -> None:
-        refuse_lost(self.module, self.name)
 
     @property
     def _computation(self) -> Callable[..., Any]:
@@ -114,6 +110,35 @@ class Runner:
                 return self._deferred(prepared, leaves, compute)
             self._branches.shared += 1
         return assemble(prepared.program, compute(leaves))
+
+    def renew(self) -> None:
+        """Notice what changed without a word since the last request; to be called when one begins.
+
+        Raises:
+            UsageError: calls of the module come here no more.
+        """
+        refuse_lost(self.module, self.name)
+        self.weights.renew()
+
+    def recover(self, gather: Gather) -> None:
+        """Give the module its weights back, once all ranks have come to gather the same ones.
+
+        Raises:
+            AgreementError: a rank has other ones, or does not come.
+            UsageError: the values of some are nowhere.
+        """
+        if self.plan.tensor > 1 or self.plan.pipefusion > 1:
+            self._agreement.agree("restore", {"set of released weights": digest(self.weights.to_gather())})
+        self.weights.recover(gather)
+
+    def refresh(self) -> None:
+        """Forget slices of weights, and programs, which may hold values that the module keeps outside of parameters.
+
+        Raises:
+            UsageError: weights were released and cannot be had again.
+        """
+        self.weights.refresh()
+        self.prepared.clear()
 
     def _computing(self, prepared: Prepared, leaves: list[Any]) -> Computing:
         """How the results of this call come from its inputs, now or later."""

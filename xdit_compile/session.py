@@ -70,7 +70,7 @@ class Session:
         self.replicas = Replicas(mesh)
         self.inputs = SharedInputs(self.agreement, mesh.group(REPLICA))
         self._lock = threading.RLock()
-        self._in_request = self._closed = False
+        self._in_request = self._in_call = self._closed = False
         self._requests = 0
         self._before: list[Callable[[], None]] = []
         self._after_failure: list[Callable[[], None]] = []
@@ -132,10 +132,15 @@ class Session:
     def call(self) -> Iterator[None]:
         """One call of a module; outside of a request it is all of one."""
         with self._lock, self.groups.running(), self._guarded(), torch.inference_mode(False), torch.no_grad():
-            if not self._in_request:
+            outermost = not (self._in_request or self._in_call)
+            if outermost:
                 self._connect()
                 self._do(self._before)
-            yield
+            self._in_call = True
+            try:
+                yield
+            finally:
+                self._in_call = not outermost and self._in_call
 
     def announce(self, what: str, leaves: Sequence[Any]) -> None:
         """Tell peers which call this rank enters, and see whether earlier ones were the same."""

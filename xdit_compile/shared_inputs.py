@@ -14,6 +14,7 @@ from .digest import digest_tensors
 from .errors import AgreementError
 from .kernels.groups import complete, process_group
 from .sketch import ROUNDING, samples, sketch_of
+from .versions import version_of
 
 
 class SharedInputs:
@@ -110,7 +111,8 @@ def _identity(leaf: Any) -> tuple[Any, ...]:
     """What tells a tensor in a state from all others: inference tensors do not count writes, so their values do."""
     if not isinstance(leaf, torch.Tensor):
         return ()
-    return (id(leaf), tuple(samples(leaf)) if leaf.is_inference() else leaf._version)
+    version = version_of(leaf)
+    return (id(leaf), tuple(samples(leaf)) if version is None else version)
 
 
 def _digest(leaf: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ def by_values(flat: Flat) -> Trace:
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     weights = {**dict(flat.named_parameters()), **dict(flat.named_buffers())}
-    known = KnownValues(mode)
+    known = KnownValues(mode, weights.values())
     device = next((tensor.device for tensor in flat.tensors() if not tensor.is_meta), torch.device("cpu"))
     fakes = [_fake(mode, tensor, device) for tensor in flat.tensors()]
     for position, fake, tensor in zip(flat.positions, fakes, flat.tensors(), strict=True):
@@ -57,7 +57,7 @@ def by_values(flat: Flat) -> Trace:
         run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
     )
     module = tracer([_fake(mode, tensor, device) for tensor in weights.values()], fakes)
-    inputs, constants = _describe(module, flat, list(weights), mode)
+    inputs, constants = _describe(module, flat, weights, mode)
     bake(module, known, nodes, lambda value: add_constant(module.graph, value, inputs, constants, mode))
     guards = tuple(Guard(p, flat.leaves[p].detach().clone()) for p in sorted(known.read))
     return Trace(module, tuple(inputs), constants, guards=guards)
@@ -99,7 +99,7 @@ def recorded_calls(flat: Flat, graph: fx.Graph) -> Iterator[None]:
 
 
 def _describe(
-    module: fx.GraphModule, flat: Flat, weights: list[str], mode: FakeTensorMode
+    module: fx.GraphModule, flat: Flat, weights: Mapping[str, torch.Tensor], mode: FakeTensorMode
 ) -> tuple[list[Input], dict[str, torch.Tensor]]:
     """Say what each placeholder is, and turn tensors that the graph holds into placeholders."""
     inputs: list[Input] = []
@@ -111,7 +111,7 @@ def _describe(
             inputs.append(Input(node.name, "user", target))
         else:
             inputs.append(Input(node.name, "parameter" if target in parameters else "buffer", own_name(str(target))))
-    names: dict[int, fx.Node] = {}
+    names = {id(tensor): holder for tensor, holder in zip(weights.values(), holders, strict=False)}
     for node in list(module.graph.nodes):
         node.meta.setdefault("calls", ())
         if node.op == "get_attr":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -47,11 +47,13 @@ class KnownValues(TorchDispatchMode):
 
     Stands above a ``FakeTensorMode``. Each time a value is read, the inputs it follows from are added to ``read``: the
     recorded graph holds for these values only. ``sized`` lists the tensors whose sizes came from data, and ``masks``
-    those used as an index, with the positions they select.
+    those used as an index, with the positions they select. Values of ``weights`` are not known, even where the module
+    reaches one past its parameters, since they may change.
     """
 
-    def __init__(self, fake_mode: FakeTensorMode) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, weights: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
+        self._weights = {weight.untyped_storage()._cdata for weight in weights}
         self.fake_mode = fake_mode
         self.values = WeakIdKeyDictionary()
         self.sources: dict[int, Sources] = {}
@@ -70,7 +72,9 @@ class KnownValues(TorchDispatchMode):
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The value of a tensor, or None where it is not known."""
-        return self.values.get(tensor) if isinstance(tensor, FakeTensor) else tensor
+        if isinstance(tensor, FakeTensor):
+            return self.values.get(tensor)
+        return None if tensor.untyped_storage()._cdata in self._weights else tensor
 
     def origin(self, value: torch.Tensor) -> Sources:
         """The inputs that a known value follows from."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -12,41 +12,54 @@ from torch import nn
 
 from .errors import UsageError
 from .program import Input, Piece, Program
+from .released import Refusals, Released, refuse_released, released
+from .samples import Sample, Samples
+from .versions import version_of
 
-Key = tuple[str, tuple[Piece, ...]]
+MOST_NAMED = 3
+Pieces = tuple[Piece, ...]
+Key = tuple[str, Pieces]
 NOTHING = (Piece(0, ()),)
 """The pieces of a parameter of which this rank keeps none."""
-Gather = Callable[[torch.Size, tuple[Piece, ...], torch.Tensor], torch.Tensor]
+Gather = Callable[[torch.Size, Pieces, torch.Tensor], torch.Tensor]
+State = tuple[int, int, int | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Slice:
-    """A slice and the state of the parameter that it was cut from."""
+    """A slice, and the state of the tensor in the module that it was cut from."""
 
     value: torch.Tensor
-    source: tuple[int, int, int] | None
+    state: State
+    sample: Sample
 
-    def fits(self, whole: torch.Tensor) -> bool:
-        return whole.is_meta or self.source == _state(whole)
+    def fits(self, whole: torch.Tensor | None) -> bool:
+        return whole is not None and self.state == _state(whole)
 
 
 class Source(Protocol):
     """Where parameters that the module does not hold are read from."""
 
-    def read(self, name: str, pieces: tuple[Piece, ...]) -> torch.Tensor:
+    def read(self, name: str, pieces: Pieces) -> torch.Tensor:
         """Pieces of one parameter, or all of it where there are none."""
+        ...
+
+    def reopen(self) -> None:
+        """Look at the files anew: from now on what they hold now is read."""
         ...
 
 
 class Weights:
     """Parameters and buffers of a module, whole or in slices.
 
-    A slice is cut once, and cut anew when its parameter was replaced or written to. Parameters of which every program
-    takes slices can be released: the module then keeps one of the same shape on the meta device.
+    A slice is cut once, and cut anew when its parameter was replaced or written to (`renew` notices the rest).
+    Parameters of which every program takes the same slices can be released: the module then holds a stand-in that
+    refuses to be read or written (`Released`), and goes by the name that the parameter had, wherever in the module an
+    adapter puts it.
 
     Args:
         module: holds the parameters; those on the meta device are read from ``source``.
-        source: where they are read from; without one they cannot be read.
+        source: where they are read from; without one they cannot be read. Buffers were read from it already.
         device: where what is read is put.
     """
 
@@ -55,8 +68,15 @@ class Weights:
         self._source = source
         self._device = device
         self._slices: dict[Key, _Slice] = {}
-        self._released: dict[str, tuple[Piece, ...]] = {}
+        self._samples: tuple[list[Key], Samples] | None = None
+        self._held: dict[str, dict[Pieces, torch.Tensor]] = {}
+        self._released: dict[str, Pieces] = {}
+        self._wanted: dict[str, set[Pieces]] = {}
+        self._read_whole: dict[State, tuple[str, Sample]] = {}
         self._differ = False
+        self._refusals = Refusals()
+        if source is not None:
+            self._await_reading()
 
     @property
     def partial(self) -> bool:
@@ -67,94 +87,231 @@ class Weights:
     def elements(self) -> int:
         """How many elements of the parameters this rank holds, whole ones and slices."""
         whole = sum(parameter.numel() for parameter in self.module.parameters() if not parameter.is_meta)
-        return whole + sum(kept.value.numel() for kept in self._slices.values())
+        held = sum(value.numel() for ways in self._held.values() for value in ways.values())
+        return whole + held + sum(kept.value.numel() for kept in self._slices.values())
 
     def find(self, given: Input) -> torch.Tensor:
         """The tensor for a parameter or buffer of a program.
 
         Raises:
-            UsageError: it was released and is wanted in another form than it was kept in.
+            UsageError: it is not there, or was released and is wanted in another form than it was kept in.
         """
         name = str(given.target)
         whole = self.module.get_parameter(name) if given.kind == "parameter" else self.module.get_buffer(name)
+        if whole.is_meta:
+            return self._absent(name, whole, given.pieces)
         if not given.pieces:
-            return self._read(name, ()) if whole.is_meta else whole
+            return whole
         key = (name, given.pieces)
         kept = self._slices.get(key)
         if kept is None or not kept.fits(whole):
-            value = self._read(name, given.pieces) if whole.is_meta else cut(whole, given.pieces)
-            kept = self._slices[key] = _Slice(value, _state(whole))
+            self._samples = None
+            kept = self._slices[key] = _Slice(cut(whole, given.pieces), _state(whole), Sample(whole))
         return kept.value
+
+    def _absent(self, name: str, whole: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+        """What a program takes of a tensor that the module does not hold; slices of it are read once."""
+        if not isinstance(whole, Released):
+            raise UsageError(_lost([name]))
+        ways = self._held.get(whole.origin, {})
+        if pieces in ways:
+            return ways[pieces]
+        value = self._read(whole, pieces)
+        if pieces:
+            self._held.setdefault(whole.origin, {})[pieces] = value
+        return value
+
+    def renew(self) -> None:
+        """Forget slices of tensors that hold other values than when they were cut, to be called once a request.
+
+        Of each tensor about 64 values are compared: that notices what raises no version number, such as writes
+        through ``.data``. A write there that leaves all of them as they were is not seen.
+        """
+        if self._samples is None:
+            self._samples = list(self._slices), Samples([kept.sample for kept in self._slices.values()])
+        keys, samples = self._samples
+        for at in samples.changed():
+            self._forget(keys[at])
+
+    def _forget(self, key: Key) -> None:
+        self._slices.pop(key, None)
+        self._samples = None
+
+    def _forget_gone(self) -> None:
+        """Forget slices of tensors that are no more in the module."""
+        present: dict[str, torch.Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
+        present.update(self.module.named_buffers(remove_duplicate=False))
+        for key, kept in list(self._slices.items()):
+            if not kept.fits(present.get(key[0])):
+                self._forget(key)
+
+    def refresh(self) -> None:
+        """Forget every slice, and what was read and not changed since: it is cut or read anew.
+
+        Raises:
+            UsageError: a parameter was released and there is no file to read it from.
+        """
+        if self._source is None:
+            refuse_released(self.module)
+        else:
+            self._source.reopen()
+            self._held.clear()
+            self._released.clear()
+            self._forget_read()
+        self._wanted.clear()
+        for key in list(self._slices):
+            self._forget(key)
 
     def load(self, program: Program) -> None:
         """Read what a program takes of parameters that the module does not hold, and give the module whole ones."""
+        self._forget_gone()
         for given in program.inputs:
             name = str(given.target)
-            if given.kind == "parameter" and self.module.get_parameter(name).is_meta:
+            if given.kind == "parameter" and (whole := self.module.get_parameter(name)).is_meta:
                 value = self.find(given)
                 if not given.pieces:
-                    self.put_back(name, value)
+                    self._put_read(whole, value)
 
     def load_first(self) -> None:
         """Read the first parameter: libraries look at it for the device that a module is on."""
         for name, parameter in itertools.islice(self.module.named_parameters(), 1):
             if parameter.is_meta:
-                self.put_back(name, self._read(name, ()))
+                self._put_read(parameter, self._absent(name, parameter, ()))
 
     def release(self, programs: Iterable[Program]) -> None:
-        """Give back the memory of parameters of which programs take one and the same slice; the first one stays."""
-        first = next(self.module.parameters(), None)
-        taken = [given for program in programs for given in program.inputs if given.kind == "parameter"]
-        pieces: dict[str, set[tuple[Piece, ...]]] = {}
-        for given in taken:
-            pieces.setdefault(str(given.target), set()).add(given.pieces)
-        for given in taken:
-            name, whole = str(given.target), self.module.get_parameter(str(given.target))
-            if not given.pieces or len(pieces[name]) > 1 or whole.is_meta or whole is first:
-                continue
-            self.find(given)
-            self._replace(whole, nn.Parameter(torch.empty_like(whole, device="meta"), whole.requires_grad))
-            self._released[name] = given.pieces
+        """Give back the memory of parameters of which all programs so far take one and the same slice.
+
+        The first parameter stays.
+        """
+        for program in programs:
+            for given in program.inputs:
+                if given.kind == "parameter":
+                    self._wanted.setdefault(str(given.target), set()).add(given.pieces)
+        for name, whole in self._releasable():
+            ways = self._wanted.get(name, {()})
+            if len(ways) == 1 and () not in ways:
+                (pieces,) = ways
+                self._let_go(name, whole, pieces, self.find(Input(name, "parameter", name, pieces)))
+        self._refusals.put_on(self.module)
 
     def release_others(self, programs: Iterable[Program]) -> None:
         """Give back the memory of parameters that none of the programs takes; the first parameter stays."""
         taken = {str(given.target) for program in programs for given in program.inputs if given.kind == "parameter"}
-        first = next(self.module.parameters(), None)
-        for name, whole in list(self.module.named_parameters()):
-            if name not in taken and not whole.is_meta and whole is not first:
-                nothing = whole.detach().flatten()[:0].clone()
-                self._replace(whole, nn.Parameter(torch.empty_like(whole, device="meta"), whole.requires_grad))
-                self._released[name], self._slices[name, NOTHING] = NOTHING, _Slice(nothing, None)
+        for name, whole in self._releasable():
+            if name not in taken:
+                self._let_go(name, whole, NOTHING, whole.detach().flatten()[:0].clone())
         self._differ = True
+        self._refusals.put_on(self.module)
+
+    def _releasable(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that can be had again: neither the first nor read from a file and changed since.
+
+        Nor one of which the name is that of another one that was released.
+        """
+        others = [(name, each) for name, each in list(self.module.named_parameters())[1:] if not each.is_meta]
+        known = self._source is None
+        return [(n, each) for n, each in others if n not in self._released and (known or self._origin(each) == n)]
+
+    def _let_go(self, name: str, whole: nn.Parameter, pieces: Pieces, value: torch.Tensor) -> None:
+        self._forget((name, pieces))
+        self._held[name], self._released[name] = {pieces: value}, pieces
+        self._replace(whole, released(whole, name))
 
     def recover(self, gather: Gather) -> None:
         """Make the module whole again: released parameters are gathered, others read.
 
         Args:
             gather: from a parameter's shape, its pieces here and their values to the whole; every rank calls it for the
-                same parameters in the same order.
+                same parameters in the same order (`to_gather`).
+
+        Raises:
+            UsageError: some parameters can neither be gathered nor read; nothing was changed.
         """
-        for name in self._to_gather():
-            whole, pieces = self.module.get_parameter(name), self._released.get(name, ())
-            found = gather(whole.shape, pieces, self._slices[name, pieces].value if pieces else whole.detach())
-            if pieces:
-                self.put_back(name, found)
-        self._slices.clear()
+        lost = [n for n, p in self.module.named_parameters() if p.is_meta and not isinstance(p, Released)]
+        if lost:
+            raise UsageError(_lost(lost))
+        with torch.inference_mode(False), torch.no_grad():
+            for name in self.to_gather():
+                whole = self.module.get_parameter(name)
+                found = gather(whole.shape, *self._here(whole))
+                if isinstance(whole, Released):
+                    self._put_back(whole, found)
+            for parameter in list(self.module.parameters()):
+                if isinstance(parameter, Released):
+                    self._put_read(parameter, self._read(parameter, ()))
+        for key in list(self._slices):
+            self._forget(key)
+        self._refusals.take_off()
+
+    def _here(self, whole: nn.Parameter) -> tuple[Pieces, torch.Tensor]:
+        """What this rank has of a parameter."""
+        if not isinstance(whole, Released):
+            return (), whole.detach()
+        pieces = self._released[whole.origin]
+        return pieces, self._held[whole.origin][pieces]
+
+    def to_gather(self) -> list[str]:
+        """The parameters that some rank released, the same on every rank: all, where ranks released different ones."""
+        if self._differ:
+            return [name for name, _ in self.module.named_parameters()] if self._source is None else []
+        named = self.module.named_parameters()
+        return [name for name, each in named if isinstance(each, Released) and each.origin in self._released]
+
+    def _put_back(self, stand_in: Released, value: torch.Tensor) -> nn.Parameter:
+        """Give a released parameter its values."""
+        made = nn.Parameter(value, stand_in.requires_grad)
+        self._replace(stand_in, made)
+        self._released.pop(stand_in.origin, None)
+        self._held.pop(stand_in.origin, None)
+        return made
+
+    def _put_read(self, stand_in: torch.Tensor, value: torch.Tensor) -> None:
+        assert isinstance(stand_in, Released)
+        with torch.inference_mode(False):
+            self._note_read([(stand_in.origin, self._put_back(stand_in, value))])
+
+    def _forget_read(self) -> None:
+        """Take out of the module what was read into it and not changed since.
+
+        The first parameter and buffers are read at once.
+        """
+        assert self._source is not None
+        buffers: list[tuple[str, torch.Tensor]] = []
+        for name, buffer in self._stored_buffers():
+            if (origin := self._origin(buffer)) is not None:
+                owner, _, own = name.rpartition(".")
+                read = self._source.read(origin, ()).to(self._device, buffer.dtype)
+                self.module.get_submodule(owner)._buffers[own] = read
+                buffers.append((origin, read))
+        for parameter in list(self.module.parameters()):
+            if not parameter.is_meta and (origin := self._origin(parameter)) is not None:
+                self._replace(parameter, released(parameter, origin))
+        self._read_whole = {}
+        self._note_read(buffers)
+        self.load_first()
+
+    def _await_reading(self) -> None:
+        """Put stand-ins in the place of parameters that are yet to be read."""
         for name, parameter in list(self.module.named_parameters()):
             if parameter.is_meta:
-                self.put_back(name, self._read(name, ()))
+                self._replace(parameter, released(parameter, name))
+        self._note_read(self._stored_buffers())
+        self._refusals.put_on(self.module)
 
-    def _to_gather(self) -> list[str]:
-        """The parameters that some rank released, the same on every rank: all, where ranks released different ones."""
-        if not self._differ:
-            return list(self._released)
-        return [name for name, _ in self.module.named_parameters()] if self._source is None else []
+    def _note_read(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._read_whole.update((_state(tensor), (name, Sample(tensor))) for name, tensor in tensors)
 
-    def put_back(self, name: str, value: torch.Tensor) -> None:
-        """Give a parameter on the meta device its values."""
-        stand_in = self.module.get_parameter(name)
-        self._replace(stand_in, nn.Parameter(value, stand_in.requires_grad))
-        self._released.pop(name, None)
+    def _origin(self, tensor: torch.Tensor) -> str | None:
+        """The name in the file of what was read from it and not changed since."""
+        name, sample = self._read_whole.get(_state(tensor), (None, None))
+        return None if sample is None or Samples([sample]).changed() else name
+
+    def _stored_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The buffers that a file has."""
+        for path, child in self.module.named_modules():
+            for own, buffer in child._buffers.items():
+                if buffer is not None and own not in child._non_persistent_buffers_set:
+                    yield (f"{path}.{own}" if path else own), buffer
 
     def _replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
         for module in self.module.modules():
@@ -162,22 +319,31 @@ class Weights:
                 if parameter is old:
                     module._parameters[name] = new
 
-    def _read(self, name: str, pieces: tuple[Piece, ...]) -> torch.Tensor:
+    def _read(self, whole: Released, pieces: Pieces) -> torch.Tensor:
         if self._source is None:
             raise UsageError(
-                f"{name} is needed in another form than earlier calls took, and the rest of it was released; "
-                "parallelize the pipeline with Plan(keep_weights=True) for such calls"
+                f"this call needs other parts of {whole.origin} than calls before it, and the rest of it was released; "
+                "call xdit_compile.restore(pipe) and parallelize it with Plan(keep_weights=True) for such calls"
             )
-        dtype = self.module.get_parameter(name).dtype
-        return self._source.read(name, pieces).to(self._device, dtype)
+        with torch.inference_mode(False):
+            return self._source.read(whole.origin, pieces).to(self._device, whole.dtype)
+
+
+def _lost(names: list[str]) -> str:
+    return (
+        f"{', '.join(names[:MOST_NAMED])} {'is' if len(names) == 1 else 'are'} on the meta device, without values "
+        "(adapters follow the device of the weights that they are added to, which were released); take the adapter "
+        "off, call xdit_compile.restore(pipe), and add it again before you parallelize"
+    )
 
 
 def cut(whole: torch.Tensor, pieces: Iterable[Piece]) -> torch.Tensor:
     """Pieces of a tensor in memory of their own."""
-    value = whole.detach()
-    for piece in pieces:
-        value = piece.of(value)
-    return value.clone(memory_format=torch.contiguous_format)
+    with torch.inference_mode(False), torch.no_grad():
+        value = whole.detach()
+        for piece in pieces:
+            value = piece.of(value)
+        return value.clone(memory_format=torch.contiguous_format)
 
 
 def place(whole: torch.Tensor, pieces: tuple[Piece, ...], value: torch.Tensor) -> None:
@@ -196,5 +362,5 @@ def place(whole: torch.Tensor, pieces: tuple[Piece, ...], value: torch.Tensor) -
     whole.index_copy_(first.dim, positions, value)
 
 
-def _state(tensor: torch.Tensor) -> tuple[int, int, int] | None:
-    return None if tensor.is_meta else (id(tensor), tensor.data_ptr(), tensor._version)
+def _state(tensor: torch.Tensor) -> State:
+    return id(tensor), tensor.data_ptr(), version_of(tensor)
