@@ -291,7 +291,7 @@ def some_of_the_ranks(rank: int, count: int, degree: int, data: int) -> tuple[fl
         expected = run(module, "decode", given)
     plan = Plan(ulysses=count // data, data=data, vae="patch", vae_degree=degree, backend="eager")
     xdit_compile.parallelize(module, plan)
-    return difference(run(module, "decode", given), expected), held(module)["decode"].team.mesh.world_size
+    return difference(run(module, "decode", given), expected), held(module)["decode"].team.place.mesh.world_size
 
 
 @pytest.mark.parametrize(("degree", "data", "expected"), [(2, 1, 2), (None, 2, 2), (1, 1, 1)])

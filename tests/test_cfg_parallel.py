@@ -13,7 +13,7 @@ from splitting import captured, run_split
 
 import xdit_compile
 from xdit_compile import Plan
-from xdit_compile.pipelines import session_of
+from xdit_compile.pipelines import denoisers, session_of
 
 PLAN = Plan(cfg=2, backend="eager")
 GUIDED = sorted(set(zoo_pipelines.PIPELINES) - {"flux"})
@@ -29,7 +29,7 @@ def run_pipeline(rank: int, name: str, more: dict[str, Any]) -> tuple[float, int
     expected = case.call(case.build(), steps=3, **more)
     pipe = xdit_compile.parallelize(case.build(), PLAN)
     difference = relative(case.call(pipe, steps=3, **more), expected)
-    branches = session_of(pipe.transformer).branches
+    branches = session_of(next(module for _, module in denoisers(pipe))).branches
     return difference, branches.shared, branches.alone
 
 
