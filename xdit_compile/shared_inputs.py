@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .agreement import Agreement
 from .digest import digest_tensors
@@ -28,7 +29,7 @@ class SharedInputs:
     def __init__(self, agreement: Agreement, group: str):
         self._agreement, self._group = agreement, group
         self._shared: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._sketches: dict[tuple[Any, ...], tuple[torch.Tensor, Any]] = {}
+        self._sketches: Any = WeakTensorKeyDictionary()
         self._compared: set[int] = set()
 
     def forget(self) -> None:
@@ -39,12 +40,13 @@ class SharedInputs:
 
     def sketch(self, leaf: Any) -> Any:
         """A sketch of one input; that of a tensor which was seen and not written to since is not made again."""
-        if type(leaf) is not torch.Tensor or leaf.is_inference():
+        version = version_of(leaf) if type(leaf) is torch.Tensor else None
+        if version is None:
             return sketch_of(leaf)
-        key = _identity(leaf)
-        if key not in self._sketches:
-            self._sketches[key] = (leaf, sketch_of(leaf))
-        return self._sketches[key][1]
+        known = self._sketches.get(leaf)
+        if known is None or known[0] != version:
+            known = self._sketches[leaf] = (version, sketch_of(leaf))
+        return known[1]
 
     def first(self, caller: object) -> bool:
         """Whether this is the first call of ``caller`` in a request; the same on all ranks."""
