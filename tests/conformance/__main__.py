@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conformance import digests
 from conformance.plans import PLANS
 from conformance.runner import Cell, Limits, Store, cells, run
 from conformance.table import show
 from conformance.verdicts import Answer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 FOLDER = digests.ROOT / ".conformance"
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from conformance.case import Case, repeated
-from conformance.parts import CLIP, IMAGE, known, picture
 from zoo import Draw
 from zoo_pipelines import PIPELINES
+
+from conformance.case import Case, repeated
+from conformance.parts import CLIP, IMAGE, known, picture
 
 
 def _controlled(d: Draw, request: int) -> dict:

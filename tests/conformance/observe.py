@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from conformance.case import REQUESTS, Case, OneImage
-from conformance.compare import Difference, Plain, compare, finite, plain
-from conformance.work import Work, counted
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from conformance.case import REQUESTS, Case, OneImage
+from conformance.compare import Difference, Plain, compare, finite, plain
+from conformance.work import Work, counted
 from xdit_compile.pipelines import autoencoders, is_denoiser
 
 _POSTPROCESS = ("postprocess", "postprocess_video")

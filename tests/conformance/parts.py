@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-from conformance.case import Case
 from torch import Tensor, nn
 from zoo import Draw, randomise
 from zoo_pipelines import PIPELINES
+
+from conformance.case import Case
 
 V = "v_prediction"
 FLOW = "flow_prediction"

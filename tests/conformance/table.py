@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 from collections.abc import Mapping
 
-from conformance.runner import Cell
-from conformance.verdicts import Answer, Verdict
 from rich.console import Console
 from rich.table import Table
+
+from conformance.runner import Cell
+from conformance.verdicts import Answer, Verdict
 
 _COLOURS = {
     Verdict.EXACT: "green", Verdict.INAPPLICABLE: "dim", Verdict.REFUSED: "yellow", Verdict.REPLICATED: "cyan",

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+import xdit_compile
 from conformance.case import REQUESTS, Case, OneImage
 from conformance.cases import CASES
 from conformance.compare import Difference, compare, share
@@ -25,9 +28,6 @@ from conformance.plans import images_of, nothing_to_split, plan_of, section_of
 from conformance.verdicts import Answer, Verdict
 from conformance.work import counted
 from conformance.work import share as work_share
-from tqdm import tqdm
-
-import xdit_compile
 from xdit_compile.errors import AgreementError, XditCompileError, one_line
 
 
