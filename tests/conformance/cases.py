@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from conformance import images, pictures, transformers, unets, videos
+from conformance import images, pictures, prompted, transformers, unets, videos
 from conformance.case import Case
 
 _FAMILIES: tuple[tuple[ModuleType, list[Case]], ...] = (
     (images, images.IMAGES),
     (transformers, transformers.TRANSFORMERS),
     (pictures, pictures.PICTURES),
+    (prompted, prompted.PROMPTED),
     (unets, unets.UNETS),
     (videos, videos.VIDEOS),
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import PIL.Image
 from torch import Tensor, nn
 from zoo import Draw, randomise
 from zoo_pipelines import PIPELINES
@@ -76,6 +77,12 @@ def prompts(d: Draw, *, text: int = 13, dim: int = 28, pooled: int = 0, negative
 def picture(d: Draw, size: dict[str, int]) -> Tensor:
     """A picture of these sizes, (1, 3, height, width) between 0 and 1."""
     return d.normal(1, 3, size["height"], size["width"]).sigmoid()
+
+
+def photo(d: Draw, size: dict[str, int]) -> PIL.Image.Image:
+    """The same as a rounded picture."""
+    pixels = (picture(d, size)[0].permute(1, 2, 0) * 255).round().byte()
+    return PIL.Image.fromarray(pixels.numpy())
 
 
 def known(name: str, *second: dict[str, Any], **more: Any) -> Case:

@@ -33,7 +33,8 @@ def clip_text(width: int = 28, projected: bool = False) -> nn.Module:
     """A text encoder whose states have ``width`` channels; with a projection where asked."""
     config = transformers.CLIPTextConfig(
         vocab_size=len(clip_tokenizer()), hidden_size=width, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=77, projection_dim=22, eos_token_id=clip_tokenizer().eos_token_id,
+        num_attention_heads=2, max_position_embeddings=77, projection_dim=22,
+        eos_token_id=clip_tokenizer().eos_token_id,
     )  # fmt: skip
     cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
     return drawn(cls(config))

@@ -98,6 +98,18 @@ def _flux2() -> Any:
     )
 
 
+def _ernie() -> Any:
+    model = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=80, num_attention_heads=5, num_layers=3, ffn_hidden_size=94, in_channels=12, out_channels=12,
+        text_in_dim=28, rope_axes_dim=(4, 4, 8),
+    )  # fmt: skip
+    return diffusers.ErnieImagePipeline(**TEXT, vae=_ernie_vae(), transformer=drawn(model), scheduler=flow(shift=3.0))
+
+
+def _ernie_arguments(d: Draw, size: dict[str, int]) -> dict[str, Any]:
+    return {"prompt_embeds": [d.normal(13, 28)], "negative_prompt_embeds": [d.normal(9, 28)]}
+
+
 def _prx() -> Any:
     return diffusers.PRXPipeline(
         **TEXT, vae=kl(6, shift_factor=0.1), transformer=MORE["prx"].build(), scheduler=flow(shift=3.0)
@@ -123,10 +135,21 @@ def _pixart_alpha_arguments(d: Draw, size: dict[str, int]) -> dict[str, Any]:
 
 
 def _krea2() -> Any:
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=4, z_dim=3, num_res_blocks=1, latents_mean=[0.1] * 3, latents_std=[0.9] * 3
+    )
     return diffusers.Krea2Pipeline(
-        **TEXT, vae=PIPELINES["qwenimage"].build().vae, transformer=MORE["krea2"].build(),
+        **TEXT, vae=drawn(vae), transformer=MORE["krea2"].build(),
         scheduler=flow(use_dynamic_shifting=True),
     )  # fmt: skip
+
+
+def _krea2_arguments(d: Draw, size: dict[str, int]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for sign, length in (("", 9), ("negative_", 13)):
+        given[f"{sign}prompt_embeds"] = d.normal(1, 13, 3, 30)
+        given[f"{sign}prompt_embeds_mask"] = d.mask([length], 13).bool()
+    return given
 
 
 def _sana_sprint() -> Any:
@@ -170,14 +193,14 @@ TRANSFORMERS: list[Case] = [
     Case("cogview4", _cogview4, by_size(_plain)),
     Case("lumina", _lumina, by_size(lambda d, s: {**_masked(d, s), "clean_caption": False}), pair=repeated),
     Case("lumina2", _lumina2, by_size(_masked), pair=repeated),
-    Case("chroma", _chroma, by_size(_chroma_arguments)),
+    Case("chroma", _chroma, by_size(_chroma_arguments), pair=repeated),
     Case("hidream", _hidream, by_size(_hidream_arguments)),
     Case("bria", _bria, by_size(_plain), pair=repeated),
     Case("zimage", _zimage, by_size(_zimage_arguments)),
     Case("flux2", _flux2, by_size(lambda d, s: prompts(d, negative=False))),
-    Case(
-        "prx", _prx, by_size(lambda d, s: {**_masked(d, s), "negative_prompt": None, "use_resolution_binning": False})
-    ),
+    Case("prx", _prx, by_size(_prx_arguments), pair=repeated),
+    Case("ernie", _ernie, by_size(_ernie_arguments)),
+    Case("krea2", _krea2, by_size(_krea2_arguments)),
     Case("ovis", _ovis, by_size(lambda d, s: {**_plain(d, s), "negative_prompt": None})),
     Case("pixart_alpha", _pixart_alpha, by_size(_pixart_alpha_arguments)),
     Case("sana_sprint", _sana_sprint, by_size(_sana_sprint_arguments, _DC)),

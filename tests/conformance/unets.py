@@ -247,7 +247,8 @@ def _amused() -> Any:
     )  # fmt: skip
     vqvae = diffusers.VQModel(
         block_out_channels=(8, 8), norm_num_groups=4, latent_channels=6, num_vq_embeddings=32, vq_embed_dim=6,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, lookup_from_codebook=True,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        lookup_from_codebook=True,
     )  # fmt: skip
     return diffusers.AmusedPipeline(
         vqvae=drawn(vqvae), tokenizer=None, text_encoder=None, transformer=drawn(transformer),
@@ -267,7 +268,8 @@ UNETS: list[Case] = [
     Case("deepfloyd_if", _if, _if_arguments),
     Case("deepfloyd_if_img2img", _if_img2img, _if_img2img_arguments, 4),
     Case("deepfloyd_if_super", _if_super, _if_super_arguments),
-    Case("kandinsky22", partial(_kandinsky22, diffusers.KandinskyV22Pipeline), by_size(_kandinsky22_arguments, _SQUARE)),
+    Case("kandinsky22", partial(_kandinsky22, diffusers.KandinskyV22Pipeline),
+         by_size(_kandinsky22_arguments, _SQUARE)),
     Case("kandinsky22_img2img", partial(_kandinsky22, diffusers.KandinskyV22Img2ImgPipeline),
          by_size(_kandinsky22_img2img, _SQUARE), 4),
     Case("kandinsky22_prior", _prior, lambda d, request: {"prompt": texts.PROMPTS[request]}),

@@ -13,7 +13,7 @@ from zoo_pipelines import PIPELINES
 
 from conformance import texts
 from conformance.case import Case, repeated
-from conformance.parts import CLIP, V, by_size, drawn, euler, flow, kl, like, none, picture, prompts
+from conformance.parts import CLIP, V, by_size, drawn, euler, flow, kl, like, none, photo, picture, prompts
 
 TEXT = none("text_encoder", "tokenizer")
 TEXTS = none("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -46,8 +46,16 @@ def _allegro() -> Any:
         )
     )  # fmt: skip
     vae.enable_tiling()  # it decodes in no other way
+    vae.kernel, vae.stride = (16, 64, 64), (8, 48, 48)
+    vae.tile_overlap_t, vae.tile_overlap_h, vae.tile_overlap_w = 8, 16, 16
     scheduler = diffusers.EulerAncestralDiscreteScheduler(prediction_type=V)
     return diffusers.AllegroPipeline(**TEXT, vae=vae, transformer=MORE["allegro"].build(), scheduler=scheduler)
+
+
+def _allegro_arguments(d: Draw, request: int) -> dict[str, Any]:
+    size = ({"height": 112, "width": 112}, {"height": 64, "width": 112})[request]
+    given = {**prompts(d, lengths=(9, 13)), "negative_prompt": None, "clean_caption": False}
+    return {**given, **size, "num_frames": 16}
 
 
 def _hunyuan_vae() -> nn.Module:
@@ -79,8 +87,8 @@ def _skyreels_hunyuan_arguments(d: Draw, size: dict[str, int]) -> dict[str, Any]
 def _easyanimate() -> Any:
     vae = diffusers.AutoencoderKLMagvit(
         latent_channels=6, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2,
-        down_block_types=("SpatialDownBlock3D",) + ("SpatialTemporalDownBlock3D",) * 2 + ("SpatialTemporalDownBlock3D",),
-        up_block_types=("SpatialUpBlock3D",) + ("SpatialTemporalUpBlock3D",) * 2 + ("SpatialTemporalUpBlock3D",),
+        down_block_types=("SpatialDownBlock3D", *("SpatialTemporalDownBlock3D",) * 3),
+        up_block_types=("SpatialUpBlock3D", *("SpatialTemporalUpBlock3D",) * 3),
     )  # fmt: skip
     return diffusers.EasyAnimatePipeline(
         **TEXT, vae=drawn(vae), transformer=MORE["easyanimate"].build(), scheduler=flow()
@@ -89,10 +97,6 @@ def _easyanimate() -> Any:
 
 def _easyanimate_arguments(d: Draw, size: dict[str, int]) -> dict[str, Any]:
     return {**prompts(d, lengths=(9, 13)), "num_frames": 9}
-
-
-def _wan_like(cls: Any, **more: Any) -> Any:
-    return like("wan", cls, **more)
 
 
 def _wan_vace() -> Any:
@@ -161,14 +165,15 @@ def _svd() -> Any:
         force_upcast=False,
     )  # fmt: skip
     return diffusers.StableVideoDiffusionPipeline(
-        vae=drawn(vae), image_encoder=texts.clip_vision(28, 224, 32), unet=unet, feature_extractor=texts.clip_pictures(224),
+        vae=drawn(vae), image_encoder=texts.clip_vision(28, 224, 32), unet=unet,
+        feature_extractor=texts.clip_pictures(224),
         scheduler=diffusers.EulerDiscreteScheduler(prediction_type=V, use_karras_sigmas=True, sigma_max=20.0,
                                                    sigma_min=0.01, timestep_type="continuous"),
     )  # fmt: skip
 
 
 def _svd_arguments(d: Draw, size: dict[str, int]) -> dict[str, Any]:
-    return {"image": picture(d, size), "num_frames": 5}
+    return {"image": photo(d, size), "num_frames": 5}
 
 
 def _animatediff() -> Any:
@@ -258,14 +263,14 @@ _BY_32 = ({"height": 96, "width": 128}, {"height": 64, "width": 96})
 
 VIDEOS: list[Case] = [
     Case("mochi", _mochi, _mochi_arguments, pair=repeated),
-    Case("allegro", _allegro, by_size(lambda d, s: {**prompts(d, lengths=(9, 13)), "num_frames": 16,
-         "clean_caption": False, "negative_prompt": None})),
+    Case("allegro", _allegro, _allegro_arguments, pair=repeated),
     Case("hunyuan_video", _hunyuan_video, by_size(_hunyuan_arguments, CLIP), pair=repeated),
     Case("hunyuan_video_true_cfg", _hunyuan_video, by_size(_skyreels_hunyuan_arguments, CLIP), pair=repeated),
     Case("easyanimate", _easyanimate, by_size(_easyanimate_arguments, CLIP), pair=repeated),
     Case("wan_vace", _wan_vace, by_size(_plain, CLIP), pair=repeated),
     Case("wan_image_to_video", _wan_image, by_size(_from_image, CLIP)),
-    Case("wan_video_to_video", partial(_wan_like, diffusers.WanVideoToVideoPipeline), by_size(_from_video, CLIP), 4, pair=repeated),
+    Case("wan_video_to_video", partial(like, "wan", diffusers.WanVideoToVideoPipeline), by_size(_from_video, CLIP), 4,
+         repeated),
     Case("skyreels", _skyreels, by_size(_plain, CLIP)),
     Case("ltx_image_to_video", partial(like, "ltx", diffusers.LTXImageToVideoPipeline), _ltx_image, pair=repeated),
     Case("cogvideox_image_to_video", _cogvideox_image, by_size(_from_image, CLIP), pair=repeated),

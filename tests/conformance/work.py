@@ -94,6 +94,11 @@ class _Aside:
     def __init__(self, module: nn.Module, work: Work, section: str):
         self._module, self._work, self._section = module, work, section
 
+    @property
+    def __class__(self) -> Any:
+        """Pipelines ask for the class of their autoencoder."""
+        return type(self._module)
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
         return functools.partial(self._call, found) if name in ("decode", "encode") else found
