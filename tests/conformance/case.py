@@ -12,6 +12,7 @@ from zoo import Draw
 
 REQUESTS = (0, 1)
 _STEPS = "num_inference_steps"
+_OUTPUT = "output_type"
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 Arguments = Callable[[Draw, int], dict[str, Any]]
@@ -39,8 +40,11 @@ class Case:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def call(self, pipe: Any, request: int, images: int = 1) -> Any:
-        """What the pipeline returns by default. The global generator is seeded too: some draw from it regardless."""
+    def call(self, pipe: Any, request: int, images: int = 1, **more: Any) -> Any:
+        """What the pipeline returns by default, or with ``more`` arguments.
+
+        The global generator is seeded too: some draw from it regardless.
+        """
         names = set(inspect.signature(type(pipe).__call__).parameters)
         given = self.arguments(Draw(10 + request), request)
         if _STEPS in names:
@@ -52,7 +56,16 @@ class Case:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             given["generator"] = generators if images > 1 else generators[0]
         torch.manual_seed(request)
-        return pipe(**given)
+        return pipe(**given, **more)
+
+    @staticmethod
+    def rounds(pipe: Any) -> bool:
+        """Whether the pipeline can be asked for arrays in place of rounded pictures."""
+        return _OUTPUT in inspect.signature(type(pipe).__call__).parameters
+
+    def unrounded(self, pipe: Any, request: int, images: int = 1) -> Any:
+        """What the pipeline returns when it is asked for arrays."""
+        return self.call(pipe, request, images, **{_OUTPUT: "np"})
 
     def _several(self, given: dict[str, Any], names: set[str], images: int) -> dict[str, Any]:
         if self.pair is not None:

@@ -45,7 +45,9 @@ def _fields(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def share(value: Any, at: int, images: int) -> Any:
-    """The part of image ``at`` in what was made of ``images``."""
+    """The part of image ``at`` in what was made of ``images``; everything where it is one."""
+    if images == 1:
+        return value
     if isinstance(value, np.ndarray):
         each, rest = divmod(len(value), images) if value.ndim else (0, 1)
         return value[at * each : (at + 1) * each] if each and not rest else value

@@ -33,6 +33,7 @@ def cell(definition: str, plan: str) -> str:
     return _digest([sources(), definition, plan])
 
 
+@functools.cache
 def definition(name: str, module: ModuleType) -> str:
     """The source of a case and of all that it names: the call that has ``name`` first, functions and constants of its
     module, and the whole text of modules of ours that it imports."""
@@ -78,19 +79,28 @@ def _imported(stated: ast.stmt) -> str:
     """The text of a module of ours that a statement imports from, and of all that it imports itself."""
     if not isinstance(stated, ast.ImportFrom) or not stated.module:
         return ""
-    return "".join(_texts(stated.module, set()))
+    return "".join(_text(name) for name in sorted(_reached(stated.module)))
 
 
-def _texts(module: str, seen: set[str]) -> Iterable[str]:
+@functools.cache
+def _reached(module: str) -> frozenset[str]:
+    """A module of ours and all of ours that it imports; nothing of a library's."""
+    found: set[str] = set()
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        if name not in found and (text := _text(name)):
+            found.add(name)
+            pending += [
+                node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.module
+            ]
+    return frozenset(found)
+
+
+@functools.cache
+def _text(module: str) -> str:
     path = TESTS / (module.replace(".", "/") + ".py")
-    if module in seen or not path.exists():
-        return
-    seen.add(module)
-    text = path.read_text()
-    yield text
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield from _texts(node.module, seen)
+    return path.read_text() if path.exists() else ""
 
 
 def _digest(parts: Iterable[str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from zoo import Draw
 from zoo_pipelines import PIPELINES
 
@@ -20,7 +18,7 @@ IMAGES: list[Case] = [
     known("flux", IMAGE[1]),
     known("flux_true_cfg", IMAGE[1]),
     known("sd3", IMAGE[1], pair=repeated),
-    dataclasses.replace(known("sd3_controlnet", pair=repeated), arguments=_controlled),
+    known("sd3_controlnet", pair=repeated, arguments=_controlled),
     known("pixart", IMAGE[1]),
     known("hunyuandit", IMAGE[1], pair=repeated),
     known("cogvideox", CLIP[1], pair=repeated),

@@ -26,9 +26,13 @@ class BrokenCase(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What one process makes of a case: results by request, its arithmetic, and whether it has what a plan splits."""
+    """What one process makes of a case: results by request, its arithmetic, and whether it has what a plan splits.
+
+    ``unrounded`` is the first result in floats, where none were seen on the way to the default one.
+    """
 
     results: tuple[Plain, ...]
+    unrounded: Any
     work: Work
     guided: bool
     codes: bool
@@ -55,6 +59,8 @@ def reference(case: Case, images: int) -> Reference:
             results = tuple(observe(case, pipe, request, images) for request in REQUESTS)
         with counted(pipe) as work:
             again = observe(case, pipe, REQUESTS[0], images)
+        unseen = case.rounds(pipe) and not results[0].parts["floats"].parts
+        unrounded = plain(case.unrounded(pipe, REQUESTS[0], images)) if unseen else None
     except OneImage:
         raise
     except Exception as error:
@@ -62,7 +68,7 @@ def reference(case: Case, images: int) -> Reference:
             raise OneImage(f"{type(error).__name__}: {error}") from error
         raise BrokenCase(f"{type(error).__name__}: {error}") from error
     _check(results, again)
-    return Reference(results, work, seen.guided, bool(list(autoencoders(pipe))))
+    return Reference(results, unrounded, work, seen.guided, bool(list(autoencoders(pipe))))
 
 
 def _check(results: tuple[Plain, ...], again: Plain) -> None:

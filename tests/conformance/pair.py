@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from conformance.verdicts import Answer, Verdict, joined
+from conformance.worker import serve
 
 RANKS = range(2)
 START_S = 120.0
@@ -29,10 +31,11 @@ class Pair:
     Args:
         limit: seconds for one cell.
         timeout_s: seconds that a rank waits for the other.
+        serve: what a rank runs, as `worker.serve` does.
     """
 
-    def __init__(self, limit: float, timeout_s: float):
-        self._limit, self._timeout_s = limit, timeout_s
+    def __init__(self, limit: float, timeout_s: float, serve: Callable[..., None] = serve):
+        self._limit, self._timeout_s, self._serve = limit, timeout_s, serve
         self._processes: list[Any] = []
         self._ends: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -63,15 +66,15 @@ class Pair:
         self._processes, self._ends, self._folder, self._cells = [], [], None, 0
 
     def _start(self) -> None:
-        from conformance.worker import serve
-
         self._folder = tempfile.TemporaryDirectory(prefix="conformance-")
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         for rank in RANKS:
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(rank, self._folder.name, there, self._timeout_s), daemon=True)
+            process = context.Process(
+                target=self._serve, args=(rank, self._folder.name, there, self._timeout_s), daemon=True
+            )
             process.start()
             there.close()
             self._processes.append(process)
@@ -92,9 +95,9 @@ class Pair:
                 if found[rank].verdict not in _FINE:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         first = next(iter(found.values()), None)
-        late = (
-            f"hang: no answer within {limit:.0f} s" if first is None else f"hang after the other rank: {first.reason}"
-        )
+        late = f"hang: no answer within {limit:.0f} s"
+        if first is not None and first.verdict not in _FINE:
+            late = f"hang: no answer within {GRACE_S:.0f} s of the other rank's: {first.reason}"
         return [found.get(rank) or Answer(Verdict.CRASHED, late, seconds=limit) for rank in RANKS]
 
     def _received(self, rank: int) -> Answer:
@@ -102,8 +105,9 @@ class Pair:
             return self._ends[rank].recv()
         self._processes[rank].join(1)
         assert self._folder is not None
-        said = Path(self._folder.name, f"{rank}.log").read_text(errors="replace").strip().splitlines()[-1:]
-        return Answer(Verdict.CRASHED, f"ended with exit code {self._processes[rank].exitcode}: {' '.join(said)}")
+        log = Path(self._folder.name, f"{rank}.log")
+        said = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
+        return Answer(Verdict.CRASHED, f"ended with exit code {self._processes[rank].exitcode}: {''.join(said)}")
 
 
 def _clean(answers: list[Answer]) -> bool:

@@ -93,7 +93,7 @@ def known(name: str, *second: dict[str, Any], **more: Any) -> Case:
         changed = second[0] if request and second else {}
         return {**zoo.arguments(d), **zoo.extra, **changed}
 
-    return Case(name, zoo.build, arguments, **more)
+    return Case(**{"name": name, "make": zoo.build, "arguments": arguments, **more})
 
 
 def by_size(make: Callable[[Draw, dict[str, int]], dict[str, Any]], sizes: tuple = IMAGE) -> Callable[..., Any]:

@@ -133,7 +133,7 @@ def _kandinsky3_arguments(d: Draw, size: dict[str, int]) -> dict[str, Any]:
 def _wuerstchen_prior() -> Any:
     prior = WuerstchenPrior(c_in=4, c=20, c_cond=28, c_r=16, depth=2, nhead=5)
     return diffusers.WuerstchenPriorPipeline(
-        tokenizer=texts.clip_tokenizer(), text_encoder=texts.clip_text(), prior=drawn(prior), latent_mean=0.0,
+        tokenizer=texts.clip_tokenizer(), text_encoder=texts.clip_text(), prior=drawn(prior),
         scheduler=diffusers.DDPMWuerstchenScheduler(),
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import xdit_compile
 from conformance.case import REQUESTS, Case, OneImage
 from conformance.cases import CASES
-from conformance.compare import Difference, compare, share
+from conformance.compare import Difference, compare, plain, share
 from conformance.observe import BrokenCase, Reference, observe, reference
 from conformance.plans import images_of, nothing_to_split, plan_of, section_of
 from conformance.verdicts import Answer, Verdict
@@ -109,16 +109,24 @@ def _said(error: Exception) -> str:
 
 
 def _differences(case: Case, pipe: Any, plan: str, rank: int, whole: Reference) -> Iterator[Difference]:
+    """Of both requests, and of the first in floats where these were not seen; a replica's own images beside all."""
     images = images_of(plan)
     for request in REQUESTS:
         parts, expected = observe(case, pipe, request, images).parts, whole.results[request].parts
         difference = Difference()
-        mine = images > 1
-        result = share(expected["result"], rank, images) if mine and rank else expected["result"]
-        floats = share(expected["floats"], rank, images) if mine else expected["floats"]
-        compare(parts["result"], result, difference)
-        compare(parts["floats"], floats, difference, "floats")
+        compare(parts["result"], _returned(expected["result"], rank, images), difference)
+        compare(parts["floats"], share(expected["floats"], rank, images), difference, "floats")
         yield difference
+    if whole.unrounded is not None:
+        difference = Difference()
+        found = plain(case.unrounded(pipe, REQUESTS[0], images))
+        compare(found, _returned(whole.unrounded, rank, images), difference, "unrounded")
+        yield difference
+
+
+def _returned(expected: Any, rank: int, images: int) -> Any:
+    """What a rank returns: the first all images, another its own."""
+    return share(expected, rank, images) if rank else expected
 
 
 def _work(case: Case, pipe: Any, plan: str, whole: Reference) -> float | None:
