@@ -68,8 +68,12 @@ class Difference:
 
     @property
     def exact(self) -> bool:
+        """Whether nothing differs by more than `TOLERANCE`."""
+        return self.within(TOLERANCE)
+
+    def within(self, tolerance: float) -> bool:
         """Whether nothing differs by more than rounding."""
-        return self.greatest <= TOLERANCE and self.levels <= LEVELS and not self.other
+        return self.greatest <= tolerance and self.levels <= LEVELS and not self.other
 
     def __str__(self) -> str:
         return self.other or f"{self.greatest:.1e} of the greatest value, {self.levels} of 255 levels"

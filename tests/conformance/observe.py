@@ -17,6 +17,8 @@ from conformance.compare import Difference, Plain, compare, finite, plain
 from conformance.work import Work, counted
 from xdit_compile.pipelines import autoencoders, is_denoiser
 
+ILL = 5e-5
+"""A case that magnifies rounding to more than this, of the greatest value, is no measure."""
 _POSTPROCESS = ("postprocess", "postprocess_video")
 
 
@@ -28,11 +30,13 @@ class BrokenCase(Exception):
 class Reference:
     """What one process makes of a case: results by request, its arithmetic, and whether it has what a plan splits.
 
-    ``unrounded`` is the first result in floats, where none were seen on the way to the default one.
+    ``unrounded`` is the first result in floats, where none were seen on the way to the default one. ``rounding`` is how
+    far all of these move with the last bit of the weights, as a part of the greatest value.
     """
 
     results: tuple[Plain, ...]
     unrounded: Any
+    rounding: float
     work: Work
     guided: bool
     codes: bool
@@ -68,7 +72,29 @@ def reference(case: Case, images: int) -> Reference:
             raise OneImage(f"{type(error).__name__}: {error}") from error
         raise BrokenCase(f"{type(error).__name__}: {error}") from error
     _check(results, again)
-    return Reference(results, unrounded, work, seen.guided, bool(list(autoencoders(pipe))))
+    rounding = _rounding(case, results, unrounded, images)
+    return Reference(results, unrounded, rounding, work, seen.guided, bool(list(autoencoders(pipe))))
+
+
+def _rounding(case: Case, results: tuple[Plain, ...], unrounded: Any, images: int) -> float:
+    """How far results move when the last bit of every weight does.
+
+    Raises:
+        BrokenCase: so far that nothing could be told from it.
+    """
+    pipe, difference = case.build(), Difference()
+    generator = torch.Generator().manual_seed(1)
+    for module in pipe.components.values():
+        for weight in module.parameters() if isinstance(module, nn.Module) else ():
+            sign = torch.randint(-1, 2, weight.shape, generator=generator)
+            weight.data.mul_(1 + sign * torch.finfo(weight.dtype).eps)
+    for request in REQUESTS:
+        compare(observe(case, pipe, request, images), results[request], difference)
+    if unrounded is not None:
+        compare(plain(case.unrounded(pipe, REQUESTS[0], images)), unrounded, difference)
+    if difference.greatest > ILL:
+        raise BrokenCase(f"the last bit of the weights moves its result by {difference.greatest:.1e}")
+    return difference.greatest
 
 
 def _check(results: tuple[Plain, ...], again: Plain) -> None:
@@ -76,7 +102,7 @@ def _check(results: tuple[Plain, ...], again: Plain) -> None:
         raise BrokenCase("its values are not finite")
     difference = Difference()
     compare(again, results[0], difference)
-    if difference.greatest or difference.levels or difference.other:
+    if not difference.exact or difference.greatest or difference.levels:
         raise BrokenCase(f"the same request gives another result: {difference}")
     compare(results[1], results[0], difference)
     if difference.exact:
@@ -125,13 +151,15 @@ class _Seen:
 
 @contextlib.contextmanager
 def _recorded(pipe: Any) -> Iterator[dict[str, Any]]:
-    """The float tensors given to the pipeline's processors for rounding, in order; not what these give each other."""
+    """The float tensors first given to the pipeline's processors; not what these give each other, rounded already."""
     found: dict[str, Any] = {}
     inside = False
 
     def keep(own: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal inside
-        given = [] if inside else [leaf for leaf in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        given = (
+            [] if inside or found else [leaf for leaf in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        )
         found.update((str(len(found) + at), plain(leaf)) for at, leaf in enumerate(given))
         before, inside = inside, True
         try:

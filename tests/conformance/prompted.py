@@ -12,7 +12,7 @@ from zoo_more import MORE
 
 from conformance import texts
 from conformance.case import Case
-from conformance.parts import IMAGE, euler, flow, kl, like
+from conformance.parts import IMAGE, drawn, euler, flow, kl, like
 
 
 def _sd3() -> Any:
@@ -33,7 +33,7 @@ def _sdxl() -> Any:
     )  # fmt: skip
     return diffusers.StableDiffusionXLPipeline(
         vae=kl(4), text_encoder=texts.clip_text(28), text_encoder_2=texts.clip_text(24, projected=True),
-        tokenizer=texts.clip_tokenizer(), tokenizer_2=texts.clip_tokenizer(), unet=unet, scheduler=euler(),
+        tokenizer=texts.clip_tokenizer(), tokenizer_2=texts.clip_tokenizer(), unet=drawn(unet), scheduler=euler(),
         add_watermarker=False,
     )  # fmt: skip
 

@@ -28,11 +28,12 @@ class Verdict(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One rank's: differences of both requests, seconds, and its part of one process's work."""
+    """One rank's: differences of its requests, beside what rounding alone makes, seconds, its part of one's work."""
 
     verdict: Verdict
     reason: str = ""
     differences: tuple[float, ...] = ()
+    rounding: float = 0.0
     seconds: float = 0.0
     work: float | None = None
 
@@ -50,4 +51,6 @@ def joined(answers: Sequence[Answer]) -> Answer:
     if verdict is Verdict.EXACT and max(works, default=0.0) > REPLICATED:
         verdict, reason = Verdict.REPLICATED, f"a rank does {max(works):.2f} of one process's work"
     differences = tuple(max(each) for each in zip(*(a.differences for a in answers), strict=False))
-    return Answer(verdict, reason, differences, max(a.seconds for a in answers), max(works, default=None))
+    rounding = max(answer.rounding for answer in answers)
+    seconds = max(answer.seconds for answer in answers)
+    return Answer(verdict, reason, differences, rounding, seconds, max(works, default=None))
