@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conformance import digests, pair, runner
 from conformance.case import Case
 from conformance.cases import CASES, MODULES
@@ -23,6 +25,7 @@ from conformance.quick import QUICK
 from conformance.runner import Cell, Limits, Store
 from conformance.verdicts import Answer, Verdict, joined
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from torch import nn
 
 from xdit_compile.pipelines import denoisers
 
@@ -117,6 +120,25 @@ def test_a_case_that_is_no_measure_says_so(values: tuple[float, ...], why: str) 
 
     with pytest.raises(BrokenCase, match=why):
         reference(Case("drawing", make, lambda d, request: {}), 1)
+
+
+class Steep(Drawing):
+    """A pipeline whose weight is all but lost in a difference."""
+
+    def __init__(self) -> None:
+        self.components = {"transformer": nn.Linear(1, 1, bias=False)}
+        self.components["transformer"].weight.data.fill_(1.0)
+
+    def __call__(self, size: int) -> Any:
+        weight = self.components["transformer"].weight.detach()
+        return torch.cat([(weight - 0.9999) * size, weight]).numpy()
+
+
+def test_a_case_that_magnifies_rounding_is_no_measure() -> None:
+    for size, broken in ((1, False), (100_000, True)):
+        case = Case("steep", Steep, lambda d, request, size=size: {"size": size * (request + 1)})
+        with pytest.raises(BrokenCase, match="last bit") if broken else contextlib.nullcontext():
+            assert reference(case, 1).rounding < 1e-6
 
 
 # ---- what runs again

@@ -86,7 +86,7 @@ def _rounding(case: Case, results: tuple[Plain, ...], unrounded: Any, images: in
     generator = torch.Generator().manual_seed(1)
     for module in pipe.components.values():
         for weight in module.parameters() if isinstance(module, nn.Module) else ():
-            sign = torch.randint(-1, 2, weight.shape, generator=generator)
+            sign = 2 * torch.randint(2, weight.shape, generator=generator) - 1
             weight.data.mul_(1 + sign * torch.finfo(weight.dtype).eps)
     for request in REQUESTS:
         compare(observe(case, pipe, request, images), results[request], difference)
