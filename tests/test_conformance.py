@@ -34,6 +34,7 @@ GOOD = (Verdict.EXACT, Verdict.REFUSED, Verdict.INAPPLICABLE)
 
 def test_a_choice_of_pipelines_under_every_plan(tmp_path: Path) -> None:
     found = runner.run([Cell(*each) for each in QUICK], Store(tmp_path), Limits())
+    assert len(found) == len(QUICK)
     assert {cell: answer.reason for cell, answer in found.items() if answer.verdict not in GOOD} == {}
     assert {cell.plan for cell, answer in found.items() if answer.verdict is Verdict.EXACT} == set(PLANS)
 
