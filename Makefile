@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PROMPT := a large red star in the center on a striped mint background
 TESTS := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 
-.PHONY: env demo test test-slow lint pipeline clean
+.PHONY: env demo test test-slow conformance lint pipeline clean
 
 env: $(VENV)/.installed
 
@@ -30,6 +30,10 @@ test: env
 test-slow: env
 	$(TESTS) -m slow
 
+# Goes on where it was stopped, and runs only what changed; exit code 1 where a pipeline is wrong or crashes. ARGS: --help
+conformance: env
+	PYTHONPATH=tests $(BIN)/python -m conformance --jobs $(or $(JOBS),1) $(ARGS)
+
 lint: env
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(BIN)/ruff check .
@@ -41,4 +45,4 @@ pipeline: env
 	$(BIN)/python examples/train_demo/train.py --work demo_run
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist *.egg-info .conformance .pytest_cache .ruff_cache .mypy_cache

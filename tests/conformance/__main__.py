@@ -1,0 +1,53 @@
+"""``python -m conformance``: every pipeline under every plan; exit code 1 where one is wrong or crashed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from conformance import digests
+from conformance.plans import PLANS
+from conformance.runner import Cell, Limits, Store, cells, run
+from conformance.table import show
+from conformance.verdicts import Answer
+
+FOLDER = digests.ROOT / ".conformance"
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@click.option("--only", default="", help="Cases whose names contain this.")
+@click.option("--plan", "plans", multiple=True, type=click.Choice(list(PLANS)), help="This plan; may be repeated.")
+@click.option("--fresh", is_flag=True, help="Run cells anew that nothing has changed for.")
+@click.option("--limit", default=120.0, help="Seconds for one cell, after which it counts as crashed.")
+@click.option("--jobs", default=1, help="Pairs of processes side by side.")
+@click.option("--minutes", type=float, help="Begin no cell after this time.")
+@click.option("--folder", default=FOLDER, type=click.Path(path_type=Path), help="Where the answers are kept.")
+def main(
+    only: str, plans: tuple[str, ...], fresh: bool, limit: float, jobs: int, minutes: float | None, folder: Path
+) -> None:
+    """Run every pipeline under every plan on two processes and compare it with one."""
+    wanted = cells(only, plans)
+    if not wanted:
+        raise click.UsageError(f"no case has {only!r} in its name")
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    limits = Limits(limit, min(60.0, limit), 60 * minutes if minutes else float("inf"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("conformance", total=len(wanted))
+
+        def done(cell: Cell, answer: Answer) -> None:
+            progress.update(task, advance=1, description=f"{cell.case} {cell.plan}: {answer.verdict}")
+
+        found = run(wanted, Store(folder), limits, jobs, fresh, done)
+    show({cell: found[cell] for cell in wanted if cell in found}, console)
+    if len(found) < len(wanted):
+        console.print(f"{len(wanted) - len(found)} cells were not begun; run again to go on", highlight=False)
+    sys.exit(any(answer.verdict.fault for answer in found.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""One rank of the long-lived pair: runs the cells that it is asked for, one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import gc
+import logging
+import os
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import xdit_compile
+from conformance.case import REQUESTS, Case, OneImage
+from conformance.cases import CASES
+from conformance.compare import TOLERANCE, Difference, compare, plain, share
+from conformance.observe import BrokenCase, Reference, observe, reference
+from conformance.plans import images_of, nothing_to_split, plan_of, section_of
+from conformance.verdicts import Answer, Verdict
+from conformance.work import counted
+from conformance.work import share as work_share
+from xdit_compile.errors import AgreementError, XditCompileError, one_line
+
+MAGNIFIED = 4.0
+"""A difference may be as many times what the last bit of the weights makes, where that is more than `TOLERANCE`."""
+
+
+def serve(rank: int, folder: str, asked: Connection, timeout_s: float) -> None:
+    """Answer (case, plan) with an `Answer` until None comes or the other end is gone."""
+    _quiet(f"{folder}/{rank}.log")
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=limit)
+    asked.send("ready")
+    while (cell := _next(asked)) is not None:
+        asked.send(answer(*cell, rank, timeout_s))
+    os._exit(0)
+
+
+def _next(asked: Connection) -> tuple[str, str] | None:
+    try:
+        return asked.recv()
+    except EOFError:
+        return None
+
+
+def _quiet(log: str) -> None:
+    """What libraries print goes to a file: nobody reads it but after a crash. No lock of its own outlives a process."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    tqdm.set_lock(threading.RLock())
+
+
+def answer(case: str, plan: str, rank: int, timeout_s: float) -> Answer:
+    """The verdict of one cell on this rank."""
+    begin = time.perf_counter()
+    try:
+        found = _judged(CASES[case], plan, rank, timeout_s)
+    except OneImage as error:
+        found = Answer(Verdict.INAPPLICABLE, f"one image: {one_line(error)}")
+    except BrokenCase as error:
+        found = Answer(Verdict.CRASHED, f"unsplit: {one_line(error)}")
+    gc.collect()
+    return dataclasses.replace(found, seconds=time.perf_counter() - begin)
+
+
+@functools.lru_cache(maxsize=4)
+def _expected(case: str, images: int) -> Reference:
+    return reference(CASES[case], images)
+
+
+def _judged(case: Case, plan: str, rank: int, timeout_s: float) -> Answer:
+    whole = _expected(case.name, images_of(plan))
+    idle = nothing_to_split(plan, whole)
+    pipe = case.build()
+    try:
+        xdit_compile.parallelize(pipe, plan_of(plan, case.steps, timeout_s))
+        differences = list(_differences(case, pipe, plan, rank, whole))
+        work = _work(case, pipe, plan, whole)
+        xdit_compile.restore(pipe)
+    except AgreementError as error:
+        return Answer(Verdict.CRASHED, _said(error))
+    except XditCompileError as error:
+        return Answer(Verdict.INAPPLICABLE, idle) if idle else Answer(Verdict.REFUSED, _said(error))
+    except Exception as error:  # noqa: BLE001 - whatever it was, it is the verdict
+        traceback.print_exc()
+        return Answer(Verdict.CRASHED, _said(error))
+    far = tuple(each.greatest for each in differences)
+    allowed = max(TOLERANCE, MAGNIFIED * whole.rounding)
+    wrong = [f"request {at}: {each}" for at, each in enumerate(differences) if not each.within(allowed)]
+    return Answer(Verdict.WRONG if wrong else Verdict.EXACT, "; ".join(wrong), far, whole.rounding, work=work)
+
+
+def _said(error: Exception) -> str:
+    """The error with the place where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" [{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}]" if frames else ""
+    return f"{type(error).__name__}: {one_line(error)}{place}"
+
+
+def _differences(case: Case, pipe: Any, plan: str, rank: int, whole: Reference) -> Iterator[Difference]:
+    """Of both requests, and of the first in floats where these were not seen; a replica's own images beside all."""
+    images = images_of(plan)
+    for request in REQUESTS:
+        parts, expected = observe(case, pipe, request, images).parts, whole.results[request].parts
+        difference = Difference()
+        compare(parts["result"], _returned(expected["result"], rank, images), difference)
+        compare(parts["floats"], share(expected["floats"], rank, images), difference, "floats")
+        yield difference
+    if whole.unrounded is not None:
+        difference = Difference()
+        found = plain(case.unrounded(pipe, REQUESTS[0], images))
+        compare(found, _returned(whole.unrounded, rank, images), difference, "unrounded")
+        yield difference
+
+
+def _returned(expected: Any, rank: int, images: int) -> Any:
+    """What a rank returns: the first all images, another its own."""
+    return share(expected, rank, images) if rank else expected
+
+
+def _work(case: Case, pipe: Any, plan: str, whole: Reference) -> float | None:
+    """The first request counted, once its programs are made."""
+    observe(case, pipe, REQUESTS[0], images_of(plan))
+    with counted(pipe) as work:
+        observe(case, pipe, REQUESTS[0], images_of(plan))
+    return work_share(work, whole.work, section_of(plan))

@@ -1,0 +1,234 @@
+"""Two minutes of the conformance runner, and the runner itself: a fault must not pass for a result."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+import types
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conformance import digests, pair, runner
+from conformance.case import Case
+from conformance.cases import CASES, MODULES
+from conformance.compare import TOLERANCE, Difference, compare, plain, share
+from conformance.observe import BrokenCase, observe, reference
+from conformance.pair import Pair
+from conformance.plans import PLANS
+from conformance.quick import QUICK
+from conformance.runner import Cell, Limits, Store
+from conformance.verdicts import Answer, Verdict, joined
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from torch import nn
+
+from xdit_compile.pipelines import denoisers
+
+GOOD = (Verdict.EXACT, Verdict.REFUSED, Verdict.INAPPLICABLE)
+
+
+def test_a_choice_of_pipelines_under_every_plan(tmp_path: Path) -> None:
+    found = runner.run([Cell(*each) for each in QUICK], Store(tmp_path), Limits())
+    assert len(found) == len(QUICK)
+    assert {cell: answer.reason for cell, answer in found.items() if answer.verdict not in GOOD} == {}
+    assert {cell.plan for cell, answer in found.items() if answer.verdict is Verdict.EXACT} == set(PLANS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_a_measure(name: str) -> None:
+    """It repeats itself, and other weights of its denoisers make another picture."""
+    case = CASES[name]
+    expected, pipe = reference(case, 1).results[0], case.build()
+    for _, module in denoisers(pipe):
+        for weight in module.parameters():
+            weight.data.mul_(1.05)
+    into = Difference()
+    compare(observe(case, pipe, 0, 1), expected, into)
+    assert into.greatest > 100 * TOLERANCE or into.levels > 10
+
+
+def test_there_are_enough_classes() -> None:
+    assert len({type(case.build()).__name__ for case in CASES.values()}) >= 40
+
+
+# ---- verdicts
+
+
+def test_the_worst_rank_decides() -> None:
+    exact, wrong = Answer(Verdict.EXACT, work=0.5), Answer(Verdict.WRONG, "far")
+    refused = Answer(Verdict.REFUSED, "why")
+    assert joined([exact, exact]).verdict is Verdict.EXACT
+    assert joined([exact, wrong]).verdict is Verdict.WRONG
+    assert joined([refused, refused]).verdict is Verdict.REFUSED
+    assert joined([exact, refused]).verdict is Verdict.CRASHED
+    assert joined([exact, dataclasses.replace(exact, work=0.76)]).verdict is Verdict.REPLICATED
+
+
+def difference(found: Any, expected: Any) -> Difference:
+    into = Difference()
+    compare(plain(found), plain(expected), into)
+    return into
+
+
+def test_results_differ_by_values_types_and_fields() -> None:
+    picture = np.linspace(0, 1, 48, dtype=np.float32).reshape(1, 4, 4, 3)
+    expected = StableDiffusionPipelineOutput(images=picture, nsfw_content_detected=None)
+    assert difference(StableDiffusionPipelineOutput(images=picture, nsfw_content_detected=None), expected).exact
+    assert not difference((picture, None), expected).exact
+    assert not difference(StableDiffusionPipelineOutput(images=picture, nsfw_content_detected=[False]), expected).exact
+    assert difference(picture + 1e-5, picture).exact and not difference(picture + 3e-5, picture).exact
+    assert not difference(picture.astype(np.float64), picture).exact
+    assert not difference(np.full_like(picture, np.nan), picture).exact
+    assert not difference(picture[:, :2], picture).exact
+    levels = (picture * 255).astype(np.uint8)
+    assert difference(levels[:, ::1] | 1, levels).exact and not difference(levels ^ 2, levels).exact
+
+
+def test_a_replica_is_compared_with_its_own_image() -> None:
+    both = plain(StableDiffusionPipelineOutput(images=["a", "b"], nsfw_content_detected=None))
+    assert share(both, 1, 2).parts["images"].parts == {"0": "b"}
+    assert share(np.arange(4), 1, 2).tolist() == [2, 3]
+
+
+class Drawing:
+    """A pipeline that draws, whatever it is asked."""
+
+    components: dict[str, Any] = {}
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        pass
+
+    def __call__(self) -> Any:
+        return next(self.values)
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [((1.0, 2.0, 3.0), "another result"), ((1.0, 1.0, 1.0), "the same"), ((1.0, np.nan, 1.0), "finite")],
+)
+def test_a_case_that_is_no_measure_says_so(values: tuple[float, ...], why: str) -> None:
+    def make() -> Drawing:
+        return Drawing(iter([np.full(2, value) for value in values]))
+
+    with pytest.raises(BrokenCase, match=why):
+        reference(Case("drawing", make, lambda d, request: {}), 1)
+
+
+class Steep(Drawing):
+    """A pipeline whose weight is all but lost in a difference."""
+
+    def __init__(self) -> None:
+        self.components = {"transformer": nn.Linear(1, 1, bias=False)}
+        self.components["transformer"].weight.data.fill_(1.0)
+
+    def __call__(self, size: int) -> Any:
+        weight = self.components["transformer"].weight.detach()
+        return torch.cat([(weight - 0.9999) * size, weight]).numpy()
+
+
+def test_a_case_that_magnifies_rounding_is_no_measure() -> None:
+    for size, broken in ((1, False), (100_000, True)):
+        case = Case("steep", Steep, lambda d, request, size=size: {"size": size * (request + 1)})
+        with pytest.raises(BrokenCase, match="last bit") if broken else contextlib.nullcontext():
+            assert reference(case, 1).rounding < 1e-6
+
+
+# ---- what runs again
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Replace the pair by one that only notes what it was asked."""
+    asked: list[tuple[str, str]] = []
+
+    class Stub:
+        def __init__(self, *limits: float):
+            pass
+
+        def ask(self, case: str, plan: str) -> Answer:
+            asked.append((case, plan))
+            return Answer(Verdict.EXACT, differences=(0.0, 1e-7), work=0.5)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(runner, "Pair", Stub)
+    return asked
+
+
+def test_only_what_changed_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = counting(monkeypatch)
+    cells, store = [Cell("flux", "ring"), Cell("sd15", "ring")], Store(tmp_path)
+    first = runner.run(cells, store, Limits())
+    assert len(asked) == 2 and runner.run(cells, store, Limits()) == first and len(asked) == 2
+    definition = digests.definition
+    monkeypatch.setattr(digests, "definition", lambda name, module: definition(name, module) + "!" * (name == "flux"))
+    runner.run(cells, store, Limits())
+    assert asked[2:] == [("flux", "ring")]
+    runner.run(cells, store, Limits(), fresh=True)
+    assert len(asked) == 5
+    assert runner.run([Cell("flux", "cfg")], store, Limits(total=0.0)) == {}
+
+
+FAMILY = """
+from conformance.parts import IMAGE
+SIZE = {size}
+def _make(): return {made}
+def _other(): return 3
+CASES = [Case("one", _make, SIZE), Case("two", _other, 1)]
+"""
+
+
+def family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, **values: str) -> dict[str, str]:
+    path = tmp_path / f"family{number}.py"
+    path.write_text(FAMILY.format(**values))
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    return {name: digests.definition(name, module) for name in ("one", "two")}
+
+
+def test_a_case_changes_with_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = family(monkeypatch, tmp_path, 0, size="4", made="2")
+    assert family(monkeypatch, tmp_path, 1, size="4", made="2") == first
+    for number, changed in enumerate(({"size": "5", "made": "2"}, {"size": "4", "made": "7"})):
+        other = family(monkeypatch, tmp_path, 2 + number, **changed)
+        assert other["one"] != first["one"] and other["two"] == first["two"]
+
+
+def test_every_case_has_a_definition_of_its_own() -> None:
+    assert len({digests.definition(name, MODULES[name]) for name in CASES}) == len(CASES)
+
+
+# ---- processes that do not answer
+
+
+def faulty(rank: int, folder: str, asked: Connection, timeout_s: float) -> None:
+    """A rank that does what the name of the case says."""
+    asked.send("ready")
+    while True:
+        case, _ = asked.recv()
+        if rank and case == "hang":
+            time.sleep(600)
+        if rank and case == "die":
+            sys.exit(3)
+        asked.send(Answer(Verdict.REFUSED if case == "hang" else Verdict.EXACT, case))
+
+
+def test_a_rank_that_hangs_or_dies_is_a_crash_and_the_next_cell_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "GRACE_S", 0.3)
+    two = Pair(limit=60.0, timeout_s=60.0, serve=faulty)
+    try:
+        found = [two.ask(case, "ring") for case in ("hang", "fine", "die", "fine")]
+    finally:
+        two.close()
+    assert [answer.verdict for answer in found] == [Verdict.CRASHED, Verdict.EXACT, Verdict.CRASHED, Verdict.EXACT]
+    assert "hang" in found[0].reason and "exit code 3" in found[2].reason
