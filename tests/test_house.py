@@ -24,7 +24,7 @@ CAPTURE = (
     "decompose simplify blocks outline interpret preserve signature capture separate in_place"
 )
 RUNTIME = (
-    "simulated sketch liveness agreement request_facts shared_inputs session verification digest build report "
+    "simulated sketch liveness agreement request_facts shared_inputs turns session verification digest build report "
     "dump deferred guidance replicas pipelines empty runtime autoencoder distvae_provider generations patched "
     "pipes halves pipefusion distrifusion pipeline_report"
 )

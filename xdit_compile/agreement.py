@@ -163,6 +163,26 @@ class Agreement:
         said = self.exchange("share", value.hex() if self.rank == first and value is not None else None)
         return bytes.fromhex(said[first]) if first in said else value or b""
 
+    @property
+    def leads(self) -> bool:
+        """Whether this rank has the say in the order of requests."""
+        return self._store is None or self.rank == self._members[0]
+
+    def lead(self, turn: int, request: str) -> None:
+        """Say which request this rank takes next."""
+        if self._store is not None:
+            self._store.set(self._key(f"{self.epoch}/turn{turn}", self.rank), request)
+
+    def led(self, turn: int) -> str:
+        """Which request the first rank takes, once it is known; the last rank to read it takes it out of the store.
+
+        Raises:
+            AgreementError: it failed, does something else, or did not come in time.
+        """
+        assert self._store is not None
+        first = self._members[0]
+        return self._wait(self._key(f"{self.epoch}/turn{turn}", first), first, "the start").decode()
+
     def exchange(self, stage: str, mine: Any, everyone: bool = False) -> dict[int, Any]:
         """What every other peer says at this stage, or every other member with ``everyone``.
 
@@ -183,7 +203,7 @@ class Agreement:
         for rank in ranks:
             theirs = json.loads(self._wait(self._key(topic, rank), rank, stage))
             if theirs["stage"] != stage:
-                raise self._other_way(rank, theirs["stage"])
+                raise self._other_way(rank, theirs["stage"], stage)
             found[rank] = theirs["said"]
         self._heard = self._heard or not set(self._others) - set(ranks)
         if count > 2:
@@ -202,7 +222,7 @@ class Agreement:
                 position = self._position(rank)
                 if self._store.check([key]):
                     break
-                self._refuse_other_way(rank, position, passed=True)
+                self._refuse_other_way(rank, position, stage)
             if now - begin > self._timeout:
                 raise AgreementError(f"rank {rank} did not answer within {self._timeout:.0f} s; was it stopped?")
             if now > noticed:
@@ -243,17 +263,22 @@ class Agreement:
             if self._life is not None and self._life.silence(rank) > min(SILENT_SECONDS, self._timeout):
                 raise AgreementError(_stopped(rank))
 
-    def _refuse_other_way(self, rank: int, position: Mapping[str, Any] | None, passed: bool = False) -> None:
-        """Raise where a peer's latest event shows that it does not come; with ``passed`` also if it is further on."""
+    def _refuse_other_way(self, rank: int, position: Mapping[str, Any] | None, waiting: str = "") -> None:
+        """Raise where a peer's latest event shows that it does not come to what this rank is at.
+
+        Args:
+            waiting: what this rank waits for the peer to come to, where that is no transfer: one that is further on
+                will not come any more.
+        """
         if rank not in self._peers or position is None or position["epoch"] != self.epoch:
             return
         ahead = position["event"] - self._event
-        if (ahead > 0 and passed) or (ahead == 0 and position["said"] != self._said):
-            raise self._other_way(rank, position["said"])
+        if (ahead > 0 and waiting) or (ahead == 0 and position["said"] != self._said):
+            raise self._other_way(rank, position["said"], waiting or self._said)
 
-    def _other_way(self, rank: int, said: str) -> AgreementError:
+    def _other_way(self, rank: int, theirs: str, mine: str) -> AgreementError:
         return AgreementError(
-            f"rank {rank} is at {said} where rank {self.rank} is at {self._said}: every rank must make the same calls; "
+            f"rank {rank} is at {theirs} where rank {self.rank} is at {mine}: every rank must make the same calls; "
             "give them the same inputs, and read results or stop on all of them or on none"
         )
 

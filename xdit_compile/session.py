@@ -25,6 +25,7 @@ from .plan import Plan
 from .replicas import Replicas
 from .request_facts import facts_of, share_random_state
 from .shared_inputs import SharedInputs
+from .turns import Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Session:
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
         self.replicas = Replicas(mesh)
         self.inputs = SharedInputs(self.agreement, mesh.group(REPLICA))
-        self._lock = threading.RLock()
+        self._turns = Turns(self.agreement)
+        self._thread = 0
         self._in_request = self._in_call = self._closed = False
         self._requests = 0
         self._before: list[Callable[[], None]] = []
@@ -114,15 +116,18 @@ class Session:
         Raises:
             AgreementError: ranks were given other arguments, made other calls, or one failed.
         """
-        with self._lock, self.groups.running(), self._guarded(), torch.inference_mode(False), torch.no_grad():
-            if self._in_request:
-                yield dict(arguments)
-                return
-            self._in_request = True
+        if self._in_request and self._thread == threading.get_ident():
+            yield dict(arguments)
+            return
+        facts = facts_of(arguments)
+        around = torch.inference_mode(False), torch.no_grad()
+        turn = self._turns.of(digest([facts]))
+        with self._guarded(), turn, self._guarded(), self.groups.running(), around[0], around[1]:
+            self._in_request, self._thread = True, threading.get_ident()
             self.agreement.start()
             try:
                 with self.generation.running(steps):
-                    yield self._begin(arguments)
+                    yield self._begin(arguments, facts)
                 self.agreement.finish()
             finally:
                 self._in_request = False
@@ -131,7 +136,8 @@ class Session:
     @contextmanager
     def call(self) -> Iterator[None]:
         """One call of a module; outside of a request it is all of one."""
-        with self._lock, self.groups.running(), self._guarded(), torch.inference_mode(False), torch.no_grad():
+        around = torch.inference_mode(False), torch.no_grad()
+        with self._turns.one(), self._guarded(), self.groups.running(), around[0], around[1]:
             outermost = not (self._in_request or self._in_call)
             if outermost:
                 self._connect()
@@ -147,10 +153,9 @@ class Session:
         if not self.agreement.alone:
             self.agreement.announce_call(what, [self.inputs.sketch(leaf) for leaf in leaves])
 
-    def _begin(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _begin(self, arguments: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, Any]:
         self._requests += 1
-        own = {"request": str(self._requests), "plan": digest([self.plan])}
-        self._meet({**own, **facts_of(arguments)})
+        self._meet({"request": str(self._requests), "plan": digest([self.plan]), **facts})
         leaves, spec = pytree.tree_flatten(pytree.tree_map_only(torch.Tensor, _countable, dict(arguments)))
         found = pytree.tree_unflatten(self.inputs.agreed(leaves), spec)
         share_random_state(self.agreement)
@@ -194,13 +199,15 @@ class Session:
 
     def _stop(self, error: BaseException) -> BaseException:
         """Say that this rank goes no further, and close its connections, if any rank may wait in one."""
-        cause = self.agreement.blame() if isinstance(error, PeerError) else None
-        self.agreement.fail(error, cause)
-        if self.agreement.calls or not self.agreement.all_failed_unused():
-            self.groups.close()
-            self._do(self._after_failure)
-        self.agreement.renew()
-        self._requests, self._reconciled = 0, False
+        with self._turns.one():
+            cause = self.agreement.blame() if isinstance(error, PeerError) else None
+            self.agreement.fail(error, cause)
+            if self.agreement.calls or not self.agreement.all_failed_unused():
+                self.groups.close()
+                self._do(self._after_failure)
+            self.agreement.renew()
+            self._turns.reset()
+            self._requests, self._reconciled = 0, False
         return error if cause is None else AgreementError(cause)
 
 
