@@ -72,11 +72,12 @@ def measure(rank: int, port: int, rounds: int, end: Connection) -> None:
 def _of_size(session: Session, size: Inputs, rounds: int) -> dict[str, list[float]]:
     module = nn.Sequential(*(nn.Linear(2, 2) for _ in range(size.modules))).eval()
     same = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in size.same]
+    held = [torch.ones(shape) for shape in size.new]
     found: dict[str, list[float]] = {part: [] for part in (*PARTS, "signature")}
     with session.request({}):
         gc.disable()
         for _ in range(rounds):
-            new = [torch.zeros(shape) for shape in size.new]
+            new = [tensor.view(tensor.shape) for tensor in held]
             dist.barrier()
             _one_call(session, module, [*new, *same], found)
         gc.enable()

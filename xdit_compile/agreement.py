@@ -19,7 +19,7 @@ import torch.distributed as dist
 from .errors import AgreementError, one_line
 from .liveness import SILENT_SECONDS, Liveness
 from .mesh import REPLICA, Mesh
-from .sketch import Sketch, alike
+from .sketch import alike
 
 POLL_SECONDS = 0.005
 NOTICE_SECONDS = 5.0
@@ -52,7 +52,7 @@ class Agreement:
         self.calls = 0
         self._event = 0
         self._said = ""
-        self._tail: dict[int, Sketch] = {}
+        self._tail: dict[int, list[str]] = {}
         self._unread: set[int] = set()
         self._talks: dict[str, int] = {}
         self._heard = False
@@ -84,7 +84,7 @@ class Agreement:
 
     # ---- calls, announced and compared
 
-    def announce_call(self, what: str, sketch: Sketch) -> None:
+    def announce_call(self, what: str, sketches: Sequence[str]) -> None:
         """Say which call this rank enters now and what it is given, without waiting for anybody.
 
         What peers said of calls before this one is compared.
@@ -96,14 +96,14 @@ class Agreement:
             return
         self.calls += 1
         self._unread.add(self.calls)
-        self._tail[self.calls] = [what, *sketch]
+        self._tail[self.calls] = [what, *sketches]
         self._tail.pop(self.calls - REMEMBERED, None)
         self._say(f"call {self.calls} of {what}")
         if self._heard and self._others:
             positions = map(json.loads, self._store.multi_get([self._key("at", rank) for rank in self._others]))
             self._compare({each["rank"]: each["tail"] for each in positions if each["epoch"] == self.epoch})
 
-    def _compare(self, tails: Mapping[int, Mapping[str, Sketch]]) -> None:
+    def _compare(self, tails: Mapping[int, Mapping[str, list[str]]]) -> None:
         """Compare the latest calls of peers, as far as they have come, with this rank's."""
         for rank, tail in tails.items():
             for call in [call for call in self._unread if str(call) in tail]:
@@ -112,7 +112,7 @@ class Agreement:
             reached = min((max(map(int, tail), default=0) for tail in tails.values()), default=self.calls)
             self._unread = {call for call in self._unread if call > reached}
 
-    def _check_call(self, rank: int, call: int, theirs: Sketch) -> None:
+    def _check_call(self, rank: int, call: int, theirs: list[str]) -> None:
         mine = self._tail.get(call)
         if mine is None:
             return

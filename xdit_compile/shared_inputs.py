@@ -14,7 +14,7 @@ from .agreement import Agreement
 from .digest import digest_tensors
 from .errors import AgreementError
 from .kernels.groups import complete, process_group
-from .sketch import ROUNDING, samples, sketch_of
+from .sketch import ROUNDING, UNCHANGED, samples, sketch_of
 from .versions import version_of
 
 
@@ -29,24 +29,24 @@ class SharedInputs:
     def __init__(self, agreement: Agreement, group: str):
         self._agreement, self._group = agreement, group
         self._shared: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._sketches: Any = WeakTensorKeyDictionary()
+        self._seen: Any = WeakTensorKeyDictionary()
         self._compared: set[int] = set()
 
     def forget(self) -> None:
         """The request is over."""
         self._shared.clear()
-        self._sketches.clear()
+        self._seen.clear()
         self._compared.clear()
 
-    def sketch(self, leaf: Any) -> Any:
-        """A sketch of one input; that of a tensor which was seen and not written to since is not made again."""
+    def sketch(self, leaf: Any) -> str:
+        """A sketch of one input; `UNCHANGED` for a tensor that was seen in this request and not written to since."""
         version = version_of(leaf) if type(leaf) is torch.Tensor else None
         if version is None:
             return sketch_of(leaf)
-        known = self._sketches.get(leaf)
-        if known is None or known[0] != version:
-            known = self._sketches[leaf] = (version, sketch_of(leaf))
-        return known[1]
+        if self._seen.get(leaf) == version:
+            return UNCHANGED
+        self._seen[leaf] = version
+        return sketch_of(leaf)
 
     def first(self, caller: object) -> bool:
         """Whether this is the first call of ``caller`` in a request; the same on all ranks."""

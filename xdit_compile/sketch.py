@@ -13,9 +13,8 @@ SAMPLES = 16
 """Values that are read of each tensor."""
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """How far sampled values of two ranks may lie apart, of their greatest; other dtypes must agree."""
-
-Sketch = list[Any]
-"""For each leaf ``[dtype, shape, values]`` of a tensor or the text of anything else."""
+UNCHANGED = "="
+"""Stands for a tensor that was sketched before and not written to since."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -30,35 +29,40 @@ def samples(tensor: torch.Tensor) -> list[float]:
     """At most `SAMPLES` values of a tensor, spread over it; complex ones as pairs."""
     tensor = tensor.detach()
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    flat = tensor.reshape(-1) if tensor.is_contiguous() else None
-    positions = _positions(tensor.numel())
-    if flat is not None:
-        return flat[positions.to(flat.device)].tolist()
-    return tensor[tuple(torch.unravel_index(positions.to(tensor.device), tensor.shape))].tolist()
+    positions = _positions(tensor.numel()).to(tensor.device)
+    if tensor.is_contiguous():
+        return tensor.view(-1)[positions].tolist()
+    return tensor[torch.unravel_index(positions, tensor.shape)].tolist()
 
 
-def sketch_of(leaf: Any) -> Any:
-    """What is said of one leaf to other ranks."""
-    if type(leaf) in (torch.Tensor, torch.nn.Parameter):
-        return [str(leaf.dtype), list(leaf.shape), samples(leaf) if not leaf.is_meta else []]
-    if isinstance(leaf, torch.Tensor):
-        return [str(leaf.dtype), list(leaf.shape), type(leaf).__name__]
-    return None
+def sketch_of(leaf: Any) -> str:
+    """What is said of one leaf to other ranks: dtype, shape and values of a tensor, nothing of anything else."""
+    if not isinstance(leaf, torch.Tensor):
+        return ""
+    form = f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"
+    if type(leaf) not in (torch.Tensor, torch.nn.Parameter) or leaf.is_meta:
+        return f"{form};{type(leaf).__name__}"
+    return f"{form};{','.join(map(repr, samples(leaf)))}"
 
 
-def alike(one: Any, other: Any) -> bool:
+def alike(one: str, other: str) -> bool:
     """Whether two sketches differ by no more than rounding."""
-    if not isinstance(one, list) or not isinstance(other, list):
-        return one == other
-    if one[:2] != other[:2] or not isinstance(one[2], list) or not isinstance(other[2], list):
-        return one == other
-    return close(one[2], other[2], ROUNDING.get(getattr(torch, one[0].removeprefix("torch.")), 0.0))
+    if one == other:
+        return True
+    (form, _, values), (other_form, _, other_values) = one.partition(";"), other.partition(";")
+    dtype = getattr(torch, form.partition(" ")[0], None)
+    if form != other_form or dtype not in ROUNDING:
+        return False
+    try:
+        mine, theirs = ([float(value) for value in each.split(",")] for each in (values, other_values))
+    except ValueError:
+        return False
+    return close(mine, theirs, ROUNDING[dtype])
 
 
 def close(one: Sequence[float], other: Sequence[float], limit: float) -> bool:
     """Whether values lie within ``limit`` of the greatest finite one; infinities and NaNs must be the same."""
     if len(one) != len(other):
         return False
-    finite = [abs(value) for value in (*one, *other) if math.isfinite(value)]
-    allowed = limit * max(finite, default=0.0)
+    allowed = limit * max((abs(value) for value in (*one, *other) if math.isfinite(value)), default=0.0)
     return all(a == b or (a != a and b != b) or abs(a - b) <= allowed for a, b in zip(one, other, strict=True))
