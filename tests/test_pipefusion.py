@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import diffusers
 import procs
 import pytest
 import torch
@@ -13,7 +15,7 @@ from splitting import captured
 from stale_reference import Reference, along, difference, digest_of
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
-from zoo import MODELS
+from zoo import MODELS, randomise
 from zoo_pipelines import PIPELINES
 
 import xdit_compile
@@ -410,3 +412,30 @@ def test_every_model_is_cut_or_refused(name):
         return
     module(*args, **kwargs)
     assert runner_of(module).collected > 0
+
+
+def a_stage_without_parameters(rank: int) -> tuple[list[float], int]:
+    """Blocks skipped by guidance, and another size: kinds of call that one rank could verify and the other not."""
+
+    def build() -> Any:
+        pipe = PIPELINES["sd3"].build()
+        config = {**pipe.transformer.config, "num_layers": 2}
+        pipe.transformer = diffusers.SD3Transformer2DModel.from_config(config)
+        randomise(pipe.transformer, 3)
+        pipe.transformer.eval().requires_grad_(False)
+        return pipe
+
+    skip = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.9}
+    calls: list[dict[str, Any]] = [{}, {"height": 80}, skip, {}]
+    unsplit, pipe = build(), build()
+    xdit_compile.parallelize(pipe, Plan(pipefusion=2, warmup_steps=2, backend="eager", timeout_s=60))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        pairs = [[PIPELINES["sd3"].call(each, steps=2, **call) for each in (pipe, unsplit)] for call in calls]
+    return [difference(*pair) for pair in pairs], sum("holds no parameters" in str(each.message) for each in seen)
+
+
+def test_what_leads_to_a_collective_is_agreed_on():
+    found = procs.run(a_stage_without_parameters, 2)
+    assert all(max(differences) <= 2e-5 for differences, _ in found)
+    assert [warned > 0 for _, warned in found] == [True, False]

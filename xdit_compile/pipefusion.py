@@ -159,6 +159,12 @@ class PipelineRunner(Runner):
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
         analysis = separated(analysis, self.plan)
         pipeline = place_stage(analysis, self.plan, self.mesh, self.places)
+        if not any(given.kind == "parameter" for program in pipeline.programs for given in program.inputs):
+            warnings.warn(
+                f"stage {self.stage} of {self.last + 1} holds no parameters, so that other ranks hold them all; "
+                "use fewer stages, or say with stage_layers which blocks each has",
+                stacklevel=2,
+            )
         stages = (pipeline.full, *pipeline.patches)
         roots = [pipeline.common.root, *(stage.program.root for stage in stages)]
         common, *runs = (self.backend.compile(root.to(device)) for root in roots)
