@@ -66,6 +66,7 @@ def test_the_worst_rank_decides() -> None:
     assert joined([exact, exact]).verdict is Verdict.EXACT
     assert joined([exact, wrong]).verdict is Verdict.WRONG
     assert joined([refused, refused]).verdict is Verdict.REFUSED
+    assert joined([refused, refused]).reason == "why" and joined([exact, wrong]).reason == "rank 1: far"
     assert joined([exact, refused]).verdict is Verdict.CRASHED
     assert joined([exact, dataclasses.replace(exact, work=0.76)]).verdict is Verdict.REPLICATED
 
