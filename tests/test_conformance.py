@@ -21,7 +21,7 @@ from conformance.compare import TOLERANCE, Difference, compare, plain, share
 from conformance.observe import BrokenCase, observe, reference
 from conformance.pair import Pair
 from conformance.plans import PLANS
-from conformance.quick import QUICK
+from conformance.quick import EXACT, REFUSED
 from conformance.runner import Cell, Limits, Store
 from conformance.verdicts import Answer, Verdict, joined
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
@@ -33,10 +33,13 @@ GOOD = (Verdict.EXACT, Verdict.REFUSED, Verdict.INAPPLICABLE)
 
 
 def test_a_choice_of_pipelines_under_every_plan(tmp_path: Path) -> None:
-    found = runner.run([Cell(*each) for each in QUICK], Store(tmp_path), Limits())
-    assert len(found) == len(QUICK)
-    assert {cell: answer.reason for cell, answer in found.items() if answer.verdict not in GOOD} == {}
-    assert {cell.plan for cell, answer in found.items() if answer.verdict is Verdict.EXACT} == set(PLANS)
+    exact = [Cell(*each) for each in EXACT]
+    wanted = [*exact, *(Cell(*each) for each in REFUSED)]
+    found = runner.run(wanted, Store(tmp_path), Limits())
+    assert set(found) == set(wanted) and {cell.plan for cell in exact} == set(PLANS)
+    good = {cell: (Verdict.EXACT,) if cell in exact else GOOD for cell in wanted}
+    faults = {cell: answer for cell, answer in found.items() if answer.verdict not in good[cell]}
+    assert {cell: (answer.verdict, answer.reason) for cell, answer in faults.items()} == {}
 
 
 @pytest.mark.slow
@@ -66,6 +69,7 @@ def test_the_worst_rank_decides() -> None:
     assert joined([exact, exact]).verdict is Verdict.EXACT
     assert joined([exact, wrong]).verdict is Verdict.WRONG
     assert joined([refused, refused]).verdict is Verdict.REFUSED
+    assert joined([refused, refused]).reason == "why" and joined([exact, wrong]).reason == "rank 1: far"
     assert joined([exact, refused]).verdict is Verdict.CRASHED
     assert joined([exact, dataclasses.replace(exact, work=0.76)]).verdict is Verdict.REPLICATED
 

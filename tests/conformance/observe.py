@@ -17,7 +17,7 @@ from conformance.compare import Difference, Plain, compare, finite, plain
 from conformance.work import Work, counted
 from xdit_compile.pipelines import autoencoders, is_denoiser
 
-ILL = 5e-5
+ILL = 1e-4
 """A case that magnifies rounding to more than this, of the greatest value, is no measure."""
 _POSTPROCESS = ("postprocess", "postprocess_video")
 

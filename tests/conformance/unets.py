@@ -85,16 +85,16 @@ def _kandinsky22_unet(channels: int = 4) -> nn.Module:
 def _movq() -> nn.Module:
     """As it is initialised: its norms of norms magnify rounding with weights that are drawn larger."""
     model = diffusers.VQModel(
-        block_out_channels=(32, 32, 32, 32), norm_num_groups=8, latent_channels=4, num_vq_embeddings=12,
+        block_out_channels=(32, 32), norm_num_groups=8, latent_channels=4, num_vq_embeddings=12,
         vq_embed_dim=4, norm_type="spatial",
-        down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
-        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
     )  # fmt: skip
     return model.eval().requires_grad_(False)
 
 
 def _kandinsky22(cls: Any) -> Any:
-    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", prediction_type=V, clip_sample=False)
+    scheduler = diffusers.DDPMScheduler(prediction_type=V, clip_sample=False)
     return cls(unet=_kandinsky22_unet(), scheduler=scheduler, movq=_movq())
 
 

@@ -42,8 +42,8 @@ def joined(answers: Sequence[Answer]) -> Answer:
     """The answer of all ranks: the worst of them; a refusal must be everybody's."""
     worst = max(answers, key=lambda answer: list(Verdict).index(answer.verdict))
     kinds = {answer.verdict for answer in answers}
-    reason = next((f"rank {at}: {a.reason}" for at, a in enumerate(answers) if a is worst and a.reason), "")
     verdict = worst.verdict
+    reason = _reasons([(at, answer.reason) for at, answer in enumerate(answers) if answer.verdict is verdict])
     if not verdict.fault and Verdict.REFUSED in kinds and len(kinds) > 1:
         verdict = Verdict.CRASHED
         reason = "only one rank refused; " + next(a.reason for a in answers if a.verdict is Verdict.REFUSED)
@@ -54,3 +54,11 @@ def joined(answers: Sequence[Answer]) -> Answer:
     rounding = max(answer.rounding for answer in answers)
     seconds = max(answer.seconds for answer in answers)
     return Answer(verdict, reason, differences, rounding, seconds, max(works, default=None))
+
+
+def _reasons(said: Sequence[tuple[int, str]]) -> str:
+    """What ranks said, once where it is the same."""
+    reasons = {reason for _, reason in said}
+    if len(said) > 1 and len(reasons) == 1:
+        return said[0][1]
+    return "; ".join(f"rank {at}: {reason}" for at, reason in said if reason)

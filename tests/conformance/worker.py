@@ -29,7 +29,7 @@ from conformance.plans import images_of, nothing_to_split, plan_of, section_of
 from conformance.verdicts import Answer, Verdict
 from conformance.work import counted
 from conformance.work import share as work_share
-from xdit_compile.errors import AgreementError, XditCompileError, one_line
+from xdit_compile.errors import AgreementError, VerificationError, XditCompileError, one_line
 
 MAGNIFIED = 4.0
 """A difference may be as many times what the last bit of the weights makes, where that is more than `TOLERANCE`."""
@@ -83,6 +83,8 @@ def _expected(case: str, images: int) -> Reference:
 
 
 def _judged(case: Case, plan: str, rank: int, timeout_s: float) -> Answer:
+    """Ranks that are said to disagree were given the same, and numbers that verification found to be others are none of
+    the request's doing: neither is a refusal."""
     whole = _expected(case.name, images_of(plan))
     idle = nothing_to_split(plan, whole)
     pipe = case.build()
@@ -91,6 +93,8 @@ def _judged(case: Case, plan: str, rank: int, timeout_s: float) -> Answer:
         differences = list(_differences(case, pipe, plan, rank, whole))
         work = _work(case, pipe, plan, whole)
         xdit_compile.restore(pipe)
+    except VerificationError as error:
+        return Answer(Verdict.WRONG, _said(error))
     except AgreementError as error:
         return Answer(Verdict.CRASHED, _said(error))
     except XditCompileError as error:
