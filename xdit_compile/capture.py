@@ -63,11 +63,22 @@ def capture(
     Raises:
         CaptureError: with the reason of each rung.
     """
-    if module.training:
-        raise CaptureError("the module is in training mode: call .eval() before it is captured")
+    _refuse_training(module)
     flat = Flat(module, forward or module.forward, args, kwargs)
     with same_random_numbers():
         return _first_that_agrees(flat, ladder, check, run)
+
+
+def _refuse_training(module: nn.Module) -> None:
+    """See to it that no module computes otherwise because it is in training mode."""
+    for child in module.modules():
+        drops = isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0
+        if child.training and (
+            drops or isinstance(child, nn.modules.batchnorm._NormBase) and child.track_running_stats
+        ):
+            raise CaptureError(
+                f"the module is in training mode, and a {type(child).__name__} in it: call .eval() first"
+            )
 
 
 def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: bool, run: bool) -> Program:

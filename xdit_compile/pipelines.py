@@ -91,7 +91,9 @@ def wrap_call(pipe: Any, session: Session) -> None:
         with session.request(bound.arguments, bound.arguments.get(STEPS)) as agreed:
             bound.arguments.update(agreed)
             args, kwargs = session.replicas.arguments(own, bound.args, bound.kwargs)
-            return session.replicas.joined(replaced(own(*args, **kwargs), torch.Tensor, _there))
+            with session.replicas.drawing():
+                result = replaced(own(*args, **kwargs), torch.Tensor, _there)
+            return session.replicas.joined(result)
 
     put_in_place(pipe, {"__call__": call})
 

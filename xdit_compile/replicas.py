@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,10 @@ from .shards import share
 
 DIMENSION = "data"
 _PER_IMAGE = "num_images_per_prompt"
-_OTHER_PER_IMAGE = ("num_videos_per_prompt",)
+_EACH = re.compile(r"num_\w+_per_prompt")
+_BATCH = "batch_size"
+_GENERATOR = "generator"
+_PICTURES = ("image", "video")
 _SHARED_OUT = ("prompt", "embeds", "mask", "latents", "generator", "image", "video", "class_labels")
 _NOT_SHARED_OUT = ("num_", "output", "callback", "guidance")
 
@@ -56,12 +61,17 @@ class Replicas:
             call: the pipeline's own ``__call__``.
 
         Raises:
-            UsageError: there are fewer images than replicas.
+            UsageError: there are fewer images than replicas, nothing says what each image is drawn from, or a picture
+                belongs to no one image.
         """
         if self._count == 1:
             return args, dict(kwargs)
         bound = inspect.signature(call).bind_partial(*args, **kwargs)
         given = dict(bound.arguments)
+        if _GENERATOR in bound.signature.parameters and given.get(_GENERATOR) is None:
+            raise UsageError(
+                f"data={self._count} replicas would draw the same pictures: give generator=[...], one for each image"
+            )
         for parameter in bound.signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given.update(given.pop(parameter.name, {}))
@@ -75,15 +85,45 @@ class Replicas:
         return (), {name: self._part(name, value, images, mine) for name, value in given.items()}
 
     def _part(self, name: str, value: Any, images: Images, mine: range) -> Any:
-        if name in (_PER_IMAGE, *_OTHER_PER_IMAGE):
+        if _EACH.fullmatch(name):
             return 1
+        if name == _BATCH:
+            return len(mine)
         if isinstance(value, torch.Generator):
             return value if self._index == 0 else _stream(value, self._index)
         if name.startswith(_NOT_SHARED_OUT) or not any(word in name for word in _SHARED_OUT):
             return value
         if isinstance(value, str):
             return [value] * len(mine)
+        if any(word in name for word in _PICTURES):
+            return self._pictures(name, value, images, mine)
         return _entries(value, images, mine)
+
+    def _pictures(self, name: str, value: Any, images: Images, mine: range) -> Any:
+        """Pictures that are given: one for each image, as a pipeline draws noise for one from the image's generator."""
+        if not _holds_pictures(value):
+            return value
+        if isinstance(value, list | tuple | torch.Tensor) and len(value) == images.total:
+            return _entries(value, images, mine)
+        raise UsageError(
+            f"data={self._count} replicas share {images.total} images out: give {name} as a list of as many, even "
+            "where they are the same picture"
+        )
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """See to it that what is drawn inside comes from the generators that were given.
+
+        Raises:
+            UsageError: from the default one something was drawn, in another order than one process would.
+        """
+        before = torch.default_generator.get_state() if self._count > 1 else None
+        yield
+        if before is not None and not torch.equal(before, torch.default_generator.get_state()):
+            raise UsageError(
+                f"data={self._count} replicas: this pipeline drew from the default random generator, whatever it is "
+                "given, so its images are not those of one process; use data=1"
+            )
 
     def joined(self, result: Any) -> Any:
         """All images in order on the ranks of the first replica; the others keep their own."""
@@ -97,7 +137,9 @@ class Replicas:
 
 def count_images(given: Mapping[str, Any]) -> Images:
     """How many images the arguments of a call ask for."""
-    each = next((int(given[name]) for name in (_PER_IMAGE, *_OTHER_PER_IMAGE) if given.get(name)), 1)
+    each = next((int(value) for name, value in given.items() if _EACH.fullmatch(name) and value), 1)
+    if given.get(_BATCH):
+        return Images(int(given[_BATCH]), each)
     for name in ("prompt", "prompt_embeds", "class_labels"):
         value = given.get(name)
         if isinstance(value, list | tuple):
@@ -105,6 +147,13 @@ def count_images(given: Mapping[str, Any]) -> Images:
         if isinstance(value, torch.Tensor):
             return Images(value.shape[0], each)
     return Images(1, each)
+
+
+def _holds_pictures(value: Any) -> bool:
+    """Whether an argument is a picture or several, and no number or name of one."""
+    if isinstance(value, list | tuple):
+        return any(map(_holds_pictures, value))
+    return isinstance(value, torch.Tensor | np.ndarray) or hasattr(value, "__array_interface__")
 
 
 def _entries(value: Any, images: Images, mine: range) -> Any:
