@@ -83,6 +83,26 @@ def test_more_replicas_than_images_are_refused() -> None:
         shared(2, "a")
 
 
+def drawn(prompt: Any = None, generator: Any = None, batch_size: int = 1, image: Any = None, **kwargs: Any) -> None:
+    """The signature of a pipeline that draws noise, also for pictures that it is given."""
+
+
+def test_what_images_are_drawn_from_must_be_said() -> None:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    given = {"batch_size": 2, "generator": generators}
+    own = [replica(2, index).arguments(drawn, (), given)[1] for index in range(2)]
+    assert [each["batch_size"] for each in own] == [1, 1]
+    assert [each["generator"] for each in own] == [generators[:1], generators[1:]]
+    with pytest.raises(UsageError, match=r"give generator=\[\.\.\.\]"):
+        replica(2, 0).arguments(drawn, (["a", "b"],), {})
+    picture = Image.new("RGB", (2, 2))
+    for image in (picture, [picture], torch.zeros(1, 3, 2, 2)):
+        with pytest.raises(UsageError, match="give image as a list of as many"):
+            replica(2, 0).arguments(drawn, (["a", "b"],), {"generator": generators, "image": image})
+    with pytest.raises(UsageError, match="drew from the default random generator"), replica(2, 0).drawing():
+        torch.rand(1)
+
+
 @dataclasses.dataclass
 class Pictures(BaseOutput):
     """Of the fields the second has no default and is often None."""

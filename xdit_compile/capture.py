@@ -73,11 +73,10 @@ def _refuse_training(module: nn.Module) -> None:
     """See to it that no module computes otherwise because it is in training mode."""
     for child in module.modules():
         drops = isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0
-        if child.training and (
-            drops or isinstance(child, nn.modules.batchnorm._NormBase) and child.track_running_stats
-        ):
+        counts = isinstance(child, nn.modules.batchnorm._NormBase) and child.track_running_stats
+        if child.training and (drops or counts):
             raise CaptureError(
-                f"the module is in training mode, and a {type(child).__name__} in it: call .eval() first"
+                f"the module is in training mode, as is a {type(child).__name__} in it: call .eval() first"
             )
 
 
