@@ -214,9 +214,12 @@ def test_capture_draws_no_random_numbers() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_training_mode_is_refused() -> None:
-    with pytest.raises(CaptureError, match=r"call \.eval\(\)"):
-        capture(nn.Linear(2, 2), (torch.randn(1, 2),), {})
+def test_training_mode_is_refused_where_it_changes_what_is_computed() -> None:
+    """A pipeline may build its denoiser itself, and leave it in training mode."""
+    capture(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), (torch.randn(1, 2),), {})
+    for module in (nn.Dropout(0.1), nn.BatchNorm1d(2)):
+        with pytest.raises(CaptureError, match=r"call \.eval\(\)"):
+            capture(nn.Sequential(nn.Linear(2, 2), module), (torch.randn(3, 2),), {})
 
 
 def test_reasons_of_all_rungs_are_listed() -> None:
