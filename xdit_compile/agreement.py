@@ -99,17 +99,26 @@ class Agreement:
         self._tail[self.calls] = [what, *sketches]
         self._tail.pop(self.calls - REMEMBERED, None)
         self._say(f"call {self.calls} of {what}")
-        if self._heard and self._others:
-            positions = map(json.loads, self._store.multi_get([self._key("at", rank) for rank in self._others]))
-            self._compare({each["rank"]: each["tail"] for each in positions if each["epoch"] == self.epoch})
+        if self._heard and self._others and self._life is not None:
+            answer = self._life.answer()
+            behind = len(self._unread) > REMEMBERED // 2
+            answer = self._store.get(self._key("at", self._next)) if behind else answer
+            if answer is not None and (position := json.loads(answer))["epoch"] == self.epoch:
+                self._compare({position["rank"]: position["tail"]})
+            self._life.ask(self._key("at", self._next))
+
+    @property
+    def _next(self) -> int:
+        """The peer whose calls this rank reads while they go on: if neighbours agree, all do."""
+        return self._peers[(self._peers.index(self.rank) + 1) % len(self._peers)]
 
     def _compare(self, tails: Mapping[int, Mapping[str, list[str]]]) -> None:
         """Compare the latest calls of peers, as far as they have come, with this rank's."""
         for rank, tail in tails.items():
             for call in [call for call in self._unread if str(call) in tail]:
                 self._check_call(rank, call, tail[str(call)])
-        if len(tails) == len(self._others):
-            reached = min((max(map(int, tail), default=0) for tail in tails.values()), default=self.calls)
+        if self._next in tails:
+            reached = max(map(int, tails[self._next]), default=0)
             self._unread = {call for call in self._unread if call > reached}
 
     def _check_call(self, rank: int, call: int, theirs: list[str]) -> None:

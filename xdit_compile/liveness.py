@@ -1,7 +1,11 @@
-"""Signs of life: every rank says in the store that it runs, so that one which was stopped can be named."""
+"""What a rank tells and asks others beside its work: that it runs, and where they are.
+
+Every rank says in the store that it runs, so that one which was stopped can be named.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import time
@@ -20,7 +24,8 @@ class Liveness:
     """This rank's signs of life, and what it has seen of the others'.
 
     A thread of its own writes them, through a connection of its own, as the main thread may be in a collective. It ends
-    with this object, and says so: a rank that has ended is known at once.
+    with this object, and says so: a rank that has ended is known at once. The same thread looks values up for which the
+    main one does not wait (`ask`).
 
     Args:
         store: the store of the process group.
@@ -30,11 +35,21 @@ class Liveness:
     def __init__(self, store: dist.Store, name: str, rank: int):
         self._store, self._name = store, name
         self._seen: dict[int, tuple[str, float]] = {}
-        stop = threading.Event()
+        self._errand = _Errand()
         own: dist.Store = store.clone()  # type: ignore[attr-defined]
-        thread = threading.Thread(target=_beat, args=(own, self._key(rank), stop), daemon=True)
+        thread = threading.Thread(target=_run, args=(own, self._key(rank), self._errand), daemon=True)
         thread.start()
-        self.close = weakref.finalize(self, _end, thread, stop)
+        self.close = weakref.finalize(self, _end, thread, self._errand)
+
+    def ask(self, key: str) -> None:
+        """Have a key of the store looked up, which must be there; `answer` gives its value later."""
+        self._errand.key = key
+        self._errand.wake.set()
+
+    def answer(self) -> bytes | None:
+        """What was found since the last answer, if anything."""
+        found, self._errand.found = self._errand.found, None
+        return found
 
     def silence(self, rank: int) -> float:
         """Seconds for which a rank was looked at and gave no sign of life; infinite for one that said it ended."""
@@ -73,18 +88,32 @@ class Liveness:
         return f"{self._name}/alive/{rank}"
 
 
-def _beat(store: dist.Store, key: str, stop: threading.Event) -> None:
-    count = 0
+@dataclasses.dataclass
+class _Errand:
+    """What the main thread and the one beside it leave for one another."""
+
+    wake: threading.Event = dataclasses.field(default_factory=threading.Event)
+    ended: bool = False
+    key: str = ""
+    found: bytes | None = None
+
+
+def _run(store: dist.Store, own: str, errand: _Errand) -> None:
+    begin = time.monotonic()
     try:
-        while not stop.is_set():
-            count += 1
-            store.set(key, str(count))
-            stop.wait(BEAT_SECONDS)
-        store.set(key, ENDED)
+        while not errand.ended:
+            errand.wake.clear()
+            store.set(own, str(int((time.monotonic() - begin) / BEAT_SECONDS)))
+            if key := errand.key:
+                errand.key = ""
+                errand.found = store.get(key)
+            errand.wake.wait(BEAT_SECONDS)
+        store.set(own, ENDED)
     except RuntimeError:
         return
 
 
-def _end(thread: threading.Thread, stop: threading.Event) -> None:
-    stop.set()
+def _end(thread: threading.Thread, errand: _Errand) -> None:
+    errand.ended = True
+    errand.wake.set()
     thread.join(2 * BEAT_SECONDS)
