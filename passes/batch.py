@@ -7,15 +7,22 @@ from torch import fx
 from xdit_compile.axes import Axis, atoms
 
 from .infer import Inference
+from .layout import BATCH, DATA, Chosen
 from .tokens import Units
 
 
-def choose_batch(inference: Inference, parts: int) -> Units:
-    """The units whose split gives every rank whole entries of the batch; none where there are fewer than ``parts``.
+def choose_batch(inference: Inference, data: int, cfg: int) -> Chosen:
+    """What gives every rank whole entries of the batch: over all these ranks, or over the ``data`` ranks alone.
 
     The batch is the outermost axis that an input and a result have in common. Guidance branches that a pipeline stacks
-    are halves of it.
+    are halves of it, and so are several images: nothing needs to know which.
     """
+    over_all = _units(inference, data * cfg)
+    return {BATCH: over_all, DATA: () if over_all else _units(inference, data)}
+
+
+def _units(inference: Inference, parts: int) -> Units:
+    """The batch, if it has an entry for each of several parts."""
     axis = batch_axis(inference)
     return () if parts == 1 or axis is None or axis.size < parts else ((axis,),)
 

@@ -16,11 +16,19 @@ from .infer import Frame
 
 SEQUENCE = "sequence"
 BATCH = "cfg"
+DATA = "data"
+"""The batch where only ``data`` ranks share it, as it has too few entries for the branches of guidance too."""
 TENSOR = "tensor"
 PATCH = "patch"
 """Parts of the tokens whose keys and values stay from call to call: they follow one another in time on one rank, or lie
 on ranks that do not wait for one another."""
-MEMBERS = {PATCH: ("distrifusion",), SEQUENCE: ("ring", "ulysses"), BATCH: ("cfg",), TENSOR: ("tensor",)}
+MEMBERS = {
+    PATCH: ("distrifusion",),
+    SEQUENCE: ("ring", "ulysses"),
+    BATCH: ("data", "cfg"),
+    DATA: ("data",),
+    TENSOR: ("tensor",),
+}
 """The mesh dimensions behind each name that a program is split by."""
 
 Chosen = Mapping[str, Sequence[Unit]]

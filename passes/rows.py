@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from xdit_compile.axes import Axis, Product
 from xdit_compile.mesh import Mesh
 from xdit_compile.plan import Plan
 
+from .batch import choose_batch
 from .infer import Inference
 from .layout import SEQUENCE, Chosen, Layout
 from .program_partition import partition
@@ -15,23 +17,27 @@ from .tokens import Units, weigh
 
 
 def choose_rows(inference: Inference, plan: Plan) -> Chosen:
-    """The spatial dim of the input whose split over the plan's sequence ranks costs least.
+    """The batch for the plan's data ranks, and the spatial dim whose split over its sequence ranks costs least.
 
     Rows come first, then columns, then what stands before them (frames): the first whose parts meet nothing that needs
     all of them is taken. None where the input has no dim that convolutions or other windows slide over.
     """
-    if plan.sequence == 1:
-        return {SEQUENCE: ()}
+    batch = choose_batch(inference, plan.data, 1)
+    return {**batch, SEQUENCE: _rows(inference, plan) if plan.sequence > 1 else ()}
+
+
+def _rows(inference: Inference, plan: Plan) -> Units:
+    plan = dataclasses.replace(plan, data=1)
     chosen: Units = ()
     lowest = float("inf")
     for unit in (_unit(axis) for axis in spatial_axes(inference)):
         layout = Layout.of(plan, Mesh.simulated(plan, 0), {SEQUENCE: (unit,)})
         ledger = partition(inference, layout).ledger
         if all(gather.reason == "the result" for gather in ledger.gathers):
-            return {SEQUENCE: (unit,)}
+            return (unit,)
         if weigh(ledger) < lowest:
             lowest, chosen = weigh(ledger), (unit,)
-    return {SEQUENCE: chosen}
+    return chosen
 
 
 def spatial_axes(inference: Inference) -> list[Axis]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from .errors import AgreementError, one_line
 from .liveness import SILENT_SECONDS, Liveness
-from .mesh import REPLICA, Mesh
+from .mesh import Mesh
 from .sketch import alike
 
 POLL_SECONDS = 0.005
@@ -50,7 +50,7 @@ class Agreement:
         self._timeout = timeout_s
         self.epoch = 0
         self.calls = 0
-        self._event = 0
+        self._event = self._starts = 0
         self._said = ""
         self._tail: dict[int, list[str]] = {}
         self._unread: set[int] = set()
@@ -66,7 +66,7 @@ class Agreement:
         if len(members) == 1:
             return cls("alone", mesh.rank, members, members, timeout_s)
         count = dist.distributed_c10d._get_default_store().add(f"xdit_compile/conversations/{mesh.rank}", 1)
-        return cls(str(count), mesh.rank, members, mesh.peers(REPLICA), timeout_s)
+        return cls(str(count), mesh.rank, members, members, timeout_s)
 
     @property
     def alone(self) -> bool:
@@ -103,7 +103,7 @@ class Agreement:
             answer = self._life.answer()
             behind = len(self._unread) > REMEMBERED // 2
             answer = self._store.get(self._key("at", self._next)) if behind else answer
-            if answer is not None and (position := json.loads(answer))["epoch"] == self.epoch:
+            if answer is not None and (position := json.loads(answer))["count"] == self._count:
                 self._compare({position["rank"]: position["tail"]})
             self._life.ask(self._key("at", self._next))
 
@@ -252,7 +252,8 @@ class Agreement:
         here = {rank: position for rank, position in positions.items() if position["epoch"] == self.epoch}
         for rank, position in here.items():
             self._refuse_other_way(rank, position)
-        self._compare({rank: position["tail"] for rank, position in here.items()})
+        counted = {rank: position for rank, position in here.items() if position["count"] == self._count}
+        self._compare({rank: position["tail"] for rank, position in counted.items()})
         if waited > NOTICE_SECONDS and int(waited) % int(6 * NOTICE_SECONDS) == int(NOTICE_SECONDS):
             logger.warning(
                 "rank %d waits in %s of %s: %s", self.rank, what, self._said,
@@ -336,15 +337,21 @@ class Agreement:
     def renew(self) -> None:
         """Go on in another epoch; what was said in this one is forgotten."""
         self.epoch += 1
-        self._event = self.calls = 0
+        self._event = self._starts = 0
         self._talks.clear()
         self.start()
 
     def start(self) -> None:
         """Count calls from the first again."""
         self.calls = 0
+        self._starts += 1
         self._tail.clear()
         self._unread.clear()
+
+    @property
+    def _count(self) -> list[int]:
+        """From where calls are counted: the numbers of other requests are others."""
+        return [self.epoch, self._starts]
 
     @property
     def _failed(self) -> str:
@@ -374,7 +381,10 @@ class Agreement:
         assert self._store is not None
         self._event += 1
         self._said = what
-        position = {"rank": self.rank, "epoch": self.epoch, "event": self._event, "said": what, "tail": self._tail}
+        position = {
+            "rank": self.rank, "epoch": self.epoch, "count": self._count, "event": self._event, "said": what,
+            "tail": self._tail,
+        }  # fmt: skip
         self._store.set(self._key("at", self.rank), json.dumps(position))
 
     def _position(self, rank: int) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from .mesh import Mesh
 from .passes.batch import choose_batch
 from .passes.features import choose_features
 from .passes.infer import Inference, infer
-from .passes.layout import BATCH, PATCH, SEQUENCE, TENSOR, Chosen, Layout
+from .passes.layout import PATCH, SEQUENCE, TENSOR, Chosen, Layout
 from .passes.patches import choose_patches, cuts, one_patch, varying
 from .passes.program_partition import Partitioned, partition
 from .passes.rulebook import rulebook
@@ -61,7 +61,7 @@ def choose_units(inference: Inference, plan: Plan) -> Chosen:
     Of a plan with patches ranks share the tokens of each patch: what that splits follows from the patches.
     """
     return {
-        BATCH: choose_batch(inference, plan.cfg),
+        **choose_batch(inference, plan.data, plan.cfg),
         PATCH: choose_tokens(inference, plan, PATCH),
         SEQUENCE: choose_tokens(inference, plan) if plan.patch_count == 1 else (),
         TENSOR: choose_features(inference, plan),

@@ -21,7 +21,9 @@ SEQUENCE = ("ring", "ulysses")
 TEAM = ("pipefusion", "distrifusion", "ring", "ulysses", "tensor")
 """Ranks that compute one call of a denoiser together, whatever the batch."""
 REPLICA = ("cfg", *TEAM)
-"""Ranks that make the same images."""
+"""Ranks that share the rows of an autoencoder, whatever the batch."""
+BRANCHES = ("data", "cfg")
+"""Ranks that share a batch."""
 PIPELINES = ("cfg", "pipefusion")
 """The stages of all pipelines among the ranks that make the same images, each with a branch of guidance."""
 ALONE = ""
@@ -91,16 +93,18 @@ class Mesh:
         return dataclasses.replace(mesh, groups=MappingProxyType(roles))
 
     def shared_rows(self, plan: Plan) -> Mesh:
-        """This rank's mesh for the autoencoder: ``plan.rows.ring`` neighbours among those that make the same images."""
+        """This rank's mesh for the autoencoder: ``plan.rows.ring`` neighbours share rows, and data ranks the batch."""
         members, parts = self.peers(REPLICA), plan.rows.ring
-        mesh = Mesh._of(plan.rows, members.index(self.rank) % parts)
-        if parts == 1:
-            return mesh
-        role = self.group(REPLICA) if parts == len(members) else self.rows_role(parts)
-        return dataclasses.replace(mesh, groups=MappingProxyType({("ring",): role}))
+        place = Mesh._of(plan.rows, 0)
+        coordinates = {"data": self.coordinate("data"), "ring": members.index(self.rank) % parts}
+        rank = place._rank(coordinates.get(name, 0) for name in place.names)
+        groups: dict[tuple[str, ...], str] = {("data",): self.group("data")}
+        if parts > 1:
+            groups["ring",] = self.group(REPLICA) if parts == len(members) else self.rows_role(parts)
+        return dataclasses.replace(place, rank=rank, groups=MappingProxyType(groups))
 
     def rows_role(self, parts: int) -> str:
-        """Role of the group of ``parts`` neighbours among the ranks that make the same images."""
+        """Role of the group of ``parts`` neighbours among the ranks that share rows."""
         return self._role((f"{parts}rows",))
 
     def _role(self, names: tuple[str, ...]) -> str:
@@ -199,7 +203,7 @@ def is_simulated(group: str) -> bool:
 
 def _subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The sets of dimensions that have a group, each in mesh order."""
-    wanted = [*((name,) for name in names), SEQUENCE, PIPELINES, TEAM, REPLICA, names]
+    wanted = [*((name,) for name in names), SEQUENCE, PIPELINES, TEAM, REPLICA, BRANCHES, names]
     return list(dict.fromkeys(tuple(name for name in names if name in chosen) for chosen in wanted))
 
 

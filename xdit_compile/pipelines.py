@@ -80,7 +80,7 @@ STEPS = "num_inference_steps"
 def wrap_call(pipe: Any, session: Session) -> None:
     """Make a pipeline's outer call this rank's part of a request of all ranks; `restore_call` undoes it.
 
-    Images are shared out over replicas, and results made whole.
+    What it returns is made whole, as it may be read on one rank alone.
     """
     own = functools.partial(own_class(pipe).__call__, pipe)
 
@@ -90,10 +90,7 @@ def wrap_call(pipe: Any, session: Session) -> None:
         bound = inspect.signature(own).bind(*args, **kwargs)
         with session.request(bound.arguments, bound.arguments.get(STEPS)) as agreed:
             bound.arguments.update(agreed)
-            args, kwargs = session.replicas.arguments(own, bound.args, bound.kwargs)
-            with session.replicas.drawing():
-                result = replaced(own(*args, **kwargs), torch.Tensor, _there)
-            return session.replicas.joined(result)
+            return replaced(own(*bound.args, **bound.kwargs), torch.Tensor, _there)
 
     put_in_place(pipe, {"__call__": call})
 

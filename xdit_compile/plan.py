@@ -32,7 +32,7 @@ class Plan:
         ring: ranks around which keys and values travel (Ring Attention, arXiv:2310.01889). ``ulysses * ring`` ranks
             split the tokens together (USP, arXiv:2405.07719).
         cfg: ranks that share the branches of classifier-free guidance.
-        data: replicas that share the images of one call.
+        data: ranks that share the batch of every call, which is the images of a request.
         tensor: ranks that share heads and feed-forward channels, and with them the weights (Megatron-LM,
             arXiv:1909.08053).
         pipefusion: stages of a pipeline of blocks, through which ``patches`` parts of the tokens flow; ranks of a stage
@@ -46,7 +46,7 @@ class Plan:
         split_scheme: what ``tensor`` splits: ``heads``, ``ffn`` or ``all``.
         vae: ``patch`` splits the rows that the autoencoder decodes and encodes over ranks, ``whole`` does all on each;
             ``distvae`` has the package of that name do it, for the classes that it knows.
-        vae_degree: how many ranks share these rows; all that make the same images by default.
+        vae_degree: how many ranks share these rows; all but the data ranks by default.
         vae_memory: bytes of activations that the autoencoder may hold on one rank, as a number or with a unit
             (``"2GiB"``): convolutions run in as many strips as that takes. Works on one rank, too.
         keep_weights: keep the whole weights on every rank, where ``tensor`` would let it hold its slices alone.
@@ -101,15 +101,15 @@ class Plan:
 
     @property
     def replica(self) -> int:
-        """Ranks that make the same images."""
+        """Ranks that share one part of the batch."""
         return self.world_size // self.data
 
     @property
     def rows(self) -> Plan:
-        """The plan by which the autoencoder is split: its rows, and the tokens of its attention by ring."""
+        """The plan by which the autoencoder is split: its batch by data, its rows and the tokens of its attention by
+        ring."""
         return dataclasses.replace(
             self,
-            data=1,
             cfg=1,
             pipefusion=1,
             distrifusion=1,
@@ -117,7 +117,7 @@ class Plan:
             stage_layers=None,
             ulysses=1,
             tensor=1,
-            ring=self.vae_degree or self.replica,
+            ring=(self.vae_degree or self.replica) if self.vae != "whole" else 1,
         )
 
     @property
@@ -197,7 +197,7 @@ class Plan:
         if not _is_count(degree, 1):
             return [f"vae_degree={degree!r} must be a whole number of at least 1"]
         if self.replica % degree:
-            return [f"vae_degree={degree} must divide the {self.replica} ranks that make the same images"]
+            return [f"vae_degree={degree} must divide the {self.replica} ranks that share the rows"]
         return []
 
     def _shown(self) -> list[str]:

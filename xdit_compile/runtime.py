@@ -13,10 +13,11 @@ from .build import Analysis, analyse, choose_units, place
 from .deferred import Deferred, values_of
 from .digest import digest, digest_program, digest_shapes
 from .dump import dump
+from .errors import UsageError
 from .in_place import as_it_was, found_method, refuse_lost
 from .interpret import assemble, bind
 from .passes.infer import Inference
-from .passes.layout import BATCH, Chosen
+from .passes.layout import BATCH, DATA, Chosen
 from .passes.strips import in_strips
 from .plan import Plan
 from .program import Program
@@ -84,7 +85,8 @@ class Runner:
         self.session = session
         place = place or session.place
         self.plan, self.mesh, self.backend = place.plan, place.mesh, place.backend
-        self._guided = place is session.place and session.branches.active
+        self._is_denoiser = place is session.place
+        self._guided = self._is_denoiser and session.branches.active
         self._given = computation
         self._choose, self._gather, self._budget, self._trace_only = choose, gather, budget, trace_only
         self.prepared: dict[Signature, list[Prepared]] = {}
@@ -193,6 +195,7 @@ class Runner:
                 self.module, self.plan, args, kwargs, forward=own, check=self.plan.verify,
                 choose=self._choose, run=not self._trace_only,
             )  # fmt: skip
+        self._refuse_alone(analysis)
         prepared = self._placed(analysis, device_of(leaves))
         self._agreement.agree("its graph", {"graph": digest([digest_program(analysis.program), analysis.units])})
         rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1
@@ -201,6 +204,15 @@ class Runner:
                 self._verify(prepared, own, args, kwargs, leaves)
         self._settle(prepared)
         return prepared
+
+    def _refuse_alone(self, analysis: Analysis) -> None:
+        """See to it that data ranks have a batch to share."""
+        shared = analysis.units.get(BATCH) or analysis.units.get(DATA)
+        if self.plan.data > 1 and self._is_denoiser and not shared:
+            raise UsageError(
+                f"data={self.plan.data} but {self.name} is called with fewer images at once, or takes them one by one: "
+                "give more prompts or a greater num_images_per_prompt, or use data=1"
+            )
 
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
         partitioned = place(analysis, self.plan, self.mesh, self._gather)

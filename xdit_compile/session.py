@@ -20,9 +20,8 @@ from .errors import AgreementError, PeerError
 from .generations import Generation
 from .guidance import Branches
 from .kernels.groups import Groups
-from .mesh import REPLICA, Mesh, connect
+from .mesh import Mesh, connect
 from .plan import Plan
-from .replicas import Replicas
 from .request_facts import facts_of, share_random_state
 from .shared_inputs import SharedInputs
 from .turns import Turns
@@ -68,8 +67,7 @@ class Session:
         self.groups.open()
         self.branches = Branches(mesh, self.call)
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
-        self.replicas = Replicas(mesh)
-        self.inputs = SharedInputs(self.agreement, mesh.group(REPLICA))
+        self.inputs = SharedInputs(self.agreement, mesh.group(mesh.names))
         self._turns = Turns(self.agreement)
         self._thread = 0
         self._in_request = self._in_call = self._closed = False
