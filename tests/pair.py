@@ -56,8 +56,10 @@ class Pair:
 
     def end(self) -> None:
         """End both processes."""
-        for process, pipe in self._members:
+        for _, pipe in self._members:
             pipe.close()
+        for process, _ in self._members:
+            process.join(timeout=5)
             process.kill()
             process.join()
         self._members.clear()

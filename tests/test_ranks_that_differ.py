@@ -22,6 +22,7 @@ from xdit_compile import Plan
 
 STEPS = 3
 LIMIT_S = 20.0
+KILLED_S = 8.0
 EXACT = 2e-5
 
 PLANS: dict[str, dict[str, Any]] = {
@@ -34,9 +35,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "distrifusion": {"distrifusion": 2, "warmup_steps": STEPS},
     "vae": {"ulysses": 2, "vae": "patch"},
 }
-PLACES = ("prompt", "latents", "model", "step", "callback", "result")
+PLACES = ("prompt", "latents", "bar", "step", "callback", "result")
 """Where a rank may do something of its own: before the first call of the denoiser, in the loop, after the last."""
-IN_LOOP = ("model", "step", "callback")
+IN_LOOP = ("step", "callback")
 OTHER: dict[str, dict[str, Any]] = {
     "seed": {"seed": 5},
     "steps": {"steps": STEPS + 1},
@@ -117,7 +118,7 @@ class Outcome:
 
 def play(rank: int, memory: dict, scenario: Scenario) -> tuple[Outcome, Outcome]:
     """The perturbed request and the next one."""
-    pipe = _pipeline(memory, scenario.plan, scenario.fresh)
+    pipe = _pipeline(memory, scenario)
     mine = rank == scenario.victim
     do = DONE.get(scenario.kind) if mine else None
     with _at(pipe, scenario.place, scenario.at, do or (lambda pipe: None)):
@@ -125,14 +126,15 @@ def play(rank: int, memory: dict, scenario: Scenario) -> tuple[Outcome, Outcome]
     return first, _request(rank, memory, pipe, scenario.plan)
 
 
-def _pipeline(memory: dict, plan: str, fresh: bool) -> Any:
-    kept = memory.setdefault("pipelines", {})
-    if fresh and plan in kept:
-        xdit_compile.restore(kept.pop(plan))
-    if plan not in kept:
-        pipe = PIPELINES["sd3"].build()
-        kept[plan] = xdit_compile.parallelize(pipe, Plan(**PLANS[plan], backend="eager", timeout_s=LIMIT_S))
-    return kept[plan]
+def _pipeline(memory: dict, scenario: Scenario) -> Any:
+    kept, name = memory.setdefault("pipelines", {}), scenario.plan
+    if scenario.fresh and name in kept:
+        xdit_compile.restore(kept.pop(name))
+    if name not in kept:
+        limit = KILLED_S if scenario.kind == "kill" else LIMIT_S
+        plan = Plan(**PLANS[name], backend="eager", timeout_s=limit)
+        kept[name] = xdit_compile.parallelize(PIPELINES["sd3"].build(), plan)
+    return kept[name]
 
 
 def _request(rank: int, memory: dict, pipe: Any, plan: str, **other: Any) -> Outcome:
@@ -179,7 +181,7 @@ def _at(pipe: Any, place: str, at: int, do: Callable[[Any], None]) -> Iterator[N
     target, name = {
         "prompt": (pipe, "encode_prompt"),
         "latents": (pipe, "prepare_latents"),
-        "model": (pipe, "progress_bar"),
+        "bar": (pipe, "progress_bar"),
         "step": (pipe.scheduler, "step"),
         "callback": (pipe, "after_step"),
         "result": (pipe, "maybe_free_model_hooks"),
@@ -209,12 +211,14 @@ def check(scenario: Scenario) -> None:
     Raises:
         AssertionError: they are not.
     """
+    if scenario.kind == "kill":
+        PAIR.end()
     found = PAIR.run(play, scenario)
     said = f"{scenario}: {found}"
     if scenario.kind == "kill":
         assert found[scenario.victim] == pair.DIED, said
         for outcome in found[1 - scenario.victim]:
-            assert f"rank {scenario.victim}" in outcome.error and outcome.seconds < LIMIT_S + 5, said
+            assert f"rank {scenario.victim}" in outcome.error and outcome.seconds < KILLED_S + 8, said
         return
     firsts, seconds = zip(*found, strict=True)
     if scenario.kind in ("rounding", "stop"):
@@ -243,3 +247,48 @@ def _sensible(drawn: Scenario) -> Scenario:
     """Places outside of the loop are come to once, and arguments differ from the start."""
     drawn = drawn if drawn.place in IN_LOOP else dataclasses.replace(drawn, at=0)
     return drawn if drawn.kind in DONE else dataclasses.replace(drawn, place="callback", at=0)
+
+
+QUICK = ("raise", "end", "interrupt", "call", *OTHER)
+CHECKED = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def end_the_pair() -> Iterator[None]:
+    yield
+    PAIR.end()
+
+
+@given(scenarios(QUICK))
+@settings(CHECKED, derandomize=True, max_examples=25)
+def test_a_rank_that_differs_is_right_or_stops_all(scenario: Scenario) -> None:
+    check(scenario)
+
+
+@pytest.mark.slow
+@given(scenarios((*QUICK, "stop")))
+@settings(CHECKED, max_examples=250)
+def test_many_ranks_that_differ(scenario: Scenario) -> None:
+    check(scenario)
+
+
+def test_a_rank_that_stops_for_a_while_does_not_matter() -> None:
+    check(Scenario("ring", "stop", "step", at=1))
+
+
+@pytest.mark.slow
+@given(scenarios(("stop long",)))
+@settings(CHECKED, max_examples=12)
+def test_a_rank_that_stops_for_long(scenario: Scenario) -> None:
+    check(scenario)
+
+
+def test_a_rank_that_is_killed_is_named() -> None:
+    check(Scenario("ulysses", "kill", "step", at=1))
+
+
+@pytest.mark.slow
+@given(scenarios(("kill",)))
+@settings(CHECKED, max_examples=24)
+def test_ranks_that_are_killed(scenario: Scenario) -> None:
+    check(scenario)

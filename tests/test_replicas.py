@@ -19,6 +19,7 @@ from zoo import Draw
 
 import xdit_compile
 from xdit_compile import Plan
+from xdit_compile.agreement import Agreement
 from xdit_compile.errors import UsageError
 from xdit_compile.mesh import Mesh
 from xdit_compile.replicas import Images, Replicas, count_images, join, sent
@@ -26,7 +27,7 @@ from xdit_compile.results import found_in
 
 
 def replica(count: int, index: int) -> Replicas:
-    return Replicas(Mesh.simulated(Plan(data=count), index))
+    return Replicas(Mesh.simulated(Plan(data=count), index), Agreement("one", index, [index], [index], 1.0))
 
 
 def call(prompt: Any = None, negative_prompt: Any = None, num_images_per_prompt: int = 1, **kwargs: Any) -> None:

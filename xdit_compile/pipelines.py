@@ -91,7 +91,8 @@ def wrap_call(pipe: Any, session: Session) -> None:
         with session.request(bound.arguments, bound.arguments.get(STEPS)) as agreed:
             bound.arguments.update(agreed)
             args, kwargs = session.replicas.arguments(own, bound.args, bound.kwargs)
-            return session.replicas.joined(replaced(own(*args, **kwargs), torch.Tensor, _there))
+            result = replaced(own(*args, **kwargs), torch.Tensor, _there)
+            return session.replicas.joined(result, bool(getattr(pipe, "_interrupt", False)))
 
     put_in_place(pipe, {"__call__": call})
 

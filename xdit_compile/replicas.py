@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .errors import UsageError
-from .kernels.groups import process_group
+from .agreement import Agreement
+from .errors import AgreementError, UsageError
+from .kernels.groups import answering, process_group
 from .mesh import Mesh
 from .results import copied, found_in, replaced
 from .shards import share
@@ -38,9 +39,15 @@ class Images:
 
 
 class Replicas:
-    """This rank's place among the replicas."""
+    """This rank's place among the replicas.
 
-    def __init__(self, mesh: Mesh):
+    Args:
+        mesh: this rank's place.
+        agreement: the talk of all ranks.
+    """
+
+    def __init__(self, mesh: Mesh, agreement: Agreement):
+        self._agreement = agreement
         self._count = mesh.size(DIMENSION)
         self._index = mesh.coordinate(DIMENSION)
         self._group = mesh.group(DIMENSION)
@@ -85,13 +92,26 @@ class Replicas:
             return [value] * len(mine)
         return _entries(value, images, mine)
 
-    def joined(self, result: Any) -> Any:
-        """All images in order on the ranks of the first replica; the others keep their own."""
+    def joined(self, result: Any, interrupted: bool = False) -> Any:
+        """All images in order on the ranks of the first replica; the others keep their own.
+
+        Args:
+            result: what the pipeline returned on this rank.
+            interrupted: whether it was stopped before its last step.
+
+        Raises:
+            AgreementError: another rank failed, or was interrupted where this one was not.
+        """
         if self._count == 1:
             return result
+        for rank, other in self._agreement.exchange("the images", interrupted, everyone=True).items():
+            if other != interrupted:
+                stopped, other_one = (rank, self._agreement.rank) if other else (self._agreement.rank, rank)
+                raise AgreementError(f"rank {stopped} was interrupted and rank {other_one} was not; interrupt all or none")
         group = process_group(self._group)
         parts: list[Any] | None = [None] * self._count if self._index == 0 else None
-        dist.gather_object(sent(result), parts, group_dst=0, group=group)
+        with answering(group, "a gather of images"):
+            dist.gather_object(sent(result), parts, group_dst=0, group=group)
         return result if parts is None else join(result, parts)
 
 

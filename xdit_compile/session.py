@@ -67,7 +67,7 @@ class Session:
         self.groups.open()
         self.branches = Branches(mesh, self.call)
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
-        self.replicas = Replicas(mesh)
+        self.replicas = Replicas(mesh, self.agreement)
         self.inputs = SharedInputs(self.agreement, mesh.group(REPLICA))
         self._lock = threading.RLock()
         self._in_request = self._in_call = self._closed = False
