@@ -158,6 +158,9 @@ def replaced(rank: int, memory: dict) -> None:
     assert split_work(pipe) == (1, 2)
     xdit_compile.restore(pipe)
     assert vars(pipe.transformer)["forward"].__func__ is forward
+    xdit_compile.parallelize(pipe, PLAN)
+    assert torch.equal(SD3.call(copy.deepcopy(pipe)), expected)
+    xdit_compile.restore(pipe)
     del pipe.transformer.forward
     xdit_compile.parallelize(pipe, PLAN)
     assert differs(memory, pipe) <= 2e-5
