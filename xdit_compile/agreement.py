@@ -204,7 +204,10 @@ class Agreement:
                     break
                 self._refuse_other_way(rank, position, passed=True)
             if now - begin > self._timeout:
-                raise AgreementError(f"rank {rank} did not answer within {self._timeout:.0f} s; was it stopped?")
+                raise AgreementError(
+                    f"rank {rank} did not answer within {self._timeout:.0f} s and {self._where(rank)}; "
+                    "was it stopped, or does it call something else?"
+                )
             if now > noticed:
                 noticed += 6 * NOTICE_SECONDS
                 logger.warning("rank %d waits at %s for rank %d, which %s", self.rank, stage, rank, self._where(rank))

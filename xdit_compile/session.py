@@ -71,6 +71,7 @@ class Session:
         self.inputs = SharedInputs(self.agreement, mesh.group(REPLICA))
         self._lock = threading.RLock()
         self._in_request = self._in_call = self._closed = False
+        self._broken: BaseException | None = None
         self._requests = 0
         self._before: list[Callable[[], None]] = []
         self._after_failure: list[Callable[[], None]] = []
@@ -114,7 +115,7 @@ class Session:
         Raises:
             AgreementError: ranks were given other arguments, made other calls, or one failed.
         """
-        with self._lock, self.groups.running(), self._guarded(), torch.inference_mode(False), torch.no_grad():
+        with self._entered():
             if self._in_request:
                 yield dict(arguments)
                 return
@@ -123,6 +124,7 @@ class Session:
             try:
                 with self.generation.running(steps):
                     yield self._begin(arguments)
+                self._refuse_broken()
                 self.agreement.finish()
             finally:
                 self._in_request = False
@@ -131,16 +133,16 @@ class Session:
     @contextmanager
     def call(self) -> Iterator[None]:
         """One call of a module; outside of a request it is all of one."""
-        with self._lock, self.groups.running(), self._guarded(), torch.inference_mode(False), torch.no_grad():
-            outermost = not (self._in_request or self._in_call)
-            if outermost:
+        with self._entered():
+            inside = self._in_call
+            if not (self._in_request or inside):
                 self._connect()
                 self._do(self._before)
             self._in_call = True
             try:
                 yield
             finally:
-                self._in_call = not outermost and self._in_call
+                self._in_call = inside
 
     def announce(self, what: str, leaves: Sequence[Any]) -> None:
         """Tell peers which call this rank enters, and see whether earlier ones were the same."""
@@ -179,18 +181,36 @@ class Session:
             each()
 
     @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """A request or a call; the outermost one of a thread ends what its failure began."""
+        with self._lock, self.groups.running(), torch.inference_mode(False), torch.no_grad():
+            outermost = not (self._in_request or self._in_call)
+            try:
+                with self._guarded():
+                    yield
+            finally:
+                if outermost and self._broken is not None:
+                    self.agreement.renew()
+                    self._broken, self._requests, self._reconciled = None, 0, False
+
+    @contextmanager
     def _guarded(self) -> Iterator[None]:
         """Stop together: what is raised inside reaches the other ranks, and what stopped them is raised here."""
         try:
+            self._refuse_broken()
             yield
         except BaseException as error:
-            if self.agreement.alone or getattr(error, STOPPED, False):
+            if self.agreement.alone or self._broken is not None:
                 raise
-            raised = self._stop(error)
-            setattr(raised, STOPPED, True)
-            if raised is error:
+            self._broken = self._stop(error)
+            if self._broken is error:
                 raise
-            raise raised from error
+            raise self._broken from error
+
+    def _refuse_broken(self) -> None:
+        """A request in which something failed goes no further, whoever caught what was raised."""
+        if self._broken is not None:
+            raise self._broken
 
     def _stop(self, error: BaseException) -> BaseException:
         """Say that this rank goes no further, and close its connections, if any rank may wait in one."""
@@ -199,15 +219,9 @@ class Session:
         if self.agreement.calls or not self.agreement.all_failed_unused():
             self.groups.close()
             self._do(self._after_failure)
-        self.agreement.renew()
-        self._requests, self._reconciled = 0, False
         return error if cause is None else AgreementError(cause)
 
 
 def _countable(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that counts writes to it, unlike those made in inference mode; requests run outside of that mode."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-STOPPED = "_xdit_compile_stopped"
-"""Marks an error that other ranks know of."""
