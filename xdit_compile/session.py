@@ -117,7 +117,8 @@ class Session:
         """
         with self._entered():
             if self._in_request:
-                yield dict(arguments)
+                with self.generation.running(steps):
+                    yield dict(arguments)
                 return
             self._in_request = True
             self.agreement.start()
