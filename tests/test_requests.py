@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -12,13 +13,15 @@ import diffusers
 import pair
 import pytest
 import torch
-from zoo import Draw
+from torch.utils import _pytree as pytree
+from zoo import MODELS, Draw
 from zoo_pipelines import PIPELINES
 
 import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.api import runner_of
 from xdit_compile.errors import AgreementError, UsageError
+from xdit_compile.in_place import found_method
 
 PAIR = pair.Pair()
 SD3 = PIPELINES["sd3"]
@@ -163,7 +166,9 @@ def of_many_sizes(rank: int, memory: dict) -> tuple[list[float], list[int]]:
     for rows in (112, 128, 112, 144, 112, 160, 128):
         found.append(difference(SD3.call(pipe, height=rows), SD3.call(unsplit, height=rows)))
         kept = [one for known in runner_of(pipe.transformer).prepared.values() for one in known]
-    inputs = [[node.meta["val"] for node in one.analysis.program.root.graph.find_nodes(op="placeholder")] for one in kept]
+    inputs = [
+        [node.meta["val"] for node in one.analysis.program.root.graph.find_nodes(op="placeholder")] for one in kept
+    ]
     return found, [max(each.shape[-2] for each in leaves if each.dim() == 4) for leaves in inputs]
 
 
@@ -171,3 +176,128 @@ def test_of_more_programs_the_least_recently_used_is_dropped() -> None:
     for differences, rows in PAIR.run(of_many_sizes):
         assert max(differences) <= 2e-5
         assert rows == [20, 16]
+
+
+# ---- failures of every kind
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def outcome(pipe: Any, expected: torch.Tensor, **given: Any) -> Any:
+    """The difference of a request's picture, or the type and first words of what it raised."""
+    try:
+        return difference(SD3.call(pipe, **given), expected)
+    except BaseException as error:
+        return f"{type(error).__name__}: {'' if isinstance(error, Unprintable) else error}"
+
+
+def caught(pipe: Any, step: int, time: Any, given: dict) -> dict:
+    """A call that fails on rank 1 alone, where a callback catches the error and goes on."""
+    if torch.distributed.get_rank() == 1 and step == 0:
+        with contextlib.suppress(Exception):
+            pipe.transformer(torch.zeros(1, 3, 16, 16))
+    return {}
+
+
+def unprintable(pipe: Any, step: int, time: Any, given: dict) -> dict:
+    if torch.distributed.get_rank() == 1:
+        raise Unprintable
+    return {}
+
+
+def other_latents(pipe: Any, step: int, time: Any, given: dict) -> dict:
+    last = step == 1 and torch.distributed.get_rank() == 1
+    return {"latents": given["latents"] * 1.5} if last else {}
+
+
+def failing(rank: int, memory: dict) -> list[Any]:
+    expected, pipe, found = SD3.call(SD3.build()), split(ulysses=2), []
+    for callback in (caught, unprintable, other_latents):
+        found.append(outcome(pipe, expected, callback_on_step_end=callback))
+        found.append(outcome(pipe, expected))
+    found.append(outcome(pipe, expected, **({"nonsense": 1} if rank else {})))
+    return [*found, outcome(pipe, expected)]
+
+
+def test_every_failure_is_told_and_the_next_request_is_right() -> None:
+    first, second = PAIR.run(failing)
+    assert all(right <= 2e-5 for right in (*first[1::2], *second[1::2]))
+    assert "rank 1" in first[0] and "Error" in second[0]
+    assert first[2] == "AgreementError: rank 1 failed: Unprintable: Unprintable" and second[2] == "Unprintable: "
+    assert "rank 1 came to another result" in first[4] and "rank 0 came to another result" in second[4]
+    assert "rank 1 failed: TypeError" in first[6] and second[6].startswith("TypeError")
+
+
+def bare_calls(rank: int, memory: dict) -> list[Any]:
+    case = MODELS["dit"]
+    args, kwargs = case.inputs()
+    (expected,) = pytree.tree_leaves(case.build()(*args, **kwargs))
+    module = xdit_compile.parallelize(case.build(), Plan(ulysses=2, backend="eager", timeout_s=20))
+
+    def made(steps: int = 1, broken: bool = False) -> Any:
+        try:
+            with xdit_compile.generation(module) if steps > 1 else contextlib.nullcontext():
+                for step in range(steps):
+                    if broken and rank == 1 and step + 1 == steps:
+                        raise ValueError("broken")
+                    (result,) = pytree.tree_leaves(module(*args, **kwargs))
+            return difference(result, expected)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    found = [made(), made(2, broken=True), made(), made(2), made()]
+    for _ in range(2):
+        other = (args[0] + rank, *args[1:])
+        with contextlib.suppress(AgreementError):
+            module(*other, **kwargs)
+            found.append("nothing was raised")
+        found.append(made())
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.data.mul_(0.5)
+        (expected,) = pytree.tree_leaves(found_method(module, "forward")(*args, **kwargs))
+    return [*found, made()]
+
+
+def test_bare_calls_are_right_again_after_failures_and_requests() -> None:
+    for rank, found in enumerate(PAIR.run(bare_calls)):
+        failed = found.pop(1)
+        assert failed == ("ValueError: broken" if rank else "AgreementError: rank 1 failed: ValueError: broken")
+        assert len(found) == 7 and all(isinstance(each, float) and each <= 2e-5 for each in found)
+
+
+def nested(rank: int, memory: dict) -> list[float]:
+    expected, found = SD3.call(SD3.build()), []
+    pipe, other = split(pipefusion=2, warmup_steps=2), split(tensor=2)
+
+    def inside(given: Any, step: int, time: Any, tensors: dict) -> dict:
+        if step == 1:
+            found.extend(difference(SD3.call(each), expected) for each in (pipe, other))
+        return {}
+
+    with contextlib.suppress(IndexError):  # the scheduler's state is the inner request's
+        SD3.call(pipe, callback_on_step_end=inside)
+    return [*found, difference(SD3.call(pipe), expected), difference(SD3.call(other), expected)]
+
+
+def test_requests_inside_of_requests() -> None:
+    for found in PAIR.run(nested):
+        assert len(found) == 4 and max(found) <= 2e-5
+
+
+def one_plan_after_the_other(rank: int, memory: dict) -> list[float]:
+    expected, pipe, found = SD3.call(SD3.build()), SD3.build(), []
+    for degrees in ({"ulysses": 2}, {"tensor": 2}, {"pipefusion": 2, "warmup_steps": 2}, {"cfg": 2}):
+        xdit_compile.parallelize(pipe, Plan(backend="eager", timeout_s=20, **degrees))
+        found.append(difference(SD3.call(pipe), expected))
+        xdit_compile.restore(pipe)
+        found.append(difference(SD3.call(pipe), expected))
+    return found
+
+
+def test_plans_one_after_the_other() -> None:
+    for found in PAIR.run(one_plan_after_the_other):
+        assert max(found) <= 2e-5 and max(found[1::2]) == 0

@@ -319,15 +319,20 @@ class Agreement:
     def _failed(self) -> str:
         return f"{self._name}/{self.epoch}/failed"
 
-    def finish(self) -> None:
+    def finish(self, results: Sequence[Any] = ()) -> None:
         """See to it that all peers made the calls that this rank made since `start`, with the same inputs.
+
+        Args:
+            results: sketches of what the calls came to, which must be alike as well.
 
         Raises:
             AgreementError: they did not.
         """
         if self._store is None:
             return
-        made = self.exchange("the end", {"calls": self.calls, "tail": self._tail}, everyone=True)
+        made = self.exchange(
+            "the end", {"calls": self.calls, "tail": self._tail, "results": list(results)}, everyone=True
+        )
         tails = {rank: made[rank]["tail"] for rank in self._others}
         for rank in self._others:
             if made[rank]["calls"] != self.calls:
@@ -336,6 +341,13 @@ class Agreement:
                     "stop or go on on every rank alike"
                 )
         self._compare(tails)
+        for rank in self._others:
+            theirs = made[rank]["results"]
+            if len(theirs) != len(results) or not all(map(alike, results, theirs)):
+                raise AgreementError(
+                    f"rank {rank} came to another result than rank {self.rank} by the same calls: a callback or a "
+                    "scheduler does something else on one of them"
+                )
 
     # ---- where ranks are
 

@@ -163,7 +163,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     with as_it_was(self):
         function, arguments, *rest = self.__reduce_ex__(protocol)
         rest = [{**each, **found} if isinstance(each, dict) else each for each in rest]
-    if function is copyreg.__newobj__:
+    if function is copyreg.__newobj__:  # type: ignore[attr-defined]
         function = arguments[0].__new__  # pickle refuses the other one for objects whose class is not the one it makes
     return (function, arguments, *rest)
 

@@ -87,11 +87,12 @@ def wrap_call(pipe: Any, session: Session) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         if session.closed:
             return own(*args, **kwargs)
-        bound = inspect.signature(own).bind(*args, **kwargs)
+        with session.entered():
+            bound = inspect.signature(own).bind(*args, **kwargs)
         with session.request(bound.arguments, bound.arguments.get(STEPS)) as agreed:
             bound.arguments.update(agreed)
             args, kwargs = session.replicas.arguments(own, bound.args, bound.kwargs)
-            result = replaced(own(*args, **kwargs), torch.Tensor, _there)
+            result = session.made(replaced(own(*args, **kwargs), torch.Tensor, _there))
             return session.replicas.joined(result, bool(getattr(pipe, "_interrupt", False)))
 
     put_in_place(pipe, {"__call__": call})

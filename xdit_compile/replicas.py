@@ -107,7 +107,9 @@ class Replicas:
         for rank, other in self._agreement.exchange("the images", interrupted, everyone=True).items():
             if other != interrupted:
                 stopped, other_one = (rank, self._agreement.rank) if other else (self._agreement.rank, rank)
-                raise AgreementError(f"rank {stopped} was interrupted and rank {other_one} was not; interrupt all or none")
+                raise AgreementError(
+                    f"rank {stopped} was interrupted and rank {other_one} was not; interrupt all or none"
+                )
         group = process_group(self._group)
         parts: list[Any] | None = [None] * self._count if self._index == 0 else None
         with answering(group, "a gather of images"):

@@ -24,7 +24,9 @@ from .mesh import REPLICA, Mesh, connect
 from .plan import Plan
 from .replicas import Replicas
 from .request_facts import facts_of, share_random_state
+from .results import found_in
 from .shared_inputs import SharedInputs
+from .sketch import sketch_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Session:
         self._lock = threading.RLock()
         self._in_request = self._in_call = self._closed = False
         self._broken: BaseException | None = None
+        self._made: list[Any] = []
         self._requests = 0
         self._before: list[Callable[[], None]] = []
         self._after_failure: list[Callable[[], None]] = []
@@ -115,18 +118,18 @@ class Session:
         Raises:
             AgreementError: ranks were given other arguments, made other calls, or one failed.
         """
-        with self._entered():
+        with self.entered():
             if self._in_request:
                 with self.generation.running(steps):
                     yield dict(arguments)
                 return
-            self._in_request = True
+            self._in_request, self._made = True, []
             self.agreement.start()
             try:
                 with self.generation.running(steps):
                     yield self._begin(arguments)
                 self._refuse_broken()
-                self.agreement.finish()
+                self.agreement.finish(self._made)
             finally:
                 self._in_request = False
                 self.inputs.forget()
@@ -134,7 +137,7 @@ class Session:
     @contextmanager
     def call(self) -> Iterator[None]:
         """One call of a module; outside of a request it is all of one."""
-        with self._entered():
+        with self.entered():
             inside = self._in_call
             if not (self._in_request or inside):
                 self._connect()
@@ -149,6 +152,12 @@ class Session:
         """Tell peers which call this rank enters, and see whether earlier ones were the same."""
         if not self.agreement.alone:
             self.agreement.announce_call(what, [self.inputs.sketch(leaf) for leaf in leaves])
+
+    def made(self, result: Any) -> Any:
+        """What a request returns; that its tensors are the same on all ranks is seen at its end."""
+        tensors = found_in(result, torch.Tensor)
+        self._made = [sketch_of(tensor) for tensor in tensors if tensor.is_floating_point()]
+        return result
 
     def _begin(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         self._requests += 1
@@ -182,8 +191,8 @@ class Session:
             each()
 
     @contextmanager
-    def _entered(self) -> Iterator[None]:
-        """A request or a call; the outermost one of a thread ends what its failure began."""
+    def entered(self) -> Iterator[None]:
+        """Part of a request or a call, in which a failure reaches the other ranks; the outermost one ends it."""
         with self._lock, self.groups.running(), torch.inference_mode(False), torch.no_grad():
             outermost = not (self._in_request or self._in_call)
             try:
