@@ -7,6 +7,7 @@ import datetime
 import multiprocessing
 import os
 import signal
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -26,10 +27,11 @@ class Pair:
 
     Args:
         limit_s: how long one function may take on any of them.
+        host: rank 0 keeps the store of the process group, in place of a file.
     """
 
-    def __init__(self, limit_s: float = 90):
-        self.limit = limit_s
+    def __init__(self, limit_s: float = 90, host: bool = False):
+        self.limit, self._host = limit_s, host
         self._folder: tempfile.TemporaryDirectory | None = None
         self._members: list[tuple[Any, Connection]] = []
 
@@ -68,12 +70,13 @@ class Pair:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pair-")
+        store = f"tcp://127.0.0.1:{_free_port()}" if self._host else f"file://{self._folder.name}/rendezvous"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(procs.PRELOADED)
         with procs._one_thread():
             for rank in range(RANKS):
                 here, there = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, self._folder.name, there), daemon=True)
+                process = context.Process(target=_serve, args=(rank, store, there), daemon=True)
                 process.start()
                 there.close()
                 self._members.append((process, here))
@@ -87,10 +90,16 @@ class Pair:
         return "raised", f"did not come to an end within {self.limit} s"
 
 
-def _serve(rank: int, folder: str, pipe: Connection) -> None:
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(rank: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=limit)
+    dist.init_process_group("gloo", store, rank=rank, world_size=RANKS, timeout=limit)
     memory: dict[Any, Any] = {}
     with contextlib.suppress(EOFError):
         while True:

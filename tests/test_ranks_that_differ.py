@@ -287,6 +287,12 @@ def test_a_rank_that_is_killed_is_named() -> None:
     check(Scenario("ulysses", "kill", "step", at=1))
 
 
+def test_the_rank_that_keeps_the_store_is_named() -> None:
+    others = pair.Pair(host=True)
+    _, found = others.run(play, Scenario("ulysses", "kill", "step", at=1, victim=0))
+    assert all("AgreementError" in each.error and "rank 0" in each.error for each in found)
+
+
 @pytest.mark.slow
 @given(scenarios(("kill",)))
 @settings(CHECKED, max_examples=24)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
@@ -20,7 +21,7 @@ from .errors import AgreementError, PeerError
 from .generations import Generation
 from .guidance import Branches
 from .kernels.groups import Groups
-from .mesh import REPLICA, Mesh, connect
+from .mesh import REPLICA, Mesh, connect, first_sentence
 from .plan import Plan
 from .replicas import Replicas
 from .request_facts import facts_of, share_random_state
@@ -212,7 +213,14 @@ class Session:
         except BaseException as error:
             if self.agreement.alone or self._broken is not None:
                 raise
-            self._broken = self._stop(error)
+            try:
+                self._broken = self._stop(error)
+            except dist.DistError as lost:
+                self.groups.close()
+                self._broken = AgreementError(
+                    f"the store of the process group does not answer ({first_sentence(lost)}): rank 0, which keeps it, "
+                    "has ended, or the launcher has; start all processes again"
+                )
             if self._broken is error:
                 raise
             raise self._broken from error
