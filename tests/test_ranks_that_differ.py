@@ -272,6 +272,10 @@ def test_many_ranks_that_differ(scenario: Scenario) -> None:
     check(scenario)
 
 
+def test_replicas_compare_their_prompts() -> None:
+    check(Scenario("data", "prompt"))
+
+
 def test_a_rank_that_stops_for_a_while_does_not_matter() -> None:
     check(Scenario("ring", "stop", "step", at=1))
 

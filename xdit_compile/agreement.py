@@ -148,10 +148,23 @@ class Agreement:
         for rank, other in sorted(said.items()):
             differing = [name for name in {**facts, **other} if facts.get(name) != other.get(name)]
             if differing:
-                raise AgreementError(
-                    f"rank {rank} was called with another {' and another '.join(differing)} than rank {self.rank}; "
-                    "give every rank the same plan, the same inputs and the same seed"
-                )
+                raise self._called_otherwise(rank, " and another ".join(differing))
+
+    def require_alike(self, said: Mapping[int, Sequence[Any]], sketches: Sequence[Any]) -> None:
+        """Compare sketches of the inputs of others with those of this rank's.
+
+        Raises:
+            AgreementError: naming the first rank whose inputs differ by more than rounding.
+        """
+        for rank, other in sorted(said.items()):
+            if len(other) != len(sketches) or not all(map(alike, sketches, other)):
+                raise self._called_otherwise(rank, "input")
+
+    def _called_otherwise(self, rank: int, what: str) -> AgreementError:
+        return AgreementError(
+            f"rank {rank} was called with another {what} than rank {self.rank}; "
+            "give every rank the same plan, the same inputs and the same seed"
+        )
 
     def any(self, stage: str, mine: bool) -> bool:
         """Whether something holds on any peer."""

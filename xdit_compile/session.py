@@ -163,8 +163,8 @@ class Session:
     def _begin(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         self._requests += 1
         own = {"request": str(self._requests), "plan": digest([self.plan])}
-        self._meet({**own, **facts_of(arguments)})
         leaves, spec = pytree.tree_flatten(pytree.tree_map_only(torch.Tensor, _countable, dict(arguments)))
+        self._meet({**own, **facts_of(arguments)}, [sketch_of(leaf) for leaf in leaves])
         found = pytree.tree_unflatten(self.inputs.agreed(leaves), spec)
         share_random_state(self.agreement)
         self.branches.begin()
@@ -176,10 +176,17 @@ class Session:
         if not self._reconciled:
             self._meet({})
 
-    def _meet(self, facts: Mapping[str, str]) -> None:
-        """Agree on the facts of a request, and have connections: all ranks keep theirs or all make new ones."""
-        said = self.agreement.exchange("the start", {"open": self.groups.is_open, "facts": facts}, everyone=True)
+    def _meet(self, facts: Mapping[str, str], inputs: Sequence[Any] = ()) -> None:
+        """Agree on the facts of a request, and have connections: all ranks keep theirs or all make new ones.
+
+        Args:
+            facts: what must be equal.
+            inputs: sketches of what must be alike, on ranks that make other images as well.
+        """
+        mine = {"open": self.groups.is_open, "facts": facts, "inputs": list(inputs)}
+        said = self.agreement.exchange("the start", mine, everyone=True)
         self.agreement.require_equal({rank: other["facts"] for rank, other in said.items()}, facts)
+        self.agreement.require_alike({rank: other["inputs"] for rank, other in said.items()}, inputs)
         if not (self.groups.is_open and all(other["open"] for other in said.values())):
             self.groups.close()
             self.agreement.exchange("new connections", None, everyone=True)
