@@ -39,14 +39,13 @@ class Agreement:
         name: sets this conversation apart from others in the same store; the same on every rank that takes part.
         rank: this process.
         members: the ranks that take part, in ascending order.
-        peers: those of them that make the same images, whose calls must be the same.
         timeout_s: seconds to wait for a rank before giving up.
     """
 
-    def __init__(self, name: str, rank: int, members: Sequence[int], peers: Sequence[int], timeout_s: float):
+    def __init__(self, name: str, rank: int, members: Sequence[int], timeout_s: float):
         self._name = f"xdit_compile/{name}"
         self.rank = rank
-        self._members, self._peers = list(members), list(peers)
+        self._members = list(members)
         self._timeout = timeout_s
         self.epoch = 0
         self.calls = 0
@@ -54,7 +53,7 @@ class Agreement:
         self._said = ""
         self._tail: dict[int, list[str]] = {}
         self._unread: set[int] = set()
-        self._talks: dict[str, int] = {}
+        self._talks = 0
         self._heard = False
         self._store = dist.distributed_c10d._get_default_store() if len(members) > 1 else None
         self._life = None if self._store is None else Liveness(self._store, self._name, rank)
@@ -64,9 +63,9 @@ class Agreement:
         """A new conversation among all ranks of a mesh; all must start theirs in the same order."""
         members = list(range(mesh.world_size))
         if len(members) == 1:
-            return cls("alone", mesh.rank, members, members, timeout_s)
+            return cls("alone", mesh.rank, members, timeout_s)
         count = dist.distributed_c10d._get_default_store().add(f"xdit_compile/conversations/{mesh.rank}", 1)
-        return cls(str(count), mesh.rank, members, members, timeout_s)
+        return cls(str(count), mesh.rank, members, timeout_s)
 
     @property
     def alone(self) -> bool:
@@ -75,7 +74,7 @@ class Agreement:
 
     @property
     def _others(self) -> list[int]:
-        return [rank for rank in self._peers if rank != self.rank]
+        return [rank for rank in self._members if rank != self.rank]
 
     def close(self) -> None:
         """End the talk; others see that this rank takes part no more."""
@@ -110,7 +109,7 @@ class Agreement:
     @property
     def _next(self) -> int:
         """The peer whose calls this rank reads while they go on: if neighbours agree, all do."""
-        return self._peers[(self._peers.index(self.rank) + 1) % len(self._peers)]
+        return self._members[(self._members.index(self.rank) + 1) % len(self._members)]
 
     def _compare(self, tails: Mapping[int, Mapping[str, list[str]]]) -> None:
         """Compare the latest calls of peers, as far as they have come, with this rank's."""
@@ -157,10 +156,23 @@ class Agreement:
         for rank, other in sorted(said.items()):
             differing = [name for name in {**facts, **other} if facts.get(name) != other.get(name)]
             if differing:
-                raise AgreementError(
-                    f"rank {rank} was called with another {' and another '.join(differing)} than rank {self.rank}; "
-                    "give every rank the same plan, the same inputs and the same seed"
-                )
+                raise self._called_otherwise(rank, " and another ".join(differing))
+
+    def require_alike(self, said: Mapping[int, Sequence[Any]], sketches: Sequence[Any]) -> None:
+        """Compare sketches of the inputs of others with those of this rank's.
+
+        Raises:
+            AgreementError: naming the first rank whose inputs differ by more than rounding.
+        """
+        for rank, other in sorted(said.items()):
+            if len(other) != len(sketches) or not all(map(alike, sketches, other)):
+                raise self._called_otherwise(rank, "input")
+
+    def _called_otherwise(self, rank: int, what: str) -> AgreementError:
+        return AgreementError(
+            f"rank {rank} was called with another {what} than rank {self.rank}; "
+            "give every rank the same plan, the same inputs and the same seed"
+        )
 
     def any(self, stage: str, mine: bool) -> bool:
         """Whether something holds on any peer."""
@@ -168,7 +180,7 @@ class Agreement:
 
     def share(self, value: bytes | None) -> bytes:
         """The first peer's bytes on every rank."""
-        first = self._peers[0]
+        first = self._members[0]
         said = self.exchange("share", value.hex() if self.rank == first and value is not None else None)
         return bytes.fromhex(said[first]) if first in said else value or b""
 
@@ -192,31 +204,29 @@ class Agreement:
         first = self._members[0]
         return self._wait(self._key(f"{self.epoch}/turn{turn}", first), first, "the start").decode()
 
-    def exchange(self, stage: str, mine: Any, everyone: bool = False) -> dict[int, Any]:
-        """What every other peer says at this stage, or every other member with ``everyone``.
+    def exchange(self, stage: str, mine: Any) -> dict[int, Any]:
+        """What every other rank says at this stage.
 
         Raises:
             AgreementError: a rank failed, does something else, or did not come in time.
         """
         if self._store is None:
             return {}
-        ranks = [rank for rank in (self._members if everyone else self._peers) if rank != self.rank]
-        scope = "all" if everyone else "peers"
-        count = self._talks[scope] = self._talks.get(scope, 0) + 1
+        self._talks += 1
         self._say(stage)
-        topic = f"{self.epoch}/{scope}{count}"
+        topic = f"{self.epoch}/talk{self._talks}"
         self._store.set(self._key(topic, self.rank), json.dumps({"stage": stage, "said": mine}))
         found = {}
         if self._life is not None:
             self._life.forget()
-        for rank in ranks:
+        for rank in self._others:
             theirs = json.loads(self._wait(self._key(topic, rank), rank, stage))
             if theirs["stage"] != stage:
                 raise self._other_way(rank, theirs["stage"], stage)
             found[rank] = theirs["said"]
-        self._heard = self._heard or not set(self._others) - set(ranks)
-        if count > 2:
-            self._store.delete_key(self._key(f"{self.epoch}/{scope}{count - 2}", self.rank))
+        self._heard = True
+        if self._talks > 2:
+            self._store.delete_key(self._key(f"{self.epoch}/talk{self._talks - 2}", self.rank))
         return found
 
     def _wait(self, key: str, rank: int, stage: str) -> bytes:
@@ -233,7 +243,10 @@ class Agreement:
                     break
                 self._refuse_other_way(rank, position, stage)
             if now - begin > self._timeout:
-                raise AgreementError(f"rank {rank} did not answer within {self._timeout:.0f} s; was it stopped?")
+                raise AgreementError(
+                    f"rank {rank} did not answer within {self._timeout:.0f} s and {self._where(rank)}; "
+                    "was it stopped, or does it call something else?"
+                )
             if now > noticed:
                 noticed += 6 * NOTICE_SECONDS
                 logger.warning("rank %d waits at %s for rank %d, which %s", self.rank, stage, rank, self._where(rank))
@@ -280,7 +293,7 @@ class Agreement:
             waiting: what this rank waits for the peer to come to, where that is no transfer: one that is further on
                 will not come any more.
         """
-        if rank not in self._peers or position is None or position["epoch"] != self.epoch:
+        if position is None or position["epoch"] != self.epoch:
             return
         ahead = position["event"] - self._event
         if (ahead > 0 and waiting) or (ahead == 0 and position["said"] != self._said):
@@ -323,7 +336,7 @@ class Agreement:
         while (failed := self.failure()) is None and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
         if failed is None and self._life is not None:
-            silent = self._life.silent([rank for rank in self._members if rank != self.rank])
+            silent = self._life.silent(self._others)
             failed = self.failure() or (None if silent is None else _stopped(silent))
         return failed
 
@@ -338,7 +351,7 @@ class Agreement:
         """Go on in another epoch; what was said in this one is forgotten."""
         self.epoch += 1
         self._event = self._starts = 0
-        self._talks.clear()
+        self._talks = 0
         self.start()
 
     def start(self) -> None:
@@ -357,15 +370,18 @@ class Agreement:
     def _failed(self) -> str:
         return f"{self._name}/{self.epoch}/failed"
 
-    def finish(self) -> None:
+    def finish(self, results: Sequence[Any] = ()) -> None:
         """See to it that all peers made the calls that this rank made since `start`, with the same inputs.
+
+        Args:
+            results: sketches of what the calls came to, which must be alike as well.
 
         Raises:
             AgreementError: they did not.
         """
         if self._store is None:
             return
-        made = self.exchange("the end", {"calls": self.calls, "tail": self._tail}, everyone=True)
+        made = self.exchange("the end", {"calls": self.calls, "tail": self._tail, "results": list(results)})
         tails = {rank: made[rank]["tail"] for rank in self._others}
         for rank in self._others:
             if made[rank]["calls"] != self.calls:
@@ -374,6 +390,13 @@ class Agreement:
                     "stop or go on on every rank alike"
                 )
         self._compare(tails)
+        for rank in self._others:
+            theirs = made[rank]["results"]
+            if len(theirs) != len(results) or not all(map(alike, results, theirs)):
+                raise AgreementError(
+                    f"rank {rank} came to another result than rank {self.rank} by the same calls: a callback or a "
+                    "scheduler does something else on one of them"
+                )
 
     # ---- where ranks are
 

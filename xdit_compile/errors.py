@@ -45,4 +45,8 @@ class ProviderUnavailable(UsageError):
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """What an error says, on one line; its type where it says nothing."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    return " ".join(text.split())[:limit] or type(error).__name__

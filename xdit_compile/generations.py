@@ -86,7 +86,7 @@ class Generation:
 
     @contextmanager
     def running(self, steps: int | None = None) -> Iterator[None]:
-        """One generation of so many steps, however it ends.
+        """One generation of so many steps, however it ends; one inside of another takes nothing from it.
 
         Raises:
             UsageError: for fewer steps than the warm-up takes.
@@ -96,16 +96,15 @@ class Generation:
                 f"warmup_steps={self.warmup} but this generation has {steps} steps; "
                 f"use warmup_steps={steps} for an exact one, or more steps"
             )
+        around = self.active, self._branches, self._digests
         self.number += 1
-        self.active = True
+        self.active, self._branches, self._digests = True, {}, {}
         try:
             yield
             for branch in self._branches.values():
                 branch.finish()
         finally:
-            self.active = False
-            self._branches.clear()
-            self._digests.clear()
+            self.active, self._branches, self._digests = around
 
     def waits(self, branch: Branch) -> bool:
         """Whether the call that a branch was entered with takes nothing from a call before."""

@@ -7,6 +7,7 @@ class has the name of the object's own and counts as equal to it, since librarie
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -158,9 +159,13 @@ def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles are of the object as it was: no ranks share them."""
     if isinstance(self, nn.Module):
         refuse_released(self)
+    found = vars(self)[HELD].found if HELD in vars(self) else {}
     with as_it_was(self):
         function, arguments, *rest = self.__reduce_ex__(protocol)
-        return (function, arguments, *(dict(each) if isinstance(each, dict) else each for each in rest))
+        rest = [{**each, **found} if isinstance(each, dict) else each for each in rest]
+    if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+        function = arguments[0].__new__  # pickle refuses the other one for objects whose class is not the one it makes
+    return (function, arguments, *rest)
 
 
 def _taken_off(target: Any, own: type, name: str) -> Method | None:

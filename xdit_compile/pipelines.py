@@ -87,10 +87,11 @@ def wrap_call(pipe: Any, session: Session) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         if session.closed:
             return own(*args, **kwargs)
-        bound = inspect.signature(own).bind(*args, **kwargs)
+        with session.entered():
+            bound = inspect.signature(own).bind(*args, **kwargs)
         with session.request(bound.arguments, bound.arguments.get(STEPS)) as agreed:
             bound.arguments.update(agreed)
-            return replaced(own(*bound.args, **bound.kwargs), torch.Tensor, _there)
+            return session.made(replaced(own(*bound.args, **bound.kwargs), torch.Tensor, _there))
 
     put_in_place(pipe, {"__call__": call})
 

@@ -7,10 +7,11 @@ import datetime
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
@@ -20,10 +21,12 @@ from .errors import AgreementError, PeerError
 from .generations import Generation
 from .guidance import Branches
 from .kernels.groups import Groups
-from .mesh import Mesh, connect
+from .mesh import Mesh, connect, first_sentence
 from .plan import Plan
 from .request_facts import facts_of, share_random_state
+from .results import found_in
 from .shared_inputs import SharedInputs
+from .sketch import sketch_of
 from .turns import Turns
 
 
@@ -71,6 +74,8 @@ class Session:
         self._turns = Turns(self.agreement)
         self._thread = 0
         self._in_request = self._in_call = self._closed = False
+        self._broken: BaseException | None = None
+        self._made: list[Any] = []
         self._requests = 0
         self._before: list[Callable[[], None]] = []
         self._after_failure: list[Callable[[], None]] = []
@@ -115,18 +120,18 @@ class Session:
             AgreementError: ranks were given other arguments, made other calls, or one failed.
         """
         if self._in_request and self._thread == threading.get_ident():
-            yield dict(arguments)
+            with self.entered(), self.generation.running(steps):
+                yield dict(arguments)
             return
         facts = facts_of(arguments)
-        around = torch.inference_mode(False), torch.no_grad()
-        turn = self._turns.of(digest([facts]))
-        with self._guarded(), turn, self._guarded(), self.groups.running(), around[0], around[1]:
-            self._in_request, self._thread = True, threading.get_ident()
+        with self._taken(self._turns.of(digest([facts]))), self.entered():
+            self._in_request, self._thread, self._made = True, threading.get_ident(), []
             self.agreement.start()
             try:
                 with self.generation.running(steps):
                     yield self._begin(arguments, facts)
-                self.agreement.finish()
+                self._refuse_broken()
+                self.agreement.finish(self._made)
             finally:
                 self._in_request = False
                 self.inputs.forget()
@@ -134,27 +139,33 @@ class Session:
     @contextmanager
     def call(self) -> Iterator[None]:
         """One call of a module; outside of a request it is all of one."""
-        around = torch.inference_mode(False), torch.no_grad()
-        with self._turns.one(), self._guarded(), self.groups.running(), around[0], around[1]:
-            outermost = not (self._in_request or self._in_call)
-            if outermost:
+        with self.entered():
+            inside = self._in_call
+            if not (self._in_request or inside):
                 self._connect()
                 self._do(self._before)
             self._in_call = True
             try:
                 yield
             finally:
-                self._in_call = not outermost and self._in_call
+                self._in_call = inside
 
     def announce(self, what: str, leaves: Sequence[Any]) -> None:
         """Tell peers which call this rank enters, and see whether earlier ones were the same."""
         if not self.agreement.alone:
             self.agreement.announce_call(what, [self.inputs.sketch(leaf) for leaf in leaves])
 
+    def made(self, result: Any) -> Any:
+        """What a request returns; that its tensors are the same on all ranks is seen at its end."""
+        tensors = found_in(result, torch.Tensor)
+        self._made = [sketch_of(tensor) for tensor in tensors if tensor.is_floating_point()]
+        return result
+
     def _begin(self, arguments: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, Any]:
         self._requests += 1
-        self._meet({"request": str(self._requests), "plan": digest([self.plan]), **facts})
+        own = {"request": str(self._requests), "plan": digest([self.plan])}
         leaves, spec = pytree.tree_flatten(pytree.tree_map_only(torch.Tensor, _countable, dict(arguments)))
+        self._meet({**own, **facts}, [sketch_of(leaf) for leaf in leaves])
         found = pytree.tree_unflatten(self.inputs.agreed(leaves), spec)
         share_random_state(self.agreement)
         self.branches.begin()
@@ -166,13 +177,20 @@ class Session:
         if not self._reconciled:
             self._meet({})
 
-    def _meet(self, facts: Mapping[str, str]) -> None:
-        """Agree on the facts of a request, and have connections: all ranks keep theirs or all make new ones."""
-        said = self.agreement.exchange("the start", {"open": self.groups.is_open, "facts": facts}, everyone=True)
+    def _meet(self, facts: Mapping[str, str], inputs: Sequence[Any] = ()) -> None:
+        """Agree on the facts of a request, and have connections: all ranks keep theirs or all make new ones.
+
+        Args:
+            facts: what must be equal.
+            inputs: sketches of what must be alike.
+        """
+        mine = {"open": self.groups.is_open, "facts": facts, "inputs": list(inputs)}
+        said = self.agreement.exchange("the start", mine)
         self.agreement.require_equal({rank: other["facts"] for rank, other in said.items()}, facts)
+        self.agreement.require_alike({rank: other["inputs"] for rank, other in said.items()}, inputs)
         if not (self.groups.is_open and all(other["open"] for other in said.values())):
             self.groups.close()
-            self.agreement.exchange("new connections", None, everyone=True)
+            self.agreement.exchange("new connections", None)
             self.groups.open()
         self.agreement.start()
         self._reconciled = True
@@ -182,37 +200,68 @@ class Session:
             each()
 
     @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Part of a request or a call, in which a failure reaches the other ranks; the outermost one ends it."""
+        with self._turns.one(), self.groups.running(), torch.inference_mode(False), torch.no_grad():
+            outermost = not (self._in_request or self._in_call)
+            try:
+                with self._guarded():
+                    yield
+            finally:
+                if outermost and self._broken is not None:
+                    self.agreement.renew()
+                    self._turns.reset()
+                    self._broken, self._requests, self._reconciled = None, 0, False
+
+    @contextmanager
+    def _taken(self, turn: AbstractContextManager[None]) -> Iterator[None]:
+        """A turn of this thread; that it does not come is a failure as any other."""
+        try:
+            turn.__enter__()
+        except AgreementError:
+            with self.entered():
+                raise
+        try:
+            yield
+        finally:
+            turn.__exit__(None, None, None)
+
+    @contextmanager
     def _guarded(self) -> Iterator[None]:
         """Stop together: what is raised inside reaches the other ranks, and what stopped them is raised here."""
         try:
+            self._refuse_broken()
             yield
         except BaseException as error:
-            if self.agreement.alone or getattr(error, STOPPED, False):
+            if self.agreement.alone or self._broken is not None:
                 raise
-            raised = self._stop(error)
-            setattr(raised, STOPPED, True)
-            if raised is error:
+            try:
+                self._broken = self._stop(error)
+            except dist.DistError as lost:
+                self.groups.close()
+                self._broken = AgreementError(
+                    f"the store of the process group does not answer ({first_sentence(lost)}): rank 0, which keeps it, "
+                    "has ended, or the launcher has; start all processes again"
+                )
+            if self._broken is error:
                 raise
-            raise raised from error
+            raise self._broken from error
+
+    def _refuse_broken(self) -> None:
+        """A request in which something failed goes no further, whoever caught what was raised."""
+        if self._broken is not None:
+            raise self._broken
 
     def _stop(self, error: BaseException) -> BaseException:
         """Say that this rank goes no further, and close its connections, if any rank may wait in one."""
-        with self._turns.one():
-            cause = self.agreement.blame() if isinstance(error, PeerError) else None
-            self.agreement.fail(error, cause)
-            if self.agreement.calls or not self.agreement.all_failed_unused():
-                self.groups.close()
-                self._do(self._after_failure)
-            self.agreement.renew()
-            self._turns.reset()
-            self._requests, self._reconciled = 0, False
+        cause = self.agreement.blame() if isinstance(error, PeerError) else None
+        self.agreement.fail(error, cause)
+        if self.agreement.calls or not self.agreement.all_failed_unused():
+            self.groups.close()
+            self._do(self._after_failure)
         return error if cause is None else AgreementError(cause)
 
 
 def _countable(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that counts writes to it, unlike those made in inference mode; requests run outside of that mode."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-STOPPED = "_xdit_compile_stopped"
-"""Marks an error that other ranks know of."""
