@@ -24,8 +24,8 @@ CAPTURE = (
     "decompose simplify blocks outline interpret preserve signature capture separate in_place"
 )
 RUNTIME = (
-    "simulated sketch liveness agreement request_facts shared_inputs turns session verification digest build report "
-    "dump deferred guidance pipelines empty runtime autoencoder distvae_provider generations patched "
+    "simulated sketch calls liveness agreement request_facts shared_inputs turns session verification digest build "
+    "report dump deferred guidance pipelines empty runtime autoencoder distvae_provider generations patched "
     "pipes halves pipefusion distrifusion pipeline_report"
 )
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"

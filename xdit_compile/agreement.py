@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .calls import Calls
 from .errors import AgreementError, one_line
 from .liveness import SILENT_SECONDS, Liveness
 from .mesh import Mesh
@@ -26,8 +27,6 @@ NOTICE_SECONDS = 5.0
 """After so long a rank that waits says for whom."""
 SETTLE_SECONDS = 2.0
 """How long a broken transfer is given for its cause to be known."""
-REMEMBERED = 8
-"""Calls whose inputs a rank keeps in the store for others to compare."""
 
 logger = logging.getLogger("xdit_compile")
 
@@ -48,11 +47,9 @@ class Agreement:
         self._members = list(members)
         self._timeout = timeout_s
         self.epoch = 0
-        self.calls = 0
+        self._calls = Calls(rank)
         self._event = self._starts = 0
         self._said = ""
-        self._tail: dict[int, list[str]] = {}
-        self._unread: set[int] = set()
         self._talks = 0
         self._heard = False
         self._store = dist.distributed_c10d._get_default_store() if len(members) > 1 else None
@@ -86,56 +83,62 @@ class Agreement:
     def announce_call(self, what: str, sketches: Sequence[str]) -> None:
         """Say which call this rank enters now and what it is given, without waiting for anybody.
 
-        What peers said of calls before this one is compared.
+        What a peer said of calls before this one is compared: if neighbours agree, all do.
 
         Raises:
             AgreementError: a peer made another call, or the same one with other inputs.
         """
         if self._store is None:
             return
-        self.calls += 1
-        self._unread.add(self.calls)
-        self._tail[self.calls] = [what, *sketches]
-        self._tail.pop(self.calls - REMEMBERED, None)
-        self._say(f"call {self.calls} of {what}")
-        if self._heard and self._others and self._life is not None:
+        self._calls.add(what, sketches)
+        self._say(f"call {self._calls.made} of {what}")
+        if self._heard and self._life is not None:
+            key = self._key("at", self._next)
             answer = self._life.answer()
-            behind = len(self._unread) > REMEMBERED // 2
-            answer = self._store.get(self._key("at", self._next)) if behind else answer
+            answer = self._store.get(key) if self._calls.behind else answer
             if answer is not None and (position := json.loads(answer))["count"] == self._count:
-                self._compare({position["rank"]: position["tail"]})
-            self._life.ask(self._key("at", self._next))
+                self._compare({position["rank"]: position["calls"]})
+            self._life.ask(key)
+
+    def confirm_call(self) -> None:
+        """See to it that all ranks made the latest call with the same inputs, before its result is used.
+
+        Raises:
+            AgreementError: one did not, failed, or did not come in time.
+        """
+        begin = time.monotonic()
+        for rank in self._others if self._calls.made else ():
+            while (position := self._position(rank)) is None or not self._has_made(position):
+                if time.monotonic() - begin > 10 * POLL_SECONDS:
+                    self.look([rank])
+                    self._refuse_other_way(rank, position)
+                if time.monotonic() - begin > self._timeout:
+                    raise AgreementError(f"rank {rank} did not make {self._said} within {self._timeout:.0f} s")
+                time.sleep(POLL_SECONDS / 10)
+            if position["count"] == self._count:
+                self._compare({rank: position["calls"]})
+
+    def _has_made(self, position: Mapping[str, Any]) -> bool:
+        return position["count"] > self._count or (
+            position["count"] == self._count and max(map(int, position["calls"]), default=0) >= self._calls.made
+        )
+
+    @property
+    def calls(self) -> int:
+        """Calls since `start`."""
+        return self._calls.made
 
     @property
     def _next(self) -> int:
-        """The peer whose calls this rank reads while they go on: if neighbours agree, all do."""
+        """The peer whose calls this rank reads while they go on."""
         return self._members[(self._members.index(self.rank) + 1) % len(self._members)]
 
-    def _compare(self, tails: Mapping[int, Mapping[str, list[str]]]) -> None:
+    def _compare(self, calls: Mapping[int, Mapping[str, Sequence[str]]]) -> None:
         """Compare the latest calls of peers, as far as they have come, with this rank's."""
-        for rank, tail in tails.items():
-            for call in [call for call in self._unread if str(call) in tail]:
-                self._check_call(rank, call, tail[str(call)])
-        if self._next in tails:
-            reached = max(map(int, tails[self._next]), default=0)
-            self._unread = {call for call in self._unread if call > reached}
-
-    def _check_call(self, rank: int, call: int, theirs: list[str]) -> None:
-        mine = self._tail.get(call)
-        if mine is None:
-            return
-        if mine[0] != theirs[0] or len(mine) != len(theirs):
-            raise AgreementError(
-                f"call {call} of rank {rank} is {theirs[0]} where rank {self.rank} makes {mine[0]}; "
-                "give every rank the same inputs"
-            )
-        pairs = enumerate(zip(mine[1:], theirs[1:], strict=True))
-        differing = [at for at, (one, other) in pairs if not alike(one, other)]
-        if differing:
-            raise AgreementError(
-                f"call {call} of rank {rank} has another input {differing[0]} than rank {self.rank}'s; "
-                "give every rank the same inputs and the same seed"
-            )
+        for rank, theirs in calls.items():
+            self._calls.compare(rank, theirs)
+        if self._next in calls:
+            self._calls.compared(calls[self._next])
 
     # ---- talks, in which ranks wait for one another
 
@@ -159,11 +162,7 @@ class Agreement:
                 raise self._called_otherwise(rank, " and another ".join(differing))
 
     def require_alike(self, said: Mapping[int, Sequence[Any]], sketches: Sequence[Any]) -> None:
-        """Compare sketches of the inputs of others with those of this rank's.
-
-        Raises:
-            AgreementError: naming the first rank whose inputs differ by more than rounding.
-        """
+        """Compare sketches of inputs, as `require_equal` does facts: they may differ by rounding."""
         for rank, other in sorted(said.items()):
             if len(other) != len(sketches) or not all(map(alike, sketches, other)):
                 raise self._called_otherwise(rank, "input")
@@ -175,7 +174,7 @@ class Agreement:
         )
 
     def any(self, stage: str, mine: bool) -> bool:
-        """Whether something holds on any peer."""
+        """Whether something holds on any rank."""
         return any([mine, *self.exchange(stage, mine).values()])
 
     def share(self, value: bytes | None) -> bytes:
@@ -193,14 +192,11 @@ class Agreement:
         """Say which request this rank takes next."""
         if self._store is not None:
             self._store.set(self._key(f"{self.epoch}/turn{turn}", self.rank), request)
+            if turn:
+                self._store.delete_key(self._key(f"{self.epoch}/turn{turn - 1}", self.rank))
 
     def led(self, turn: int) -> str:
-        """Which request the first rank takes, once it is known; the last rank to read it takes it out of the store.
-
-        Raises:
-            AgreementError: it failed, does something else, or did not come in time.
-        """
-        assert self._store is not None
+        """Which request the first rank takes, once it is known; raises as `exchange` does."""
         first = self._members[0]
         return self._wait(self._key(f"{self.epoch}/turn{turn}", first), first, "the start").decode()
 
@@ -266,7 +262,7 @@ class Agreement:
         for rank, position in here.items():
             self._refuse_other_way(rank, position)
         counted = {rank: position for rank, position in here.items() if position["count"] == self._count}
-        self._compare({rank: position["tail"] for rank, position in counted.items()})
+        self._compare({rank: position["calls"] for rank, position in counted.items()})
         if waited > NOTICE_SECONDS and int(waited) % int(6 * NOTICE_SECONDS) == int(NOTICE_SECONDS):
             logger.warning(
                 "rank %d waits in %s of %s: %s", self.rank, what, self._said,
@@ -282,7 +278,7 @@ class Agreement:
         failed = self.failure()
         if failed is not None:
             raise AgreementError(failed)
-        for rank in ranks if self._life is not None else ():
+        for rank in ranks:
             if self._life is not None and self._life.silence(rank) > min(SILENT_SECONDS, self._timeout):
                 raise AgreementError(_stopped(rank))
 
@@ -356,10 +352,8 @@ class Agreement:
 
     def start(self) -> None:
         """Count calls from the first again."""
-        self.calls = 0
         self._starts += 1
-        self._tail.clear()
-        self._unread.clear()
+        self._calls.restart()
 
     @property
     def _count(self) -> list[int]:
@@ -381,18 +375,17 @@ class Agreement:
         """
         if self._store is None:
             return
-        made = self.exchange("the end", {"calls": self.calls, "tail": self._tail, "results": list(results)})
-        tails = {rank: made[rank]["tail"] for rank in self._others}
-        for rank in self._others:
-            if made[rank]["calls"] != self.calls:
+        mine = {"made": self.calls, "calls": self._calls.latest, "results": list(results)}
+        said = self.exchange("the end", mine)
+        for rank, theirs in said.items():
+            if theirs["made"] != self.calls:
                 raise AgreementError(
-                    f"rank {rank} made {made[rank]['calls']} calls where rank {self.rank} made {self.calls}; "
+                    f"rank {rank} made {theirs['made']} calls where rank {self.rank} made {self.calls}; "
                     "stop or go on on every rank alike"
                 )
-        self._compare(tails)
-        for rank in self._others:
-            theirs = made[rank]["results"]
-            if len(theirs) != len(results) or not all(map(alike, results, theirs)):
+        self._compare({rank: theirs["calls"] for rank, theirs in said.items()})
+        for rank, theirs in said.items():
+            if len(theirs["results"]) != len(results) or not all(map(alike, results, theirs["results"])):
                 raise AgreementError(
                     f"rank {rank} came to another result than rank {self.rank} by the same calls: a callback or a "
                     "scheduler does something else on one of them"
@@ -406,7 +399,7 @@ class Agreement:
         self._said = what
         position = {
             "rank": self.rank, "epoch": self.epoch, "count": self._count, "event": self._event, "said": what,
-            "tail": self._tail,
+            "calls": self._calls.latest,
         }  # fmt: skip
         self._store.set(self._key("at", self.rank), json.dumps(position))
 

@@ -87,8 +87,11 @@ def wrap_call(pipe: Any, session: Session) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         if session.closed:
             return own(*args, **kwargs)
-        with session.entered():
+        try:
             bound = inspect.signature(own).bind(*args, **kwargs)
+        except TypeError:
+            with session.entered():
+                raise
         with session.request(bound.arguments, bound.arguments.get(STEPS)) as agreed:
             bound.arguments.update(agreed)
             return session.made(replaced(own(*bound.args, **bound.kwargs), torch.Tensor, _there))

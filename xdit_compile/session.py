@@ -147,6 +147,8 @@ class Session:
             self._in_call = True
             try:
                 yield
+                if not (self._in_request or inside):
+                    self.agreement.confirm_call()
             finally:
                 self._in_call = inside
 
@@ -218,7 +220,7 @@ class Session:
         """A turn of this thread; that it does not come is a failure as any other."""
         try:
             turn.__enter__()
-        except AgreementError:
+        except Exception:
             with self.entered():
                 raise
         try:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from .agreement import Agreement
 
-PATIENCE_SECONDS = 0.5
+PATIENCE_SECONDS = 5.0
 """How long a rank waits for a thread of its own with the request whose turn it is, before another one takes it."""
 
 
@@ -76,10 +76,16 @@ class Turns:
         if not self._lock.acquire(timeout=0.01):
             return False
         wanted = self._agreement.led(self._count)
-        end = time.monotonic() + PATIENCE_SECONDS
+        end = time.monotonic() + (PATIENCE_SECONDS if _others_may_come() else 0)
         while wanted != request and wanted not in self._waiting and time.monotonic() < end:
             time.sleep(0.01)
         if wanted == request or wanted not in self._waiting:
             return True
         self._lock.release()
         return False
+
+
+def _others_may_come() -> bool:
+    """Whether other threads of this process may make requests."""
+    working = [thread for thread in threading.enumerate() if not thread.daemon]
+    return len(working) > 1 or threading.current_thread() is not threading.main_thread()
