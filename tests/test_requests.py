@@ -42,16 +42,25 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def from_threads(rank: int, memory: dict) -> list[float]:
-    expected, pipe, found = SD3.call(SD3.build()), split(ulysses=2), []
-    threads = [threading.Thread(target=lambda: found.append(SD3.call(pipe))) for _ in range(3)]
+    """Threads that come in another order on each rank, with requests of their own."""
+    unsplit, pipe, found = SD3.build(), split(ulysses=2), {}
+    given = {
+        seed: {**SD3.arguments(Draw(seed)), "num_inference_steps": 2, "output_type": "latent"} for seed in range(3)
+    }
+
+    def ask(seed: int) -> None:
+        found[seed] = pipe(generator=torch.Generator().manual_seed(seed), **given[seed]).images
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in (range(3) if rank else reversed(range(3)))]
     for thread in threads:
         thread.start()
+        time.sleep(0.2)
     for thread in threads:
         thread.join()
-    return [difference(each, expected) for each in found]
+    return [difference(found[seed], SD3.call(unsplit, seed)) for seed in given]
 
 
-def test_threads_take_turns() -> None:
+def test_threads_take_turns_in_one_order() -> None:
     for differences in PAIR.run(from_threads):
         assert len(differences) == 3 and max(differences) <= 2e-5
 
@@ -301,3 +310,21 @@ def one_plan_after_the_other(rank: int, memory: dict) -> list[float]:
 def test_plans_one_after_the_other() -> None:
     for found in PAIR.run(one_plan_after_the_other):
         assert max(found) <= 2e-5 and max(found[1::2]) == 0
+
+
+def other_weights(rank: int, memory: dict) -> list[Any]:
+    expected, pipe = SD3.call(SD3.build()), split(ulysses=2)
+    found: list[Any] = [difference(SD3.call(pipe), expected)]
+    weight = next(pipe.transformer.transformer_blocks[1].parameters())
+    weight.data.mul_(1 + rank)
+    try:
+        found.append(difference(SD3.call(pipe), expected))
+    except AgreementError as error:
+        found.append(str(error))
+    weight.data.div_(1 + rank)
+    return [*found, difference(SD3.call(pipe), expected)]
+
+
+def test_weights_that_change_on_one_rank_stop_all() -> None:
+    for before, message, after in PAIR.run(other_weights):
+        assert max(before, after) <= 2e-5 and "was called with another set of weights of transformer" in message

@@ -112,7 +112,7 @@ def _degree_flags() -> dict[str, Any]:
             "--ring_degree", type=int, default=1, help="Ranks around which keys and values travel."
         ),
         "data_parallel_degree": click.option(
-            "--data_parallel_degree", type=int, default=1, help="Replicas that share the images."
+            "--data_parallel_degree", type=int, default=1, help="Ranks that share the images of a call."
         ),
         "tensor_parallel_degree": click.option(
             "--tensor_parallel_degree", type=int, default=1, help="Ranks that share heads and feed-forward channels."

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
 from .backends.base import Backend
-from .digest import digest
+from .digest import digest, digest_tensors
 from .errors import AgreementError, PeerError
 from .generations import Generation
 from .guidance import Branches
@@ -77,6 +77,7 @@ class Session:
         self._broken: BaseException | None = None
         self._made: list[Any] = []
         self._requests = 0
+        self._values: dict[str, Callable[[], list[torch.Tensor]]] = {}
         self._before: list[Callable[[], None]] = []
         self._after_failure: list[Callable[[], None]] = []
         self._reconciled = True
@@ -84,6 +85,10 @@ class Session:
     def before_request(self, do: Callable[[], None]) -> None:
         """Have something done when a request begins."""
         self._before.append(do)
+
+    def compare_weights(self, name: str, values: Callable[[], list[torch.Tensor]]) -> None:
+        """Have ranks compare some values of a module's weights when a request begins."""
+        self._values[name] = values
 
     def after_failure(self, do: Callable[[], None]) -> None:
         """Have something done when connections were closed."""
@@ -165,7 +170,7 @@ class Session:
 
     def _begin(self, arguments: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, Any]:
         self._requests += 1
-        own = {"request": str(self._requests), "plan": digest([self.plan])}
+        own = {"request": str(self._requests), "plan": digest([self.plan]), **self._weights()}
         leaves, spec = pytree.tree_flatten(pytree.tree_map_only(torch.Tensor, _countable, dict(arguments)))
         self._meet({**own, **facts}, [sketch_of(leaf) for leaf in leaves])
         found = pytree.tree_unflatten(self.inputs.agreed(leaves), spec)
@@ -173,6 +178,12 @@ class Session:
         self.branches.begin()
         self._do(self._before)
         return found
+
+    def _weights(self) -> dict[str, str]:
+        """What weights are compared by; stages of a pipeline hold others each."""
+        if self.agreement.alone or self.plan.pipefusion > 1:
+            return {}
+        return {f"set of weights of {name}": digest_tensors(values()) for name, values in self._values.items()}
 
     def _connect(self) -> None:
         """After a failure open new connections; all ranks come here with their next call."""

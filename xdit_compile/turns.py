@@ -75,7 +75,11 @@ class Turns:
         """Take the lock if it is this request's turn."""
         if not self._lock.acquire(timeout=0.01):
             return False
-        wanted = self._agreement.led(self._count)
+        try:
+            wanted = self._agreement.led(self._count)
+        except BaseException:
+            self._lock.release()
+            raise
         end = time.monotonic() + (PATIENCE_SECONDS if _others_may_come() else 0)
         while wanted != request and wanted not in self._waiting and time.monotonic() < end:
             time.sleep(0.01)

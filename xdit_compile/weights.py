@@ -121,6 +121,15 @@ class Weights:
             self._held.setdefault(whole.origin, {})[pieces] = value
         return value
 
+    def values(self) -> list[torch.Tensor]:
+        """One value of every parameter that is here, by dtype: ranks compare them once a request."""
+        kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        for parameter in self.module.parameters():
+            if not parameter.is_meta and parameter.numel():
+                value = parameter.detach().reshape(-1)[parameter.numel() // 2]
+                kinds.setdefault((parameter.dtype, parameter.device), []).append(value)
+        return [torch.stack(values) for values in kinds.values()]
+
     def renew(self) -> None:
         """Forget slices of tensors that hold other values than when they were cut, to be called once a request.
 
