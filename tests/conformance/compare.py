@@ -44,20 +44,6 @@ def _fields(value: dict[str, Any]) -> dict[str, Any]:
     return {**vars(value), **value} if dataclasses.is_dataclass(value) else dict(value)
 
 
-def share(value: Any, at: int, images: int) -> Any:
-    """The part of image ``at`` in what was made of ``images``; everything where it is one."""
-    if images == 1:
-        return value
-    if isinstance(value, np.ndarray):
-        each, rest = divmod(len(value), images) if value.ndim else (0, 1)
-        return value[at * each : (at + 1) * each] if each and not rest else value
-    if isinstance(value, Plain) and value.kind in ("list", "tuple") and len(value.parts) == images:
-        return Plain(value.kind, {"0": value.parts[str(at)]})
-    if isinstance(value, Plain):
-        return Plain(value.kind, {name: share(part, at, images) for name, part in value.parts.items()})
-    return value
-
-
 @dataclasses.dataclass
 class Difference:
     """``greatest`` relative difference of any float array, ``levels`` of any rounded one; ``other`` says what else."""

@@ -25,7 +25,7 @@ def plan_of(name: str, steps: int, timeout_s: float) -> Plan:
 
 
 def images_of(name: str) -> int:
-    """Images of a request: as many as replicas."""
+    """Images of a request: as many as ranks that share them."""
     return PLANS[name].get("data", 1)
 
 

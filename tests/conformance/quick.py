@@ -1,11 +1,11 @@
 """The cells that every run of the tests checks, two minutes of them: quick ones, of every plan and many families."""
 
 _BY_PLAN = {
-    "ulysses": ("dit", "pixart_alpha", "sd3_inpaint", "stable_audio", "skyreels"),
+    "ulysses": ("dit", "sd15", "sd3_inpaint", "stable_audio", "deepfloyd_if"),
     "ring": ("flux_true_cfg", "cogview3", "kandinsky22_prior"),
     "tensor": ("sd3", "auraflow", "wuerstchen_prior"),
     "cfg": ("sd3", "lumina", "qwenimage"),
-    "data": ("pixart", "sana", "sd3_prompted"),
+    "data": ("sana", "sd3_prompted", "sdxl_inpaint"),
     "pipefusion": ("dit", "sana", "sd3_img2img"),
     "distrifusion": ("dit", "prx", "ddim"),
     "vae": ("sd3", "lumina"),
@@ -14,5 +14,5 @@ _BY_PLAN = {
 EXACT: tuple[tuple[str, str], ...] = tuple((case, plan) for plan, cases in _BY_PLAN.items() for case in cases)
 """Pairs of a case and a plan that must be exact."""
 
-REFUSED = (("animatediff", "ulysses"), ("sdxl", "pipefusion"), ("flux_kontext", "cfg"))
+REFUSED = (("hidream", "ulysses"), ("sdxl", "pipefusion"), ("flux_kontext", "cfg"))
 """Pairs that may be refused, or have nothing to split."""

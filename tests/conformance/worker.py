@@ -23,7 +23,7 @@ from tqdm import tqdm
 import xdit_compile
 from conformance.case import REQUESTS, Case, OneImage
 from conformance.cases import CASES
-from conformance.compare import TOLERANCE, Difference, compare, plain, share
+from conformance.compare import TOLERANCE, Difference, compare, plain
 from conformance.observe import BrokenCase, Reference, observe, reference
 from conformance.plans import images_of, nothing_to_split, plan_of, section_of
 from conformance.verdicts import Answer, Verdict
@@ -90,7 +90,7 @@ def _judged(case: Case, plan: str, rank: int, timeout_s: float) -> Answer:
     pipe = case.build()
     try:
         xdit_compile.parallelize(pipe, plan_of(plan, case.steps, timeout_s))
-        differences = list(_differences(case, pipe, plan, rank, whole))
+        differences = list(_differences(case, pipe, plan, whole))
         work = _work(case, pipe, plan, whole)
         xdit_compile.restore(pipe)
     except VerificationError as error:
@@ -115,25 +115,20 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}{place}"
 
 
-def _differences(case: Case, pipe: Any, plan: str, rank: int, whole: Reference) -> Iterator[Difference]:
-    """Of both requests, and of the first in floats where these were not seen; a replica's own images beside all."""
+def _differences(case: Case, pipe: Any, plan: str, whole: Reference) -> Iterator[Difference]:
+    """Of both requests, and of the first in floats where these were not seen."""
     images = images_of(plan)
     for request in REQUESTS:
         parts, expected = observe(case, pipe, request, images).parts, whole.results[request].parts
         difference = Difference()
-        compare(parts["result"], _returned(expected["result"], rank, images), difference)
-        compare(parts["floats"], share(expected["floats"], rank, images), difference, "floats")
+        compare(parts["result"], expected["result"], difference)
+        compare(parts["floats"], expected["floats"], difference, "floats")
         yield difference
     if whole.unrounded is not None:
         difference = Difference()
         found = plain(case.unrounded(pipe, REQUESTS[0], images))
-        compare(found, _returned(whole.unrounded, rank, images), difference, "unrounded")
+        compare(found, whole.unrounded, difference, "unrounded")
         yield difference
-
-
-def _returned(expected: Any, rank: int, images: int) -> Any:
-    """What a rank returns: the first all images, another its own."""
-    return share(expected, rank, images) if rank else expected
 
 
 def _work(case: Case, pipe: Any, plan: str, whole: Reference) -> float | None:
