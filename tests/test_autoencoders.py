@@ -286,7 +286,7 @@ def test_a_module_that_does_not_decode_has_no_rows():
 
 def some_of_the_ranks(rank: int, count: int, degree: int, data: int) -> tuple[float, int]:
     case = AUTOENCODERS["kl"]
-    module, given = case.build(), case.given("decode") * (1 + rank // (count // data))
+    module, given = case.build(), torch.cat([case.given("decode") * (1 + image) for image in range(data)])
     with torch.no_grad():
         expected = run(module, "decode", given)
     plan = Plan(ulysses=count // data, data=data, vae="patch", vae_degree=degree, backend="eager")
@@ -294,8 +294,8 @@ def some_of_the_ranks(rank: int, count: int, degree: int, data: int) -> tuple[fl
     return difference(run(module, "decode", given), expected), held(module)["decode"].team.place.mesh.world_size
 
 
-@pytest.mark.parametrize(("degree", "data", "expected"), [(2, 1, 2), (None, 2, 2), (1, 1, 1)])
-def test_a_chosen_number_of_ranks_and_replicas(degree, data, expected):
+@pytest.mark.parametrize(("degree", "data", "expected"), [(2, 1, 2), (None, 2, 4), (1, 2, 2)])
+def test_a_chosen_number_of_ranks_shares_rows_and_data_ranks_the_batch(degree, data, expected):
     for far, size in procs.run(some_of_the_ranks, 4, 4, degree, data, timeout=300):
         assert far < 2e-5 and size == expected
 
