@@ -442,3 +442,31 @@ def test_numbers_taken_out_of_the_callers_dict_are_not() -> None:
 
     program = capture(Takes().eval(), (torch.ones(3),), {"options": {"scale": 3.0}})
     assert run_program(program, Takes(), (torch.ones(3),), {"options": {"scale": 3.0}}).tolist() == [3.0] * 3
+
+
+def hidden(memoised: Any) -> Any:
+    """A wrapper that shows nothing of the memoised function in it."""
+
+    @functools.wraps(memoised.__wrapped__)
+    def call(*args: Any) -> Any:
+        return memoised(*args)
+
+    return call
+
+
+class Tables(nn.Module):
+    @hidden
+    @functools.lru_cache  # noqa: B019 - as models have it
+    def table(self, size: int) -> torch.Tensor:
+        return torch.arange(float(size))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + self.table(x.shape[0]) + y.sum()
+
+
+def test_a_memoised_table_of_one_trace_is_no_constant_of_the_next() -> None:
+    """Where only traces run, nothing real fills the table before."""
+    module, x = Tables().eval(), torch.randn(5)
+    for y in (torch.randn(2), torch.randn(3)):
+        program = capture(module, (x, y), {}, run=False)
+        torch.testing.assert_close(run_program(program, module, (x, y), {}), x + torch.arange(5.0) + y.sum())

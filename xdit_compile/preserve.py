@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -36,8 +36,17 @@ def _empty_memoised(module: nn.Module) -> None:
     kinds = {kind for child in module.modules() for kind in type(child).__mro__ if _is_foreign(kind)}
     sources = {sys.modules[kind.__module__] for kind in kinds if kind.__module__ in sys.modules}
     for value in [value for holder in [*kinds, *sources] for value in list(vars(holder).values())]:
-        if not isinstance(value, type) and callable(clear := getattr(value, "cache_clear", None)):
-            clear()
+        for each in _with_enclosed(value):
+            if not isinstance(each, type) and callable(clear := getattr(each, "cache_clear", None)):
+                clear()
+
+
+def _with_enclosed(value: Any) -> Iterator[Any]:
+    """A value and, of a function, what it encloses: a wrapper may hide the memoised function in itself."""
+    yield value
+    for cell in getattr(value, "__closure__", None) or ():
+        with suppress(ValueError):
+            yield cell.cell_contents
 
 
 def _is_foreign(kind: type) -> bool:
