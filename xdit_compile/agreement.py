@@ -159,15 +159,10 @@ class Agreement:
         for rank, other in sorted(said.items()):
             differing = [name for name in {**facts, **other} if facts.get(name) != other.get(name)]
             if differing:
-                raise self._called_otherwise(rank, " and another ".join(differing))
+                raise self.called_otherwise(rank, " and another ".join(differing))
 
-    def require_alike(self, said: Mapping[int, Sequence[Any]], sketches: Sequence[Any]) -> None:
-        """Compare sketches of inputs, as `require_equal` does facts: they may differ by rounding."""
-        for rank, other in sorted(said.items()):
-            if len(other) != len(sketches) or not all(map(alike, sketches, other)):
-                raise self._called_otherwise(rank, "input")
-
-    def _called_otherwise(self, rank: int, what: str) -> AgreementError:
+    def called_otherwise(self, rank: int, what: str) -> AgreementError:
+        """What to raise where a rank was called with something else than this one."""
         return AgreementError(
             f"rank {rank} was called with another {what} than rank {self.rank}; "
             "give every rank the same plan, the same inputs and the same seed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -80,7 +80,8 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
         if not held(module):
             runner = _runner(plan)(weights.get(name) or Weights(module), session, name)
             put_in_place(module, {"forward": runner})
-    _split_rows([module for module in coders.values() if not held(module)], session)
+            session.compare_weights(name, runner.weights.values)
+    _split_rows({name: module for name, module in coders.items() if not held(module)}, session)
     if not isinstance(target, nn.Module) and not held(target):
         wrap_call(target, session)
         follow_modules(_pipeline_base(type(target)))
@@ -217,10 +218,12 @@ def runner_of(module: nn.Module) -> Runner | None:
     return found if isinstance(found, Runner) else None
 
 
-def _split_rows(coders: Iterable[nn.Module], session: Session) -> None:
-    for module in coders:
+def _split_rows(coders: Mapping[str, nn.Module], session: Session) -> None:
+    for name, module in coders.items():
         if session.plan.vae == "patch":
-            split_rows(Team(Weights(module), session, session.rows))
+            team = Team(Weights(module), session, session.rows)
+            split_rows(team)
+            session.compare_weights(name, team.weights.values)
         elif session.rows.mesh.world_size > 1:
             with session.groups.running():
                 attach_distvae(module, session.rows.mesh)

@@ -203,8 +203,4 @@ def _holders(target: Any, name: str) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _is(value: Any, kind: type, name: str, target: Any) -> bool:
-    return getattr(value, "__self__", None) is target and getattr(value, "__func__", None) is _function(kind, name)
-
-
-def _function(kind: type, name: str) -> Any:
-    return getattr(kind, name)
+    return getattr(value, "__self__", None) is target and getattr(value, "__func__", None) is getattr(kind, name)

@@ -93,7 +93,6 @@ class Runner:
         self._agreement = session.agreement
         self._branches = session.branches
         session.before_request(self.renew)
-        session.compare_weights(name, weights.values)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.call():

@@ -48,8 +48,8 @@ class Place:
 class Session:
     """One plan at work on the modules of one or several pipelines.
 
-    A *request* is what one outer call of a pipeline does; a call of a module outside of one is a request of its own, in
-    which ranks do not wait for one another at the end. Requests of several threads follow one another. A rank that
+    A *request* is what one outer call of a pipeline does; a call of a module outside of one is a request of its own,
+    whose inputs are confirmed before its result is used. Requests of several threads follow one another. A rank that
     fails in one says so and closes its connections, which frees its peers; all ranks then raise, and the next request
     opens new connections in another epoch.
 
@@ -65,8 +65,7 @@ class Session:
         self.rows = Place(plan.rows, mesh.shared_rows(plan), backend)
         self.agreement = Agreement.over(mesh, plan.timeout_s)
         limit = datetime.timedelta(seconds=plan.timeout_s)
-        rows = plan.rows.ring if plan.vae != "whole" else 1
-        self.groups = Groups(functools.partial(connect, mesh, limit, rows), self.agreement.pulse)
+        self.groups = Groups(functools.partial(connect, mesh, limit, plan.rows.ring), self.agreement.pulse)
         self.groups.open()
         self.branches = Branches(mesh, self.call)
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
@@ -172,7 +171,7 @@ class Session:
         self._requests += 1
         own = {"request": str(self._requests), "plan": digest([self.plan]), **self._weights()}
         leaves, spec = pytree.tree_flatten(pytree.tree_map_only(torch.Tensor, _countable, dict(arguments)))
-        self._meet({**own, **facts}, [sketch_of(leaf) for leaf in leaves])
+        self._meet({**own, **facts})
         found = pytree.tree_unflatten(self.inputs.agreed(leaves), spec)
         share_random_state(self.agreement)
         self.branches.begin()
@@ -190,17 +189,10 @@ class Session:
         if not self._reconciled:
             self._meet({})
 
-    def _meet(self, facts: Mapping[str, str], inputs: Sequence[Any] = ()) -> None:
-        """Agree on the facts of a request, and have connections: all ranks keep theirs or all make new ones.
-
-        Args:
-            facts: what must be equal.
-            inputs: sketches of what must be alike.
-        """
-        mine = {"open": self.groups.is_open, "facts": facts, "inputs": list(inputs)}
-        said = self.agreement.exchange("the start", mine)
+    def _meet(self, facts: Mapping[str, str]) -> None:
+        """Agree on the facts of a request, and have connections: all ranks keep theirs or all make new ones."""
+        said = self.agreement.exchange("the start", {"open": self.groups.is_open, "facts": facts})
         self.agreement.require_equal({rank: other["facts"] for rank, other in said.items()}, facts)
-        self.agreement.require_alike({rank: other["inputs"] for rank, other in said.items()}, inputs)
         if not (self.groups.is_open and all(other["open"] for other in said.values())):
             self.groups.close()
             self.agreement.exchange("new connections", None)

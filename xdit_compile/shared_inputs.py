@@ -103,10 +103,7 @@ class SharedInputs:
         rank = next(rank for rank, theirs in said.items() if theirs != mine)
         shapes = ([each.partition(" ")[0] for each in every] for every in (mine, said[rank]))
         what = "input" if len({tuple(each) for each in shapes}) == 1 else "input shape and another input"
-        return AgreementError(
-            f"rank {rank} was called with another {what} than rank {self._agreement.rank}; "
-            "give every rank the same plan, the same inputs and the same seed"
-        )
+        return self._agreement.called_otherwise(rank, what)
 
 
 def _identity(leaf: Any) -> tuple[Any, ...]:
