@@ -172,7 +172,7 @@ class Caching(nn.Module):
         if x.shape[0] not in self.by_size:
             self.by_size[x.shape[0]] = torch.ones(x.shape[0], 1)
         self.last = x * 2
-        self.history.append(x + 1)
+        self.history[:] = [x + 1]
         self.keeper.value = x - 1
         self.scale = self.scale.to(x.device)
         return x * self.table * self.by_size[x.shape[0]] + self.memoised(x.shape[-1]) * self.scale
@@ -196,7 +196,7 @@ def test_module_holds_no_fakes_afterwards(rung: str) -> None:
     held = held_tensors(module)
     assert len(held) > 6
     assert not any(isinstance(tensor, FakeTensor) for tensor in held)
-    assert len(module.history) == calls + 1
+    assert len(module.history) == calls
     assert not module._forward_hooks and not module._forward_pre_hooks
     assert torch.equal(module(x), expected)
 

@@ -82,7 +82,7 @@ def run_released(rank: int, name: str, plan: Plan) -> tuple[float, float, bool, 
     xdit_compile.parallelize(module, plan)
     worst = max(worst_difference(module(*args, **kwargs), expected) for _ in range(2))
     runner = runner_of(module)
-    captures = sum(len(known) for known in runner.prepared.values())
+    captures = len(runner.prepared)
     share = runner.weights.elements / sum(parameter.numel() for parameter in module.parameters())
     xdit_compile.restore(module)
     after = module.state_dict()

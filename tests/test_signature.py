@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import gc
 import re
 import time
@@ -10,13 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 from zoo import MODELS
 
-from xdit_compile.signature import signature
+from xdit_compile.signature import changes, kept, signature
 
 
 class LowRank(nn.Module):
@@ -108,14 +111,17 @@ def test_equal_calls_have_equal_signatures_even_after_running() -> None:
     for name in ("flux", "latte", "zimage"):
         case = MODELS[name]
         module = case.build()
-        before = signature(module, *case.inputs())
-        with torch.no_grad():
-            args, kwargs = case.inputs()
-            module(*args, **kwargs)
-        after = signature(module, *case.inputs(seed=1))
+        before, after = (_after_running(module, case, seed) for seed in (0, 1))
         assert before == after, before.difference(after)
         assert hash(before) == hash(after)
         assert before.difference(after) == ""
+
+
+def _after_running(module: nn.Module, case: Any, seed: int) -> Any:
+    args, kwargs = case.inputs(seed=seed)
+    with torch.no_grad():
+        module(*args, **kwargs)
+    return signature(module, *case.inputs(seed=seed))
 
 
 Call = tuple[tuple, dict[str, Any]]
@@ -176,12 +182,50 @@ def test_patched_forward_of_the_root_does_not_count() -> None:
     assert before == signature(module, (), {})
 
 
-def test_caches_of_tensors_do_not_count() -> None:
+class Holder:
+    """A plain object that keeps things."""
+
+    __slots__ = ("kept",)
+
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+
+
+def counting() -> Callable[[], int]:
+    """A function with a counter in it."""
+    count = 0
+
+    def step() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    return step
+
+
+def test_what_hangs_on_modules_counts_by_its_values_however_deep() -> None:
     module = nn.Sequential(nn.Linear(2, 2))
-    module.table, module.tables = None, {}
-    before = signature(module, (), {})
-    module.table, module.tables = torch.ones(3), {7: torch.ones(2), 8: (torch.ones(1), None)}
-    assert before == signature(module, (), {})
+    step = counting()
+    module[0].table, module[0].tables = torch.ones(3), {7: [torch.ones(2), (torch.ones(1), None)]}
+    module[0].holder = Holder(Holder([collections.deque([1])]))
+    module[0].step = functools.partial(step, *())
+    numbers = module[0].numbers = np.zeros(2)
+
+    def changed(change: Callable[[], Any]) -> str:
+        before = signature(module, (), {})
+        kept(before.modules)
+        change()
+        (said,) = changes(before.modules, signature(module, (), {}).modules).values() or [""]
+        return said
+
+    assert changed(lambda: setattr(module[0], "table", torch.ones(3))) == ""
+    assert changed(lambda: setattr(module[0], "table", torch.zeros(3))) == "table of 0"
+    assert changed(lambda: module[0].table.add_(1)) == "table of 0"
+    assert changed(lambda: module[0].tables[7][1][0].add_(1)) == "tables[7][1][0] of 0"
+    assert changed(lambda: module[0].tables.update({8: torch.ones(1)})) == "tables[8] of 0"
+    assert changed(lambda: module[0].holder.kept.kept[0].append(2)) == "holder.kept.kept[0][1] of 0"
+    assert changed(step) == "step.func.count of 0"
+    assert changed(lambda: numbers.__setitem__(0, 1.0)) == "numbers of 0"
 
 
 def test_an_object_at_the_address_of_a_dead_one_is_another() -> None:

@@ -200,7 +200,9 @@ def explain(
     for _, module in denoisers(target):
         runner = runner_of(module)
         if runner is not None and not plan_given:
-            prepared = next((known[-1] for known in reversed(runner.prepared.values()) if known), None)
+            prepared = runner.prepared.latest
+            if prepared is None and runner.unsplit:
+                raise UsageError("nothing to explain: the module runs whole on every rank, as it was warned of")
             if prepared is None:
                 raise UsageError("nothing to explain yet: call the pipeline once, or give a plan and example inputs")
             return _report(prepared.analysis, runner.plan, runner.mesh.rank)

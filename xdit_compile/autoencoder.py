@@ -103,7 +103,7 @@ class RowMethod:
         """What ran last among the programs of this method, the largest inputs first."""
         for runner in (*self._trusting.values(), self._checked):
             if runner.prepared:
-                return next(reversed(runner.prepared.values()))[-1]
+                return runner.prepared.latest
         return None
 
     def _computed(self, *args: Any, **kwargs: Any) -> Any:

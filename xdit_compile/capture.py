@@ -13,12 +13,13 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from .decompose import DataDependence
-from .errors import CaptureError
+from .errors import CaptureError, StateError
 from .interpret import run_program
 from .outline import outline
-from .preserve import preserved, same_random_numbers
+from .preserve import given_back, preserved, same_random_numbers
 from .program import Program
 from .results import Template, tensors_of
+from .signature import changes, fingerprint, kept
 from .tracing import Flat, Trace, by_dynamo, by_export, refuse_written
 from .valued import by_values
 
@@ -61,11 +62,12 @@ def capture(
         ladder: names and functions of the rungs to try.
 
     Raises:
-        CaptureError: with the reason of each rung.
+        CaptureError: with the reason of each rung; the module is as it was then.
+        StateError: the module keeps something from call to call.
     """
     _refuse_training(module)
     flat = Flat(module, forward or module.forward, args, kwargs)
-    with same_random_numbers():
+    with same_random_numbers(), given_back(module):
         return _first_that_agrees(flat, ladder, check, run)
 
 
@@ -86,10 +88,7 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
     weightless = not run or any(tensor.is_meta for tensor in tensors)
     expected = None
     if not weightless:
-        args, kwargs = flat.own_inputs()
-        leaves = pytree.tree_leaves((args, kwargs))
-        expected = flat.call(*args, **kwargs)
-        refuse_written(leaves, (args, kwargs))
+        expected = _own_result(flat)
         flat.seen.result = Template.of(expected)
     reasons: list[str] = []
     about_data = False
@@ -106,6 +105,33 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
             about_data = about_data or _is_about_data(error)
             reasons.append(f"{how}: {first_line(error)}")
     raise CaptureError("this module could not be captured; " + "; ".join(reasons))
+
+
+def _own_result(flat: Flat) -> Any:
+    """What the module gives; where that left something behind, a second call must find and leave it so.
+
+    Raises:
+        StateError: the module keeps something that changes from call to call.
+    """
+    found = kept(fingerprint(flat.module))
+    result = _once(flat)
+    left = kept(fingerprint(flat.module))
+    if left != found:
+        again = _once(flat)
+        if changed := changes(left, fingerprint(flat.module)):
+            raise StateError(changed, "in every call")
+        if differs(again, result):
+            raise StateError(changes(found, left), "in the first call, so that a second one gives another result")
+    return result
+
+
+def _once(flat: Flat) -> Any:
+    args, kwargs = flat.own_inputs()
+    leaves = pytree.tree_leaves((args, kwargs))
+    with same_random_numbers():
+        result = flat.call(*args, **kwargs)
+    refuse_written(leaves, (args, kwargs))
+    return result
 
 
 def _climb(flat: Flat, how: str, rung: Rung) -> Program:
@@ -144,6 +170,15 @@ def compare(found: Any, expected: Any) -> None:
         difference = relative_difference(one, other)
         if not difference <= TOLERANCE.get(other.dtype, 0.0):
             raise CaptureError(f"output {position} differs from the module's own by {difference:.1e}")
+
+
+def differs(found: Any, expected: Any) -> bool:
+    """Whether two results of a module differ by more than rounding."""
+    try:
+        compare(found, expected)
+    except CaptureError:
+        return True
+    return False
 
 
 def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:

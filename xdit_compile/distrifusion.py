@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .build import Analysis, place
 from .dump import dump
 from .generations import Branch, States
-from .interpret import bind
+from .interpret import bind, run_program
 from .passes.layout import PATCH
 from .passes.patches import stepping
 from .program import Program
 from .runtime import Computing, Prepared, Runner, device_of
+from .verification import verify_later
 from .weights import Weights
 
 Run = Callable[..., tuple[Any, ...]]
@@ -84,6 +86,15 @@ class StaleRunner(Runner):
         branch.enter(tuple(leaves[at] for at in prepared.varying))
         way = prepared.at_once if self.generation.waits(branch) else prepared.on
         return lambda given: way(self.weights, given, branch.states)
+
+    def _compared(self, prepared: Prepared, compute: Computing, leaves: list[Any]) -> Computing:
+        """What other ranks left is a step old: in the place of its result the unsplit program's is compared."""
+        if self._is_compared(prepared):
+            args, kwargs = pytree.tree_unflatten(leaves, prepared.program.in_spec)
+            found = run_program(prepared.analysis.program, self.module, args, kwargs)
+            verify_later(found, self._own_result(prepared, leaves), self.name)
+            self._release_all()
+        return compute
 
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
         fresh, stale = (place(analysis, self.plan, self.mesh, stale=late) for late in (False, True))

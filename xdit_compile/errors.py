@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class XditCompileError(Exception):
     """Base of all errors raised on purpose; the message says what to change."""
@@ -21,6 +23,31 @@ class PlanError(UsageError):
 
 class CaptureError(XditCompileError):
     """No capture of the module agreed with running it eagerly."""
+
+
+class StateError(CaptureError):
+    """A module that keeps something from call to call, which a graph cannot follow.
+
+    Args:
+        changed: modules by path, with the attributes that change, and a word on where.
+    """
+
+    def __init__(self, changed: Mapping[tuple[str, str], str], when: str):
+        self.changed = dict(changed)
+        first, *others = self.changed.values()
+        more = f" and {len(others)} more" if others else ""
+        super().__init__(
+            f"{first}{more} changes {when}, and a split graph cannot follow that: switch off what keeps it "
+            f"({_switch(next(iter(self.changed))[1])}), or run the module whole with Plan(fallback='unsplit')"
+        )
+
+
+def _switch(attribute: str) -> str:
+    if attribute == "_diffusers_hook":
+        return "disable_cache() ends diffusers' caches"
+    if attribute == "processor":
+        return "set_default_attn_processor() ends attention processors of your own"
+    return "a step cache, a counter, a hook of your own"
 
 
 class PartitionError(XditCompileError):

@@ -27,6 +27,7 @@ from .patched import Cut, Part, PatchedTensor, whole_of
 from .pipes import Arriving, Pipe
 from .program import Program
 from .runtime import Prepared, Runner, device_of
+from .signature import Signature
 from .weights import Weights
 
 Run = Callable[..., tuple[Any, ...]]
@@ -98,6 +99,8 @@ class _Drains:
 class PipelineRunner(Runner):
     """Called in place of ``module.forward``; results come in patches once the warm-up is over."""
 
+    compares_later = False  # stages hold their own weights alone
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.generation = self.session.generation
@@ -152,9 +155,9 @@ class PipelineRunner(Runner):
                 self._give(results, shared=True)
         return self._patched(flow, self._parts(flow, done, device), device)
 
-    def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
+    def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
         args, kwargs = pytree.tree_map(whole_of, (args, kwargs))
-        return super()._prepare(args, kwargs, [whole_of(leaf) for leaf in leaves])
+        return super()._prepare(key, args, kwargs, [whole_of(leaf) for leaf in leaves])
 
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
         analysis = separated(analysis, self.plan)

@@ -10,7 +10,7 @@ from .errors import PlanError
 
 BACKENDS = ("auto", "inductor", "nexfort", "eager")
 ATTENTIONS = ("auto", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash_attn", "yunchang")
-FALLBACKS = ("gather", "error")
+FALLBACKS = ("gather", "error", "unsplit")
 DEGREES = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
 SPLIT_SCHEMES = ("all", "heads", "ffn")
 VAES = ("whole", "patch", "distvae")
@@ -54,8 +54,11 @@ class Plan:
         backend: what runs the rewritten graphs: ``inductor``, ``nexfort`` or ``eager``; ``auto`` takes ``inductor``
             where it can be used and ``eager`` elsewhere.
         attention: which kernel computes attention; ``auto`` takes the best that is available.
-        fallback: ``gather`` runs what cannot be split on gathered tensors and reports it, ``error`` refuses.
-        verify: compare the first call of every new graph with the unsplit module.
+        fallback: ``gather`` runs what cannot be split on gathered tensors and reports it, ``error`` refuses it;
+            ``unsplit`` gathers, and runs a denoiser that cannot be captured, as one that keeps state from step to step,
+            whole on every rank with a warning.
+        verify: compare the first call of every new graph, and one later call of the first generation, with the
+            unsplit module.
         max_programs: graphs, one for each size and kind of call, that a module keeps compiled; the one that was not
             used for the longest time is dropped first.
         timeout_s: seconds that any rank waits for another before it gives up.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .versions import version_of
+
 
 def same_random_numbers() -> AbstractContextManager[None]:
     """Give the random generators back as they were."""
@@ -30,6 +32,37 @@ def preserved(module: nn.Module) -> Iterator[None]:
         for owner, content in saved:
             _restore(owner, content)
         _empty_memoised(module)
+
+
+@contextmanager
+def given_back(module: nn.Module) -> Iterator[None]:
+    """Where something fails inside, restore a module tree, its weights and what hangs on it to what it was before."""
+    saved, tensors = _snapshot(module), [_Kept(tensor) for tensor in _tensors(module)]
+    try:
+        yield
+    except BaseException:
+        for owner, content in saved:
+            _restore(owner, content)
+        for tensor in tensors:
+            tensor.give_back()
+        raise
+
+
+class _Kept:
+    """A tensor with its memory and, unless it is a parameter, its values: only what counts steps is written to."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self._data = tensor, tensor.data
+        self._version = version_of(tensor)
+        self._values = None if isinstance(tensor, nn.Parameter) or tensor.is_meta else tensor.detach().clone()
+
+    def give_back(self) -> None:
+        """Undo what was done to the tensor."""
+        if self.tensor.device != self._data.device or self.tensor.data_ptr() != self._data.data_ptr():
+            self.tensor.data = self._data
+        if self._values is not None and version_of(self.tensor) != self._version:
+            with torch.no_grad():
+                self.tensor.copy_(self._values)
 
 
 def _empty_memoised(module: nn.Module) -> None:
@@ -55,25 +88,30 @@ def _is_foreign(kind: type) -> bool:
 
 def _snapshot(module: nn.Module) -> list[tuple[Any, Any]]:
     """Shallow copies of all mutable holders reachable from a module, without looking inside tensors."""
-    saved: list[tuple[Any, Any]] = []
+    holders = (item for item in _reachable(module) if isinstance(item, dict | list))
+    return [(item, dict(item) if isinstance(item, dict) else list(item)) for item in list(holders)]
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [item for item in _reachable(module) if isinstance(item, torch.Tensor)]
+
+
+def _reachable(module: nn.Module) -> Iterator[Any]:
+    """All that hangs on a module: holders, objects and tensors, each once."""
     seen: set[int] = set()
     pending: list[Any] = [module]
     while pending:
         item = pending.pop()
-        if id(item) in seen or isinstance(item, torch.Tensor | type):
+        if id(item) in seen or isinstance(item, type):
             continue
         seen.add(id(item))
+        yield item
         if isinstance(item, dict):
-            saved.append((item, dict(item)))
             pending.extend(item.values())
-        elif isinstance(item, list):
-            saved.append((item, list(item)))
+        elif isinstance(item, list | tuple):
             pending.extend(item)
-        elif isinstance(item, tuple):
-            pending.extend(item)
-        elif isinstance(item, nn.Module) or _is_plain(item):
+        elif not isinstance(item, torch.Tensor) and (isinstance(item, nn.Module) or _is_plain(item)):
             pending.append(vars(item))
-    return saved
 
 
 def _is_plain(item: Any) -> bool:

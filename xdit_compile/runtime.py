@@ -13,17 +13,21 @@ from .build import Analysis, analyse, choose_units, place
 from .deferred import Deferred, values_of
 from .digest import digest, digest_program, digest_shapes
 from .dump import dump
-from .errors import UsageError
+from .errors import CaptureError, UsageError
 from .in_place import as_it_was, found_method, refuse_lost
 from .interpret import assemble, bind
+from .later import LaterCall
 from .passes.infer import Inference
 from .passes.layout import BATCH, DATA, Chosen
 from .passes.strips import in_strips
 from .plan import Plan
+from .preserve import same_random_numbers
 from .program import Program
+from .programs import Programs
 from .session import Place, Session
-from .signature import Signature, fingerprint, signature
-from .verification import verify
+from .signature import Signature, fingerprint, kept, signature
+from .unsplit import Changing, RunsWhole, Unsplit
+from .verification import verify, verify_later
 from .weights import Gather, Weights
 
 Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
@@ -68,6 +72,8 @@ class Runner:
             not be there.
     """
 
+    compares_later = True
+
     def __init__(
         self,
         weights: Weights,
@@ -89,24 +95,37 @@ class Runner:
         self._guided = self._is_denoiser and session.branches.active
         self._given = computation
         self._choose, self._gather, self._budget, self._trace_only = choose, gather, budget, trace_only
-        self.prepared: dict[Signature, list[Prepared]] = {}
+        self.prepared: Programs[Prepared] = Programs(self.plan.max_programs)
+        self.unsplit = Unsplit(name)
+        self._compares = self.compares_later and self._is_denoiser and self.plan.verify
+        self._unreleased: list[Prepared] = []
+        self._changing = Changing()
+        self._later = LaterCall()
         self._agreement = session.agreement
         self._branches = session.branches
         session.before_request(self.renew)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.call():
-            return self._run(args, kwargs)
+            if self._guided:
+                args, kwargs = self._arrived(args, kwargs)
+            try:
+                return self._run(args, kwargs)
+            except RunsWhole:
+                return self._run_whole(args, kwargs)
 
     @property
     def _computation(self) -> Callable[..., Any]:
         return self._given or found_method(self.module, "forward")
 
+    def _run_whole(self, args: tuple, kwargs: dict) -> Any:
+        own = self._computation
+        with as_it_was(self.module):
+            return own(*args, **kwargs)
+
     def _run(self, args: tuple, kwargs: dict) -> Any:
-        if self._guided:
-            args, kwargs = self._arrived(args, kwargs)
         prepared, leaves = self._known(args, kwargs)
-        compute = self._computing(prepared, leaves)
+        compute = self._compared(prepared, self._computing(prepared, leaves), leaves)
         if self._guided:
             if not prepared.analysis.units.get(BATCH):
                 return self._deferred(prepared, leaves, compute)
@@ -120,6 +139,8 @@ class Runner:
             UsageError: calls of the module come here no more.
         """
         refuse_lost(self.module, self.name)
+        self._changing.begin()
+        self._release_all()
         self.weights.renew()
 
     def recover(self, gather: Gather) -> None:
@@ -141,10 +162,35 @@ class Runner:
         """
         self.weights.refresh()
         self.prepared.clear()
+        self.unsplit.clear()
 
     def _computing(self, prepared: Prepared, leaves: list[Any]) -> Computing:
         """How the results of this call come from its inputs, now or later."""
         return lambda given: prepared.run(*bind(prepared.program, self.weights, given))
+
+    def _compared(self, prepared: Prepared, compute: Computing, leaves: list[Any]) -> Computing:
+        """The same, compared with the module itself if this is the later call that is."""
+        if not self._is_compared(prepared):
+            return compute
+
+        def compared(given: list[Any]) -> tuple[torch.Tensor, ...]:
+            expected = self._own_result(prepared, given)
+            found = compute(given)
+            verify_later(assemble(prepared.program, found), expected, self.name)
+            self._release_all()
+            return found
+
+        return compared
+
+    def _is_compared(self, prepared: Prepared) -> bool:
+        due = self._compares and self._later.due(prepared, self.session.steps)
+        return due and not self.weights.partial
+
+    def _own_result(self, prepared: Prepared, leaves: list[Any]) -> Any:
+        """What the module itself makes of the inputs of a call."""
+        args, kwargs = pytree.tree_unflatten(leaves, prepared.program.in_spec)
+        with same_random_numbers():
+            return self._run_whole(args, kwargs)
 
     def _known(self, args: tuple, kwargs: dict) -> tuple[Prepared, list[Any]]:
         """What runs a call of this signature, made if need be, and the flat inputs to run it with."""
@@ -152,23 +198,20 @@ class Runner:
         inputs, first = self.session.inputs, self.session.in_request and self.session.inputs.first(self)
         leaves = inputs.agreed(leaves) if first else inputs.known(leaves)
         key = signature(self.module, args, kwargs)
-        known = self.prepared[key] = self.prepared.pop(key, [])
-        prepared = next((one for one in known if one.fits(leaves)), None)
-        self.session.announce(f"{self.name} {'new' if prepared is None else known.index(prepared)}", leaves)
-        if prepared is None:
-            leaves = leaves if first else inputs.agreed(leaves)
-            args, kwargs = pytree.tree_unflatten(leaves, spec)
-            prepared = self._prepare(args, kwargs, leaves)
-            known.append(prepared)
-            self._drop_oldest()
+        whole, known = self.unsplit.covers(key), self.prepared.find(key, leaves)
+        which = "whole" if whole else "new" if known is None else known[0]
+        self.session.announce(f"{self.name} {which}", leaves)
+        if whole:
+            raise RunsWhole
+        if known is not None:
+            return known[1], leaves
+        leaves = leaves if first else inputs.agreed(leaves)
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        prepared = self._prepare(key, args, kwargs, leaves)
+        left = dataclasses.replace(key, modules=kept(fingerprint(self.module)))
+        kept(key.modules)
+        self.prepared.add(prepared, key, left)
         return prepared, leaves
-
-    def _drop_oldest(self) -> None:
-        while sum(map(len, self.prepared.values())) > self.plan.max_programs:
-            key, known = next((key, known) for key, known in self.prepared.items() if known)
-            known.pop(0)
-            if not known:
-                del self.prepared[key]
 
     def _arrived(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The inputs with the values of those that another denoiser has not computed yet."""
@@ -186,15 +229,11 @@ class Runner:
         likes = [torch.empty(fake.shape, dtype=fake.dtype, device=device) for fake in fakes]
         return assemble(prepared.program, tuple(self._branches.call(self.module, lambda: compute(kept), likes)))
 
-    def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
+    def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
         shapes = {"plan": digest([self.plan]), "input shape": digest_shapes(leaves)}
         self._agreement.agree("a new program", shapes)
         own = self._computation
-        with as_it_was(self.module):
-            analysis = analyse(
-                self.module, self.plan, args, kwargs, forward=own, check=self.plan.verify,
-                choose=self._choose, run=not self._trace_only,
-            )  # fmt: skip
+        analysis = self._analysed(key, own, args, kwargs)
         self._refuse_alone(analysis)
         prepared = self._placed(analysis, device_of(leaves))
         self._agreement.agree("its graph", {"graph": digest([digest_program(analysis.program), analysis.units])})
@@ -204,6 +243,26 @@ class Runner:
                 self._verify(prepared, own, args, kwargs, leaves)
         self._settle(prepared)
         return prepared
+
+    def _analysed(self, key: Signature, own: Callable[..., Any], args: tuple, kwargs: dict) -> Analysis:
+        """The captured call, or `RunsWhole` where a rank cannot capture it and the plan says so."""
+        failed, analysis = None, None
+        try:
+            self._changing.note(key)
+            with as_it_was(self.module):
+                analysis = analyse(
+                    self.module, self.plan, args, kwargs, forward=own, check=self.plan.verify,
+                    choose=self._choose, run=not self._trace_only,
+                )  # fmt: skip
+        except CaptureError as error:
+            failed = error
+        if self.plan.fallback == "unsplit" and self._agreement.any("a refused capture", failed is not None):
+            if not self._agreement.any("whole weights", self.weights.partial):
+                self.unsplit.add(key, failed or CaptureError("another rank could not capture it"))
+                raise RunsWhole
+        if analysis is None:
+            raise failed or CaptureError("not captured")
+        return analysis
 
     def _refuse_alone(self, analysis: Analysis) -> None:
         """See to it that data ranks have a batch to share."""
@@ -223,17 +282,23 @@ class Runner:
         return Prepared(analysis, partitioned.program, self.backend.compile(partitioned.program.root))
 
     def _settle(self, prepared: Prepared) -> None:
-        """Bring the weights that programs need, and release what they leave; known signatures follow the module."""
-        before = fingerprint(self.module)
+        """Bring the weights that programs need, and release what they leave, now or after the later comparison."""
         for program in prepared.programs:
             self.weights.load(program)
         if not self.plan.keep_weights:
-            self._release(prepared)
+            self._unreleased.append(prepared)
+            if not (self._compares and self.session.steps > 1) or self.weights.partial:
+                self._release_all()
         self._agreement.agree("its weights", {})
-        after = fingerprint(self.module)
-        if after != before:
-            for key in [key for key in self.prepared if key.modules == before]:
-                self.prepared[dataclasses.replace(key, modules=after)] = self.prepared.pop(key)
+
+    def _release_all(self) -> None:
+        """Release the weights that programs leave, after the last time that the module itself runs."""
+        if self._unreleased:
+            before = kept(fingerprint(self.module))
+            for prepared in self._unreleased:
+                self._release(prepared)
+            self._unreleased.clear()
+            self.prepared.follow(before, kept(fingerprint(self.module)))
 
     def _release(self, prepared: Prepared) -> None:
         self.weights.release(prepared.programs)

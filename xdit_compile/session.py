@@ -76,6 +76,7 @@ class Session:
         self._broken: BaseException | None = None
         self._made: list[Any] = []
         self._requests = 0
+        self.steps = 0
         self._values: dict[str, Callable[[], list[torch.Tensor]]] = {}
         self._before: list[Callable[[], None]] = []
         self._after_failure: list[Callable[[], None]] = []
@@ -130,6 +131,7 @@ class Session:
         facts = facts_of(arguments)
         with self._taken(self._turns.of(digest([facts]))), self.entered():
             self._in_request, self._thread, self._made = True, threading.get_ident(), []
+            self.steps = steps or 0
             self.agreement.start()
             try:
                 with self.generation.running(steps):
@@ -137,7 +139,7 @@ class Session:
                 self._refuse_broken()
                 self.agreement.finish(self._made)
             finally:
-                self._in_request = False
+                self._in_request, self.steps = False, 0
                 self.inputs.forget()
 
     @contextmanager

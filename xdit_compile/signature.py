@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .attributes import VALUES, Same, Seen, described, keep, place_of_change
 from .in_place import HELD, own_class
 
 TORCH_STATE = frozenset(vars(nn.Module()))
@@ -21,7 +21,6 @@ AROUND = frozenset({"forward", HELD, "_hf_hook", "_old_forward", "_diffusers_hoo
 """Attributes of a root that concern what happens around its forward, or what stands in its place."""
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-VALUES = frozenset({bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type})
 
 Fingerprint = dict[str, tuple[Any, ...]]
 
@@ -54,6 +53,11 @@ class Signature:
             and self.spec == other.spec
         )
 
+    @property
+    def call(self) -> tuple[Hashable, ...]:
+        """What describes the call alone, without the module called."""
+        return (self.spec, self.leaves, self.ambient)
+
     def difference(self, other: Signature, most: int = 8) -> str:
         """What changed from this signature to the other, in words; empty where nothing did."""
         found = []
@@ -75,7 +79,8 @@ def signature(module: nn.Module, args: tuple, kwargs: dict) -> Signature:
     Noticed are: containers, shapes, dtypes, devices and non-tensor arguments; autocast; and in the module tree the
     identity of modules, parameters, hooks, patched methods and of every object or function that hangs on a module
     (attention processors), shapes of buffers, and flags and numbers. Not noticed are: the root's own ``forward``,
-    patched or not; values and strides of tensors; tensors that a module keeps as plain attributes (caches).
+    patched or not; values and strides of tensors that are inputs, parameters or buffers. All else that hangs on a
+    module counts as deep as it goes, tensors by their values (`attributes.py`).
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     ambient = tuple(
@@ -87,22 +92,49 @@ def signature(module: nn.Module, args: tuple, kwargs: dict) -> Signature:
 def fingerprint(module: nn.Module) -> Fingerprint:
     """Path and state of each module of a tree, as far as it decides what the tree computes."""
     found: Fingerprint = {}
+    seen: Seen = {}
     pending = [("", module)]
     while pending:
         path, item = pending.pop()
-        found[path] = tuple(_state(item, root=not path))
+        found[path] = tuple(_state(item, not path, seen))
         prefix = f"{path}." if path else ""
         pending += [(prefix + name, child) for name, child in item._modules.items() if child is not None]
     return found
 
 
-def _state(module: nn.Module, root: bool) -> Iterable[Any]:
+def kept(found: Fingerprint) -> Fingerprint:
+    """The same fingerprint, which can be compared from now on whatever becomes of the tensors that it describes."""
+    for state in found.values():
+        keep(state)
+    return found
+
+
+def changes(before: Fingerprint, after: Fingerprint) -> dict[tuple[str, str], str]:
+    """What differs between two fingerprints: module and attribute, with the path to the change in words."""
+    found = {}
+    for path in [path for path in before if path in after and before[path] != after[path]]:
+        old, new = (_by_name(state) for state in (before[path], after[path]))
+        for name in [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+            inside = place_of_change(old.get(name, ())[:1], new.get(name, ())[:1])
+            found[path, name] = f"{name}{inside} of {path or 'the module itself'}"
+    return found
+
+
+def without(found: Fingerprint, entries: Collection[tuple[str, str]]) -> Fingerprint:
+    """A fingerprint without some attributes of some modules."""
+    return {
+        path: tuple(entry for at, entry in enumerate(state) if at < 3 or (path, entry[0]) not in entries)
+        for path, state in found.items()
+    }
+
+
+def _state(module: nn.Module, root: bool, seen: Seen) -> Iterable[Any]:
     own = vars(module)
     yield id(module)
     yield own_class(module)
     yield module.training
     if root:
-        yield ("forward", _Same(getattr(own_class(module), "forward", None)))
+        yield ("forward", Same(getattr(own_class(module), "forward", None)))
     for name, parameter in own["_parameters"].items():
         if parameter is not None:
             yield (name, id(parameter), parameter.shape, parameter.dtype, parameter.device)
@@ -111,33 +143,11 @@ def _state(module: nn.Module, root: bool) -> Iterable[Any]:
             yield (name, buffer.shape, buffer.dtype, buffer.device)
     for hooks in HOOKS:
         if own[hooks]:
-            yield (hooks, *(_Same(hook) for hook in own[hooks].values()))
+            yield (hooks, *(described(hook, seen) for hook in own[hooks].values()))
     for name, value in own.items():
         if name in TORCH_STATE or value is None or (root and name in AROUND):
             continue
-        if value.__class__ in VALUES:
-            yield (name, value)
-        elif (described := _attribute(value)) is not None:
-            yield (name, described)
-
-
-def _attribute(value: Any, depth: int = 0) -> Any:
-    """What counts of an attribute; None for what does not: tensors, and containers that hold only them."""
-    if value.__class__ in VALUES:
-        return value
-    if value is None or isinstance(value, torch.Tensor):
-        return None
-    if isinstance(value, enum.Enum):
-        return (type(value), value.name)
-    if isinstance(value, dict):
-        pairs = ((key, _attribute(item, depth + 1)) for key, item in value.items())
-        return tuple((key, item) for key, item in pairs if item is not None) or None
-    if isinstance(value, list | tuple | set | frozenset):
-        items = tuple(item for item in (_attribute(item, depth + 1) for item in value) if item is not None)
-        return (frozenset(items) if isinstance(value, set | frozenset) else items) or None
-    if isinstance(value, nn.Module) or depth or not hasattr(value, "__dict__"):
-        return _Same(value)
-    return (_Same(value), _attribute(vars(value), 1))
+        yield (name, value if value.__class__ in VALUES else described(value, seen))
 
 
 def _leaf(leaf: Any) -> Hashable:
@@ -145,32 +155,7 @@ def _leaf(leaf: Any) -> Hashable:
         return (leaf.shape, leaf.dtype, leaf.device)
     if leaf is None or leaf.__class__ in VALUES or isinstance(leaf, enum.Enum):
         return (leaf.__class__, leaf)
-    return _Same(leaf)
-
-
-class _Same:
-    """An object that equals only itself, without keeping it alive where it can be referred to weakly."""
-
-    __slots__ = ("key", "reference")
-
-    def __init__(self, value: Any) -> None:
-        self.key = id(value)
-        try:
-            self.reference: Any = weakref.ref(value)
-        except TypeError:
-            self.reference = lambda: value
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Same) and self.key == other.key and (value := self.reference()) is not None
-            and value is other.reference()
-        )  # fmt: skip
-
-    def __hash__(self) -> int:
-        return self.key
-
-    def __repr__(self) -> str:
-        return f"a {type(self.reference()).__name__}"
+    return Same(leaf)
 
 
 def _changed_modules(before: Fingerprint, after: Fingerprint) -> list[str]:
@@ -187,9 +172,13 @@ def _changed_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> str:
         return f"another {_say(after[1])} in place of a {_say(before[1])}"
     if before[2] != after[2]:
         return "its training flag"
-    named = [{entry[0]: entry[1:] for entry in state[3:]} for state in (before, after)]  # type: ignore[index]
-    names = [name for name in {**named[0], **named[1]} if named[0].get(name) != named[1].get(name)]
+    old, new = _by_name(before), _by_name(after)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return ", ".join(names) if names else "the order of its attributes"
+
+
+def _by_name(state: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    return {entry[0]: entry[1:] for entry in state[3:]}
 
 
 def _say(value: Any) -> str:
