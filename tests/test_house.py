@@ -21,7 +21,8 @@ FOLDERS = {
 }
 CAPTURE = (
     "results versions released samples program flatten memory weights checkpoint tracing values valued writes "
-    "decompose simplify blocks outline interpret preserve digest attributes signature capture separate in_place"
+    "unsupported decompose simplify blocks outline interpret preserve digest attributes signature capture separate "
+    "in_place"
 )
 RUNTIME = (
     "simulated sketch calls liveness agreement request_facts shared_inputs turns session verification programs "

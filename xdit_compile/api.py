@@ -31,6 +31,7 @@ from .plan import Plan
 from .report import Report, report
 from .runtime import Runner
 from .session import Session
+from .unsupported import refuse_unsupported
 from .weights import Weights
 from .world import World
 
@@ -72,6 +73,8 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     modules = dict(_denoisers(target, coders))
     for module in modules.values():
         _check_provider(plan, module)
+    for name, module in {**modules, **coders}.items() if plan.fallback != "unsplit" else ():
+        refuse_unsupported(module, name)
     session = _common_session(target, {**modules, **coders}, plan)
     if session is None:
         _join(plan, next(iter((modules or coders).values())))

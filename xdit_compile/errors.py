@@ -25,6 +25,12 @@ class CaptureError(XditCompileError):
     """No capture of the module agreed with running it eagerly."""
 
 
+class UnsupportedError(CaptureError, UsageError):
+    """A module whose weights a library keeps in a way that cannot be split yet."""
+
+    exit_code = 2
+
+
 class StateError(CaptureError):
     """A module that keeps something from call to call, which a graph cannot follow.
 

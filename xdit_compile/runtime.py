@@ -27,6 +27,7 @@ from .programs import Programs
 from .session import Place, Session
 from .signature import Signature, fingerprint, kept, signature
 from .unsplit import Changing, RunsWhole, Unsplit
+from .unsupported import moves_weights, refuse_unsupported
 from .verification import verify, verify_later
 from .weights import Gather, Weights
 
@@ -248,6 +249,7 @@ class Runner:
         """The captured call, or `RunsWhole` where a rank cannot capture it and the plan says so."""
         failed, analysis = None, None
         try:
+            refuse_unsupported(self.module, self.name)
             self._changing.note(key)
             with as_it_was(self.module):
                 analysis = analyse(
@@ -257,7 +259,8 @@ class Runner:
         except CaptureError as error:
             failed = error
         if self.plan.fallback == "unsplit" and self._agreement.any("a refused capture", failed is not None):
-            if not self._agreement.any("whole weights", self.weights.partial):
+            gone = self.weights.partial and not moves_weights(self.module)
+            if not self._agreement.any("whole weights", gone):
                 self.unsplit.add(key, failed or CaptureError("another rank could not capture it"))
                 raise RunsWhole
         if analysis is None:
