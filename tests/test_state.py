@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pair
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig
@@ -17,8 +20,15 @@ from xdit_compile import Plan
 from xdit_compile.api import runner_of
 from xdit_compile.errors import StateError, VerificationError
 
+PAIR = pair.Pair()
 EAGER = Plan(backend="eager")
 UNSPLIT = Plan(backend="eager", fallback="unsplit")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def end_the_pair() -> Iterator[None]:
+    yield
+    PAIR.end()
 
 
 class Counting(AttnProcessor2_0):
@@ -207,3 +217,45 @@ def test_a_refused_capture_leaves_the_module_as_it_was() -> None:
         with pytest.raises(StateError, match="since"), torch.no_grad():
             module(torch.randn(1, 3))
         assert module.kept is None and module.since.item() == 0 and module.calls.item() == 0
+
+
+class Scheduled(AttnProcessor2_0):
+    """Attends, and scales what it gives by a step that stands in no module."""
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().__call__(attn, hidden_states, *args, **kwargs) * Outside.value
+
+
+def counted_step(step: int, time: Any, latents: Any) -> None:
+    Outside.value = 1.0 + 0.1 * step
+
+
+PLANS = [Plan(backend="eager", **degree) for degree in ({"ulysses": 2}, {"tensor": 2}, {"cfg": 2}, {"distrifusion": 2})]
+
+
+def on_two_ranks(rank: int, memory: dict) -> None:
+    case = PIPELINES["pixart"]
+    own = case.build()
+    with_processor(own.transformer)
+    expected = [case.call(own), case.call(own)]
+    for plan in PLANS:
+        pipe = case.build()
+        with_processor(pipe.transformer)
+        xdit_compile.parallelize(pipe, dataclasses.replace(plan, fallback="unsplit"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = [case.call(pipe), case.call(pipe)]
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), plan
+        xdit_compile.restore(pipe)
+        pipe.transformer.set_attn_processor(Scheduled())
+        xdit_compile.parallelize(pipe, plan)
+        Outside.value = 1.0
+        with pytest.raises(VerificationError, match="stands outside"):
+            case.call(pipe, steps=4, callback=counted_step, callback_steps=1)
+        pipe.transformer.set_attn_processor(AttnProcessor2_0())
+        case.call(pipe, steps=4)
+        assert runner_of(pipe.transformer).weights.partial == (plan.tensor > 1)
+
+
+def test_ranks_run_whole_together_and_find_what_is_read_from_outside() -> None:
+    PAIR.run(on_two_ranks)

@@ -172,6 +172,11 @@ def _choice_flags() -> dict[str, Any]:
         "attention": click.option(
             "--attention", default=Plan.attention, help="Attention provider; auto takes the best available."
         ),
+        "fallback": click.option(
+            "--fallback",
+            default=Plan.fallback,
+            help="What cannot be split: gather it, error, or unsplit (run a denoiser whole that cannot be captured).",
+        ),
     }
 
 
