@@ -422,28 +422,6 @@ def test_relative_difference() -> None:
     assert not relative_difference(torch.tensor([float("nan")]), torch.tensor([1.0])) <= 1.0
 
 
-class Caches(nn.Module):
-    """Keeps what it was given in the caller's list."""
-
-    def forward(self, x: torch.Tensor, cache: list) -> torch.Tensor:
-        cache[0] = x * 2
-        return x + 1
-
-
-def test_tensors_written_to_the_callers_list_are_refused() -> None:
-    with pytest.raises(CaptureError, match="writes tensors to a list"):
-        capture(Caches().eval(), (torch.ones(3), [None]), {})
-
-
-def test_numbers_taken_out_of_the_callers_dict_are_not() -> None:
-    class Takes(nn.Module):
-        def forward(self, x: torch.Tensor, options: dict) -> torch.Tensor:
-            return x * options.pop("scale", 1.0)
-
-    program = capture(Takes().eval(), (torch.ones(3),), {"options": {"scale": 3.0}})
-    assert run_program(program, Takes(), (torch.ones(3),), {"options": {"scale": 3.0}}).tolist() == [3.0] * 3
-
-
 def hidden(memoised: Any) -> Any:
     """A wrapper that shows nothing of the memoised function in it."""
 

@@ -20,8 +20,8 @@ FOLDERS = {
     "xdit_compile.backends": ROOT / "backends",
 }
 CAPTURE = (
-    "results versions released samples program flatten memory weights checkpoint tracing values valued writes "
-    "decompose simplify blocks outline interpret preserve signature capture separate in_place"
+    "results containers versions released samples program flatten memory weights checkpoint tracing values valued "
+    "writes decompose simplify blocks outline interpret preserve signature capture separate in_place"
 )
 RUNTIME = (
     "simulated sketch calls liveness agreement request_facts shared_inputs turns session verification digest build "

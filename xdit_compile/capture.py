@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 
 from .decompose import DataDependence
 from .errors import CaptureError
-from .interpret import run_program
+from .interpret import run_outcome
 from .outline import outline
 from .preserve import preserved, same_random_numbers
 from .program import Program
 from .results import Template, tensors_of
-from .tracing import Flat, Trace, by_dynamo, by_export, refuse_written
+from .tracing import Flat, Trace, by_dynamo, by_export
 from .valued import by_values
 
 Rung = Callable[[Flat], Trace]
@@ -87,10 +87,8 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
     expected = None
     if not weightless:
         args, kwargs = flat.own_inputs()
-        leaves = pytree.tree_leaves((args, kwargs))
-        expected = flat.call(*args, **kwargs)
-        refuse_written(leaves, (args, kwargs))
-        flat.seen.result = Template.of(expected)
+        expected = flat.observed(args, kwargs)
+        flat.seen.outcome = Template.of(expected)
     reasons: list[str] = []
     about_data = False
     for how, rung in ladder:
@@ -100,7 +98,7 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
             with preserved(module):
                 program = _climb(flat, how, rung)
             if check and not weightless:
-                compare(run_program(program, module, *flat.own_inputs()), expected)
+                compare(run_outcome(program, module, *flat.own_inputs()), expected)
             return program
         except Exception as error:
             about_data = about_data or _is_about_data(error)
@@ -113,13 +111,13 @@ def _climb(flat: Flat, how: str, rung: Rung) -> Program:
     root, inputs = outline(trace)
     used = {spec.target for spec in inputs if spec.kind == "constant"}
     constants = {name: value for name, value in trace.constants.items() if name in used}
-    result = flat.seen.result
-    if result is None:
+    outcome = flat.seen.outcome
+    if outcome is None:
         raise CaptureError("the module's result was not seen")
     recorded = len(pytree.tree_leaves(root.graph.output_node().args))
-    if recorded != result.count:
-        raise CaptureError(f"the module returned {result.count} tensors, and {recorded} while it was recorded")
-    return Program(root, inputs, constants, flat.in_spec, result, trace.guards, how)
+    if recorded != outcome.count:
+        raise CaptureError(f"the module returned {outcome.count} tensors, and {recorded} while it was recorded")
+    return Program(root, inputs, constants, flat.in_spec, outcome, trace.guards, how)
 
 
 def _is_about_data(error: BaseException | None) -> bool:

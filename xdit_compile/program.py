@@ -70,14 +70,14 @@ class Program:
     list of repeated blocks. Every structure is a functional ATen GraphModule: placeholders, ``call_function`` nodes and
     one flat tuple as output, each node with ``meta["val"]``; weights come in as arguments.
 
-    ``result`` says how the module's result is made of the root's output tuple.
+    ``outcome`` says how the `Outcome` of a call is made of the root's output tuple.
     """
 
     root: fx.GraphModule
     inputs: tuple[Input, ...]
     constants: dict[str, torch.Tensor]
     in_spec: pytree.TreeSpec
-    result: Template
+    outcome: Template
     guards: tuple[Guard, ...] = ()
     how: str = ""
 

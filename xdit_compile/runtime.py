@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .build import Analysis, analyse, choose_units, place
+from .containers import Outcome, leave, observed
 from .deferred import Deferred, values_of
 from .digest import digest, digest_program, digest_shapes
 from .dump import dump
@@ -96,13 +97,15 @@ class Runner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.call():
-            return self._run(args, kwargs)
+            outcome = self._run(args, kwargs)
+            leave(outcome.left, (args, kwargs))
+            return outcome.result
 
     @property
     def _computation(self) -> Callable[..., Any]:
         return self._given or found_method(self.module, "forward")
 
-    def _run(self, args: tuple, kwargs: dict) -> Any:
+    def _run(self, args: tuple, kwargs: dict) -> Outcome:
         if self._guided:
             args, kwargs = self._arrived(args, kwargs)
         prepared, leaves = self._known(args, kwargs)
@@ -176,7 +179,7 @@ class Runner:
             self._branches.flush(asking=self.module)
         return pytree.tree_map(values_of, (args, kwargs))
 
-    def _deferred(self, prepared: Prepared, leaves: list[Any], compute: Computing) -> Any:
+    def _deferred(self, prepared: Prepared, leaves: list[Any], compute: Computing) -> Outcome:
         """One branch of guidance: its inputs are kept as they are now, its results come with the other branches'."""
         device = device_of(leaves)
         kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -242,7 +245,7 @@ class Runner:
         self, prepared: Prepared, own: Callable[..., Any], args: tuple, kwargs: dict, leaves: list[Any]
     ) -> None:
         with as_it_was(self.module):
-            expected = own(*args, **kwargs)
+            expected = observed(own, args, kwargs)
         for found in self._found(prepared, leaves):
             verify(assemble(prepared.program, found), expected)
         self._agreement.agree("its verdict", {})
