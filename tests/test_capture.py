@@ -16,7 +16,7 @@ from zoo import MODELS
 
 from xdit_compile.capture import LADDER, capture, compare, relative_difference
 from xdit_compile.errors import CaptureError
-from xdit_compile.interpret import run_program
+from xdit_compile.interpret import run_outcome, run_program
 from xdit_compile.program import Program
 
 RUNGS = dict(LADDER)
@@ -333,16 +333,19 @@ def test_values_overwritten_by_unknown_ones_are_not_trusted() -> None:
         capture(Overwrites().eval(), (torch.randn(2),), {}, ladder=only("values"))
 
 
-def test_writes_to_inputs_are_refused_and_inputs_unharmed() -> None:
+def test_writes_to_inputs_leave_the_example_unharmed() -> None:
     class Writes(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.add_(1) * 2
 
     x = torch.randn(3)
     before = x.clone()
-    with pytest.raises(CaptureError, match="writes to"):
-        capture(Writes().eval(), (x,), {})
+    program = capture(Writes().eval(), (x,), {})
     assert torch.equal(x, before)
+    outcome = run_outcome(program, Writes(), (x,), {})
+    assert torch.equal(outcome.result, (before + 1) * 2) and torch.equal(outcome.written[0].values, before + 1)
+    with pytest.raises(CaptureError, match="writes to"):
+        capture(Writes().eval(), (x.to("meta"),), {})
 
 
 def test_tensors_made_by_the_code_may_be_written_to() -> None:

@@ -103,3 +103,42 @@ def test_a_list_that_changes_and_is_given_twice_is_refused() -> None:
     with pytest.raises(CaptureError, match="given twice"):
         module(torch.ones(3), shared, shared)
     assert len(shared) == 2
+
+
+class Keeps(nn.Module):
+    """Writes what it computes to a part of a tensor that it is given, and reads the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, caches: list) -> tuple[torch.Tensor, list]:
+        caches[0]["keys"][:, 1:3] = self.linear(x)
+        return x + caches[0]["keys"].sum(1, keepdim=True) + caches[1], caches
+
+
+def caches(draw: torch.Generator) -> list[Any]:
+    return [{"keys": torch.randn(2, 5, 4, generator=draw)}, torch.randn(4, generator=draw)]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_tensors_that_the_caller_gave_hold_what_the_module_writes(inference: bool) -> None:
+    module, draw = Keeps().eval(), torch.Generator().manual_seed(0)
+    with torch.inference_mode(inference), torch.no_grad():
+        given, x = caches(draw), torch.randn(2, 2, 4, generator=draw)
+        expected, keys = copy.deepcopy(given), given[0]["keys"]
+        results = [module(x * k, expected)[0] for k in (1, 2)]
+        xdit_compile.parallelize(module, Plan(backend="eager"))
+        for k, result in enumerate(results):
+            torch.testing.assert_close(module(x * (k + 1), given)[0], result)
+        assert given[0]["keys"] is keys
+        torch.testing.assert_close(keys, expected[0]["keys"])
+
+
+def test_tensors_that_are_written_to_and_share_memory_are_refused() -> None:
+    module, draw = Keeps().eval(), torch.Generator().manual_seed(0)
+    given, x = caches(draw), torch.randn(2, 2, 4, generator=draw)
+    given[1] = given[0]["keys"][0, 1]
+    xdit_compile.parallelize(module, Plan(backend="eager"))
+    with pytest.raises(CaptureError, match="shares memory"):
+        module(x, given)

@@ -77,7 +77,7 @@ def compare(module: nn.Module, args: tuple, kwargs: dict, plans: list[Plan]) -> 
 
 
 WITH_HEADS = (of_documents, by_blocks)
-"""Those of which as many heads can be split as there are; scores that are changed are no attention to the partitioner."""
+"""Those whose heads can be split: scores that are changed are no attention to the partitioner."""
 
 
 @pytest.mark.parametrize("function", [of_documents, biased, grouped, summed, by_blocks, batched])
@@ -108,8 +108,19 @@ def _chunked(draw: zoo.Draw) -> tuple[nn.Module, dict[str, Any]]:
     }  # fmt: skip
 
 
+def _cached(draw: zoo.Draw) -> tuple[nn.Module, dict[str, Any]]:
+    """One chunk, with the keys and values of two others."""
+    model, given = _chunked(draw)
+    del given["chunk_partition"]
+    given = {name: value[:, :2] if name != "encoder_hidden_states" else value for name, value in given.items()}
+    sizes = {"compressed_cache": 30, "full_cache": 100}
+    cache = [{name: draw.normal(2, 2, 5, size, 14) for name, size in sizes.items()} for _ in range(3)]
+    flag = {"num_cached_chunks": 2, "is_cache_step": False}
+    return model, {**given, "chunk_partition": [1, 2, 2], "kv_cache": cache, "kv_cache_flag": flag}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [_sparse, _chunked])
+@pytest.mark.parametrize("make", [_sparse, _chunked, _cached])
 def test_denoisers_with_flex_attention_are_split(make: Callable[..., tuple[nn.Module, dict[str, Any]]]) -> None:
     model, kwargs = make(zoo.Draw())
     zoo.randomise(model.eval())

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from .containers import observed
 from .decompose import DataDependence
 from .errors import CaptureError
 from .interpret import run_outcome
@@ -87,7 +88,7 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
     expected = None
     if not weightless:
         args, kwargs = flat.own_inputs()
-        expected = flat.observed(args, kwargs)
+        expected = observed(flat.call, args, kwargs)
         flat.seen.outcome = Template.of(expected)
     reasons: list[str] = []
     about_data = False

@@ -1,10 +1,10 @@
-"""What a call leaves in the lists and dicts that it was given, and how to leave the same in those of another call."""
+"""What a call leaves in the lists, dicts and tensors that it was given, and how to leave the same after another call."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 from .results import PLAIN
+from .versions import version_of
 
 MUTABLE = (list, dict, collections.deque)
 KNOWN = (list, dict, collections.OrderedDict, collections.defaultdict, collections.deque)
@@ -39,11 +40,24 @@ class Left(NamedTuple):
     content: Any
 
 
+class Written(NamedTuple):
+    """The values of the flat input at ``position``, a tensor, after a call that wrote to it."""
+
+    position: int
+    values: Any
+
+
 class Outcome(NamedTuple):
-    """All that a call did: what it returned, and what it left in containers whose contents it changed."""
+    """All that a call did: what it returned, what it left in containers whose contents it changed, and in tensors."""
 
     result: Any
     left: tuple[Left, ...] = ()
+    written: tuple[Written, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether the call changed anything that it was given."""
+        return bool(self.left or self.written)
 
 
 def containers_of(inputs: Any) -> list[Any]:
@@ -59,15 +73,23 @@ def _containers(value: Any) -> Iterator[Any]:
         yield from _containers(child)
 
 
-def observed(call: Callable[..., Any], args: tuple, kwargs: dict) -> Outcome:
-    """Call a function and note what it does to the containers that it is given.
+def observed(
+    call: Callable[..., Any], args: tuple, kwargs: dict, written: Collection[int] | None = None
+) -> Outcome:  # fmt: skip
+    """Call a function and note what it does to what it is given.
+
+    Args:
+        written: positions of the flat inputs that it writes to, where that is known; else tensors say it themselves,
+            but those made in inference mode.
 
     Raises:
-        CaptureError: it changes one of a class whose contents cannot be replaced.
+        CaptureError: it changes a container of a class whose contents cannot be replaced.
     """
     leaves, given = pytree.tree_leaves((args, kwargs)), containers_of((args, kwargs))
-    before = [_items(container) for container in given]
+    before, versions = [_items(container) for container in given], [_version(leaf) for leaf in leaves]
     result = call(*args, **kwargs)
+    if written is None:
+        written = [at for at, leaf in enumerate(leaves) if _version(leaf) != versions[at]]
     known = {id(leaf): Given(at) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
     known |= {id(container): Same(number) for number, container in enumerate(given)}  # type: ignore[misc]
     left = []
@@ -76,25 +98,51 @@ def observed(call: Callable[..., Any], args: tuple, kwargs: dict) -> Outcome:
             if type(container) not in KNOWN:
                 raise CaptureError(f"the module changes what a {type(container).__name__} that it is given holds")
             left.append(Left(number, _each(container, lambda part: known.get(id(part), part))))
-    return Outcome(result, tuple(left))
+    return Outcome(result, tuple(left), tuple(Written(at, leaves[at]) for at in written))
 
 
-def leave(left: tuple[Left, ...], inputs: Any) -> None:
-    """Do to the containers of a call's inputs what another call did to its own.
+def _version(leaf: Any) -> int | None:
+    return version_of(leaf) if isinstance(leaf, torch.Tensor) else None
+
+
+def leave(outcome: Outcome, inputs: Any) -> None:
+    """Do to a call's inputs what another call did to its own.
 
     Raises:
-        CaptureError: one container that changes was given in two places.
+        CaptureError: what changes was given in two places.
     """
-    if not left:
+    if not outcome.changes:
         return
     leaves, given = pytree.tree_leaves(inputs), containers_of(inputs)
-    changed = [given[each.number] for each in left]
+    changed = [given[each.number] for each in outcome.left]
     if any(sum(one is other for other in given) > 1 for one in changed):
         raise CaptureError("the module changes a list or dict that it is given twice: give it a copy in one place")
-    for container, each in zip(changed, left, strict=True):
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if any(sum(_overlap(leaves[each.position], other) for other in tensors) > 1 for each in outcome.written):
+        raise CaptureError("the module writes to a tensor that shares memory with another input: give it a copy")
+    for written in outcome.written:
+        target = leaves[written.position]
+        with torch.inference_mode(target.is_inference()), torch.no_grad():
+            target.copy_(written.values)
+    for container, each in zip(changed, outcome.left, strict=True):
         content = _each(each.content, lambda part: _found(part, leaves, given))
         container.clear()
         container.update(content) if isinstance(container, dict) else container.extend(content)
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors may have bytes in common."""
+    if one is other:
+        return True
+    if one.is_meta or one.device != other.device or not one.numel() or not other.numel():
+        return False
+    starts = (one.data_ptr(), other.data_ptr())
+    return starts[0] < starts[1] + _extent(other) and starts[1] < starts[0] + _extent(one)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _found(part: Any, leaves: list[Any], given: list[Any]) -> Any:

@@ -98,7 +98,7 @@ class Runner:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.call():
             outcome = self._run(args, kwargs)
-            leave(outcome.left, (args, kwargs))
+            leave(outcome, (args, kwargs))
             return outcome.result
 
     @property
@@ -244,6 +244,8 @@ class Runner:
     def _verify(
         self, prepared: Prepared, own: Callable[..., Any], args: tuple, kwargs: dict, leaves: list[Any]
     ) -> None:
+        if prepared.analysis.program.outcome.form.written:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         with as_it_was(self.module):
             expected = observed(own, args, kwargs)
         for found in self._found(prepared, leaves):

@@ -45,6 +45,11 @@ class Seen:
 
     outcome: Template | None = None
 
+    @property
+    def written(self) -> list[int]:
+        """Positions of the flat inputs that it writes to."""
+        return [each.position for each in self.outcome.form.written] if self.outcome else []
+
 
 class Flat(nn.Module):
     """A module seen as a function of its tensor leaves alone, contiguous ones; every other leaf is baked in.
@@ -65,19 +70,15 @@ class Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         leaves = list(self.fixed)
         for position, tensor in zip(self.positions, tensors, strict=True):
-            leaves[position] = tensor
+            leaves[position] = tensor.clone() if position in self.seen.written else tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
         if torch.compiler.is_dynamo_compiling():
             assert self.seen.outcome is not None
             return tuple(self.seen.outcome.taken(Outcome(self.call(*args, **kwargs))))
-        outcome = self.observed(args, kwargs)
+        outcome = observed(self.call, args, kwargs, self.seen.written)
         if self.seen.outcome is None:
             self.seen.outcome = Template.of(outcome)
         return tuple(tensors_of(outcome))
-
-    def observed(self, args: tuple, kwargs: dict) -> Outcome:
-        """What a call with these inputs does."""
-        return observed(self.call, args, kwargs)
 
     def own_inputs(self) -> tuple[tuple, dict]:
         """``(args, kwargs)`` of the example call, with tensors that a call may write to without harm."""
@@ -98,10 +99,10 @@ def by_dynamo(flat: Flat) -> Trace:
     """Strict ``torch.export``: bytecode is analysed, so writes to tensor data and attributes are understood.
 
     Raises:
-        CaptureError: the module changes containers that it is given, which this cannot see.
+        CaptureError: the module changes what it is given, which this cannot see.
     """
-    if flat.seen.outcome is not None and flat.seen.outcome.form.left:
-        raise CaptureError("the module changes a list or dict that it is given")
+    if flat.seen.outcome is not None and flat.seen.outcome.form.changes:
+        raise CaptureError("the module changes a list, dict or tensor that it is given")
     return _exported(flat, strict=True)
 
 
