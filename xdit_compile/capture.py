@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from .by_modules import by_modules
 from .containers import observed
 from .decompose import DataDependence
 from .errors import CaptureError
@@ -25,7 +26,12 @@ from .valued import by_values
 
 Rung = Callable[[Flat], Trace]
 
-LADDER: tuple[tuple[str, Rung], ...] = (("values", by_values), ("export", by_export), ("dynamo", by_dynamo))
+LADDER: tuple[tuple[str, Rung], ...] = (
+    ("values", by_values),
+    ("export", by_export),
+    ("dynamo", by_dynamo),
+    ("modules", by_modules),
+)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DATA_DEPENDENT = (
     DataDependence,
@@ -93,7 +99,7 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
     reasons: list[str] = []
     about_data = False
     for how, rung in ladder:
-        if how == "dynamo" and (weightless or about_data):
+        if how == "dynamo" and (weightless or about_data) or how == "modules" and weightless:
             continue
         try:
             with preserved(module):
@@ -118,7 +124,7 @@ def _climb(flat: Flat, how: str, rung: Rung) -> Program:
     recorded = len(pytree.tree_leaves(root.graph.output_node().args))
     if recorded != outcome.count:
         raise CaptureError(f"the module returned {outcome.count} tensors, and {recorded} while it was recorded")
-    return Program(root, inputs, constants, flat.in_spec, outcome, trace.guards, how)
+    return Program(root, inputs, constants, flat.in_spec, outcome, trace.guards, how, trace.kept)
 
 
 def _is_about_data(error: BaseException | None) -> bool:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .containers import Outcome, observed
 from .errors import CaptureError
+from .kept_modules import KeptModule
 from .program import Guard, Input
 from .results import Template, tensors_of
 
@@ -37,6 +38,7 @@ class Trace:
     functional: bool = False
     guards: tuple[Guard, ...] = ()
     functionalize: Callable[[], Trace] | None = None
+    kept: tuple[KeptModule, ...] = ()
 
 
 @dataclasses.dataclass(eq=False)
