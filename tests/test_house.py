@@ -21,7 +21,8 @@ FOLDERS = {
 }
 CAPTURE = (
     "results containers versions released samples program flatten memory weights checkpoint tracing values valued "
-    "writes decompose simplify blocks outline interpret plainly kept_modules by_modules preserve signature capture separate in_place"
+    "writes decompose simplify blocks outline interpret plainly kept_modules by_modules preserve "
+    "signature capture separate in_place"
 )
 RUNTIME = (
     "simulated sketch calls liveness agreement request_facts shared_inputs turns session verification digest build "

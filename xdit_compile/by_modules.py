@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,19 +28,19 @@ def by_modules(flat: Flat) -> Trace:
     while True:
         inside: list[str] = []
         try:
-            with preserved(flat.module), kept({path: (found[path], examples[path]) for path in found}) as made:
-                with _entered(flat.module, inside):
-                    trace = by_values(flat)
-            trace.kept = tuple(made)
-            return trace
+            parts = {path: (found[path], examples.get(path)) for path in found}
+            with preserved(flat.module), kept(parts) as made, _entered(flat.module, inside):
+                trace = by_values(flat)
+            return dataclasses.replace(trace, kept=tuple(made))
         except UnknownValue:
             if not inside or inside[-1] in found:
                 raise
             modules = dict(flat.module.named_modules())
             kind = type(modules[inside[-1]])
             found |= {path: module for path, module in modules.items() if type(module) is kind}
-            examples |= _examples(flat, {path: found[path] for path in found if path not in examples})
-            found = {path: module for path, module in found.items() if path in examples}
+            if flat.runs:
+                examples |= _examples(flat, {path: found[path] for path in found if path not in examples})
+                found = {path: module for path, module in found.items() if path in examples}
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def _entered(module: nn.Module, inside: list[str]) -> Iterator[None]:
     for path, child in module.named_modules():
         if path:
             handles.append(child.register_forward_pre_hook(lambda *_, path=path: inside.append(path)))
-            handles.append(child.register_forward_hook(lambda *_: void(inside.pop())))
+            handles.append(child.register_forward_hook(lambda *_: _nothing(inside.pop())))
     try:
         yield
     finally:
@@ -57,7 +58,7 @@ def _entered(module: nn.Module, inside: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def void(_: Any) -> None:
+def _nothing(_: Any) -> None:
     """Nothing: what a hook returns takes the place of a result."""
 
 
@@ -67,7 +68,7 @@ def _examples(flat: Flat, modules: dict[str, nn.Module]) -> dict[str, Example]:
     found: dict[str, Example] = {}
     handles = [
         module.register_forward_hook(
-            lambda _, args, kwargs, result, path=path: void(found.update({path: Example(args, kwargs, result)})),
+            lambda _, args, kwargs, result, path=path: _nothing(found.update({path: Example(args, kwargs, result)})),
             with_kwargs=True,
         )
         for path, module in modules.items()

@@ -91,15 +91,15 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
     module = flat.module
     tensors = [*flat.tensors(), *module.parameters(), *module.buffers()]
     weightless = not run or any(tensor.is_meta for tensor in tensors)
-    expected = None
-    if not weightless:
+    flat.runs, expected = not weightless, None
+    if flat.runs:
         args, kwargs = flat.own_inputs()
         expected = observed(flat.call, args, kwargs)
         flat.seen.outcome = Template.of(expected)
     reasons: list[str] = []
     about_data = False
     for how, rung in ladder:
-        if how == "dynamo" and (weightless or about_data) or how == "modules" and weightless:
+        if how == "dynamo" and (weightless or about_data):
             continue
         try:
             with preserved(module):

@@ -1,4 +1,4 @@
-"""What a call leaves in the lists, dicts and tensors that it was given, and how to leave the same after another call."""
+"""What a call leaves in the lists, dicts and tensors that it is given, and how to leave it there after another call."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ class KeptModule:
         like: the module.
         leaves, spec: the flat arguments of its calls; tensors are given anew in each.
         weights: the names of its parameters and buffers.
+        sizes, dtype: of the result.
         apart: pairs of a dim of the input and the dim of the result whose positions depend on it alone, one by one.
     """
 
@@ -45,7 +46,9 @@ class KeptModule:
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
     weights: tuple[str, ...]
-    apart: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    apart: tuple[tuple[int, int], ...] = ()
     name: str = ""
 
     def run(self, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -95,46 +98,65 @@ class Example:
 
 
 @contextmanager
-def kept(modules: dict[str, tuple[nn.Module, Example]]) -> Iterator[list[KeptModule]]:
+def kept(modules: dict[str, tuple[nn.Module, Example | None]]) -> Iterator[list[KeptModule]]:
     """Have modules, by path, be recorded as one operator each; those made alike as the same one.
 
+    One without an example, as it cannot run, is taken for what one made alike was seen to be.
+
     Raises:
-        CaptureError: where one has inputs or results that the operator cannot have.
+        CaptureError: where one has inputs or results that the operator cannot have, or nothing is known of it.
     """
     made: list[KeptModule] = []
     try:
         for path, (module, example) in modules.items():
-            found = next((one for one in made if _alike(one, module, example)), None)
-            if found is None:
-                found = _made(path, module, example)
+            known = made if example else [*made, *_LIVE.values()]
+            found = next((one for one in known if _alike(one, module, example)), None) or _made(path, module, example)
+            if found not in made:
                 made.append(found)
-            vars(module)["forward"] = _stand_in(found, module, example)
+            vars(module)["forward"] = _stand_in(found, module)
         yield made
     finally:
         for module, _ in modules.values():
             vars(module).pop("forward", None)
 
 
-def _stand_in(one: KeptModule, module: nn.Module, example: Example) -> Callable[..., torch.Tensor]:
-    op, sizes, dtype = torch.ops.xdit_compile.kept_module.default, example.result.shape, example.result.dtype
+def _stand_in(one: KeptModule, module: nn.Module) -> Callable[..., torch.Tensor]:
+    apart = [dim for pair in one.apart for dim in pair]
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        weights = _weights(module)
-        apart = [dim for pair in one.apart for dim in pair]
-        return op(inputs, [weights[name] for name in one.weights], one.name, apart, list(sizes), dtype)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != one.spec or not all(_fits(a, b, apart[::2]) for a, b in zip(one.leaves, leaves, strict=True)):
+            raise CaptureError(f"{one.name} is called in several ways, and its code cannot be recorded")
+        inputs, weights = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], _weights(module)
+        sizes = result_shape(inputs, apart, one.sizes)
+        op = torch.ops.xdit_compile.kept_module.default
+        return op(inputs, [weights[name] for name in one.weights], one.name, apart, sizes, one.dtype)
 
     return forward
 
 
-def _made(path: str, module: nn.Module, example: Example) -> KeptModule:
+def _fits(known: Any, given: Any, apart: Sequence[int]) -> bool:
+    """Whether an argument is the known one but for the sizes of dims whose positions are computed one by one."""
+    if not isinstance(known, torch.Tensor) or not isinstance(given, torch.Tensor):
+        return _same(known, given)
+    sizes = zip(known.shape, given.shape, strict=False)
+    return known.dim() == given.dim() and all(a == b or dim in apart for dim, (a, b) in enumerate(sizes))
+
+
+def _made(path: str, module: nn.Module, example: Example | None) -> KeptModule:
+    if example is None:
+        raise CaptureError(
+            f"{path} reads values that it computes, and cannot be run to see how, as its weights are not all there: "
+            "load the whole pipeline, or use a plan without tensor"
+        )
     if not isinstance(example.result, torch.Tensor):
         raise CaptureError(f"{path} returns more than one tensor, and its code cannot be recorded")
     if "forward" in vars(module):
         raise CaptureError(f"the forward of {path} was replaced, and its code cannot be recorded")
     leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
-    one = KeptModule(module, tuple(leaves), spec, tuple(_weights(module)), ())
-    one.apart = tuple(_apart(one, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], example.result))
+    result = example.result
+    one = KeptModule(module, tuple(leaves), spec, tuple(_weights(module)), tuple(result.shape), result.dtype)
+    one.apart = tuple(_apart(one, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], result))
     one.leaves = tuple(leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     one.name = next(name for name in (path, *(f"{path}#{n}" for n in range(len(_LIVE) + 1))) if name not in _LIVE)
     _LIVE[one.name] = one
@@ -145,11 +167,12 @@ def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _alike(one: KeptModule, module: nn.Module, example: Example) -> bool:
+def _alike(one: KeptModule, module: nn.Module, example: Example | None) -> bool:
     """Whether two modules differ in the values of their weights alone, and are called in the same way."""
-    leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
-    if spec != one.spec or not all(map(_same, one.leaves, leaves)):
-        return False
+    if example is not None:
+        leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
+        if spec != one.spec or not all(map(_same, one.leaves, leaves)):
+            return False
     pairs = dict(one.like.named_modules()), dict(module.named_modules())
     return pairs[0].keys() == pairs[1].keys() and all(_same_module(pairs[0][path], pairs[1][path]) for path in pairs[0])
 

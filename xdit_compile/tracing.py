@@ -56,13 +56,14 @@ class Seen:
 class Flat(nn.Module):
     """A module seen as a function of its tensor leaves alone, contiguous ones; every other leaf is baked in.
 
-    ``seen`` says, once the module ran, how what it does is made of tensors.
+    ``runs`` says whether the module may run as it is, and ``seen``, once it ran, how what it does is made of tensors.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         super().__init__()
         self.module = module
         self.call = forward
+        self.runs = True
         leaves, self.in_spec = pytree.tree_flatten((args, kwargs))
         self.leaves = [leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.positions = tuple(i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor))
