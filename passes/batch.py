@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from xdit_compile.axes import Axis, atoms
+from xdit_compile.axes import Atom, Axis, Concat, same
 
 from .infer import Inference
 from .layout import BATCH, DATA, Chosen
@@ -22,23 +22,25 @@ def choose_batch(inference: Inference, data: int, cfg: int) -> Chosen:
 
 
 def _units(inference: Inference, parts: int) -> Units:
-    """The batch, if it has an entry for each of several parts."""
-    axis = batch_axis(inference)
-    return () if parts == 1 or axis is None or axis.size < parts else ((axis,),)
+    """The batch, if it has an entry for each of several parts; where a graph takes it apart, each of its pieces has."""
+    pieces = () if parts == 1 else batch_pieces(inference)
+    return () if any(piece.size < parts for piece in pieces) else tuple((piece,) for piece in pieces)
 
 
-def batch_axis(inference: Inference) -> Axis | None:
-    """The one atom that is the first dim of the results and of the largest input that has it."""
+def batch_pieces(inference: Inference) -> tuple[Axis, ...]:
+    """The atoms that, end to end, are the first dim of the results and of the largest input that has it."""
     users = {given.name for given in inference.program.inputs if given.kind == "user"}
     root = inference.program.root.graph
-    entering = {
-        id(inference.axes[node][0][0])
+    entering = [
+        inference.axes[node][0][0]
         for node in root.find_nodes(op="placeholder")
         if node.name in users and inference.axes[node][0]
-    }
+    ]
     (output,) = root.find_nodes(op="output")
     for leaf in output.args[0]:
         axes = inference.axes[leaf][0] if isinstance(leaf, fx.Node) else ()
-        if axes and id(axes[0]) in entering and len(list(atoms(axes[0]))) == 1:
-            return axes[0]
-    return None
+        if axes and any(same(axes[0], axis) for axis in entering):
+            pieces = axes[0].parts if isinstance(axes[0], Concat) else (axes[0],)
+            if all(isinstance(piece, Atom) for piece in pieces):
+                return tuple(dict.fromkeys(pieces))
+    return ()

@@ -28,11 +28,11 @@ SMALL = 1 / 16
 
 
 def has_few_rows(node: fx.Node) -> bool:
-    """Whether a node is a linear whose result is small beside its weight."""
+    """Whether a node is a linear whose result is small beside its weight, and not empty."""
     if not isinstance(node.target, torch._ops.OpOverload) or operator_name(node.target) != "linear":
         return False
     weight = node.args[1].meta["val"]  # type: ignore[union-attr]
-    return bool(node.meta["val"].numel() <= SMALL * weight.numel())
+    return bool(0 < node.meta["val"].numel() <= SMALL * weight.numel())
 
 
 def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:

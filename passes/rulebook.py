@@ -8,6 +8,7 @@ from . import (
     convolutions,
     indexing,
     joins,
+    kept_rule,
     norms,
     pads,
     pointwise,
@@ -22,6 +23,6 @@ def rulebook() -> RuleBook:
     """A book with every rule that ships; callers may add their own to it."""
     book = RuleBook()
     first = (pointwise, views, joins, pads, contractions, norms)
-    for family in (*first, convolutions, transposed, resizing, indexing, attention_rule):
+    for family in (*first, convolutions, transposed, resizing, indexing, attention_rule, kept_rule):
         book.include(family.BOOK)
     return book

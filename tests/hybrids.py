@@ -10,6 +10,7 @@ from splitting import Captured
 from torch.utils import _pytree as pytree
 
 from xdit_compile.build import Pipeline, place_stage, separated
+from xdit_compile.containers import Outcome
 from xdit_compile.mesh import Mesh
 from xdit_compile.plan import Plan
 from xdit_compile.program import Program
@@ -56,7 +57,7 @@ class Simulated:
     def _run(self, programs: list[Program], args: tuple, kwargs: dict, kept: list[Kept]) -> list[Any]:
         results = [len(program.root.graph.output_node().args[0]) for program in programs]
         plain = [
-            dataclasses.replace(program, result=Template.of([torch.empty(0)] * count))
+            dataclasses.replace(program, outcome=Template.of(Outcome([torch.empty(0)] * count)))
             for program, count in zip(programs, results, strict=True)
         ]
         return run_simulated(plain, self.model.module, args, kwargs, kept=kept)

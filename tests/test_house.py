@@ -20,9 +20,9 @@ FOLDERS = {
     "xdit_compile.backends": ROOT / "backends",
 }
 CAPTURE = (
-    "results versions released samples program flatten memory weights checkpoint tracing values valued writes "
-    "unsupported decompose simplify blocks outline interpret preserve digest attributes signature capture separate "
-    "in_place"
+    "results containers versions released samples program flatten memory weights checkpoint tracing values valued "
+    "writes unsupported decompose simplify blocks outline interpret plainly kept_modules by_modules preserve digest "
+    "attributes signature capture separate in_place"
 )
 RUNTIME = (
     "simulated sketch calls liveness agreement request_facts shared_inputs turns session verification programs "

@@ -12,10 +12,19 @@ from torch import nn
 from xdit_compile.axes import atoms
 from xdit_compile.capture import capture
 from xdit_compile.passes.infer import infer
+from xdit_compile.passes.layout import BATCH
 from xdit_compile.passes.rulebook import rulebook
 from xdit_compile.plan import Plan
 
 SDPA = F.scaled_dot_product_attention
+
+
+def diagonals(x: torch.Tensor, size: int) -> torch.Tensor:
+    """A view written to, and its diagonal after that."""
+    x[:size, :size] = 7
+    x[:size, :size].fill_diagonal_(0)
+    return x
+
 
 ODD: dict[str, Function] = {
     "last by list": lambda x: x[:, [-1]] * 2,
@@ -131,6 +140,10 @@ ODD: dict[str, Function] = {
     "diag embed": lambda x: torch.diag_embed(x),
     "lerp": lambda x: torch.lerp(x, x.flip(1), x[:, :1]) + torch.addcmul(x, x[:, :1], x, value=0.5),
     "one hot": lambda x: F.one_hot((x > 0).long(), 3).float(),
+    "diagonal of a view": lambda x: diagonals(x[0, :, :, 0] @ x[1, :, :, 0].T, 9),
+    "diagonal that wraps": lambda x: (x[0, :, 0, :3] * 2).fill_diagonal_(5, wrap=True) + (x[0, :, 1, :3] * 2)
+    .fill_diagonal_(5),
+    "diagonal of a cube": lambda x: (x[:2, :2, :2, 0] * 2).fill_diagonal_(5),
     "bucketize": lambda x: torch.bucketize(x, table(4).sort().values) + torch.searchsorted(table(4).sort().values, x),
 }  # fmt: skip
 
@@ -211,3 +224,19 @@ def test_equal_blocks_that_mean_different_things_are_not_one(kind: type[nn.Modul
     torch.manual_seed(2)
     with torch.no_grad():
         compare_every_split(kind().eval(), torch.randn(2, 4, 4, 6))
+
+
+def test_a_batch_that_is_taken_apart_goes_by_image_all_the_same() -> None:
+    """As attention that is perturbed for one branch of guidance takes it."""
+
+    def branches(x: torch.Tensor) -> torch.Tensor:
+        one, other, perturbed = x.chunk(3)
+        return torch.cat([SDPA(*(torch.cat([one, other]),) * 3), perturbed * 2])
+
+    x = torch.randn(9, 4, 5, 6, generator=torch.Generator().manual_seed(3))
+    module = Call(branches).eval()
+    model = Captured(module, (x,), {}, [module(x)], infer(capture(module, (x,), {}), rulebook()))
+    for plan in (Plan(data=2), Plan(cfg=3), Plan(data=3)):
+        worst, ranks = run_split(model, plan)
+        assert worst <= 2e-5 and len(ranks[0].ledger.gathers) == 1
+        assert [len(model.analysis(Plan(data=n)).units[BATCH]) for n in (3, 4)] == [3, 0]

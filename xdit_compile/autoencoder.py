@@ -80,7 +80,7 @@ class RowMethod:
             return self._coded(args, kwargs, gather)
 
     def _coded(self, args: tuple, kwargs: dict, gather: bool) -> Any:
-        args, kwargs = pytree.tree_map(_plain, (args, kwargs))
+        args, kwargs = _without_generators((args, kwargs))
         self._refuse_unfit(args, kwargs)
         if getattr(self.module, "use_tiling", False):
             return self._tiled(args, kwargs, gather)
@@ -157,49 +157,22 @@ class RowMethod:
 
 
 class _Child:
-    """Called in place of the forward of one module inside an autoencoder; runs it as it is where it must.
-
-    Lists and dicts among the arguments may be written to, as caches of earlier frames are: what the module leaves in
-    them is part of its result, and is put into the caller's.
-    """
+    """Called in place of the forward of one module inside an autoencoder; runs it as it is where it must."""
 
     def __init__(self, team: Team, name: str, module: nn.Module):
         self.name, self.module = name, module
         self._forward = module.forward
-        self._runner = team.runner(module, name, self._with_containers)
+        self._runner = team.runner(module, name, self._forward)
         self._whole = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._whole:
             try:
-                result, left = self._runner(*args, **kwargs)
+                return self._runner(*args, **kwargs)
             except CaptureError as error:
                 self._whole = True
                 warnings.warn(f"{self.name} runs whole on every rank while tiling is on: {error}", stacklevel=2)
-            else:
-                _put_back((args, kwargs), left)
-                return result
         return self._forward(*args, **kwargs)
-
-    def _with_containers(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[tuple, dict]]:
-        args, kwargs = pytree.tree_map(lambda leaf: leaf, (args, kwargs))
-        result = self._forward(*args, **kwargs)
-        return result, (tuple(map(_container, args)), {name: _container(value) for name, value in kwargs.items()})
-
-
-def _container(value: Any) -> Any:
-    return value if isinstance(value, list | dict) else None
-
-
-def _put_back(inputs: Any, left: Any) -> None:
-    """Make every list and dict of the inputs hold what ``left`` holds in its place."""
-    given, found = (list(each[0]) + list(each[1].values()) for each in (inputs, left))
-    for container, contents in zip(given, found, strict=True):
-        if isinstance(container, list):
-            container[:] = contents
-        elif isinstance(container, dict):
-            container.clear()
-            container.update(contents)
 
 
 def split_rows(team: Team) -> None:
@@ -216,6 +189,14 @@ def restore_rows(module: nn.Module) -> None:
     """Undo `split_rows`."""
     if row_methods(module):
         put_back(module)
+
+
+def _without_generators(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    """Inputs that can be captured; the very ones where nothing is in the way, as the method may write to its lists."""
+    leaves, spec = pytree.tree_flatten(inputs)
+    plain = [_plain(leaf) for leaf in leaves]
+    same = all(one is other for one, other in zip(leaves, plain, strict=True))
+    return inputs if same else pytree.tree_unflatten(plain, spec)
 
 
 def _plain(leaf: Any) -> Any:

@@ -12,20 +12,27 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from .by_modules import by_modules
+from .containers import Outcome, observed
 from .decompose import DataDependence
 from .errors import CaptureError, StateError
-from .interpret import run_program
+from .interpret import run_outcome
 from .outline import outline
 from .preserve import given_back, preserved, same_random_numbers
 from .program import Program
 from .results import Template, tensors_of
 from .signature import changes, fingerprint, kept
-from .tracing import Flat, Trace, by_dynamo, by_export, refuse_written
+from .tracing import Flat, Trace, by_dynamo, by_export
 from .valued import by_values
 
 Rung = Callable[[Flat], Trace]
 
-LADDER: tuple[tuple[str, Rung], ...] = (("values", by_values), ("export", by_export), ("dynamo", by_dynamo))
+LADDER: tuple[tuple[str, Rung], ...] = (
+    ("values", by_values),
+    ("export", by_export),
+    ("dynamo", by_dynamo),
+    ("modules", by_modules),
+)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DATA_DEPENDENT = (
     DataDependence,
@@ -86,10 +93,10 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
     module = flat.module
     tensors = [*flat.tensors(), *module.parameters(), *module.buffers()]
     weightless = not run or any(tensor.is_meta for tensor in tensors)
-    expected = None
-    if not weightless:
-        expected = _own_result(flat)
-        flat.seen.result = Template.of(expected)
+    flat.runs, expected = not weightless, None
+    if flat.runs:
+        expected = _own_outcome(flat)
+        flat.seen.outcome = Template.of(expected)
     reasons: list[str] = []
     about_data = False
     for how, rung in ladder:
@@ -99,7 +106,7 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
             with preserved(module):
                 program = _climb(flat, how, rung)
             if check and not weightless:
-                compare(run_program(program, module, *flat.own_inputs()), expected)
+                compare(run_outcome(program, module, *flat.own_inputs()), expected)
             return program
         except Exception as error:
             about_data = about_data or _is_about_data(error)
@@ -107,8 +114,8 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
     raise CaptureError("this module could not be captured; " + "; ".join(reasons))
 
 
-def _own_result(flat: Flat) -> Any:
-    """What the module gives; where that left something behind, a second call must find and leave it so.
+def _own_outcome(flat: Flat) -> Outcome:
+    """What the module does; where that left something behind, a second call must find and leave it so.
 
     Raises:
         StateError: the module keeps something that changes from call to call.
@@ -125,13 +132,9 @@ def _own_result(flat: Flat) -> Any:
     return result
 
 
-def _once(flat: Flat) -> Any:
-    args, kwargs = flat.own_inputs()
-    leaves = pytree.tree_leaves((args, kwargs))
+def _once(flat: Flat) -> Outcome:
     with same_random_numbers():
-        result = flat.call(*args, **kwargs)
-    refuse_written(leaves, (args, kwargs))
-    return result
+        return observed(flat.call, *flat.own_inputs())
 
 
 def _climb(flat: Flat, how: str, rung: Rung) -> Program:
@@ -139,13 +142,13 @@ def _climb(flat: Flat, how: str, rung: Rung) -> Program:
     root, inputs = outline(trace)
     used = {spec.target for spec in inputs if spec.kind == "constant"}
     constants = {name: value for name, value in trace.constants.items() if name in used}
-    result = flat.seen.result
-    if result is None:
+    outcome = flat.seen.outcome
+    if outcome is None:
         raise CaptureError("the module's result was not seen")
     recorded = len(pytree.tree_leaves(root.graph.output_node().args))
-    if recorded != result.count:
-        raise CaptureError(f"the module returned {result.count} tensors, and {recorded} while it was recorded")
-    return Program(root, inputs, constants, flat.in_spec, result, trace.guards, how)
+    if recorded != outcome.count:
+        raise CaptureError(f"the module returned {outcome.count} tensors, and {recorded} while it was recorded")
+    return Program(root, inputs, constants, flat.in_spec, outcome, trace.guards, how, trace.kept)
 
 
 def _is_about_data(error: BaseException | None) -> bool:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .build import Analysis, place
 from .dump import dump
 from .generations import Branch, States
-from .interpret import bind, run_program
+from .interpret import bind, run_outcome
 from .passes.layout import PATCH
 from .passes.patches import stepping
 from .program import Program
@@ -91,8 +91,8 @@ class StaleRunner(Runner):
         """What other ranks left is a step old: in the place of its result the unsplit program's is compared."""
         if self._is_compared(prepared):
             args, kwargs = pytree.tree_unflatten(leaves, prepared.program.in_spec)
-            found = run_program(prepared.analysis.program, self.module, args, kwargs)
-            verify_later(found, self._own_result(prepared, leaves), self.name)
+            found = run_outcome(prepared.analysis.program, self.module, args, kwargs)
+            verify_later(found, self._expected(prepared, leaves), self.name)
             self._release_all()
         return compute
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .containers import Outcome
 from .program import Program
 from .weights import Weights
 
@@ -46,9 +47,9 @@ def _dense(value: torch.Tensor) -> torch.Tensor:
     return value if value.stride() == strides else value.clone(memory_format=torch.contiguous_format)
 
 
-def assemble(program: Program, tensors: tuple[torch.Tensor, ...]) -> Any:
-    """The module's own result from the tensors of the root's output."""
-    return program.result.filled(tensors)
+def assemble(program: Program, tensors: tuple[torch.Tensor, ...]) -> Outcome:
+    """What the module's call does, from the tensors of the root's output."""
+    return program.outcome.filled(tensors)
 
 
 @torch.no_grad()
@@ -62,5 +63,11 @@ def run_program(program: Program, module: nn.Module, args: tuple, kwargs: dict) 
     Returns:
         The same container as the module returns.
     """
+    return run_outcome(program, module, args, kwargs).result
+
+
+@torch.no_grad()
+def run_outcome(program: Program, module: nn.Module, args: tuple, kwargs: dict) -> Outcome:
+    """The same, and what the module leaves in containers that it is given."""
     tensors = bind(program, Weights(module), pytree.tree_leaves((args, kwargs)))
     return assemble(program, fx.Interpreter(program.root).run(*tensors))

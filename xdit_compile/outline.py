@@ -14,7 +14,7 @@ from .decompose import check_static, clean, lower
 from .program import Input
 from .simplify import simplify
 from .tracing import Trace
-from .writes import Memory, drop_copies, rewrite_writes, written_arguments
+from .writes import Memory, drop_copies, rewrite_writes, spell_out_diagonals, written_arguments
 
 
 def outline(trace: Trace) -> tuple[fx.GraphModule, tuple[Input, ...]]:
@@ -33,6 +33,7 @@ def outline(trace: Trace) -> tuple[fx.GraphModule, tuple[Input, ...]]:
     for node in graph.nodes:
         if node.users:
             check_static(node)
+    spell_out_diagonals(graph)
     rewrite_writes(graph)
     drop_copies(graph)
     regions = find_regions(graph)

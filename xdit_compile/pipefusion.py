@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .build import Analysis, Lie, Pipeline, place_stage, separated
+from .containers import Outcome
 from .generations import Branch
 from .guidance import alone
 from .halves import Halves
@@ -119,7 +120,7 @@ class PipelineRunner(Runner):
         if self.pipe is not None:
             self.pipe.reset()
 
-    def _run(self, args: tuple, kwargs: dict) -> Any:
+    def _run(self, args: tuple, kwargs: dict) -> Outcome:
         flow, leaves = self._known(args, kwargs)
         assert isinstance(flow, Flow)
         device = device_of(leaves)

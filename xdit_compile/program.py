@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from .kept_modules import KeptModule
 from .results import Template
 
 
@@ -70,16 +71,18 @@ class Program:
     list of repeated blocks. Every structure is a functional ATen GraphModule: placeholders, ``call_function`` nodes and
     one flat tuple as output, each node with ``meta["val"]``; weights come in as arguments.
 
-    ``result`` says how the module's result is made of the root's output tuple.
+    ``outcome`` says how the `Outcome` of a call is made of the root's output tuple. ``kept`` are the
+    modules that structures call by name.
     """
 
     root: fx.GraphModule
     inputs: tuple[Input, ...]
     constants: dict[str, torch.Tensor]
     in_spec: pytree.TreeSpec
-    result: Template
+    outcome: Template
     guards: tuple[Guard, ...] = ()
     how: str = ""
+    kept: tuple[KeptModule, ...] = ()
 
     def structures(self) -> dict[str, fx.GraphModule]:
         """The distinct structures by name."""

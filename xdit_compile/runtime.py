@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .build import Analysis, analyse, choose_units, place
+from .containers import Outcome, leave, observed
 from .deferred import Deferred, values_of
 from .digest import digest, digest_program, digest_shapes
 from .dump import dump
@@ -108,23 +109,31 @@ class Runner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.call():
-            if self._guided:
-                args, kwargs = self._arrived(args, kwargs)
             try:
-                return self._run(args, kwargs)
+                outcome = self._run(*self._arrived(args, kwargs))
             except RunsWhole:
                 return self._run_whole(args, kwargs)
+            leave(outcome, (args, kwargs))
+            return outcome.result
 
     @property
     def _computation(self) -> Callable[..., Any]:
         return self._given or found_method(self.module, "forward")
 
     def _run_whole(self, args: tuple, kwargs: dict) -> Any:
+        """The module's own result; what it leaves in containers it leaves in the caller's."""
+        arrived = self._arrived(args, kwargs)
+        outcome = self._own_outcome(*arrived)
+        if arrived[0] is not args:
+            leave(outcome, (args, kwargs))
+        return outcome.result
+
+    def _own_outcome(self, args: tuple, kwargs: dict) -> Outcome:
         own = self._computation
         with as_it_was(self.module):
-            return own(*args, **kwargs)
+            return observed(own, args, kwargs)
 
-    def _run(self, args: tuple, kwargs: dict) -> Any:
+    def _run(self, args: tuple, kwargs: dict) -> Outcome:
         prepared, leaves = self._known(args, kwargs)
         compute = self._compared(prepared, self._computing(prepared, leaves), leaves)
         if self._guided:
@@ -175,7 +184,7 @@ class Runner:
             return compute
 
         def compared(given: list[Any]) -> tuple[torch.Tensor, ...]:
-            expected = self._own_result(prepared, given)
+            expected = self._expected(prepared, given)
             found = compute(given)
             verify_later(assemble(prepared.program, found), expected, self.name)
             self._release_all()
@@ -187,11 +196,12 @@ class Runner:
         due = self._compares and self._later.due(prepared, self.session.steps)
         return due and not self.weights.partial
 
-    def _own_result(self, prepared: Prepared, leaves: list[Any]) -> Any:
-        """What the module itself makes of the inputs of a call."""
-        args, kwargs = pytree.tree_unflatten(leaves, prepared.program.in_spec)
+    def _expected(self, prepared: Prepared, leaves: list[Any]) -> Outcome:
+        """What the module itself does with the inputs of a call; they stay as they are."""
+        if prepared.program.outcome.form.written:
+            leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         with same_random_numbers():
-            return self._run_whole(args, kwargs)
+            return self._own_outcome(*pytree.tree_unflatten(leaves, prepared.program.in_spec))
 
     def _known(self, args: tuple, kwargs: dict) -> tuple[Prepared, list[Any]]:
         """What runs a call of this signature, made if need be, and the flat inputs to run it with."""
@@ -216,11 +226,13 @@ class Runner:
 
     def _arrived(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The inputs with the values of those that another denoiser has not computed yet."""
+        if not self._guided:
+            return args, kwargs
         if any(isinstance(leaf, Deferred) and not leaf.settled for leaf in pytree.tree_leaves((args, kwargs))):
             self._branches.flush(asking=self.module)
         return pytree.tree_map(values_of, (args, kwargs))
 
-    def _deferred(self, prepared: Prepared, leaves: list[Any], compute: Computing) -> Any:
+    def _deferred(self, prepared: Prepared, leaves: list[Any], compute: Computing) -> Outcome:
         """One branch of guidance: its inputs are kept as they are now, its results come with the other branches'."""
         device = device_of(leaves)
         kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -309,8 +321,10 @@ class Runner:
     def _verify(
         self, prepared: Prepared, own: Callable[..., Any], args: tuple, kwargs: dict, leaves: list[Any]
     ) -> None:
+        if prepared.analysis.program.outcome.form.written:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         with as_it_was(self.module):
-            expected = own(*args, **kwargs)
+            expected = observed(own, args, kwargs)
         for found in self._found(prepared, leaves):
             verify(assemble(prepared.program, found), expected)
         self._agreement.agree("its verdict", {})

@@ -49,7 +49,7 @@ def run_simulated(
     own = kept or [{}] * len(programs)
     given = [bind(program, weights, leaves, each) for program, each in zip(programs, own, strict=True)]
     found = run_ranks(programs, given, observe)
-    return [assemble(program, tensors) for program, tensors in zip(programs, found, strict=True)]
+    return [assemble(program, tensors).result for program, tensors in zip(programs, found, strict=True)]
 
 
 @torch.no_grad()

@@ -14,7 +14,9 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from .containers import Outcome, observed
 from .errors import CaptureError
+from .kept_modules import KeptModule
 from .program import Guard, Input
 from .results import Template, tensors_of
 
@@ -36,25 +38,32 @@ class Trace:
     functional: bool = False
     guards: tuple[Guard, ...] = ()
     functionalize: Callable[[], Trace] | None = None
+    kept: tuple[KeptModule, ...] = ()
 
 
 @dataclasses.dataclass(eq=False)
 class Seen:
-    """What a module was seen to return."""
+    """What a call of a module was seen to do: an `Outcome` without its tensors."""
 
-    result: Template | None = None
+    outcome: Template | None = None
+
+    @property
+    def written(self) -> list[int]:
+        """Positions of the flat inputs that it writes to."""
+        return [each.position for each in self.outcome.form.written] if self.outcome else []
 
 
 class Flat(nn.Module):
     """A module seen as a function of its tensor leaves alone, contiguous ones; every other leaf is baked in.
 
-    ``seen`` says, once the module ran, how its result is made of tensors.
+    ``runs`` says whether the module may run as it is, and ``seen``, once it ran, how what it does is made of tensors.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         super().__init__()
         self.module = module
         self.call = forward
+        self.runs = True
         leaves, self.in_spec = pytree.tree_flatten((args, kwargs))
         self.leaves = [leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.positions = tuple(i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor))
@@ -64,16 +73,15 @@ class Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         leaves = list(self.fixed)
         for position, tensor in zip(self.positions, tensors, strict=True):
-            leaves[position] = tensor
+            leaves[position] = tensor.clone() if position in self.seen.written else tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-        result = self.call(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
-            assert self.seen.result is not None
-            return tuple(self.seen.result.taken(result))
-        refuse_written(leaves, (args, kwargs))
-        if self.seen.result is None:
-            self.seen.result = Template.of(result)
-        return tuple(tensors_of(result))
+            assert self.seen.outcome is not None
+            return tuple(self.seen.outcome.taken(Outcome(self.call(*args, **kwargs))))
+        outcome = observed(self.call, args, kwargs, self.seen.written)
+        if self.seen.outcome is None:
+            self.seen.outcome = Template.of(outcome)
+        return tuple(tensors_of(outcome))
 
     def own_inputs(self) -> tuple[tuple, dict]:
         """``(args, kwargs)`` of the example call, with tensors that a call may write to without harm."""
@@ -85,32 +93,19 @@ class Flat(nn.Module):
         return tuple(self.leaves[i] for i in self.positions)
 
 
-def refuse_written(leaves: list[Any], inputs: tuple[tuple, dict]) -> None:
-    """See to it that a call left the tensors in the lists and dicts of its inputs as they were.
-
-    A graph has no lists or dicts to write to, so what a module puts there would be lost.
-
-    Args:
-        leaves: the flat inputs before the call.
-        inputs: ``(args, kwargs)`` after it.
-
-    Raises:
-        CaptureError: where tensors came, went or changed places.
-    """
-    before, after = (
-        [id(leaf) for leaf in of if isinstance(leaf, torch.Tensor)] for of in (leaves, pytree.tree_leaves(inputs))
-    )
-    if before != after:
-        raise CaptureError("the module writes tensors to a list or dict that it is given")
-
-
 def by_export(flat: Flat) -> Trace:
     """Non-strict ``torch.export``: Python runs, tensors are fakes."""
     return _exported(flat, strict=False)
 
 
 def by_dynamo(flat: Flat) -> Trace:
-    """Strict ``torch.export``: bytecode is analysed, so writes to tensor data and attributes are understood."""
+    """Strict ``torch.export``: bytecode is analysed, so writes to tensor data and attributes are understood.
+
+    Raises:
+        CaptureError: the module changes what it is given, which this cannot see.
+    """
+    if flat.seen.outcome is not None and flat.seen.outcome.form.changes:
+        raise CaptureError("the module changes a list, dict or tensor that it is given")
     return _exported(flat, strict=True)
 
 

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
+from .plainly import stated_plainly
 from .program import Guard, Input
 from .simplify import erase_with_sources
 from .tracing import Flat, Trace, own_name
@@ -46,7 +47,7 @@ def by_values(flat: Flat) -> Trace:
 
     def run(parameters: list[torch.Tensor], tensors: list[torch.Tensor]) -> Any:
         recorder = get_proxy_mode().tracer  # type: ignore[union-attr]
-        with mode, known, ReadValues(known), recorded_calls(flat, recorder.graph):
+        with mode, known, ReadValues(known), stated_plainly(mode, known), recorded_calls(flat, recorder.graph):
             result = functional_call(flat, dict(zip(weights, parameters, strict=True)), tuple(tensors))
         for fake in [*(one.fake for one in known.sized), *(mask for mask, _ in known.masks)]:
             if (slot := get_proxy_slot(fake, recorder, None)) is not None:

@@ -18,6 +18,10 @@ from .errors import CaptureError
 Sources = frozenset[int]
 
 
+class UnknownValue(CaptureError):
+    """The module reads a value that it computed, or makes a tensor whose size depends on one."""
+
+
 @dataclasses.dataclass
 class Sized:
     """A known tensor whose size depends on data, or that was made of such ones (``parents``)."""
@@ -93,7 +97,7 @@ class KnownValues(TorchDispatchMode):
     def _known(self, tensor: torch.Tensor) -> torch.Tensor:
         value = self.value(tensor)
         if value is None:
-            raise CaptureError(f"the module reads values of a {tensor.dtype}{tuple(tensor.shape)} tensor it computed")
+            raise UnknownValue(f"the module reads values of a {tensor.dtype}{tuple(tensor.shape)} tensor it computed")
         return value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,7 +126,7 @@ class KnownValues(TorchDispatchMode):
         if func is aten.index.Tensor:
             return (args[0], [part for index in args[1] for part in self._positions(index)]), kwargs, None
         if not complete:
-            raise CaptureError(f"the size of a result of {func} depends on values that the module computed")
+            raise UnknownValue(f"the size of a result of {func} depends on values that the module computed")
         real = really(func, self._real(args), self._real(kwargs))
         out = pytree.tree_map_only(torch.Tensor, self.fake_mode.from_tensor, real)
         origin: Sources = frozenset()

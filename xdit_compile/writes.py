@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -43,6 +44,41 @@ def _arguments(node: fx.Node, write: bool) -> list[fx.Node]:
             values = value if isinstance(value, list | tuple) else [value]
             found += [item for item in values if isinstance(item, fx.Node)]
     return found
+
+
+def spell_out_diagonals(graph: fx.Graph) -> None:
+    """State writes to diagonals by positions that are equal.
+
+    PyTorch writes through strides, which have no functional form where the tensor is a view itself.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.fill_diagonal_.default):
+        given = named_arguments(node)
+        with graph.inserting_before(node):
+            mask = _diagonal(node, node.args[0].meta["val"], bool(given.get("wrap")))  # type: ignore[union-attr]
+        node.target, node.args, node.kwargs = aten.masked_fill_.Scalar, (node.args[0], mask, given["fill_value"]), {}
+
+
+def _diagonal(node: fx.Node, value: torch.Tensor, wraps: bool) -> fx.Node:
+    """Where the indices of a tensor (2 dims, or more of one size) are equal, of its shape; with ``wraps`` a matrix
+    begins another diagonal one row below the end of the one before."""
+    places = []
+    for dim, size in enumerate(value.shape):
+        place = _added(node, aten.arange.default, size, device=value.device)
+        if wraps and value.dim() == 2 and dim == 0:
+            place = _added(node, aten.remainder.Scalar, place, value.shape[1] + 1)
+        places.append(_added(node, aten.view.default, place, [size] + [1] * (value.dim() - dim - 1)))
+    equal = [_added(node, aten.eq.Tensor, one, other) for one, other in zip(places, places[1:], strict=False)]
+    return functools.reduce(lambda one, other: _added(node, aten.logical_and.default, one, other), equal)
+
+
+def _added(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node beside another, which belongs to the same calls."""
+    node = like.graph.call_function(target, args, kwargs)
+    node.meta.update({key: like.meta[key] for key in ("calls", "stack_trace") if key in like.meta})
+    given, options = fx.node.map_arg((args, kwargs), lambda source: source.meta["val"])
+    with like.meta["val"].fake_mode:
+        node.meta["val"] = target(*given, **options)
+    return node
 
 
 def rewrite_writes(graph: fx.Graph) -> None:

@@ -14,5 +14,5 @@ _BY_PLAN = {
 EXACT: tuple[tuple[str, str], ...] = tuple((case, plan) for plan, cases in _BY_PLAN.items() for case in cases)
 """Pairs of a case and a plan that must be exact."""
 
-REFUSED = (("hidream", "ulysses"), ("sdxl", "pipefusion"), ("flux_kontext", "cfg"))
+REFUSED = (("sdxl", "pipefusion"), ("flux_kontext", "cfg"))
 """Pairs that may be refused, or have nothing to split."""

@@ -291,6 +291,8 @@ UNETS: list[Case] = [
     Case("ddim", partial(_unconditional, diffusers.DDIMPipeline, diffusers.DDIMScheduler()), _batches, pair=_batch),
     Case("marigold", _marigold, _marigold_arguments),
     Case("sd15_pag", _pag, by_size(lambda d, s: prompts(d))),
+    Case("sd3_pag", partial(like, "sd3", diffusers.StableDiffusion3PAGPipeline),
+         by_size(lambda d, s: prompts(d, pooled=22)), pair=repeated),
     Case("sd15_panorama", _panorama, by_size(lambda d, s: prompts(d), ({"height": 192, "width": 256},
          {"height": 192, "width": 224}))),
     Case("amused", _amused, _amused_arguments),
