@@ -21,12 +21,12 @@ FOLDERS = {
 }
 CAPTURE = (
     "results versions released samples program flatten memory weights checkpoint tracing values valued writes "
-    "decompose simplify blocks outline interpret preserve signature capture separate in_place"
+    "decompose simplify blocks outline interpret preserve signature capture separate in_place cutting"
 )
 RUNTIME = (
     "simulated sketch calls liveness agreement request_facts shared_inputs turns session verification digest build "
     "report dump deferred guidance pipelines empty runtime autoencoder distvae_provider generations patched "
-    "pipes halves pipefusion distrifusion pipeline_report"
+    "independence batches pipes halves pipefusion distrifusion pipeline_report"
 )
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
 LAYERS = [

@@ -98,6 +98,8 @@ class _Drains:
 class PipelineRunner(Runner):
     """Called in place of ``module.forward``; results come in patches once the warm-up is over."""
 
+    cuts_calls = False
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.generation = self.session.generation
