@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -128,13 +129,12 @@ class _Trial:
         try:
             return self._tested(cut, whole)
         except _Tied as tied:
-            rest = cut.entries - tied.entries
-            if not tied.entries or not rest:
-                raise
-            try:
-                return self._tested(dataclasses.replace(cut, entries=rest), whole)
-            except _Tied:
-                raise tied from None
+            fewer = [cut.entries - tied.entries] if tied.entries else [cut.entries - {one} for one in cut.entries]
+            for entries in fewer:
+                with contextlib.suppress(_Tied):
+                    if entries:
+                        return self._tested(dataclasses.replace(cut, entries=entries), whole)
+            raise
 
     def _tested(self, cut: Cut, whole: Made) -> Independent:
         try:
@@ -150,34 +150,55 @@ class _Trial:
         return Independent(cut, pieces, [[tensor.to("meta") for tensor in tensors] for _, tensors in parts])
 
     def _refuse_influence(self, cut: Cut, whole: Made, pieces: Sequence[Pieces]) -> None:
-        for part in range(cut.parts):
-            for change in (_faded, _levelled):
-                if not self._stays(cut, whole[1], pieces, part, change):
+        for kept in _sides(cut):
+            levelled = self._with(cut, self.call, kept, _levelled_or_halved, inside=True)
+            trials = [(self.call, whole[1], _faded), (self.call, whole[1], _levelled)]
+            for call, expected, change in [*trials, (levelled, self._other(levelled), _levelled)]:
+                if not self._stays(cut, call, expected, pieces, kept, change):
                     each = [dataclasses.replace(cut, entries=frozenset([entry])) for entry in cut.entries]
-                    tying = [one.entries for one in each if not self._stays(one, whole[1], pieces, part, change)]
-                    entries = frozenset[Path]().union(*tying)
-                    raise _Tied(f"mixes its samples: one's result changes with another's {_named(entries)}", entries)
+                    tying = [one for one in each if not self._stays(one, call, expected, pieces, kept, change)]
+                    entries = frozenset(entry for one in tying for entry in one.entries)
+                    why = f"mixes its samples: one's result changes with another's {_named(entries)}"
+                    raise _Tied(why, entries)
 
-    def _stays(self, cut: Cut, whole: Sequence[torch.Tensor], pieces: Sequence[Pieces], part: int, change: Any) -> bool:
-        """Whether the results of one part stay when what other parts are given changes."""
-        start, stop = cut.span(part)
-        call = cut.mapped(self.call, lambda value: _others(value, start, stop, change))
+    @staticmethod
+    def _with(cut: Cut, call: Call, kept: frozenset[int], change: Any, inside: bool = False) -> Call:
+        """The call with other values for the samples that are not kept, or for those alone."""
+        return cut.mapped(call, lambda value: _each(value, kept, change, inside))
+
+    def _other(self, call: Call) -> Sequence[torch.Tensor]:
+        """The result of the call with other values."""
         try:
-            _, found = self.made(call)
+            return self.made(call)[1]
         except Exception as error:  # noqa: BLE001 - any refusal of the module's own code
             raise _Tied(f"cannot be tried with other inputs: {first_line(error)}") from error
-        if [each.shape for each in found] != [each.shape for each in whole]:
+
+    def _stays(
+        self, cut: Cut, call: Call, expected: Sequence[torch.Tensor], pieces: Sequence[Pieces],
+        kept: frozenset[int], change: Any,
+    ) -> bool:  # fmt: skip
+        """Whether the results of some samples stay when what the others are given changes."""
+        found = self._other(self._with(cut, call, kept, change))
+        if [each.shape for each in found] != [each.shape for each in expected]:
             return False
-        mine = list(_own(pieces, cut, part))
-        return _alike([found[k][rows] for k, rows in mine], [whole[k][rows] for k, rows in mine], STAYS)
+        mine = list(_own(pieces, cut, kept))
+        return _alike([found[k][rows] for k, rows in mine], [expected[k][rows] for k, rows in mine], STAYS)
 
 
-def _own(pieces: Sequence[Pieces], cut: Cut, part: int) -> Iterator[tuple[int, slice]]:
-    """The tensors of the result that one part gives, and which rows of each."""
+def _sides(cut: Cut) -> Iterator[frozenset[int]]:
+    """Samples of some parts, so that of every two parts each is once among them without the other."""
+    for bit in range((cut.parts - 1).bit_length()):
+        for side in (0, 1):
+            spans = [cut.span(part) for part in range(cut.parts) if part >> bit & 1 == side]
+            yield frozenset(sample for span in spans for sample in range(*span))
+
+
+def _own(pieces: Sequence[Pieces], cut: Cut, kept: frozenset[int]) -> Iterator[tuple[int, Any]]:
+    """The tensors of the result that some samples give, and which rows of each."""
     for k, each in enumerate(pieces):
-        if len(each) > 1 or cut.parts == 1:
-            yield k, slice(*cut.span(part))
-        elif each[0][0] == part:
+        if len(each) > 1:
+            yield k, sorted(kept)
+        elif cut.span(each[0][0])[0] in kept:
             yield k, slice(None)
 
 
@@ -199,29 +220,20 @@ def _named(entries: frozenset[Path]) -> str:
 # ---- other values for the samples outside of one part
 
 
-def _others(value: Any, start: int, stop: int, change: Callable[..., Any]) -> Any:
-    """A tensor with other rows, or a list with other entries, outside of ``start`` to ``stop``."""
-    if not isinstance(value, torch.Tensor):
-        leading = value[start]
-        return type(value)(
-            each if start <= at < stop else _changed(each, leading, change) for at, each in enumerate(value)
-        )
-    rows = [value[at] if start <= at < stop else change(value[at], value[start]) for at in range(len(value))]
-    return torch.stack(rows)
+def _each(value: Any, kept: frozenset[int], change: Callable[..., Any], inside: bool) -> Any:
+    """A tensor with other rows, or a list with other entries, outside of those that are kept, or inside."""
+    leading = value[min(kept)]
+    rows = [_changed(value[at], leading, change) if (at in kept) == inside else value[at] for at in range(len(value))]
+    return torch.stack(rows) if isinstance(value, torch.Tensor) else type(value)(rows)
 
 
 def _changed(entry: Any, leading: Any, change: Callable[..., Any]) -> Any:
-    """An entry of a list with other tensors; ``leading`` is one of those that stay."""
+    """An entry with other tensors; ``leading`` is one of those that stay."""
     leaves, spec = pytree.tree_flatten(entry)
     others, _ = pytree.tree_flatten(leading)
-    models = others if len(others) == len(leaves) else leaves
-    return pytree.tree_unflatten(
-        [
-            change(one, other) if isinstance(one, torch.Tensor) else one
-            for one, other in zip(leaves, models, strict=True)
-        ],
-        spec,
-    )
+    pairs = zip(leaves, others if len(others) == len(leaves) else leaves, strict=True)
+    changed = [change(one, other) if isinstance(one, torch.Tensor) else one for one, other in pairs]
+    return pytree.tree_unflatten(changed, spec)
 
 
 def _faded(row: torch.Tensor, leading: Any) -> torch.Tensor:
@@ -233,16 +245,25 @@ def _faded(row: torch.Tensor, leading: Any) -> torch.Tensor:
 
 
 def _levelled(row: torch.Tensor, leading: Any) -> torch.Tensor:
-    """A sample of one value."""
+    """A sample of one value, the mean of one that stays."""
     if not _measures(row):
         return _another(row, leading)
-    return (0.5 * row.mean()).expand(row.shape).clone() if row.dim() else row * (1 - FADED)
+    same = isinstance(leading, torch.Tensor) and leading.dtype == row.dtype
+    return (leading if same else row).mean().expand(row.shape).clone() if row.dim() else row * (1 - FADED)
+
+
+def _levelled_or_halved(row: torch.Tensor, leading: Any) -> torch.Tensor:
+    """A sample of one value with half a mask: what sorts by values or pads to the longest shows there."""
+    return _levelled(row, leading) if _measures(row) and row.dim() else _halved(row)
 
 
 def _measures(row: torch.Tensor) -> bool:
     """Whether values are measured, not counted or chosen: a mask may be of numbers, too."""
-    numbers = row.is_floating_point() or row.is_complex()
-    return numbers and not bool(((row == 0) | (row == 1)).all())
+    return (row.is_floating_point() or row.is_complex()) and not _is_mask(row)
+
+
+def _is_mask(row: torch.Tensor) -> bool:
+    return bool(((row == 0) | (row == 1)).all())
 
 
 def _another(row: torch.Tensor, leading: Any) -> torch.Tensor:
@@ -250,7 +271,7 @@ def _another(row: torch.Tensor, leading: Any) -> torch.Tensor:
     fits = isinstance(leading, torch.Tensor) and leading.shape == row.shape and leading.dtype == row.dtype
     if fits and not torch.equal(leading, row):
         return leading.clone()
-    if bool(((row == 0) | (row == 1)).all()):
+    if _is_mask(row):
         return _shorter(row)
     return torch.where(row > 0, row - 1, row + 1)
 
@@ -262,3 +283,13 @@ def _shorter(mask: torch.Tensor) -> torch.Tensor:
     at, value = (left_out[0], 1) if len(chosen) < 2 and len(left_out) else (chosen[-1], 0)
     flat[at] = value
     return flat.reshape(mask.shape)
+
+
+def _halved(row: torch.Tensor) -> torch.Tensor:
+    """A mask without the second half of its entries; anything else as it is."""
+    chosen = row.reshape(-1).nonzero()
+    if not _is_mask(row) or len(chosen) < 2:
+        return row
+    flat = row.reshape(-1).clone()
+    flat[chosen[-(len(chosen) // 2) :]] = 0
+    return flat.reshape(row.shape)
