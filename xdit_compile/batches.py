@@ -80,7 +80,8 @@ class Batches:
     Args:
         plan, mesh: this rank's place.
         agreement: the talk among all ranks.
-        by_trial: whether a call may be cut, or taken apart and joined again, where the graph alone names no batch.
+        by_trial: whether a call may be cut after a trial, or taken apart and joined again, where its graph names no
+            batch.
     """
 
     def __init__(self, plan: Plan, mesh: Mesh, agreement: Agreement, by_trial: bool):
@@ -99,7 +100,7 @@ class Batches:
         if analysis.units.get(BATCH) or names[BATCH] == 1:
             return Batch(analysis)
         counts = _counts(analysis.program)
-        if analysis.units.get(DATA) or not self._by_trial:
+        if analysis.units.get(DATA):
             return Batch(analysis, unshared=Bound(few(counts[0], names[BATCH]), counts[0]))
         parts = [count for count in dict.fromkeys(names.values()) if count > 1]
         found = self._tried(module, forward, call, parts, counts, partial)
@@ -116,6 +117,8 @@ class Batches:
         """What a trial of the module says, if every rank's says so."""
         if max(counts) < min(parts):
             return Bound(few(counts[0], min(parts)), counts[0])
+        if not self._by_trial:
+            return Bound("has no batch that its graph names, which pipefusion and distrifusion need", counts[0])
         if not self._plan.verify:
             return Bound("may be cut after a trial alone, which verify=False forbids", counts[0])
         if self._agreement.any("whole weights", partial):
@@ -127,6 +130,8 @@ class Batches:
 
     def _joined(self, analysis: Analysis, found: Bound) -> tuple[Analysis, None, Bound | None]:
         """A batch that the graph takes apart, where sharing it nevertheless is worth it."""
+        if not self._by_trial:
+            return analysis, None, found
         units = choose_joined_batch(analysis.inference, self._plan)
         joined = dataclasses.replace(analysis, units={**analysis.units, **units})
         return joined, None, None if units[BATCH] else found

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .build import Analysis, Lie, Pipeline, place_stage, separated
 from .generations import Branch
-from .guidance import alone
+from .guidance import Call, alone
 from .halves import Halves
 from .interpret import assemble, bind
 from .passes.layout import BATCH
@@ -137,7 +137,8 @@ class PipelineRunner(Runner):
             XditCompileError: the generation has no other branch.
         """
         if branch.steps > 1 and self.generation.branches(self) == 1:
-            raise alone(self.plan.cfg)
+            unshared = None if flow.batch is None else flow.batch.unshared
+            raise alone(self.plan.cfg, Call(self.module, self.name, leaves, unshared))
         self.halves.turn()
         given = [part for leaf in leaves if isinstance(leaf, PatchedTensor) for part in leaf.parts]
         branch.settle(tuple(part for part in given if part.here))
