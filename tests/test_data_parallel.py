@@ -106,10 +106,6 @@ def _three_prompts(d: Draw, request: int) -> dict[str, Any]:
     return {**CASES["sd3_prompted"].arguments(d, request), "prompt": ["a red star", "a blue moon", "mint"]}
 
 
-def _as_given(given: dict[str, Any]) -> dict[str, Any]:
-    return given
-
-
 LENGTHS = {
     "two references": (dataclasses.replace(CASES["flux2"], arguments=_two_references), 2),
     "two control nets": (Case("two_nets", _two_nets, _two_controls), 2),
