@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import fx
 
-from xdit_compile.axes import Atom, Axis, Concat, same
+from xdit_compile.axes import Axis, Concat, Product, atoms, same
+from xdit_compile.mesh import Mesh
+from xdit_compile.plan import Plan
 
 from .infer import Inference
-from .layout import BATCH, DATA, Chosen
-from .tokens import Units
+from .layout import BATCH, DATA, MEMBERS, Chosen, Layout
+from .program_partition import partition
+from .tokens import Units, weigh
 
 
 def choose_batch(inference: Inference, data: int, cfg: int) -> Chosen:
@@ -22,25 +27,63 @@ def choose_batch(inference: Inference, data: int, cfg: int) -> Chosen:
 
 
 def _units(inference: Inference, parts: int) -> Units:
-    """The batch, if it has an entry for each of several parts; where a graph takes it apart, each of its pieces has."""
-    pieces = () if parts == 1 else batch_pieces(inference)
-    return () if any(piece.size < parts for piece in pieces) else tuple((piece,) for piece in pieces)
+    """The batch, if it has an entry for each of several parts."""
+    axis = batch_axis(inference)
+    return () if parts == 1 or axis is None or axis.size < parts else ((axis,),)
 
 
-def batch_pieces(inference: Inference) -> tuple[Axis, ...]:
-    """The atoms that, end to end, are the first dim of the results and of the largest input that has it."""
+def batch_axis(inference: Inference) -> Axis | None:
+    """The one atom that is outermost in the first dim of a result and of an input."""
+    axis = _shared(inference)
+    return axis if axis is not None and len(atoms(axis)) == 1 else None
+
+
+def choose_joined_batch(inference: Inference, plan: Plan) -> Chosen:
+    """The same where the graph takes the batch apart, so that what it does between is gathered.
+
+    Entries that are cut out and joined again make a concatenation. Each of its parts is shared if it has entries
+    enough, or all of them as one; nothing is split where the gathers cost more than that saves.
+    """
+    axis = _shared(inference)
+    if isinstance(axis, Concat) and plan.fallback != "error":
+        for name in (BATCH, DATA):
+            parts = Mesh.simulated(plan, 0).size(MEMBERS[name])
+            units = _cheapest(inference, plan, name, list(_ways(axis, parts))) if axis.size >= parts > 1 else ()
+            if units:
+                return {BATCH: (), DATA: (), name: units}
+    return {BATCH: (), DATA: ()}
+
+
+def _ways(axis: Concat, parts: int) -> Iterator[Units]:
+    """Every part shared by itself, or all entries as one."""
+    if min(part.size for part in axis.parts) >= parts and all(len(atoms(part)) == 1 for part in axis.parts):
+        yield tuple((part,) for part in axis.parts)
+    yield ((axis,),)
+
+
+def _cheapest(inference: Inference, plan: Plan, name: str, tried: list[Units]) -> Units:
+    """The units whose split costs least; none where no split does."""
+    mesh, every = Mesh.simulated(plan, 0), [(), *tried]
+    costs = [weigh(partition(inference, Layout.of(plan, mesh, {name: units})).ledger) for units in every]
+    return every[costs.index(min(costs))]
+
+
+def _shared(inference: Inference) -> Axis | None:
+    """What is outermost in the first dim of a result and of an input; the first result that has it counts."""
     users = {given.name for given in inference.program.inputs if given.kind == "user"}
     root = inference.program.root.graph
     entering = [
-        inference.axes[node][0][0]
+        _outermost(inference.axes[node][0][0])
         for node in root.find_nodes(op="placeholder")
         if node.name in users and inference.axes[node][0]
     ]
     (output,) = root.find_nodes(op="output")
     for leaf in output.args[0]:
         axes = inference.axes[leaf][0] if isinstance(leaf, fx.Node) else ()
-        if axes and any(same(axes[0], axis) for axis in entering):
-            pieces = axes[0].parts if isinstance(axes[0], Concat) else (axes[0],)
-            if all(isinstance(piece, Atom) for piece in pieces):
-                return tuple(dict.fromkeys(pieces))
-    return ()
+        if axes and any(same(_outermost(axes[0]), axis) for axis in entering):
+            return _outermost(axes[0])
+    return None
+
+
+def _outermost(axis: Axis) -> Axis:
+    return axis.factors[0] if isinstance(axis, Product) else axis

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
+import diffusers
 import procs
 import pytest
 import torch
 import zoo_pipelines
+from conformance.case import Case
+from conformance.cases import CASES
+from conformance.parts import like, photo, picture, prompts
 from zoo import Draw
+from zoo_more import MORE
 
 import xdit_compile
 from xdit_compile import Plan
@@ -78,6 +84,55 @@ def test_with_other_degrees(plan: Plan) -> None:
 @pytest.mark.parametrize("name", sorted(set(zoo_pipelines.PIPELINES) - {"pixart", "sd3_controlnet"}))
 def test_every_pipeline(name: str) -> None:
     check(name, Plan(data=2, backend="eager"), 3)
+
+
+SIZE = {"height": 112, "width": 176}
+
+
+def _two_references(d: Draw, request: int) -> dict[str, Any]:
+    return {**CASES["flux2"].arguments(d, request), "image": [photo(d, SIZE), photo(d, SIZE)]}
+
+
+def _two_nets() -> Any:
+    nets = [MORE["unet_controlnet"].build() for _ in range(2)]
+    return like("sd15", diffusers.StableDiffusionControlNetPipeline, controlnet=nets)
+
+
+def _two_controls(d: Draw, request: int) -> dict[str, Any]:
+    return {**prompts(d), **SIZE, "image": [picture(d, SIZE), picture(d, SIZE)], "guidance_scale": 5.0}
+
+
+def _three_prompts(d: Draw, request: int) -> dict[str, Any]:
+    return {**CASES["sd3_prompted"].arguments(d, request), "prompt": ["a red star", "a blue moon", "mint"]}
+
+
+LENGTHS = {
+    "two references": (dataclasses.replace(CASES["flux2"], arguments=_two_references), 2),
+    "two control nets": (Case("two_nets", _two_nets, _two_controls), 2),
+    "a prompt each": (
+        dataclasses.replace(CASES["sd3_prompted"], arguments=_three_prompts, pair=lambda given: given),
+        3,
+    ),
+    "a video's frames": (CASES["svd"], 2),
+    "lists of samples": (CASES["zimage"], 3),
+    "one loop over samples": (CASES["mochi"], 2),
+}
+
+
+def run_lengths(rank: int) -> dict[str, float]:
+    found = {}
+    for name, (case, images) in LENGTHS.items():
+        unsplit, pipe = case.build(), xdit_compile.parallelize(case.build(), Plan(data=2, backend="eager"))
+        one, other = (case.call(each, 0, images, output_type="latent")[0] for each in (pipe, unsplit))
+        found[name] = ((one - other).abs().max() / other.abs().max()).item()
+        assert one.shape == other.shape and len(one) == images
+    return found
+
+
+@pytest.mark.slow
+def test_inputs_as_long_as_there_are_images() -> None:
+    for differences in procs.run(run_lengths, 2, timeout=500):
+        assert max(differences.values()) <= 2e-5, differences
 
 
 def one_image(rank: int) -> str:

@@ -68,6 +68,11 @@ def choose_units(inference: Inference, plan: Plan) -> Chosen:
     }
 
 
+def choose_within_batch(inference: Inference, plan: Plan) -> Chosen:
+    """The same for a call that is one rank's part of a batch."""
+    return choose_units(inference, dataclasses.replace(plan, data=1, cfg=1))
+
+
 def place(analysis: Analysis, plan: Plan, mesh: Mesh, gather: bool = True, stale: bool = False) -> Partitioned:
     """The program of one rank of ``mesh``; without ``gather`` its results are this rank's part.
 

@@ -60,6 +60,10 @@ class Outcome(NamedTuple):
         return bool(self.left or self.written)
 
 
+RESULT = 0
+"""Where an outcome has what a call returned."""
+
+
 def containers_of(inputs: Any) -> list[Any]:
     """The lists, dicts and deques among inputs, outermost first; one that stands in two places is there twice."""
     return list(_containers(inputs))

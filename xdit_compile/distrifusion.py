@@ -75,6 +75,8 @@ class Shared(Prepared):
 class StaleRunner(Runner):
     """Called in place of ``module.forward``; waits for other ranks in the first steps of a generation alone."""
 
+    cuts_calls = False
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.generation = self.session.generation

@@ -11,22 +11,61 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
 import xdit_compile.kernels.collectives  # noqa: F401  (registers the op)
 
 from .deferred import Source
-from .errors import XditCompileError
+from .errors import UsageError, XditCompileError
+from .independence import Bound
 from .mesh import Mesh
 
 DIMENSION = "cfg"
 Run = Callable[[], Sequence[torch.Tensor]]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a denoiser that ranks do not share.
+
+    Args:
+        module: what is called, and ``name`` what it is called in messages.
+        inputs: the flat ones.
+        unshared: why its batch is not shared.
+    """
+
+    module: object
+    name: str
+    inputs: Sequence[Any]
+    unshared: Bound | None
+
+    @property
+    def time(self) -> list[Any]:
+        """The inputs that say which step this is, among others: numbers, and tensors with one for each sample."""
+        numbers = (bool, int, float)
+        return [each for each in self.inputs if isinstance(each, numbers) or _is_flat(each)]
+
+    def same_step(self, other: Call) -> bool:
+        """Whether two calls may be branches of one step."""
+        pairs = list(zip(self.time, other.time, strict=False))
+        return len(self.time) == len(other.time) and bool(pairs) and all(_equal(*pair) for pair in pairs)
+
+
+def _is_flat(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() < 2
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and one == other
+
+
 @dataclasses.dataclass
 class _Waiting:
-    module: object
+    call: Call
     run: Run
     likes: Sequence[torch.Tensor]
     source: Source
@@ -49,7 +88,7 @@ class Branches:
         self._index = mesh.coordinate(DIMENSION)
         self._group = mesh.group(DIMENSION)
         self._waiting: list[_Waiting] = []
-        self._lonely: list[object] = []
+        self._lonely: dict[int, Call] = {}
         self.shared = 0
         self.alone = 0
 
@@ -65,15 +104,24 @@ class Branches:
         self.shared = 0
         self.alone = 0
 
-    def call(self, module: object, run: Run, likes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The results of ``run``, a call of ``module``: deferred, or there with the last branch.
+    def end(self) -> None:
+        """A generation is over.
+
+        Raises:
+            XditCompileError: ranks shared nothing of it.
+        """
+        if self._lonely and not self.shared:
+            raise alone(self._size, next(iter(self._lonely.values())))
+
+    def call(self, call: Call, run: Run, likes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The results of ``run``: deferred, or there with the last branch.
 
         Args:
             likes: tensors of the shapes, dtypes and device of the results.
         """
         source = Source(self.flush)
         results = source.deferred(likes)
-        self._waiting.append(_Waiting(module, run, likes, source))
+        self._waiting.append(_Waiting(call, run, likes, source))
         if len(self._waiting) < self._size:
             return list(results)
         self.flush()
@@ -86,7 +134,7 @@ class Branches:
             asking: the module whose next call takes the values as its input; none where the pipeline reads them.
 
         Raises:
-            XditCompileError: one call waits in a generation in which no two ever met: there is no guidance to share.
+            XditCompileError: one call of a module waits alone for the second time, and no two ever met.
         """
         with self._running():
             self._flush(asking)
@@ -94,10 +142,11 @@ class Branches:
     def _flush(self, asking: object) -> None:
         waiting, self._waiting = self._waiting, []
         if len(waiting) == 1:
-            module = waiting[0].module
-            if not self.shared and (asking in (None, module) or module in self._lonely):
-                raise alone(self._size)
-            self._lonely.append(module)
+            call = waiting[0].call
+            before = self._lonely.get(id(call.module))
+            if not self.shared and (asking is call.module or before is not None):
+                raise alone(self._size, call, before)
+            self._lonely[id(call.module)] = call
             self.alone += 1
             waiting[0].source.fill(waiting[0].run())
         elif waiting:
@@ -108,32 +157,69 @@ class Branches:
     def _exchanged(self, waiting: Sequence[_Waiting]) -> list[list[torch.Tensor]]:
         """The results of all calls; this rank computes one of them, if there are enough."""
         mine = list(waiting[self._index].run()) if self._index < len(waiting) else []
-        flat: dict[torch.dtype, torch.Tensor] = {}
-        for dtype in dict.fromkeys(like.dtype for one in waiting for like in one.likes):
-            sizes = [sum(like.numel() for like in one.likes if like.dtype == dtype) for one in waiting]
-            sizes += [0] * (self._size - len(waiting))
-            parts = [value.reshape(-1) for value in mine if value.dtype == dtype]
-            own = torch.cat(parts) if parts else waiting[0].likes[0].new_empty(0, dtype=dtype)
-            flat[dtype] = torch.ops.xdit_compile.all_gather(own, 0, sizes, self._group)
-        return _unpacked(waiting, flat)
+        likes = [one.likes for one in waiting] + [()] * (self._size - len(waiting))
+        return exchanged(mine, likes, self._group, waiting[0].likes[0].device)[: len(waiting)]
 
 
-def alone(size: int) -> XditCompileError:
-    """What to raise where ``size`` ranks should share branches of guidance and there is one."""
+def exchanged(
+    mine: Sequence[torch.Tensor], likes: Sequence[Sequence[torch.Tensor]], group: str, device: torch.device
+) -> list[list[torch.Tensor]]:
+    """The tensors of every rank of a group, by rank.
+
+    Args:
+        mine: those of this rank.
+        likes: for every rank tensors of the shapes and dtypes of its own.
+        device: where tensors lie.
+    """
+    flat: dict[torch.dtype, torch.Tensor] = {}
+    for dtype in dict.fromkeys(like.dtype for each in likes for like in each):
+        sizes = [sum(like.numel() for like in each if like.dtype == dtype) for each in likes]
+        parts = [value.reshape(-1) for value in mine if value.dtype == dtype]
+        own = torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)
+        flat[dtype] = torch.ops.xdit_compile.all_gather(own, 0, sizes, group)
+    return _unpacked(likes, flat)
+
+
+def _unpacked(
+    likes: Sequence[Sequence[torch.Tensor]], flat: dict[torch.dtype, torch.Tensor]
+) -> list[list[torch.Tensor]]:
+    at = dict.fromkeys(flat, 0)
+    found = []
+    for each in likes:
+        values = []
+        for like in each:
+            start = at[like.dtype]
+            at[like.dtype] += like.numel()
+            values.append(flat[like.dtype][start : at[like.dtype]].view(like.shape).clone())
+        found.append(values)
+    return found
+
+
+def alone(size: int, call: Call | None = None, before: Call | None = None) -> XditCompileError:
+    """What to raise where ``size`` ranks should share branches of guidance and there is one call alone.
+
+    Args:
+        call: that one.
+        before: the one before it that was alone.
+    """
+    if call is not None and call.unshared is not None and call.unshared.samples > 1:
+        return XditCompileError(f"cfg={size} but {call.name} {call.unshared.why}; use cfg=1 or a smaller one")
+    if call is not None and before is not None and call.same_step(before):
+        return XditCompileError(
+            f"cfg={size} but this pipeline reads the result of {call.name} for one branch of guidance before it makes "
+            "the call of the next one, so that they cannot run at the same time; use cfg=1"
+        )
     return XditCompileError(
         f"cfg={size} but this pipeline makes one call of the denoiser with one image per step: it is "
         "guidance-distilled or runs without guidance; use cfg=1, or a guidance scale above 1"
     )
 
 
-def _unpacked(waiting: Sequence[_Waiting], flat: dict[torch.dtype, torch.Tensor]) -> list[list[torch.Tensor]]:
-    at = dict.fromkeys(flat, 0)
-    found = []
-    for one in waiting:
-        values = []
-        for like in one.likes:
-            start = at[like.dtype]
-            at[like.dtype] += like.numel()
-            values.append(flat[like.dtype][start : at[like.dtype]].view(like.shape).clone())
-        found.append(values)
-    return found
+def unshared_images(size: int, name: str, unshared: Bound | None) -> UsageError:
+    """What to raise where ``size`` data ranks should share the batch of a call and do not."""
+    if unshared is None or unshared.samples < size:
+        return UsageError(
+            f"data={size} but {name} is called with fewer images at once, or takes them one by one: "
+            "give more prompts or a greater num_images_per_prompt, or use data=1"
+        )
+    return UsageError(f"data={size} but {name} {unshared.why}; use data=1")

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from .build import Analysis, Lie, Pipeline, place_stage, separated
 from .containers import Outcome
 from .generations import Branch
-from .guidance import alone
+from .guidance import Call, alone
 from .halves import Halves
 from .interpret import assemble, bind
 from .passes.layout import BATCH
@@ -101,6 +101,7 @@ class PipelineRunner(Runner):
     """Called in place of ``module.forward``; results come in patches once the warm-up is over."""
 
     compares_later = False  # stages hold their own weights alone
+    cuts_calls = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -139,7 +140,8 @@ class PipelineRunner(Runner):
             XditCompileError: the generation has no other branch.
         """
         if branch.steps > 1 and self.generation.branches(self) == 1:
-            raise alone(self.plan.cfg)
+            unshared = None if flow.batch is None else flow.batch.unshared
+            raise alone(self.plan.cfg, Call(self.module, self.name, leaves, unshared))
         self.halves.turn()
         given = [part for leaf in leaves if isinstance(leaf, PatchedTensor) for part in leaf.parts]
         branch.settle(tuple(part for part in given if part.here))

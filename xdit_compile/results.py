@@ -94,6 +94,11 @@ class Template:
         paths = tuple(path for path, _ in sorted(_leaves(form, Slot, set()), key=lambda found: found[1].number))
         return cls(form, next(numbers), paths)
 
+    def inner(self, key: Any) -> Template:
+        """The template of an item of a result."""
+        paths = tuple(path[1:] for path in self.paths if path[0] == (True, key))
+        return Template(self.form[key], len(paths), paths)
+
     def filled(self, tensors: Sequence[torch.Tensor]) -> Any:
         """A result of its own that holds these tensors, in the order of `tensors_of`."""
         return copied(self.form, Slot, lambda slot: tensors[slot.number])

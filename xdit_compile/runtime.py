@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .batches import Batch, Batches, SharedCall
 from .build import Analysis, analyse, choose_units, place
 from .containers import Outcome, leave, observed
 from .deferred import Deferred, values_of
 from .digest import digest, digest_program, digest_shapes
 from .dump import dump
-from .errors import CaptureError, UsageError
+from .errors import CaptureError
+from .guidance import Call, unshared_images
 from .in_place import as_it_was, found_method, refuse_lost
 from .interpret import assemble, bind
 from .later import LaterCall
 from .passes.infer import Inference
-from .passes.layout import BATCH, DATA, Chosen
+from .passes.layout import BATCH, Chosen
 from .passes.strips import in_strips
 from .plan import Plan
 from .preserve import same_random_numbers
@@ -38,11 +40,32 @@ Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    """What one signature runs on this rank."""
+    """What one signature runs on this rank.
+
+    Args:
+        batch: how ranks share its samples; set once it is known.
+    """
 
     analysis: Analysis
     program: Program
     run: Callable[..., tuple[Any, ...]]
+    batch: Batch | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def shared(self) -> SharedCall | None:
+        """The call of which this rank runs a part, where it does."""
+        return None if self.batch is None else self.batch.shared
+
+    @property
+    def whole(self) -> Program:
+        """The captured program of the whole call."""
+        return self.analysis.program if self.shared is None else self.shared.whole
+
+    @property
+    def made(self) -> list[torch.Tensor]:
+        """Fake tensors of the forms of the results of the whole call."""
+        (output,) = self.whole.root.graph.find_nodes(op="output")
+        return [leaf.meta["val"] for leaf in output.args[0]]
 
     @property
     def programs(self) -> Sequence[Program]:
@@ -51,7 +74,8 @@ class Prepared:
 
     def fits(self, leaves: list[Any]) -> bool:
         """Whether the values that the capture baked in are those of this call."""
-        return all(torch.equal(leaves[guard.position], guard.value) for guard in self.program.guards)
+        guards = self.program.guards if self.shared is None else self.shared.guards
+        return all(torch.equal(leaves[guard.position], guard.value) for guard in guards)
 
 
 class Runner:
@@ -75,6 +99,8 @@ class Runner:
     """
 
     compares_later = True
+    cuts_calls = True
+    """Whether a rank may run a call of some of the samples in place of its part of the whole one."""
 
     def __init__(
         self,
@@ -104,6 +130,7 @@ class Runner:
         self._changing = Changing()
         self._later = LaterCall()
         self._agreement = session.agreement
+        self._batches = Batches(self.plan, self.mesh, session.agreement, self.cuts_calls)
         self._branches = session.branches
         session.before_request(self.renew)
 
@@ -135,12 +162,12 @@ class Runner:
 
     def _run(self, args: tuple, kwargs: dict) -> Outcome:
         prepared, leaves = self._known(args, kwargs)
-        compute = self._compared(prepared, self._computing(prepared, leaves), leaves)
+        compute = self._compared(prepared, self._computing_part(prepared, leaves), leaves)
         if self._guided:
-            if not prepared.analysis.units.get(BATCH):
+            if prepared.batch is None or prepared.batch.over != BATCH:
                 return self._deferred(prepared, leaves, compute)
             self._branches.shared += 1
-        return assemble(prepared.program, compute(leaves))
+        return assemble(prepared.whole, compute(leaves))
 
     def renew(self) -> None:
         """Notice what changed without a word since the last request; to be called when one begins.
@@ -178,6 +205,14 @@ class Runner:
         """How the results of this call come from its inputs, now or later."""
         return lambda given: prepared.run(*bind(prepared.program, self.weights, given))
 
+    def _computing_part(self, prepared: Prepared, leaves: list[Any]) -> Computing:
+        """The same, where this rank may run a part of the call."""
+        shared = prepared.shared
+        if shared is None:
+            return self._computing(prepared, leaves)
+        own = self._computing(prepared, shared.taken(leaves))
+        return lambda given: shared.gathered(own(shared.taken(given)))
+
     def _compared(self, prepared: Prepared, compute: Computing, leaves: list[Any]) -> Computing:
         """The same, compared with the module itself if this is the later call that is."""
         if not self._is_compared(prepared):
@@ -186,7 +221,7 @@ class Runner:
         def compared(given: list[Any]) -> tuple[torch.Tensor, ...]:
             expected = self._expected(prepared, given)
             found = compute(given)
-            verify_later(assemble(prepared.program, found), expected, self.name)
+            verify_later(assemble(prepared.whole, found), expected, self.name)
             self._release_all()
             return found
 
@@ -198,10 +233,10 @@ class Runner:
 
     def _expected(self, prepared: Prepared, leaves: list[Any]) -> Outcome:
         """What the module itself does with the inputs of a call; they stay as they are."""
-        if prepared.program.outcome.form.written:
+        if prepared.whole.outcome.form.written:
             leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         with same_random_numbers():
-            return self._own_outcome(*pytree.tree_unflatten(leaves, prepared.program.in_spec))
+            return self._own_outcome(*pytree.tree_unflatten(leaves, prepared.whole.in_spec))
 
     def _known(self, args: tuple, kwargs: dict) -> tuple[Prepared, list[Any]]:
         """What runs a call of this signature, made if need be, and the flat inputs to run it with."""
@@ -236,20 +271,19 @@ class Runner:
         """One branch of guidance: its inputs are kept as they are now, its results come with the other branches'."""
         device = device_of(leaves)
         kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-
-        (output,) = prepared.analysis.program.root.graph.find_nodes(op="output")
-        fakes = [leaf.meta["val"] for leaf in output.args[0]]
-        likes = [torch.empty(fake.shape, dtype=fake.dtype, device=device) for fake in fakes]
-        return assemble(prepared.program, tuple(self._branches.call(self.module, lambda: compute(kept), likes)))
+        likes = [torch.empty(fake.shape, dtype=fake.dtype, device=device) for fake in prepared.made]
+        call = Call(self.module, self.name, kept, None if prepared.batch is None else prepared.batch.unshared)
+        return assemble(prepared.whole, tuple(self._branches.call(call, lambda: compute(kept), likes)))
 
     def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
         shapes = {"plan": digest([self.plan]), "input shape": digest_shapes(leaves)}
         self._agreement.agree("a new program", shapes)
         own = self._computation
         analysis = self._analysed(key, own, args, kwargs)
-        self._refuse_alone(analysis)
-        prepared = self._placed(analysis, device_of(leaves))
         self._agreement.agree("its graph", {"graph": digest([digest_program(analysis.program), analysis.units])})
+        batch = self._shared(analysis, own, args, kwargs)
+        prepared = self._placed(batch.analysis, device_of(leaves))
+        prepared = dataclasses.replace(prepared, batch=batch)
         rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1
         if self.plan.verify and not self._trace_only and rewritten:
             if not self._agreement.any("whole weights", self.weights.partial):
@@ -279,14 +313,19 @@ class Runner:
             raise failed or CaptureError("not captured")
         return analysis
 
-    def _refuse_alone(self, analysis: Analysis) -> None:
-        """See to it that data ranks have a batch to share."""
-        shared = analysis.units.get(BATCH) or analysis.units.get(DATA)
-        if self.plan.data > 1 and self._is_denoiser and not shared:
-            raise UsageError(
-                f"data={self.plan.data} but {self.name} is called with fewer images at once, or takes them one by one: "
-                "give more prompts or a greater num_images_per_prompt, or use data=1"
-            )
+    def _shared(self, analysis: Analysis, own: Callable[..., Any], args: tuple, kwargs: dict) -> Batch:
+        """How ranks share the batch of a call.
+
+        Raises:
+            UsageError: there are data ranks, and they have none to share.
+        """
+        if not self._is_denoiser:
+            return Batch(analysis)
+        with as_it_was(self.module):
+            batch = self._batches.of(self.module, own, analysis, (args, kwargs), self.weights.partial)
+        if self.plan.data > 1 and not batch.over:
+            raise unshared_images(self.plan.data, self.name, batch.unshared)
+        return batch
 
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
         partitioned = place(analysis, self.plan, self.mesh, self._gather)
@@ -326,12 +365,12 @@ class Runner:
         with as_it_was(self.module):
             expected = observed(own, args, kwargs)
         for found in self._found(prepared, leaves):
-            verify(assemble(prepared.program, found), expected)
+            verify(assemble(prepared.whole, found), expected)
         self._agreement.agree("its verdict", {})
 
     def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """The results of a call, for every way in which it can be computed."""
-        yield tuple(self._computing(prepared, leaves)(leaves))
+        yield tuple(self._computing_part(prepared, leaves)(leaves))
 
 
 def device_of(leaves: list[Any]) -> torch.device:

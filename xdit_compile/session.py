@@ -137,6 +137,7 @@ class Session:
                 with self.generation.running(steps):
                     yield self._begin(arguments, facts)
                 self._refuse_broken()
+                self.branches.end()
                 self.agreement.finish(self._made)
             finally:
                 self._in_request, self.steps = False, 0

@@ -4,7 +4,7 @@ _BY_PLAN = {
     "ulysses": ("dit", "sd15", "sd3_inpaint", "stable_audio", "deepfloyd_if"),
     "ring": ("flux_true_cfg", "cogview3", "kandinsky22_prior"),
     "tensor": ("sd3", "auraflow", "wuerstchen_prior"),
-    "cfg": ("sd3", "lumina", "qwenimage"),
+    "cfg": ("sd3", "mochi", "sd15_pag"),
     "data": ("sana", "sd3_prompted", "sdxl_inpaint"),
     "pipefusion": ("dit", "sana", "sd3_img2img"),
     "distrifusion": ("dit", "prx", "ddim"),
