@@ -12,7 +12,6 @@ from torch import nn
 from xdit_compile.axes import atoms
 from xdit_compile.capture import capture
 from xdit_compile.passes.infer import infer
-from xdit_compile.passes.layout import BATCH
 from xdit_compile.passes.rulebook import rulebook
 from xdit_compile.plan import Plan
 
@@ -224,19 +223,3 @@ def test_equal_blocks_that_mean_different_things_are_not_one(kind: type[nn.Modul
     torch.manual_seed(2)
     with torch.no_grad():
         compare_every_split(kind().eval(), torch.randn(2, 4, 4, 6))
-
-
-def test_a_batch_that_is_taken_apart_goes_by_image_all_the_same() -> None:
-    """As attention that is perturbed for one branch of guidance takes it."""
-
-    def branches(x: torch.Tensor) -> torch.Tensor:
-        one, other, perturbed = x.chunk(3)
-        return torch.cat([SDPA(*(torch.cat([one, other]),) * 3), perturbed * 2])
-
-    x = torch.randn(9, 4, 5, 6, generator=torch.Generator().manual_seed(3))
-    module = Call(branches).eval()
-    model = Captured(module, (x,), {}, [module(x)], infer(capture(module, (x,), {}), rulebook()))
-    for plan in (Plan(data=2), Plan(cfg=3), Plan(data=3)):
-        worst, ranks = run_split(model, plan)
-        assert worst <= 2e-5 and len(ranks[0].ledger.gathers) == 1
-        assert [len(model.analysis(Plan(data=n)).units[BATCH]) for n in (3, 4)] == [3, 0]
