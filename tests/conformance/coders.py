@@ -157,6 +157,7 @@ def _diffusion_decoder() -> nn.Module:
         "LTX2VideoDiffusionDecoderModel", latent_channels=6, decoder_head_dim=8,
         decoder_stage_channels=(64, 32, 16, 16, 8), decoder_stage_depths=(1, 1, 1, 1, 1),
         decoder_stage_kernels=((3, 3, 3),) * 4, decoder_stage5_kernel=(3, 3, 3), decoder_t_emb_dim=24,
+        decoder_upsample_strides=((1, 2, 2), (2, 1, 1), (1, 1, 1), (1, 1, 1)), patch_size=2,
     )  # fmt: skip
 
 
@@ -187,7 +188,8 @@ CODERS: list[Coder] = [
     Coder("AutoencoderKLKVAEVideo", _kvae_video, ((1, 3, 5, 44, 24), (1, 3, 5, 32, 24)),
           ((1, 4, 2, 11, 6), (1, 4, 2, 8, 6))),
     Coder("AutoencoderKLKVAEAudio", _kvae_audio, ((1, 1, 320), (1, 1, 240)), ((1, 6, 40), (1, 6, 30))),
-    Coder("AutoencoderKLLTX2Video", _ltx2, ((1, 3, 9, 160, 96), (1, 3, 9, 128, 96)), ((1, 6, 2, 5, 3), (1, 6, 2, 4, 3))),
+    Coder("AutoencoderKLLTX2Video", _ltx2, ((1, 3, 9, 160, 96), (1, 3, 9, 128, 96)),
+          ((1, 6, 2, 5, 3), (1, 6, 2, 4, 3))),
     Coder("AutoencoderKLLTX2Audio", _ltx2_audio, ((1, 2, 44, 64), (1, 2, 32, 64)), ((1, 4, 11, 16), (1, 4, 8, 16))),
     Coder("AutoencoderKLMiniMaxH3", _minimax_h3, ((1, 3, 9, 44, 24), (1, 3, 9, 32, 24)),
           ((1, 6, 3, 11, 6), (1, 6, 3, 8, 6))),

@@ -8,11 +8,10 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from zoo import MODELS, Draw, image_ids
-from zoo_call import CLIP, DIM, HEADS, PROMPT, TEXT, fixed, mask, normal, rows, step, time
+from zoo import MODELS, Draw
+from zoo_call import DIM, HEADS, PROMPT, TEXT, mask, normal, time
 from zoo_call import call as called
 from zoo_more import MORE
-from zoo_recent import four_axes
 from zoo_unets import controlnet as control_inputs
 from zoo_unets import unet as unet_inputs
 from zoo_unets import video_unet
@@ -289,7 +288,8 @@ MODULES: list[Alone] = [
            "img_shapes": [(1, 5, 11)]}),
     of_zoo("OmniGenTransformer2DModel", MORE["omnigen"], {}),
     of_zoo("QwenImage21Transformer2DModel", MORE["qwenimage21"], {}),
-    Alone("SanaWMTransformer3DModel", _sana_wm, partial(called, hidden_states=normal(6, 3, 6, 10), timestep=lambda d, b: d.full(b * 3, 701.0).view(b, 1, 3),
+    Alone("SanaWMTransformer3DModel", _sana_wm, partial(called, hidden_states=normal(6, 3, 6, 10),
+          timestep=lambda d, b: d.full(b * 3, 701.0).view(b, 1, 3),
           encoder_hidden_states=normal(1, TEXT, DIM), mask=mask(7, 13)), {"hidden_states": {3: 4}}, 2),
     of_zoo("StableAudio3DiTModel", MORE["stable_audio3"], {"hidden_states": {2: 61}, "local_add_cond": {2: 61}}),
     of_zoo("T5FilmDecoder", MORE["t5film"], {}),
@@ -307,11 +307,12 @@ MODULES: list[Alone] = [
     Alone("QwenImageMultiControlNetModel", lambda: diffusers.QwenImageMultiControlNetModel(
           [MORE["qwenimage_controlnet"].build()]), _both("qwenimage_controlnet"), {}, 1, True),
     Alone("MultiControlNetUnionModel", lambda: _several(_control_union(),
-          diffusers.models.controlnets.multicontrolnet_union.MultiControlNetUnionModel), _control_unions_inputs, {}, 2, True),
+          diffusers.models.controlnets.multicontrolnet_union.MultiControlNetUnionModel), _control_unions_inputs, {}, 2,
+          True),
     Alone("SparseControlNetModel", _sparse_control, _sparse_control_inputs, {}, 2),
     Alone("ZImageControlNetModel", _zimage_control, _zimage_control_inputs, {}),
-    Alone("SD3MultiControlNetModel", lambda: _several(MORE["sd3_controlnet"].build(), diffusers.SD3MultiControlNetModel),
-          _both("sd3_controlnet"), {}, 2, True),
+    Alone("SD3MultiControlNetModel", lambda: _several(MORE["sd3_controlnet"].build(),
+          diffusers.SD3MultiControlNetModel), _both("sd3_controlnet"), {}, 2, True),
     Alone("FluxMultiControlNetModel", lambda: _several(MORE["flux_controlnet"].build(),
           diffusers.FluxMultiControlNetModel), _both("flux_controlnet", "controlnet_mode"), {}, 1, True),
     Alone("MultiControlNetModel", lambda: _several(MORE["unet_controlnet"].build(),
