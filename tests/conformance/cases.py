@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
-from conformance import coders, denoisers, images, pictures, prompted, transformers, unets, videos
+from conformance import coders, denoisers, further, images, pictures, prompted, transformers, unets, variants, videos
 from conformance.observe import Subject
 
 _FAMILIES: tuple[tuple[ModuleType, Sequence[Subject]], ...] = (
@@ -15,6 +15,8 @@ _FAMILIES: tuple[tuple[ModuleType, Sequence[Subject]], ...] = (
     (prompted, prompted.PROMPTED),
     (unets, unets.UNETS),
     (videos, videos.VIDEOS),
+    (variants, variants.VARIANTS),
+    (further, further.FURTHER),
     (denoisers, denoisers.MODULES),
     (coders, [*coders.CODERS, *coders.DECODERS]),
 )

@@ -8,13 +8,12 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from zoo import MODELS, Draw
+from zoo import Draw
 from zoo_call import DIM, HEADS, PROMPT, TEXT, mask, normal, time
 from zoo_call import call as called
 from zoo_more import MORE
 from zoo_unets import controlnet as control_inputs
 from zoo_unets import unet as unet_inputs
-from zoo_unets import video_unet
 
 from conformance.alone import Alone, of_zoo
 from conformance.parts import drawn
@@ -100,14 +99,6 @@ def _sana_wm() -> nn.Module:
     for name, weight in drawn(model).named_parameters():
         weight.data.copy_(0.3 * weight + own[name]).div_(1.3)
     return model
-
-
-def _unet_1d() -> nn.Module:
-    return drawn(
-        diffusers.UNet1DModel(
-            sample_size=64, in_channels=2, out_channels=2, extra_in_channels=32, block_out_channels=(16, 32, 32),
-        )
-    )  # fmt: skip
 
 
 def _control_union() -> nn.Module:
@@ -197,38 +188,6 @@ def _refiner_inputs(d: Draw, b: int) -> Any:
     )  # fmt: skip
 
 
-def _sparse_control() -> nn.Module:
-    return drawn(
-        diffusers.SparseControlNetModel(
-            block_out_channels=(20, 40), layers_per_block=1, norm_num_groups=5, cross_attention_dim=DIM,
-            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), attention_head_dim=5,
-            motion_num_attention_heads=5, conditioning_embedding_out_channels=(6, 8, 10, 12),
-        )
-    )  # fmt: skip
-
-
-def _sparse_control_inputs(d: Draw, b: int) -> Any:
-    args, kwargs = video_unet(d, b, frames=5, h=10, w=14, text=TEXT, dim=DIM)
-    states = d.normal(b * 5, TEXT, DIM)
-    given = {"controlnet_cond": d.normal(b, 4, 5, 10, 14), "conditioning_mask": d.mask([1], 5, torch.float32)}
-    given["conditioning_mask"] = given["conditioning_mask"][:, None, :, None, None].expand(b, 1, 5, 10, 14)
-    return args, {**kwargs, "encoder_hidden_states": states, **given}
-
-
-def _zimage_control() -> nn.Module:
-    control = diffusers.ZImageControlNetModel(
-        control_layers_places=[0, 2], control_refiner_layers_places=[0], control_in_dim=6, dim=80, n_refiner_layers=2,
-        n_heads=HEADS, n_kv_heads=HEADS, add_control_noise_refiner="control_noise_refiner",
-    )  # fmt: skip
-    return drawn(diffusers.ZImageControlNetModel.from_transformer(control, MODELS["zimage"].make()))
-
-
-def _zimage_control_inputs(d: Draw, b: int) -> Any:
-    latents = [list(d.normal(b, 6, 1, 14, 22).unbind(0)) for _ in range(2)]
-    captions = [d.normal(length, DIM) for length in (13, 19, 13, 19)[:b]]
-    return (latents[0], d.full(b, 0.3), captions, latents[1]), {}
-
-
 def _several(one: nn.Module, many: Any) -> nn.Module:
     return many([one, drawn(type(one)(**one.config), 5)])
 
@@ -249,24 +208,18 @@ def _both(name: str, *numbers: str) -> Any:
 
 MODULES: list[Alone] = [
     of_zoo("AceStepTransformer1DModel", MORE["ace_step"], {"hidden_states": {1: 61}, "context_latents": {1: 61}}),
-    of_zoo("AnyFlowTransformer3DModel", MORE["anyflow"], FRAMES),
     Alone("AnyFlowFARTransformer3DModel", _anyflow_far, partial(called,
           hidden_states=normal(5, 6, 8, 12), timestep=lambda d, b: d.full(b * 5, 701).view(b, 5),
           r_timestep=lambda d, b: d.full(b * 5, 301).view(b, 5), encoder_hidden_states=PROMPT,
           chunk_partition=(1, 2, 2)), {"hidden_states": {3: 4}}),
     of_zoo("BriaFiboTransformer2DModel", MORE["bria_fibo"], PACKED),
     of_zoo("BriaFibo2Transformer2DModel", MORE["bria_fibo2"], IMAGE),
-    of_zoo("ChronoEditTransformer3DModel", MORE["chronoedit"], FRAMES),
     of_zoo("ConsisIDTransformer3DModel", MORE["consisid"], {}),
     Alone("DreamLiteTransformer2DModel", _dreamlite_2d, partial(called, hidden_states=normal(20, 7, 11),
           encoder_hidden_states=PROMPT, encoder_attention_mask=mask(7, 13)), {"hidden_states": {2: 5}}, 2),
     Alone("DreamLiteUNetModel", _dreamlite_unet, partial(unet_inputs, h=12, w=20, text=TEXT, dim=DIM), {0: {2: 8}}, 2),
     of_zoo("Flux3Transformer2DModel", MORE["flux3"], {"hidden_states": {1: 55}, "img_ids": {0: 55}}),
-    of_zoo("GlmImageTransformer2DModel", MORE["glm_image"], {"hidden_states": {2: 10}, "prior_token_id": {1: 55},
-           "prior_token_drop": {1: 55}}),
     of_zoo("HeliosTransformer3DModel", MORE["helios"], {}),
-    of_zoo("HunyuanImageTransformer2DModel", MORE["hunyuanimage"], {"hidden_states": {2: 5}}),
-    of_zoo("HunyuanVideo15Transformer3DModel", MORE["hunyuan_video15"], {"hidden_states": {3: 4}}),
     of_zoo("HunyuanVideoFramepackTransformer3DModel", MORE["framepack"], {}),
     of_zoo("Ideogram4Transformer2DModel", MORE["ideogram4"], {}),
     of_zoo("JoyImageEditTransformer3DModel", MORE["joyimage"], FRAMES),
@@ -283,9 +236,6 @@ MODULES: list[Alone] = [
            "encoder_hidden_states": {1: 61}}),
     Alone("MiniMaxMusic3RVQDepthDecoder", _rvq_decoder, partial(called, inputs_embeds=normal(4, 40), return_dict=None),
           {"inputs_embeds": {1: 3}}),
-    of_zoo("MotifVideoTransformer3DModel", MORE["motif_video"], FRAMES),
-    of_zoo("NucleusMoEImageTransformer2DModel", MORE["nucleus_moe"], {"hidden_states": {1: 55},
-           "img_shapes": [(1, 5, 11)]}),
     of_zoo("OmniGenTransformer2DModel", MORE["omnigen"], {}),
     of_zoo("QwenImage21Transformer2DModel", MORE["qwenimage21"], {}),
     Alone("SanaWMTransformer3DModel", _sana_wm, partial(called, hidden_states=normal(6, 3, 6, 10),
@@ -296,9 +246,6 @@ MODULES: list[Alone] = [
     of_zoo("Transformer2DModel", MORE["transformer_2d"], {"hidden_states": {2: 5}}),
     of_zoo("TransformerTemporalModel", MORE["temporal"], {"hidden_states": {2: 5}}),
     of_zoo("WanAnimateTransformer3DModel", MORE["wan_animate"], {}),
-    of_zoo("I2VGenXLUNet", MORE["unet_i2vgen"], {0: {3: 8}, "image_latents": {3: 8}}),
-    Alone("UNet1DModel", _unet_1d, partial(called, sample=normal(2, 64), timestep=time(7.0)), {"sample": {2: 48}}),
-    Alone("ControlNetUnionModel", _control_union, _control_union_inputs, {}, 2),
     Alone("UNetControlNetXSModel", _control_xs, _control_xs_inputs, {0: {2: 8}, "controlnet_cond": {2: 64}}, 2),
     Alone("Cosmos3OmniTransformer", _cosmos3, _cosmos3_inputs, {}),
     Alone("SanaWMLTX2RefinerTransformer3DModel", _refiner, _refiner_inputs, {}),
@@ -309,8 +256,6 @@ MODULES: list[Alone] = [
     Alone("MultiControlNetUnionModel", lambda: _several(_control_union(),
           diffusers.models.controlnets.multicontrolnet_union.MultiControlNetUnionModel), _control_unions_inputs, {}, 2,
           True),
-    Alone("SparseControlNetModel", _sparse_control, _sparse_control_inputs, {}, 2),
-    Alone("ZImageControlNetModel", _zimage_control, _zimage_control_inputs, {}),
     Alone("SD3MultiControlNetModel", lambda: _several(MORE["sd3_controlnet"].build(),
           diffusers.SD3MultiControlNetModel), _both("sd3_controlnet"), {}, 2, True),
     Alone("FluxMultiControlNetModel", lambda: _several(MORE["flux_controlnet"].build(),

@@ -20,9 +20,10 @@ LONGEST = 300
 
 HEAD = """# Conformance
 
-Made by `make conformance` from stored answers; do not edit. Pipelines of diffusers, built small and otherwise unmodified,
-each by its default call: two requests, the second of another size where the pipeline takes sizes, on two processes,
-compared with one process. Denoisers and autoencoders that none of these pipelines has are called by themselves.
+Made by `make conformance` from stored answers; do not edit. Pipelines of diffusers, built small and otherwise
+unmodified, each by its default call: two requests, the second of another size where the pipeline takes sizes, on two
+processes, compared with one process. Denoisers and autoencoders that none of these pipelines has are called by
+themselves.
 
 - **exact**: float32 values agree to 2e-5 of the greatest, or to four times what the last bit of the weights makes.
 - **replicated**: exact, but a rank does more than three quarters of one process's arithmetic.

@@ -133,7 +133,10 @@ class _Seen:
                 if isinstance(module, nn.Module) and is_denoiser(name) and not name.startswith("controlnet"):
                     handles.append(module.register_forward_pre_hook(self._called, with_kwargs=True))
                 elif callable(getattr(module, "step", None)):
-                    stack.enter_context(_replaced(module, "step", self._counting(module.step)))
+                    kind = type(module)
+                    own = vars(kind).get("step")
+                    stack.callback(setattr if own else delattr, kind, "step", *([own] if own else []))
+                    kind.step = self._counting(kind.step)
             yield
         for handle in handles:
             handle.remove()

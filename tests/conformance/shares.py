@@ -31,7 +31,8 @@ class Share:
     def __str__(self) -> str:
         part = 100 * self.count / max(self.applicable, 1)
         kept = "holds" if self.holds else "does NOT hold"
-        return f"{self.verdict}: {self.count} of {self.applicable}, {part:.1f} %, at most {100 * self.most:.0f} %: {kept}"
+        most = f"at most {100 * self.most:.0f} %"
+        return f"{self.verdict}: {self.count} of {self.applicable}, {part:.1f} %, {most}: {kept}"
 
 
 def shares(found: Mapping[Cell, Answer]) -> tuple[Share, ...]:

@@ -105,10 +105,6 @@ def _gligen_arguments(d: Draw, size: dict[str, int]) -> dict[str, Any]:
     return {**_prompted(d, size), "gligen_phrases": ["a red fox"], "gligen_boxes": [[0.1, 0.2, 0.6, 0.7]]}
 
 
-def _cycled(d: Draw, size: dict[str, int]) -> dict[str, Any]:
-    return {"prompt": texts.PROMPTS[0], "source_prompt": texts.PROMPTS[1], "image": picture(d, size)}
-
-
 def _paradigms() -> Any:
     scheduler = diffusers.DDIMParallelScheduler(prediction_type=V, clip_sample=False)
     return like("sd15", diffusers.StableDiffusionParadigmsPipeline, scheduler=scheduler)
@@ -461,8 +457,6 @@ VARIANTS: list[Case] = [
          MORE_STEPS),
     Case("sd15_ldm3d", _ldm3d, by_size(lambda d, s: {**prompts(d), "output_type": "np"}, SMALL)),
     Case("sd15_gligen", _gligen, by_size(_gligen_arguments, SMALL)),
-    Case("sd15_cycle", lambda: _with_text(diffusers.CycleDiffusionPipeline, scheduler=_ddim()),
-         _unsized(_cycled), MORE_STEPS),
     Case("sd15_inpaint_legacy", partial(like, "sd15", diffusers.StableDiffusionInpaintPipelineLegacy,
          scheduler=_ddim()), _unsized(_masked), MORE_STEPS),
     Case("sd15_paradigms", _paradigms, by_size(lambda d, s: prompts(d), SMALL)),
@@ -499,13 +493,12 @@ VARIANTS: list[Case] = [
     Case("ldm", _ldm, _batches, 2, _batch),
     Case("ldm_super", _ldm_super, _ldm_super_arguments),
     Case("dance_diffusion", _dance, _seconds, 2, _batch),
-    Case("kandinsky22_controlnet", _kandinsky22_control, by_size(_hinted, SMALL)),
+    Case("kandinsky22_controlnet", _kandinsky22_control, lambda d, request: {**_hinted(d, SMALL[1]), **SMALL[1]}),
     Case("kandinsky22_inpaint", _kandinsky22_inpaint, by_size(_kandinsky22_masked, SMALL)),
     Case("kandinsky22_prior_again", _prior_again, _prior_arguments, MORE_STEPS),
     Case("kandinsky3_img2img", _kandinsky3, _unsized(_kandinsky3_arguments), MORE_STEPS),
     Case("deepfloyd_if_inpaint", _if_inpaint, _if_inpaint_arguments, MORE_STEPS),
     Case("deepfloyd_if_super_again", _if_super_again, _if_super_arguments, MORE_STEPS),
-    Case("kolors_img2img", partial(_of_kolors, diffusers.KolorsImg2ImgPipeline), by_size(_pooled_drawn, SMALL), 8),
     Case("kolors_pag", partial(_of_kolors, diffusers.KolorsPAGPipeline), by_size(_pooled, SMALL)),
     Case("marigold_normals", partial(_marigold, diffusers.MarigoldNormalsPipeline, "normals"),
          _unsized(lambda d, s: {"image": picture(d, s)})),
