@@ -26,7 +26,7 @@ FOLDER = digests.ROOT / ".conformance"
 @click.option("--fresh", is_flag=True, help="Run cells anew that nothing has changed for.")
 @click.option("--limit", default=120.0, help="Seconds for one cell, after which it counts as crashed.")
 @click.option("--jobs", default=1, help="Pairs of processes side by side.")
-@click.option("--minutes", type=float, help="Begin no cell after this time.")
+@click.option("--minutes", type=float, help="Begin no cell after this time; with 0 only answers that are kept are shown.")
 @click.option("--folder", default=FOLDER, type=click.Path(path_type=Path), help="Where the answers are kept.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write all answers that are kept to this file.")
 def main(
@@ -44,7 +44,7 @@ def main(
     if not wanted:
         raise click.UsageError(f"no case has {only!r} in its name")
     console = Console(width=None if sys.stdout.isatty() else 150)
-    limits = Limits(limit, min(60.0, limit), 60 * minutes if minutes else float("inf"))
+    limits = Limits(limit, min(60.0, limit), 60 * minutes if minutes is not None else float("inf"))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("conformance", total=len(wanted))

@@ -37,8 +37,8 @@ def _cosmos() -> nn.Module:
 
 def _hunyuan_image() -> nn.Module:
     return _made(
-        diffusers.AutoencoderKLHunyuanImage, in_channels=3, out_channels=3, latent_channels=8, block_out_channels=(32, 64),
-        layers_per_block=1, spatial_compression_ratio=2, sample_size=32,
+        diffusers.AutoencoderKLHunyuanImage, in_channels=3, out_channels=3, latent_channels=8,
+        block_out_channels=(32, 64), layers_per_block=1, spatial_compression_ratio=2, sample_size=32,
     )  # fmt: skip
 
 
@@ -48,8 +48,8 @@ def _hunyuan(cls: type) -> nn.Module:
 
 def _kvae() -> nn.Module:
     return _made(
-        diffusers.AutoencoderKLKVAE, channels=32, num_enc_blocks=1, num_dec_blocks=1, z_channels=4, ch_mult=(1, 2)
-    )
+        diffusers.AutoencoderKLKVAE, channels=32, num_enc_blocks=1, num_dec_blocks=1, z_channels=4, ch_mult=(1, 2),
+    )  # fmt: skip
 
 
 def _kvae_video() -> nn.Module:
@@ -58,8 +58,8 @@ def _kvae_video() -> nn.Module:
 
 def _kvae_audio() -> nn.Module:
     return _made(
-        diffusers.AutoencoderKLKVAEAudio, encoder_dim=8, encoder_rates=[2, 4], latent_dim=32, codebook_dim=6, decoder_dim=32,
-        decoder_rates=[4, 2], attn_num_heads=2,
+        diffusers.AutoencoderKLKVAEAudio, encoder_dim=8, encoder_rates=[2, 4], latent_dim=32, codebook_dim=6,
+        decoder_dim=32, decoder_rates=[4, 2], attn_num_heads=2,
     )  # fmt: skip
 
 
@@ -93,8 +93,8 @@ def _minimax_h3_audio() -> nn.Module:
 
 def _qwen21() -> nn.Module:
     return _made(
-        diffusers.AutoencoderKLQwenImage21, base_dim=4, decoder_base_dim=4, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1,
-        temperal_downsample=[False, True], in_channels=3, out_channels=3, scale_factor_temporal=2,
+        diffusers.AutoencoderKLQwenImage21, base_dim=4, decoder_base_dim=4, z_dim=6, dim_mult=[1, 2, 2],
+        num_res_blocks=1, temperal_downsample=[False, True], in_channels=3, out_channels=3, scale_factor_temporal=2,
         scale_factor_spatial=4, **_WAN,
     )  # fmt: skip
 
@@ -159,7 +159,7 @@ def _diffusion_decoder() -> nn.Module:
         diffusers.LTX2VideoDiffusionDecoderModel, latent_channels=6, decoder_head_dim=8,
         decoder_stage_channels=(64, 32, 16, 16, 8), decoder_stage_depths=(1, 1, 1, 1, 1),
         decoder_stage_kernels=((3, 3, 3),) * 4, decoder_stage5_kernel=(3, 3, 3), decoder_t_emb_dim=24,
-        decoder_upsample_strides=((1, 2, 2), (2, 1, 1), (1, 1, 1), (1, 1, 1)), patch_size=2,
+        patch_size=1,
     )  # fmt: skip
 
 
@@ -210,8 +210,8 @@ CODERS: list[Coder] = [
 ]  # fmt: skip
 
 DECODERS: list[Alone] = [
-    Alone("LTX2VideoDiffusionDecoderModel", _diffusion_decoder, partial(called, z=normal(6, 2, 4, 5)),
-          {"z": {3: 3}}),
+    Alone("LTX2VideoDiffusionDecoderModel", _diffusion_decoder, partial(called, z=normal(6, 2, 3, 4)),
+          {"z": {4: 3}}),
     Alone("MMAudioVocoder", _mmaudio_vocoder, partial(called, mel=normal(16, 40)), {"mel": {2: 30}}),
     Alone("MiniMaxMusic3Vocoder", _minimax_vocoder, partial(called, latents=normal(6, 40)), {"latents": {2: 30}}),
 ]  # fmt: skip

@@ -30,7 +30,8 @@ themselves.
 - **refused**: an error of one line that says what to do. **n/a**: there is nothing to split.
 - **wrong**, **crashed**: faults. **not run**: no answer is stored for the present sources.
 
-`{stale}` warm up in all steps here, where they are exact by definition; the parts below are of the other methods.
+`{stale}` warm up in all steps here, where they are exact by definition; the parts below are of the
+other methods.
 """
 
 
