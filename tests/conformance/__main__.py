@@ -26,7 +26,7 @@ FOLDER = digests.ROOT / ".conformance"
 @click.option("--fresh", is_flag=True, help="Run cells anew that nothing has changed for.")
 @click.option("--limit", default=120.0, help="Seconds for one cell, after which it counts as crashed.")
 @click.option("--jobs", default=1, help="Pairs of processes side by side.")
-@click.option("--minutes", type=float, help="Begin no cell after this time; with 0 only answers that are kept are shown.")
+@click.option("--minutes", type=float, help="Begin no cell after this time; with 0 show what is kept.")
 @click.option("--folder", default=FOLDER, type=click.Path(path_type=Path), help="Where the answers are kept.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write all answers that are kept to this file.")
 def main(

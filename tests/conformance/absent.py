@@ -19,10 +19,10 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         "LTXLatentUpsamplePipeline",
     ),
     "writes text": ("DiffusionGemmaPipeline", "LLaDA2Pipeline"),
-    "makes meshes or proteins": (
+    "not tried: makes meshes or proteins": (
         "RFD4ProteinaPipeline", "ShapEImg2ImgPipeline", "ShapEPipeline",
     ),
-    "needs a package that is not required here": (
+    "not tried: diffusers asks for packages here that are not required (torchvision, cv2, note-seq, a guard)": (
         "ConsisIDPipeline", "Cosmos2VideoToWorldPipeline", "Cosmos2_5_PredictBasePipeline",
         "Cosmos2_5_TransferPipeline", "CosmosVideoToWorldPipeline", "SpectrogramDiffusionPipeline",
     ),
@@ -30,12 +30,12 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         "ChromaInpaintPipeline", "EasyAnimateControlPipeline", "KolorsImg2ImgPipeline", "LongCatImagePipeline",
     ),
     "gives no finite numbers with random weights": ("CycleDiffusionPipeline",),
-    "takes gradients of its denoiser": ("StableDiffusionAttendAndExcitePipeline", "StableDiffusionPix2PixZeroPipeline"),
-    "changes weights and makes pictures as `StableDiffusionPipeline` does": ("StableDiffusionModelEditingPipeline",),
-    "inverts a picture first, in a call of its own": (
+    "not tried: takes gradients of its denoiser": ("StableDiffusionAttendAndExcitePipeline", "StableDiffusionPix2PixZeroPipeline"),
+    "not tried: changes weights, and makes pictures as `StableDiffusionPipeline` does": ("StableDiffusionModelEditingPipeline",),
+    "not tried: inverts a picture first, in a call of its own": (
         "LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL", "StableDiffusionDiffEditPipeline",
     ),
-    "needs a text or picture encoder of a kind that has no small stand-in here; its denoiser is here": (
+    "not tried: needs encoders, connectors or processors beside its denoiser, which is here": (
         "AceStepPipeline", "BriaFibo2Pipeline", "BriaFiboEditPipeline", "BriaFiboPipeline", "Cosmos3OmniPipeline",
         "DreamLiteMobilePipeline", "DreamLitePipeline", "Flux2KleinKVPipeline", "Ideogram4Pipeline",
         "JoyImageEditPipeline", "JoyImageEditPlusPipeline", "LongCatAudioDiTPipeline", "LongCatImageEditPipeline",
@@ -46,11 +46,11 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         "StableAudio3InpaintPipeline", "StableAudio3Pipeline", "Kandinsky6TI2VAPipeline", "WanAnimatePipeline",
         "HunyuanVideoImageToVideoPipeline", "VisualClozeGenerationPipeline", "ZImageOmniPipeline",
     ),
-    "not yet built small; its denoiser is here": (
+    "not tried: its denoiser is here": (
         "AnyFlowFARPipeline", "HeliosPipeline", "HeliosPyramidPipeline", "HunyuanImageRefinerPipeline",
         "HunyuanVideoFramepackPipeline", "Kandinsky6SRPipeline", "LTXI2VLongMultiPromptPipeline",
     ),
-    "an older class with encoders of its own": (
+    "not tried: an older class with encoders of its own": (
         "AltDiffusionImg2ImgPipeline", "AltDiffusionPipeline", "AudioDiffusionPipeline", "AudioLDM2Pipeline",
         "AudioLDMPipeline", "BlipDiffusionControlNetPipeline", "BlipDiffusionPipeline", "KandinskyImg2ImgPipeline",
         "KandinskyInpaintPipeline", "KandinskyPipeline", "KandinskyPriorPipeline", "LDMTextToImagePipeline",
@@ -60,7 +60,7 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         "VQDiffusionPipeline", "VersatileDiffusionDualGuidedPipeline", "VersatileDiffusionImageVariationPipeline",
         "VersatileDiffusionPipeline", "VersatileDiffusionTextToImagePipeline",
     ),
-    "two features, each of which is here on the same denoiser": (
+    "not tried: its denoiser is here, and what it adds is here in other pipelines": (
         "AnimateDiffPAGPipeline", "AnimateDiffVideoToVideoControlNetPipeline", "Flux2KleinInpaintPipeline",
         "HunyuanVideo15ImageToVideoPipeline", "IFInpaintingSuperResolutionPipeline", "Kandinsky5I2IPipeline",
         "Kandinsky5I2VPipeline", "KandinskyV22ControlnetImg2ImgPipeline", "MotifVideoImage2VideoPipeline",
@@ -79,7 +79,7 @@ PIPELINES: dict[str, tuple[str, ...]] = {
 MODULES: dict[str, tuple[str, ...]] = {
     "cannot be called by itself: `UNetControlNetXSModel` takes it in": ("ControlNetXSAdapter",),
     "needs torchvision": ("CosmosControlNetModel",),
-    "proteins, whose tables of atoms and residues come from a preprocessor": (
+    "not tried: proteins, whose tables of atoms and residues come from a preprocessor": (
         "RFD4ProteinaAutoencoder", "RFD4ProteinaTransformer",
     ),
     "writes into a cache that it is given, by one call for the next": ("WanAnimate2Transformer3DModel",),
