@@ -30,8 +30,12 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         "ChromaInpaintPipeline", "EasyAnimateControlPipeline", "KolorsImg2ImgPipeline", "LongCatImagePipeline",
     ),
     "gives no finite numbers with random weights": ("CycleDiffusionPipeline",),
-    "not tried: takes gradients of its denoiser": ("StableDiffusionAttendAndExcitePipeline", "StableDiffusionPix2PixZeroPipeline"),
-    "not tried: changes weights, and makes pictures as `StableDiffusionPipeline` does": ("StableDiffusionModelEditingPipeline",),
+    "not tried: takes gradients of its denoiser": (
+        "StableDiffusionAttendAndExcitePipeline", "StableDiffusionPix2PixZeroPipeline",
+    ),
+    "not tried: changes weights, and makes pictures as `StableDiffusionPipeline` does": (
+        "StableDiffusionModelEditingPipeline",
+    ),
     "not tried: inverts a picture first, in a call of its own": (
         "LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL", "StableDiffusionDiffEditPipeline",
     ),
