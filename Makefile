@@ -32,7 +32,7 @@ test-slow: env
 
 # Goes on where it was stopped, and runs only what changed; exit code 1 where a pipeline is wrong or crashes. ARGS: --help
 conformance: env
-	PYTHONPATH=tests $(BIN)/python -m conformance --jobs $(or $(JOBS),1) $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m conformance --jobs $(or $(JOBS),1) --report docs/conformance.md $(ARGS)
 
 lint: env
 	$(PIP) -c constraints.txt -e '.[dev]'

@@ -14,16 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conformance import digests, pair, runner
+from conformance import absent as absence
+from conformance import classes, digests, pair, runner
 from conformance.case import Case
 from conformance.cases import CASES, MODULES
 from conformance.compare import TOLERANCE, Difference, compare, plain
+from conformance.document import document
 from conformance.observe import BrokenCase, observe, reference
 from conformance.pair import Pair
 from conformance.plans import PLANS
 from conformance.quick import EXACT, REFUSED
 from conformance.runner import Cell, Limits, Store
+from conformance.shares import shares
 from conformance.verdicts import Answer, Verdict, joined
+from conformance.work import components
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import nn
 
@@ -56,8 +60,15 @@ def test_every_case_is_a_measure(name: str) -> None:
     assert into.greatest > 100 * TOLERANCE or into.levels > 10
 
 
-def test_there_are_enough_classes() -> None:
-    assert len({type(case.build()).__name__ for case in CASES.values()}) >= 40
+@pytest.mark.slow
+def test_every_class_has_a_case_or_a_reason() -> None:
+    made = [case.build() for case in CASES.values()]
+    pipelines = {type(each).__name__ for each in made if not isinstance(each, nn.Module)}
+    modules = {type(part).__name__ for each in made for part in components(each).values()}
+    absent = [{name for names in kind.values() for name in names} for kind in (absence.PIPELINES, absence.MODULES)]
+    assert len(pipelines) >= 90
+    assert classes.pipelines() - pipelines == absent[0] and not pipelines & absent[0]
+    assert classes.networks() - modules == absent[1] and not modules & absent[1]
 
 
 # ---- verdicts
@@ -138,6 +149,42 @@ def test_a_case_that_magnifies_rounding_is_no_measure() -> None:
         case = Case("steep", Steep, lambda d, request, size=size: {"size": size * (request + 1)})
         with pytest.raises(BrokenCase, match="last bit") if broken else contextlib.nullcontext():
             assert reference(case, 1).rounding < 1e-6
+
+
+# ---- what users read
+
+
+def test_the_document_counts_names_and_gives_reasons() -> None:
+    classes = {"subject": "FluxPipeline", "modules": ("FluxTransformer2DModel",)}
+    reason = "PlanError: one | [two]"
+    found = {
+        Cell("flux", "ring"): Answer(Verdict.EXACT, **classes),
+        Cell("flux", "tensor"): Answer(Verdict.REFUSED, reason, **classes),
+        Cell("flux", "pipefusion"): Answer(Verdict.CRASHED, "hang", **classes),
+        Cell("flux", "cfg"): Answer(Verdict.INAPPLICABLE, "no guidance", **classes),
+        Cell("AutoencoderTiny", "vae"): Answer(Verdict.REPLICATED, "0.90", subject="AutoencoderTiny"),
+    }
+    text = document(found)
+    assert document(dict(reversed(found.items()))) == text
+    row = "| FluxPipeline | flux | not run | exact | refused [{}](#reasons) | n/a [{}](#reasons) | not run |"
+    assert row.format(1, 2) + " **crashed** [3](#reasons) | not run | not run |" in text
+    assert r"1. PlanError: one \| \[two\]" in text and "| FluxTransformer2DModel | flux |" in text
+    assert f"| all | 1 | 1 | 1 | 1 | 0 | 1 | {len(CASES) * len(PLANS) - 5} |" in text
+    held = {share.verdict: (share.count, share.applicable, share.holds) for share in shares(found)}
+    assert held[Verdict.REFUSED] == (1, 3, False) and held[Verdict.CRASHED] == (0, 3, True)
+    assert "refused: 1 of 3, 33.3 %, at most 5 %: does NOT hold" in text
+
+
+# ---- modules by themselves
+
+
+def test_a_module_by_itself_is_called_as_it_is_by_default() -> None:
+    tiny, steered = CASES["AutoencoderTiny"], CASES["SD3MultiControlNetModel"]
+    coded, states = tiny.call(tiny.build(), 0), steered.call(steered.build(), 0)
+    assert type(coded["encoded"]).__name__ == "AutoencoderTinyOutput" and isinstance(states, tuple)
+    assert coded["decoded"].sample.shape[-2:] == (44, 24)
+    lone = reference(tiny, 1)
+    assert lone.codes and lone.work.done["coding"] and not lone.work.done["denoising"]
 
 
 # ---- what runs again

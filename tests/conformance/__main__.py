@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conformance import digests
+from conformance.document import document
 from conformance.plans import PLANS
 from conformance.runner import Cell, Limits, Store, cells, run
+from conformance.shares import shares
 from conformance.table import show
 from conformance.verdicts import Answer
 
@@ -24,17 +26,25 @@ FOLDER = digests.ROOT / ".conformance"
 @click.option("--fresh", is_flag=True, help="Run cells anew that nothing has changed for.")
 @click.option("--limit", default=120.0, help="Seconds for one cell, after which it counts as crashed.")
 @click.option("--jobs", default=1, help="Pairs of processes side by side.")
-@click.option("--minutes", type=float, help="Begin no cell after this time.")
+@click.option("--minutes", type=float, help="Begin no cell after this time; with 0 show what is kept.")
 @click.option("--folder", default=FOLDER, type=click.Path(path_type=Path), help="Where the answers are kept.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write all answers that are kept to this file.")
 def main(
-    only: str, plans: tuple[str, ...], fresh: bool, limit: float, jobs: int, minutes: float | None, folder: Path
+    only: str,
+    plans: tuple[str, ...],
+    fresh: bool,
+    limit: float,
+    jobs: int,
+    minutes: float | None,
+    folder: Path,
+    report: Path | None,
 ) -> None:
     """Run every pipeline under every plan on two processes and compare it with one."""
     wanted = cells(only, plans)
     if not wanted:
         raise click.UsageError(f"no case has {only!r} in its name")
     console = Console(width=None if sys.stdout.isatty() else 150)
-    limits = Limits(limit, min(60.0, limit), 60 * minutes if minutes else float("inf"))
+    limits = Limits(limit, min(60.0, limit), 60 * minutes if minutes is not None else float("inf"))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("conformance", total=len(wanted))
@@ -42,10 +52,16 @@ def main(
         def done(cell: Cell, answer: Answer) -> None:
             progress.update(task, advance=1, description=f"{cell.case} {cell.plan}: {answer.verdict}")
 
-        found = run(wanted, Store(folder), limits, jobs, fresh, done)
+        store = Store(folder)
+        found = run(wanted, store, limits, jobs, fresh, done)
     show({cell: found[cell] for cell in wanted if cell in found}, console)
     if len(found) < len(wanted):
         console.print(f"{len(wanted) - len(found)} cells were not begun; run again to go on", highlight=False)
+    kept = {cell: answer for cell in cells() if (answer := store.read(cell)) is not None}
+    for share in shares(kept):
+        console.print(f"of all exact methods' cells {share}", highlight=False)
+    if report is not None:
+        report.write_text(document(kept))
     sys.exit(any(answer.verdict.fault for answer in found.values()))
 
 

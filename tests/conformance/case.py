@@ -23,7 +23,8 @@ class Case:
     """``arguments`` draws those of request 0 or 1; the second asks for another size, or differs where it can.
 
     ``pair`` turns the arguments of one image into those of two, where no argument of the pipeline counts them. Steps,
-    a generator and the number of images are added; everything else is left at its default.
+    a generator and the number of images are added; everything else is left at its default. ``section`` names the only
+    work that there is to split, where a pipeline has both.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     arguments: Arguments
     steps: int = 2
     pair: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    section: str = ""
 
     def build(self) -> Any:
         """The pipeline on the CPU in fp32, the same on every rank, its progress bars off."""

@@ -14,7 +14,7 @@ from types import ModuleType
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
 SOURCES = ("xdit_compile", "passes", "kernels", "backends")
-JUDGES = ("case", "compare", "observe", "plans", "verdicts", "work", "worker")
+JUDGES = ("alone", "case", "compare", "observe", "plans", "verdicts", "work", "worker")
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 

@@ -12,13 +12,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from conformance.alone import Alone, Coder
 from conformance.case import REQUESTS, Case, OneImage
 from conformance.compare import Difference, Plain, compare, finite, plain
-from conformance.work import Work, counted
+from conformance.work import Work, components, counted
 from xdit_compile.pipelines import autoencoders, is_denoiser
 
 ILL = 1e-4
 """A case that magnifies rounding to more than this, of the greatest value, is no measure."""
+Subject = Case | Alone | Coder
+"""A pipeline, or a module by itself."""
 _POSTPROCESS = ("postprocess", "postprocess_video")
 
 
@@ -42,14 +45,14 @@ class Reference:
     codes: bool
 
 
-def observe(case: Case, pipe: Any, request: int, images: int) -> Plain:
+def observe(case: Subject, pipe: Any, request: int, images: int) -> Plain:
     """The result of a request, together with the floats that its processors rounded."""
     with _recorded(pipe) as rounded:
         result = case.call(pipe, request, images)
     return Plain("observed", {"result": plain(result), "floats": Plain("list", dict(rounded))})
 
 
-def reference(case: Case, images: int) -> Reference:
+def reference(case: Subject, images: int) -> Reference:
     """One process, unsplit.
 
     Raises:
@@ -76,7 +79,7 @@ def reference(case: Case, images: int) -> Reference:
     return Reference(results, unrounded, rounding, work, seen.guided, bool(list(autoencoders(pipe))))
 
 
-def _rounding(case: Case, results: tuple[Plain, ...], unrounded: Any, images: int) -> float:
+def _rounding(case: Subject, results: tuple[Plain, ...], unrounded: Any, images: int) -> float:
     """How far results move when the last bit of every weight does.
 
     Raises:
@@ -84,7 +87,7 @@ def _rounding(case: Case, results: tuple[Plain, ...], unrounded: Any, images: in
     """
     pipe, difference = case.build(), Difference()
     generator = torch.Generator().manual_seed(1)
-    for module in pipe.components.values():
+    for module in components(pipe).values():
         for weight in module.parameters() if isinstance(module, nn.Module) else ():
             sign = 2 * torch.randint(2, weight.shape, generator=generator) - 1
             weight.data.mul_(1 + sign * torch.finfo(weight.dtype).eps)
@@ -124,14 +127,24 @@ class _Seen:
     def watching(self, pipe: Any) -> Iterator[None]:
         handles = []
         with contextlib.ExitStack() as stack:
-            for name, module in pipe.components.items():
+            if isinstance(pipe, nn.Module):
+                handles.append(pipe.register_forward_pre_hook(self._alone, with_kwargs=True))
+            for name, module in components(pipe).items():
                 if isinstance(module, nn.Module) and is_denoiser(name) and not name.startswith("controlnet"):
                     handles.append(module.register_forward_pre_hook(self._called, with_kwargs=True))
                 elif callable(getattr(module, "step", None)):
-                    stack.enter_context(_replaced(module, "step", self._counting(module.step)))
+                    kind = type(module)
+                    own = vars(kind).get("step")
+                    stack.callback(setattr if own else delattr, kind, "step", *([own] if own else []))
+                    kind.step = self._counting(kind.step)
             yield
         for handle in handles:
             handle.remove()
+
+    def _alone(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A module by itself: every call is a step."""
+        self.steps += 1
+        self._called(module, args, kwargs)
 
     def _called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.calls += 1

@@ -46,7 +46,7 @@ def _kontext(d: Draw, size: dict[str, int]) -> dict[str, Any]:
     return {**_flux(d, size), "_auto_resize": False, "max_area": size["height"] * size["width"]}
 
 
-def _of_flux(cls: Any, channels: int = 16, **more: Any) -> Any:
+def of_flux(cls: Any, channels: int = 16, **more: Any) -> Any:
     """Latents of four channels: pipelines take a picture of as many channels as its latents for latents."""
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=channels, out_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=18,
@@ -82,7 +82,8 @@ def _sd(d: Draw, size: dict[str, int]) -> dict[str, Any]:
     return {**prompts(d), "image": picture(d, size)}
 
 
-def _sd_unet(**config: Any) -> nn.Module:
+def sd_unet(**config: Any) -> nn.Module:
+    """A small U-Net of two blocks, conditioned on text of 28 channels."""
     sizes: dict[str, Any] = {
         "sample_size": 24, "layers_per_block": 1, "block_out_channels": (20, 40), "norm_num_groups": 5,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -92,11 +93,11 @@ def _sd_unet(**config: Any) -> nn.Module:
 
 
 def _pix2pix() -> Any:
-    return like("sd15", diffusers.StableDiffusionInstructPix2PixPipeline, unet=_sd_unet(in_channels=8))
+    return like("sd15", diffusers.StableDiffusionInstructPix2PixPipeline, unet=sd_unet(in_channels=8))
 
 
 def _lcm() -> Any:
-    unet = _sd_unet(time_cond_proj_dim=24)
+    unet = sd_unet(time_cond_proj_dim=24)
     scheduler = diffusers.LCMScheduler(prediction_type=V)
     return like("sd15", diffusers.LatentConsistencyModelPipeline, unet=unet, scheduler=scheduler)
 
@@ -110,7 +111,7 @@ def _flux_controlnet() -> Any:
         in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=18, num_attention_heads=5,
         joint_attention_dim=28, pooled_projection_dim=22, guidance_embeds=True, axes_dims_rope=[4, 6, 8],
     )  # fmt: skip
-    return _of_flux(diffusers.FluxControlNetPipeline, controlnet=drawn(controlnet))
+    return of_flux(diffusers.FluxControlNetPipeline, controlnet=drawn(controlnet))
 
 
 def _hunyuandit_controlnet() -> Any:
@@ -143,7 +144,7 @@ def _adapter() -> Any:
 
 
 def _upscale() -> Any:
-    unet = _sd_unet(in_channels=7, num_class_embeds=1000)
+    unet = sd_unet(in_channels=7, num_class_embeds=1000)
     low = diffusers.DDPMScheduler()
     return like("sd15", diffusers.StableDiffusionUpscalePipeline, unet=unet, low_res_scheduler=low)
 
@@ -154,11 +155,11 @@ def _small(d: Draw, request: int) -> dict[str, Any]:
 
 
 PICTURES: list[Case] = [
-    Case("flux_img2img", partial(_of_flux, diffusers.FluxImg2ImgPipeline), by_size(_flux), MORE_STEPS),
-    Case("flux_inpaint", partial(_of_flux, diffusers.FluxInpaintPipeline), by_size(_inpainted(_flux)), MORE_STEPS),
-    Case("flux_kontext", partial(_of_flux, diffusers.FluxKontextPipeline), by_size(_kontext)),
-    Case("flux_control", partial(_of_flux, diffusers.FluxControlPipeline, 32), by_size(_controlled(_flux))),
-    Case("flux_fill", partial(_of_flux, diffusers.FluxFillPipeline, 16 + 16 + 256), by_size(_inpainted(_flux))),
+    Case("flux_img2img", partial(of_flux, diffusers.FluxImg2ImgPipeline), by_size(_flux), MORE_STEPS),
+    Case("flux_inpaint", partial(of_flux, diffusers.FluxInpaintPipeline), by_size(_inpainted(_flux)), MORE_STEPS),
+    Case("flux_kontext", partial(of_flux, diffusers.FluxKontextPipeline), by_size(_kontext)),
+    Case("flux_control", partial(of_flux, diffusers.FluxControlPipeline, 32), by_size(_controlled(_flux))),
+    Case("flux_fill", partial(of_flux, diffusers.FluxFillPipeline, 16 + 16 + 256), by_size(_inpainted(_flux))),
     Case("flux_controlnet", _flux_controlnet, by_size(_controlled(_flux))),
     Case("sd3_img2img", partial(like, "sd3", diffusers.StableDiffusion3Img2ImgPipeline), by_size(_pooled), MORE_STEPS,
          repeated),

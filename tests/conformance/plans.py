@@ -18,6 +18,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "vae": {"ulysses": 2, "vae": "patch"},
 }
 
+STALE = ("pipefusion", "distrifusion")
+"""Plans of methods that are exact while they warm up."""
+
 
 def plan_of(name: str, steps: int, timeout_s: float) -> Plan:
     """The plan of a name, by the backend that needs no compiler; stale methods warm up in all ``steps``."""

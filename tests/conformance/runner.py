@@ -44,7 +44,8 @@ class Store:
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept.pop("digest", None) != cell.digest:
             return None
-        kept["differences"], kept["verdict"] = tuple(kept["differences"]), Verdict(kept["verdict"])
+        kept["verdict"] = Verdict(kept["verdict"])
+        kept["differences"], kept["modules"] = tuple(kept["differences"]), tuple(kept["modules"])
         return Answer(**{field.name: kept[field.name] for field in dataclasses.fields(Answer)})
 
     def write(self, cell: Cell, answer: Answer) -> None:

@@ -48,8 +48,12 @@ def _if_arguments(d: Draw, request: int) -> dict[str, Any]:
     return {**prompts(d), **size, "clean_caption": False}
 
 
-def _if_img2img() -> Any:
-    return diffusers.IFImg2ImgPipeline(**_IF, unet=_if_unet(), scheduler=_if_scheduler(), requires_safety_checker=False)
+def deepfloyd(cls: Any, channels: int = 3) -> Any:
+    """A pipeline of pixels; with six channels one that is given a smaller picture as well."""
+    more = {"class_embed_type": "timestep"} if channels == 6 else {}
+    noising = {"image_noising_scheduler": _if_scheduler()} if channels == 6 else {}
+    unet = _if_unet(channels, **more)
+    return cls(**_IF, unet=unet, scheduler=_if_scheduler(), **noising, requires_safety_checker=False)
 
 
 def _if_img2img_arguments(d: Draw, request: int) -> dict[str, Any]:
@@ -57,19 +61,13 @@ def _if_img2img_arguments(d: Draw, request: int) -> dict[str, Any]:
     return {**prompts(d), "image": picture(d, size), "clean_caption": False}
 
 
-def _if_super() -> Any:
-    return diffusers.IFSuperResolutionPipeline(
-        **_IF, unet=_if_unet(6, class_embed_type="timestep"), scheduler=_if_scheduler(),
-        image_noising_scheduler=_if_scheduler(), requires_safety_checker=False,
-    )  # fmt: skip
-
-
 def _if_super_arguments(d: Draw, request: int) -> dict[str, Any]:
     size = ({"height": 24, "width": 32}, {"height": 32, "width": 40})[request]
     return {**prompts(d), **size, "image": picture(d, {"height": 16, "width": 16}), "clean_caption": False}
 
 
-def _kandinsky22_unet(channels: int = 4) -> nn.Module:
+def kandinsky22_unet(channels: int = 4, **config: Any) -> nn.Module:
+    """A small U-Net that is conditioned on the embedding of a picture."""
     return drawn(
         diffusers.UNet2DConditionModel(
             sample_size=24, layers_per_block=1, block_out_channels=(20, 40), norm_num_groups=5,
@@ -77,16 +75,17 @@ def _kandinsky22_unet(channels: int = 4) -> nn.Module:
             mid_block_type="UNetMidBlock2DSimpleCrossAttn",
             up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), attention_head_dim=4,
             in_channels=channels, out_channels=8, cross_attention_dim=24, encoder_hid_dim=28,
-            encoder_hid_dim_type="image_proj", addition_embed_type="image", resnet_time_scale_shift="scale_shift",
+            resnet_time_scale_shift="scale_shift",
+            **{"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image", **config},
         )
     )  # fmt: skip
 
 
-def _movq() -> nn.Module:
+def movq(norm: str = "spatial", latent: int = 4) -> nn.Module:
     """As it is initialised: its norms of norms magnify rounding with weights that are drawn larger."""
     model = diffusers.VQModel(
-        block_out_channels=(32, 32), norm_num_groups=8, latent_channels=4, num_vq_embeddings=12,
-        vq_embed_dim=4, norm_type="spatial",
+        block_out_channels=(32, 32), norm_num_groups=8, latent_channels=latent, num_vq_embeddings=12,
+        vq_embed_dim=latent, norm_type=norm,
         down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
     )  # fmt: skip
@@ -95,7 +94,7 @@ def _movq() -> nn.Module:
 
 def _kandinsky22(cls: Any) -> Any:
     scheduler = diffusers.DDPMScheduler(prediction_type=V, clip_sample=False)
-    return cls(unet=_kandinsky22_unet(), scheduler=scheduler, movq=_movq())
+    return cls(unet=kandinsky22_unet(), scheduler=scheduler, movq=movq())
 
 
 def _kandinsky22_arguments(d: Draw, size: dict[str, int]) -> dict[str, Any]:
@@ -106,7 +105,8 @@ def _kandinsky22_img2img(d: Draw, size: dict[str, int]) -> dict[str, Any]:
     return {**_kandinsky22_arguments(d, size), "image": picture(d, size), "strength": 0.5}
 
 
-def _prior() -> Any:
+def prior() -> Any:
+    """The pipeline that makes embeddings of pictures from prompts."""
     prior = drawn(
         diffusers.PriorTransformer(num_attention_heads=5, attention_head_dim=12, num_layers=3, embedding_dim=22,
                                    num_embeddings=32, additional_embeddings=4)
@@ -120,7 +120,7 @@ def _prior() -> Any:
 
 def _kandinsky3() -> Any:
     return diffusers.Kandinsky3Pipeline(
-        tokenizer=None, text_encoder=None, unet=MORE["unet_kandinsky3"].build(), movq=_movq(),
+        tokenizer=None, text_encoder=None, unet=MORE["unet_kandinsky3"].build(), movq=movq(),
         scheduler=diffusers.DDPMScheduler(prediction_type=V, clip_sample=False),
     )  # fmt: skip
 
@@ -189,7 +189,8 @@ def _prompted_twice(given: dict[str, Any]) -> dict[str, Any]:
     return {**repeated(given), "prompt": [given["prompt"]] * 2}
 
 
-def _kolors() -> Any:
+def kolors() -> Any:
+    """A U-Net that projects its text."""
     unet = drawn(
         diffusers.UNet2DConditionModel(
             sample_size=24, layers_per_block=1, block_out_channels=(20, 40), norm_num_groups=5,
@@ -202,7 +203,8 @@ def _kolors() -> Any:
     return diffusers.KolorsPipeline(vae=kl(4), text_encoder=None, tokenizer=None, unet=unet, scheduler=euler())
 
 
-def _unconditional(cls: Any, scheduler: Any) -> Any:
+def unconditional(cls: Any, scheduler: Any) -> Any:
+    """A pipeline that is not told what to make."""
     unet = diffusers.UNet2DModel(
         sample_size=24, block_out_channels=(20, 40), layers_per_block=1, norm_num_groups=5,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -219,7 +221,8 @@ def _batch(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, "batch_size": 2}
 
 
-def _marigold() -> Any:
+def marigold() -> Any:
+    """A U-Net that sees a picture and makes its depth."""
     unet = drawn(
         diffusers.UNet2DConditionModel(
             sample_size=24, layers_per_block=1, block_out_channels=(20, 40), norm_num_groups=5, in_channels=8,
@@ -247,7 +250,8 @@ def _panorama() -> Any:
     return like("sd15", diffusers.StableDiffusionPanoramaPipeline, scheduler=scheduler)
 
 
-def _amused() -> Any:
+def amused() -> Any:
+    """A transformer of masked tokens."""
     transformer = diffusers.UVit2DModel(
         hidden_size=60, cond_embed_dim=22, micro_cond_encode_dim=6, micro_cond_embed_dim=30, encoder_hidden_size=28,
         vocab_size=40, codebook_size=32, in_channels=20, block_out_channels=20, num_res_blocks=2, block_num_heads=5,
@@ -274,26 +278,26 @@ def _amused_arguments(d: Draw, request: int) -> dict[str, Any]:
 
 UNETS: list[Case] = [
     Case("deepfloyd_if", _if, _if_arguments),
-    Case("deepfloyd_if_img2img", _if_img2img, _if_img2img_arguments, 4),
-    Case("deepfloyd_if_super", _if_super, _if_super_arguments),
+    Case("deepfloyd_if_img2img", partial(deepfloyd, diffusers.IFImg2ImgPipeline), _if_img2img_arguments, 4),
+    Case("deepfloyd_if_super", partial(deepfloyd, diffusers.IFSuperResolutionPipeline, 6), _if_super_arguments),
     Case("kandinsky22", partial(_kandinsky22, diffusers.KandinskyV22Pipeline),
          by_size(_kandinsky22_arguments, _SQUARE)),
     Case("kandinsky22_img2img", partial(_kandinsky22, diffusers.KandinskyV22Img2ImgPipeline),
          by_size(_kandinsky22_img2img, _SQUARE), 4),
-    Case("kandinsky22_prior", _prior, lambda d, request: {"prompt": texts.PROMPTS[request]}),
+    Case("kandinsky22_prior", prior, lambda d, request: {"prompt": texts.PROMPTS[request]}),
     Case("kandinsky3", _kandinsky3, by_size(_kandinsky3_arguments, _SQUARE)),
     Case("wuerstchen_prior", _wuerstchen_prior, _prior_arguments),
     Case("wuerstchen_decoder", _wuerstchen_decoder, _wuerstchen_arguments, pair=_prompted_twice),
     Case("cascade_prior", _cascade_prior, _cascade_arguments),
-    Case("kolors", _kolors, by_size(lambda d, s: prompts(d, pooled=22), ({"height": 96, "width": 160},
+    Case("kolors", kolors, by_size(lambda d, s: prompts(d, pooled=22), ({"height": 96, "width": 160},
          {"height": 80, "width": 144})), pair=repeated),
-    Case("ddpm", partial(_unconditional, diffusers.DDPMPipeline, diffusers.DDPMScheduler()), _batches, pair=_batch),
-    Case("ddim", partial(_unconditional, diffusers.DDIMPipeline, diffusers.DDIMScheduler()), _batches, pair=_batch),
-    Case("marigold", _marigold, _marigold_arguments),
+    Case("ddpm", partial(unconditional, diffusers.DDPMPipeline, diffusers.DDPMScheduler()), _batches, pair=_batch),
+    Case("ddim", partial(unconditional, diffusers.DDIMPipeline, diffusers.DDIMScheduler()), _batches, pair=_batch),
+    Case("marigold", marigold, _marigold_arguments),
     Case("sd15_pag", _pag, by_size(lambda d, s: prompts(d))),
     Case("sd3_pag", partial(like, "sd3", diffusers.StableDiffusion3PAGPipeline),
          by_size(lambda d, s: prompts(d, pooled=22)), pair=repeated),
     Case("sd15_panorama", _panorama, by_size(lambda d, s: prompts(d), ({"height": 192, "width": 256},
          {"height": 192, "width": 224}))),
-    Case("amused", _amused, _amused_arguments),
+    Case("amused", amused, _amused_arguments),
 ]  # fmt: skip

@@ -28,7 +28,10 @@ class Verdict(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One rank's: differences of its requests, beside what rounding alone makes, seconds, its part of one's work."""
+    """One rank's: differences of its requests, beside what rounding alone makes, seconds, its part of one's work.
+
+    ``subject`` is the class of the pipeline, ``modules`` those of its networks.
+    """
 
     verdict: Verdict
     reason: str = ""
@@ -36,6 +39,8 @@ class Answer:
     rounding: float = 0.0
     seconds: float = 0.0
     work: float | None = None
+    subject: str = ""
+    modules: tuple[str, ...] = ()
 
 
 def joined(answers: Sequence[Answer]) -> Answer:
@@ -53,7 +58,8 @@ def joined(answers: Sequence[Answer]) -> Answer:
     differences = tuple(max(each) for each in zip(*(a.differences for a in answers), strict=False))
     rounding = max(answer.rounding for answer in answers)
     seconds = max(answer.seconds for answer in answers)
-    return Answer(verdict, reason, differences, rounding, seconds, max(works, default=None))
+    subject, modules = max((answer.subject, answer.modules) for answer in answers)
+    return Answer(verdict, reason, differences, rounding, seconds, max(works, default=None), subject, modules)
 
 
 def _reasons(said: Sequence[tuple[int, str]]) -> str:

@@ -58,7 +58,8 @@ def _allegro_arguments(d: Draw, request: int) -> dict[str, Any]:
     return {**given, **size, "num_frames": 16}
 
 
-def _hunyuan_vae() -> nn.Module:
+def hunyuan_vae() -> nn.Module:
+    """An autoencoder of videos with six latent channels."""
     return drawn(
         diffusers.AutoencoderKLHunyuanVideo(
             block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, latent_channels=6,
@@ -72,7 +73,7 @@ def _hunyuan_video() -> Any:
         num_single_layers=3, text_embed_dim=28, pooled_projection_dim=22, rope_axes_dim=(4, 4, 8),
     )  # fmt: skip
     return diffusers.HunyuanVideoPipeline(
-        **TEXTS, vae=_hunyuan_vae(), transformer=drawn(model), scheduler=flow(shift=7.0)
+        **TEXTS, vae=hunyuan_vae(), transformer=drawn(model), scheduler=flow(shift=7.0)
     )
 
 
@@ -200,11 +201,11 @@ def _cosmos() -> Any:
     )  # fmt: skip
     return diffusers.Cosmos2TextToImagePipeline(
         **TEXT, transformer=drawn(model), vae=PIPELINES["wan"].build().vae, scheduler=flow(use_karras_sigmas=True),
-        safety_checker=_Passing(),
+        safety_checker=Passing(),
     )  # fmt: skip
 
 
-class _Passing:
+class Passing:
     """A guard that lets everything pass; the pipeline's own needs a package."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -215,12 +216,6 @@ class _Passing:
 
     def check_video_safety(self, video: Any) -> Any:
         return video
-
-
-def _kandinsky5() -> Any:
-    return diffusers.Kandinsky5T2VPipeline(
-        **TEXTS, transformer=MORE["kandinsky5"].build(), vae=_hunyuan_vae(), scheduler=flow(shift=5.0)
-    )
 
 
 def _sana_video() -> Any:

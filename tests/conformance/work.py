@@ -22,6 +22,13 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 class Work(TorchDispatchMode):
     """Adds up multiplications and additions by section, of values that are there: not of fake or meta tensors."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """What compiles itself, as flex attention does, refuses to under other modes."""
+        return True
+
     def __init__(self) -> None:
         super().__init__()
         self.done = {"denoising": 0.0, "coding": 0.0, "other": 0.0}
@@ -42,7 +49,7 @@ class Work(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(kind not in _PLAIN for kind in types):
             return func(*args, **kwargs)
-        packet = func._overloadpacket
+        packet = getattr(func, "_overloadpacket", func)
         if packet not in flop_registry and func.namespace == "aten":
             with self:
                 found = func.decompose(*args, **kwargs)
@@ -68,17 +75,23 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: int) -> 
     return 2.0 * math.prod(q.shape[:-1]) * keys * (q.shape[-1] + v.shape[-1])
 
 
+def components(pipe: Any) -> dict[str, Any]:
+    """The parts of a pipeline by name; a module by itself is its only one."""
+    return {"module": pipe} if isinstance(pipe, nn.Module) else pipe.components
+
+
 @contextlib.contextmanager
 def counted(pipe: Any) -> Iterator[Work]:
     """Count what a pipeline's calls do; encoders of text and pictures are neither denoising nor coding."""
     work = Work()
     coders = dict(autoencoders(pipe))
-    aside = {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
+    alone = isinstance(pipe, nn.Module)
+    aside = {} if alone else {name: each for name, each in components(pipe).items() if isinstance(each, nn.Module)}
     aside = {name: module for name, module in aside.items() if not is_denoiser(name)}
     for name, module in aside.items():
         object.__setattr__(pipe, name, _Aside(module, work, "coding" if name in coders else "other"))
     try:
-        with work:
+        with work, work.within("coding" if alone and coders else "denoising"):
             yield work
     finally:
         for name, module in aside.items():

@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 import xdit_compile
-from conformance.case import REQUESTS, Case, OneImage
+from conformance.case import REQUESTS, OneImage
 from conformance.cases import CASES
 from conformance.compare import TOLERANCE, Difference, compare, plain
-from conformance.observe import BrokenCase, Reference, observe, reference
+from conformance.observe import BrokenCase, Reference, Subject, observe, reference
 from conformance.plans import images_of, nothing_to_split, plan_of, section_of
 from conformance.verdicts import Answer, Verdict
-from conformance.work import counted
+from conformance.work import components, counted
 from conformance.work import share as work_share
 from xdit_compile.errors import AgreementError, VerificationError, XditCompileError, one_line
 
@@ -68,13 +69,34 @@ def answer(case: str, plan: str, rank: int, timeout_s: float) -> Answer:
     """The verdict of one cell on this rank."""
     begin = time.perf_counter()
     try:
-        found = _judged(CASES[case], plan, rank, timeout_s)
+        found = _judged(CASES[case], plan, rank, timeout_s) if _splits(case, plan) else _nothing(case)
     except OneImage as error:
         found = Answer(Verdict.INAPPLICABLE, f"one image: {one_line(error)}")
     except BrokenCase as error:
         found = Answer(Verdict.CRASHED, f"unsplit: {one_line(error)}")
     gc.collect()
-    return dataclasses.replace(found, seconds=time.perf_counter() - begin)
+    seconds, (subject, modules) = time.perf_counter() - begin, _classes(case)
+    return dataclasses.replace(found, seconds=seconds, subject=subject, modules=modules)
+
+
+def _splits(case: str, plan: str) -> bool:
+    """Whether there is anything of what the plan splits."""
+    return CASES[case].section in ("", section_of(plan))
+
+
+def _nothing(case: str) -> Answer:
+    return Answer(Verdict.INAPPLICABLE, "an autoencoder alone" if CASES[case].section == "coding" else "no autoencoder")
+
+
+@functools.lru_cache(maxsize=2)
+def _classes(case: str) -> tuple[str, tuple[str, ...]]:
+    """The class of a case's pipeline, and of the networks that it holds."""
+    try:
+        pipe = CASES[case].build()
+    except Exception:  # noqa: BLE001 - the verdict says so already
+        return "", ()
+    networks = {type(part).__name__ for part in components(pipe).values() if isinstance(part, nn.Module)}
+    return type(pipe).__name__, tuple(sorted(networks))
 
 
 @functools.lru_cache(maxsize=4)
@@ -82,7 +104,7 @@ def _expected(case: str, images: int) -> Reference:
     return reference(CASES[case], images)
 
 
-def _judged(case: Case, plan: str, rank: int, timeout_s: float) -> Answer:
+def _judged(case: Subject, plan: str, rank: int, timeout_s: float) -> Answer:
     """Ranks that are said to disagree were given the same, and numbers that verification found to be others are none of
     the request's doing: neither is a refusal."""
     whole = _expected(case.name, images_of(plan))
@@ -115,7 +137,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}{place}"
 
 
-def _differences(case: Case, pipe: Any, plan: str, whole: Reference) -> Iterator[Difference]:
+def _differences(case: Subject, pipe: Any, plan: str, whole: Reference) -> Iterator[Difference]:
     """Of both requests, and of the first in floats where these were not seen."""
     images = images_of(plan)
     for request in REQUESTS:
@@ -131,7 +153,7 @@ def _differences(case: Case, pipe: Any, plan: str, whole: Reference) -> Iterator
         yield difference
 
 
-def _work(case: Case, pipe: Any, plan: str, whole: Reference) -> float | None:
+def _work(case: Subject, pipe: Any, plan: str, whole: Reference) -> float | None:
     """The first request counted, once its programs are made."""
     observe(case, pipe, REQUESTS[0], images_of(plan))
     with counted(pipe) as work:
