@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import gc
+import io
 import re
 import time
 import weakref
@@ -41,7 +42,7 @@ def add_adapter(module: nn.Module) -> None:
 
 
 def replace_processor(module: nn.Module) -> None:
-    module.transformer_blocks[0].attn1.set_processor(AttnProcessor2_0())
+    module.transformer_blocks[0].attn1.set_processor(type("Other", (AttnProcessor2_0,), {})())
 
 
 def add_hook(module: nn.Module) -> None:
@@ -219,6 +220,7 @@ def test_what_hangs_on_modules_counts_by_its_values_however_deep() -> None:
         return said
 
     assert changed(lambda: setattr(module[0], "table", torch.ones(3))) == ""
+    assert changed(lambda: setattr(module[0], "holder", Holder(Holder([collections.deque([1])])))) == ""
     assert changed(lambda: setattr(module[0], "table", torch.zeros(3))) == "table of 0"
     assert changed(lambda: module[0].table.add_(1)) == "table of 0"
     assert changed(lambda: module[0].tables[7][1][0].add_(1)) == "tables[7][1][0] of 0"
@@ -229,8 +231,8 @@ def test_what_hangs_on_modules_counts_by_its_values_however_deep() -> None:
 
 
 def test_an_object_at_the_address_of_a_dead_one_is_another() -> None:
-    class Processor:
-        pass
+    class Processor(io.StringIO):
+        """What it holds cannot be looked at."""
 
     module = nn.Linear(2, 2)
     for _ in range(1000):

@@ -18,7 +18,7 @@ from zoo_pipelines import PIPELINES
 import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.api import runner_of
-from xdit_compile.errors import StateError, VerificationError
+from xdit_compile.errors import CaptureError, StateError, VerificationError
 
 PAIR = pair.Pair()
 EAGER = Plan(backend="eager")
@@ -45,6 +45,18 @@ class Counting(AttnProcessor2_0):
 
 def with_processor(module: nn.Module) -> None:
     module.set_attn_processor(Counting())
+
+
+class Storing(AttnProcessor2_0):
+    """Attends, and keeps what it was given for whoever looks."""
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.map = hidden_states * 2
+        return super().__call__(attn, hidden_states, *args, **kwargs)
+
+
+def with_store(module: nn.Module) -> None:
+    module.transformer_blocks[0].attn1.set_processor(Storing())
 
 
 def with_broadcast(module: nn.Module) -> None:
@@ -82,6 +94,7 @@ def with_closure(module: nn.Module) -> None:
 
 KEEPING = {
     "processor": ("pixart", with_processor, "inner.step"),
+    "store": ("pixart", with_store, "processor.map of .* with the inputs"),
     "broadcast": ("flux", with_broadcast, "disable_cache"),
     "first block": ("flux", with_first_block, "disable_cache"),
     "magnitudes": ("flux", with_magnitudes, "disable_cache"),
@@ -259,3 +272,31 @@ def on_two_ranks(rank: int, memory: dict) -> None:
 
 def test_ranks_run_whole_together_and_find_what_is_read_from_outside() -> None:
     PAIR.run(on_two_ranks)
+
+
+class Cache:
+    """Keeps what a module computed in an earlier call, as an argument of it."""
+
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+
+class Remembering(nn.Module):
+    def forward(self, x: torch.Tensor, cache: Cache, store: bool) -> torch.Tensor:
+        if store:
+            cache.kept.append(x)
+        return x + sum(cache.kept)
+
+
+def test_objects_that_are_given_are_followed_and_not_written_to() -> None:
+    module = xdit_compile.parallelize(Remembering().eval(), EAGER)
+    cache, x = Cache(), torch.ones(2, 3)
+    with pytest.raises(CaptureError, match="changes an object that it is given in .Cache.kept"):
+        module(x, cache, True)
+    assert cache.kept == []
+    for value in (1.0, 2.0):
+        cache.kept = [x * value]
+        assert torch.equal(module(x, cache, False), x * (1 + value))
+    twin = Cache()
+    twin.kept = [x * 2]
+    assert torch.equal(module(x, twin, False), x * 3) and len(runner_of(module).prepared) == 2

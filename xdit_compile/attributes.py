@@ -21,15 +21,19 @@ from .versions import version_of
 VALUES = frozenset({bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type, type(None)})
 OPAQUE = (nn.Module, type, types.ModuleType, types.BuiltinFunctionType, torch.Generator)
 
-Seen = dict[int, Any]
-"""Objects described already, by identity; their second mention is no more than that."""
+POINTER = object.__basicsize__ // 2
+"""Bytes of what an instance may hold apart from its slots: a dict of attributes and a list of weak references."""
+
+Seen = dict[int, tuple[int, Any]]
+"""Objects described already, by identity, with their numbers; their second mention is no more than that."""
 
 
 def described(value: Any, seen: Seen) -> Any:
     """A description that equals a later one as long as nothing reachable from ``value`` changed.
 
-    Reached are containers, objects of classes written in Python with all that hangs on them, what functions enclose,
-    and tensors, by their values. A module that is met on the way counts as itself alone.
+    Two objects are alike if their classes are and all that they hold is, as attention processors that a pipeline makes
+    anew for every request. Reached are containers, objects of classes written in Python with all that hangs on them,
+    what functions enclose, and tensors, by their values. A module that is met on the way counts as itself alone.
     """
     kind = value.__class__
     if kind in VALUES:
@@ -43,8 +47,8 @@ def described(value: Any, seen: Seen) -> Any:
     if isinstance(value, OPAQUE):
         return Same(value)
     if id(value) in seen:
-        return Same(value)
-    seen[id(value)] = value
+        return ("again", seen[id(value)][0])
+    seen[id(value)] = (len(seen), value)
     return _parts(value, seen)
 
 
@@ -61,8 +65,17 @@ def _parts(value: Any, seen: Seen) -> Any:
              ("keywords", described(value.keywords, seen)))
         )  # fmt: skip
     if isinstance(value, types.MethodType):
-        return (Same(value.__func__), described(value.__self__, seen))
-    return (Same(value), Entries((name, described(item, seen)) for name, item in _held(value)))
+        return (described(value.__func__, seen), described(value.__self__, seen))
+    return (_kind(value), Entries((name, described(item, seen)) for name, item in _held(value)))
+
+
+def _kind(value: Any) -> Any:
+    """What two objects have in common that do the same as long as all that they hold is the same."""
+    if isinstance(value, types.FunctionType):
+        return Same(value.__code__)
+    kind = value.__class__
+    inside = kind.__basicsize__ - object.__basicsize__ - POINTER * len(_slots(value))
+    return kind if inside <= 2 * POINTER and kind.__dictoffset__ + len(_slots(value)) else Same(value)
 
 
 def _held(value: Any) -> Iterator[tuple[str, Any]]:
@@ -72,10 +85,16 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
                 yield name, cell.cell_contents
             except ValueError:
                 continue
+        yield from (("defaults", value.__defaults__), ("keyword defaults", value.__kwdefaults__))
     yield from getattr(value, "__dict__", {}).items()
-    for name in copyreg._slotnames(value.__class__):  # type: ignore[attr-defined]
-        if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+    for name in _slots(value):
+        if hasattr(value, name):
             yield name, getattr(value, name)
+
+
+def _slots(value: Any) -> list[str]:
+    names = copyreg._slotnames(value.__class__)  # type: ignore[attr-defined]
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
 def _name(key: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from .attributes import Entries, described, keep, place_of_change
 from .by_modules import by_modules
 from .containers import Outcome, observed
 from .decompose import DataDependence
@@ -21,7 +23,7 @@ from .outline import outline
 from .preserve import given_back, preserved, same_random_numbers
 from .program import Program
 from .results import Template, tensors_of
-from .signature import changes, fingerprint, kept
+from .signature import Fingerprint, changes, fingerprint, kept
 from .tracing import Flat, Trace, by_dynamo, by_export
 from .valued import by_values
 
@@ -74,7 +76,7 @@ def capture(
     """
     _refuse_training(module)
     flat = Flat(module, forward or module.forward, args, kwargs)
-    with same_random_numbers(), given_back(module):
+    with same_random_numbers(), given_back(module, *flat.objects):
         return _first_that_agrees(flat, ladder, check, run)
 
 
@@ -120,8 +122,10 @@ def _own_outcome(flat: Flat) -> Outcome:
     Raises:
         StateError: the module keeps something that changes from call to call.
     """
-    found = kept(fingerprint(flat.module))
+    found, given = kept(fingerprint(flat.module)), _described(flat.objects)
     result = _once(flat)
+    if (change := place_of_change(given, _described(flat.objects))) or given != _described(flat.objects):
+        raise CaptureError(f"the module changes an object that it is given{change and ' in ' + change}, as a cache")
     left = kept(fingerprint(flat.module))
     if left != found:
         again = _once(flat)
@@ -129,12 +133,33 @@ def _own_outcome(flat: Flat) -> Outcome:
             raise StateError(changed, "in every call")
         if differs(again, result):
             raise StateError(changes(found, left), "in the first call, so that a second one gives another result")
+        if changed := _changed_by_inputs(flat, left):
+            raise StateError(changed, "with the inputs, for others to read")
     return result
+
+
+def _described(objects: Sequence[Any]) -> Entries:
+    found = Entries((type(each).__name__, described(each, {})) for each in objects)
+    keep(found)
+    return found
 
 
 def _once(flat: Flat) -> Outcome:
     with same_random_numbers():
         return observed(flat.call, *flat.own_inputs())
+
+
+def _changed_by_inputs(flat: Flat, left: Fingerprint) -> dict[tuple[str, str], str]:
+    """What a module leaves behind otherwise when it is called with other values, in which it may show no fault."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, _faded, flat.own_inputs())
+    with given_back(flat.module, always=True), same_random_numbers(), suppress(Exception):
+        flat.call(*args, **kwargs)
+        return changes(left, fingerprint(flat.module))
+    return {}
+
+
+def _faded(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor * 0.875 if tensor.is_floating_point() else tensor
 
 
 def _climb(flat: Flat, how: str, rung: Rung) -> Program:

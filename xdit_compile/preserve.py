@@ -35,17 +35,25 @@ def preserved(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def given_back(module: nn.Module) -> Iterator[None]:
-    """Where something fails inside, restore a module tree, its weights and what hangs on it to what it was before."""
-    saved, tensors = _snapshot(module), [_Kept(tensor) for tensor in _tensors(module)]
+def given_back(module: nn.Module, *others: Any, always: bool = False) -> Iterator[None]:
+    """Where something fails inside, restore a module tree, its weights and what hangs on it to what it was before.
+
+    Args:
+        others: objects that are restored with it.
+        always: restore it where nothing fails, too.
+    """
+    saved = _snapshot(module, *others)
+    tensors = [_Kept(item) for item in _reachable(module, *others) if isinstance(item, torch.Tensor)]
+    done = False
     try:
         yield
-    except BaseException:
-        for owner, content in saved:
-            _restore(owner, content)
-        for tensor in tensors:
-            tensor.give_back()
-        raise
+        done = not always
+    finally:
+        if not done:
+            for owner, content in saved:
+                _restore(owner, content)
+            for tensor in tensors:
+                tensor.give_back()
 
 
 class _Kept:
@@ -86,20 +94,16 @@ def _is_foreign(kind: type) -> bool:
     return kind.__module__.partition(".")[0] not in ("torch", "builtins")
 
 
-def _snapshot(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Shallow copies of all mutable holders reachable from a module, without looking inside tensors."""
-    holders = (item for item in _reachable(module) if isinstance(item, dict | list))
+def _snapshot(*roots: Any) -> list[tuple[Any, Any]]:
+    """Shallow copies of all mutable holders reachable from modules or objects, without looking inside tensors."""
+    holders = (item for item in _reachable(*roots) if isinstance(item, dict | list))
     return [(item, dict(item) if isinstance(item, dict) else list(item)) for item in list(holders)]
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [item for item in _reachable(module) if isinstance(item, torch.Tensor)]
-
-
-def _reachable(module: nn.Module) -> Iterator[Any]:
-    """All that hangs on a module: holders, objects and tensors, each once."""
+def _reachable(*roots: Any) -> Iterator[Any]:
+    """All that hangs on modules or objects: holders, objects and tensors, each once."""
     seen: set[int] = set()
-    pending: list[Any] = [module]
+    pending: list[Any] = list(roots)
     while pending:
         item = pending.pop()
         if id(item) in seen or isinstance(item, type):

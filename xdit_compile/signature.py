@@ -155,7 +155,7 @@ def _leaf(leaf: Any) -> Hashable:
         return (leaf.shape, leaf.dtype, leaf.device)
     if leaf is None or leaf.__class__ in VALUES or isinstance(leaf, enum.Enum):
         return (leaf.__class__, leaf)
-    return Same(leaf)
+    return described(leaf, {})
 
 
 def _changed_modules(before: Fingerprint, after: Fingerprint) -> list[str]:

@@ -83,6 +83,11 @@ class Flat(nn.Module):
             self.seen.outcome = Template.of(outcome)
         return tuple(tensors_of(outcome))
 
+    @property
+    def objects(self) -> list[Any]:
+        """The inputs that are no tensors."""
+        return [leaf for leaf in self.leaves if not isinstance(leaf, torch.Tensor)]
+
     def own_inputs(self) -> tuple[tuple, dict]:
         """``(args, kwargs)`` of the example call, with tensors that a call may write to without harm."""
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
