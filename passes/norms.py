@@ -58,13 +58,13 @@ def _grouped(rule: Rule, size: int) -> None:
 )
 def along(rule: Rule) -> None:
     dim = rule.arg(1, "dim", -1)
-    _over(rule, {dim % max(len(rule.actual[0]), 1)})
+    _over(rule, {rule.wrapped(dim)})
 
 
 @BOOK.rule("topk")
 def topk(rule: Rule) -> None:
     rank = len(rule.actual[0])
-    chosen = rule.arg(2, "dim", -1) % rank
+    chosen = rule.wrapped(rule.arg(2, "dim", -1))
     for dim in range(rank):
         if dim == chosen:
             rule.loop("whole", [(0, dim)], [])

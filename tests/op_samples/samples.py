@@ -117,7 +117,7 @@ def _samples(info: OpInfo, dtype: torch.dtype, most: int) -> Iterator[SampleInpu
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = repr([(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
         small = sum(tensor.numel() for tensor in tensors) <= MOST_ELEMENTS
-        if key not in seen and small and any(tensor.dim() for tensor in tensors):
+        if key not in seen and small and tensors:
             seen.add(key)
             yield sample
         if len(seen) == most:
