@@ -206,7 +206,7 @@ def _in_memory(rule: Rule) -> torch.Tensor | None:
     memory = torch.full([max(length, 1)], -1)
     memory.as_strided(given.shape, given.stride()).copy_(torch.arange(given.numel()).view(given.shape))
     last = start + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True))
-    places = memory.as_strided(size, stride, start).flatten() if 0 <= start and last < length else memory[:0]
+    places = memory.as_strided(size, stride, start).flatten() if start >= 0 and last < length else memory[:0]
     return places if math.prod(size) == len(places) and (places >= 0).all() else None
 
 

@@ -8,7 +8,7 @@ every value must have the same axis as before.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,15 +16,20 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from xdit_compile.axes import Atom, Axis, Concat, Product, atoms
-from xdit_compile.passes.infer import Inference
+from xdit_compile.passes.infer import Frame, Inference
 
 STEPS = (4, 2, 6, 8, 10, 12, 16, 1, 3, 5, -2, -4, -1, -3)
 Sizes = Mapping[int, int]
+Named = tuple[str, list[list[Axis]]]
+"""What computes a value, and the axes of its tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Resized:
-    """The same call with other sizes: old and new size of each axis that could have another, and those that could not."""
+    """The same call with other sizes.
+
+    ``changed`` has the old and the new size of each axis, ``kept`` the sizes for which the model takes no other.
+    """
 
     args: tuple
     kwargs: dict
@@ -32,14 +37,18 @@ class Resized:
     kept: tuple[int, ...]
 
 
-def resized(module: nn.Module, args: tuple, kwargs: dict, inference: Inference) -> Resized:
-    """A call in which as many axes of inputs as the model allows have a size that no axis of the first call had."""
+def resized(module: nn.Module, args: tuple, kwargs: dict, inference: Inference, but: Collection[int] = ()) -> Resized:
+    """A call in which as many axes of inputs as the model allows have a size that no axis of the first call had.
+
+    Axes of the sizes in ``but`` keep them: numbers that the model's own code has.
+    """
     used = {axis.size for axis in every_atom(inference)}
     sizes: dict[int, int] = {}
     changed, kept = [], []
-    for atom in free_atoms(inference):
-        options = [atom.size + step for step in STEPS if atom.size + step > 1 and atom.size + step not in used]
-        fitting = next((size for size in options if _runs(module, _inputs(args, kwargs, inference, {**sizes, id(atom): size}))), None)
+    for atom in (atom for atom in free_atoms(inference) if atom.size not in but):
+        options = [size for step in STEPS if (size := atom.size + step) > 1 and size not in used]
+        tries = ((size, _inputs(args, kwargs, inference, {**sizes, id(atom): size})) for size in options)
+        fitting = next((size for size, inputs in tries if _runs(module, inputs)), None)
         if fitting is None:
             kept.append(atom.size)
             continue
@@ -59,14 +68,18 @@ def every_atom(inference: Inference) -> Iterator[Atom]:
 
 
 def free_atoms(inference: Inference) -> list[Atom]:
-    """Atoms of more than one position of which inputs have dims and weights have none; inner factors are the code's."""
+    """Atoms of more than one position of which inputs have dims and weights have none.
+
+    Inner factors are the code's own, and an input of which the code reads the values would be another at another size.
+    """
     found: dict[int, Atom] = {}
     fixed: set[int] = set()
+    read = {guard.position for guard in inference.program.guards}
     for given, node in _placeholders(inference):
         for axis in inference.axes[node][0]:
             if given.kind == "user":
                 found.update((id(atom), atom) for atom in atoms(axis) if atom.size > 1)
-                fixed.update(map(id, inner_atoms(axis)))
+                fixed.update(map(id, atoms(axis) if given.target in read else inner_atoms(axis)))
             elif given.kind != "constant":
                 fixed.update(map(id, atoms(axis)))
     return [atom for key, atom in found.items() if key not in fixed]
@@ -147,27 +160,28 @@ class _Pairs:
             return one.size == other.size == 1 or there is other and back is one
         if type(one) is not type(other):
             return False
-        left, right = (getattr(axis, "factors", None) or axis.parts for axis in (one, other))  # type: ignore[attr-defined]
-        return len(left) == len(right) and all([self.match(a, b) for a, b in zip(left, right, strict=True)])
+        left, right = (getattr(axis, "factors", None) or getattr(axis, "parts", ()) for axis in (one, other))
+        return len(left) == len(right) and all(self.match(a, b) for a, b in zip(left, right, strict=True))
 
 
 def _dims(first: Inference, second: Inference) -> Iterator[tuple[str, Axis, Axis]]:
-    one = [(given.target, inference_axes) for given, inference_axes in _given(first)]
-    other = [(given.target, inference_axes) for given, inference_axes in _given(second)]
-    yield from _beside("inputs", one, other)
+    sides = [[(str(given.target), each.axes[node]) for given, node in _placeholders(each)] for each in (first, second)]
+    yield from _beside("inputs", *sides)
     if len(first.frames) != len(second.frames):
         raise OtherGraph(f"{len(first.frames)} and {len(second.frames)} calls")
-    for left, right in zip(first.frames, second.frames, strict=True):
-        sides = [[(str(node.target) if node.op == "call_function" else node.op, frame.axes[node]) for node in frame.graph.nodes if node in frame.axes] for frame in (left, right)]
-        yield from _beside(left.call.meta.get("path", "") or str(left.call), *sides)
+    for one, other in zip(first.frames, second.frames, strict=True):
+        yield from _beside(one.call.meta.get("path", "") or str(one.call), _values(one), _values(other))
 
 
-def _given(inference: Inference) -> Iterator[tuple[Any, Any]]:
-    for given, node in _placeholders(inference):
-        yield given, inference.axes[node]
+def _values(frame: Frame) -> list[Named]:
+    return [
+        (str(node.target) if node.op == "call_function" else node.op, frame.axes[node])
+        for node in frame.graph.nodes
+        if node in frame.axes
+    ]
 
 
-def _beside(place: str, one: list, other: list) -> Iterator[tuple[str, Axis, Axis]]:
+def _beside(place: str, one: list[Named], other: list[Named]) -> Iterator[tuple[str, Axis, Axis]]:
     if [name for name, _ in one] != [name for name, _ in other]:
         raise OtherGraph(f"{place}: {len(one)} and {len(other)} values, or others")
     for at, ((name, groups), (_, others)) in enumerate(zip(one, other, strict=True)):

@@ -12,7 +12,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import BinaryUfuncInfo, OpInfo, ReductionOpInfo, SampleInput, UnaryUfuncInfo
 from torch.utils import _pytree as pytree
 
-MOST_SAMPLES = 12
+MOST_SAMPLES = 6
 """Samples of different shapes taken of one operator."""
 THOROUGH = (0, 1)
 """Samples that are tried in every form."""
