@@ -185,8 +185,8 @@ def _beside(place: str, one: list[Named], other: list[Named]) -> Iterator[tuple[
     if [name for name, _ in one] != [name for name, _ in other]:
         raise OtherGraph(f"{place}: {len(one)} and {len(other)} values, or others")
     for at, ((name, groups), (_, others)) in enumerate(zip(one, other, strict=True)):
+        if [len(axes) for axes in groups] != [len(axes) for axes in others]:
+            raise OtherGraph(f"{place}: {name} has {len(groups)} and {len(others)} results, or of other dims")
         for axes, axes_there in zip(groups, others, strict=True):
-            if len(axes) != len(axes_there):
-                raise OtherGraph(f"{place}: {name} has {len(axes)} and {len(axes_there)} dims")
             for dim, pair in enumerate(zip(axes, axes_there, strict=True)):
                 yield f"{place}: value {at} ({name}) dim {dim}", *pair
