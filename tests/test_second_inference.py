@@ -18,6 +18,7 @@ NUMBERS = {
     "qwenimage21": (13,),
     "zimage": (12,),
     "hunyuanimage": (2,),
+    "hunyuan_video15": (2,),
 }
 """Sizes that code has as numbers, pads to a multiple or counts samples by: another is another meaning there."""
 FIXED = {"qwenimage21", "ideogram4"}
