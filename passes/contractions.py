@@ -118,7 +118,7 @@ def _reduced(rule: Rule) -> tuple[set[int], bool]:
     if dims is None or dims == [] or rank == 0:
         return set(range(rank)), keep
     dims = [dims] if isinstance(dims, int) else dims
-    return {dim % rank for dim in dims}, keep
+    return {rule.wrapped(dim) for dim in dims}, keep
 
 
 def _reduce(rule: Rule, kind: str) -> None:

@@ -130,4 +130,5 @@ def _call(part: FramePartitioner, node: fx.Node, tensors: list[fx.Node], padding
     if "convolution" in str(node.target):
         tail = (node.args[6], node.args[7], groups)
         return part.local.call(node.target, *tensors[:2], bias, stride, padding, dilation, *tail)
-    return part.local.call(node.target, *tensors[:2], bias, stride, padding, dilation, groups)
+    target = node.target.overloadpacket.default  # type: ignore[union-attr]
+    return part.local.call(target, *tensors[:2], bias, stride, padding, dilation, groups)

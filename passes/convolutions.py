@@ -26,15 +26,15 @@ def convolution(rule: Rule) -> None:
         type_opaquely(rule, "a convolution without a batch dim")
         return
     general = "convolution" in str(rule.node.target)
-    if isinstance(rule.arg(4, "padding", 0), str) or (general and rule.arg(6, "transposed")):
-        _opaque_space(rule, range(rank), "padding by name or a transposed convolution")
+    kernel = rule.shape(1)[2:]
+    stride, dilation = per_dim(rule.arg(3, "stride", 1), rank), per_dim(rule.arg(5, "dilation", 1), rank)
+    padding = _padding(rule, kernel, dilation)
+    if padding is None or (general and rule.arg(6, "transposed")):
+        _opaque_space(rule, range(rank), "uneven padding by name or a transposed convolution")
         _channels(rule, 0)
         return
-    stride, padding = per_dim(rule.arg(3, "stride", 1), rank), per_dim(rule.arg(4, "padding", 0), rank)
-    dilation = per_dim(rule.arg(5, "dilation", 1), rank)
     groups = rule.arg(8, "groups", 1) if general else rule.arg(6, "groups", 1)
     _channels(rule, groups)
-    kernel = rule.shape(1)[2:]
     for k in range(rank):
         _space(rule, k + 2, kernel[k], stride[k], padding[k], dilation[k])
     rule.facts["convolution"] = {
@@ -44,6 +44,18 @@ def convolution(rule: Rule) -> None:
         "dilation": dilation,
         "groups": groups,
     }
+
+
+def _padding(rule: Rule, kernel: Sequence[int], dilation: Sequence[int]) -> list[int] | None:
+    """The rows of padding before and after each dim; None where a name asks for more after than before."""
+    named = "padding" in rule.node.target._overloadname
+    padding = rule.arg(4, "padding", "valid" if named else 0)
+    if padding == "valid":
+        return [0] * len(kernel)
+    if padding == "same":
+        reach = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        return None if any(rows % 2 for rows in reach) else [rows // 2 for rows in reach]
+    return per_dim(padding, len(kernel))
 
 
 def _channels(rule: Rule, groups: int) -> None:

@@ -23,8 +23,8 @@ def embedding(rule: Rule) -> None:
 
 @BOOK.rule("index_select")
 def index_select(rule: Rule) -> None:
-    chosen = rule.arg(1, "dim") % len(rule.actual[0])
-    if _is_slice(rule, chosen):
+    chosen = rule.wrapped(rule.arg(1, "dim"))
+    if rule.actual[0] and _is_slice(rule, chosen):
         return
     for dim in range(len(rule.actual[0])):
         if dim == chosen:
@@ -85,7 +85,7 @@ def _is_slice(rule: Rule, dim: int) -> bool:
 
 @BOOK.rule("gather")
 def gather(rule: Rule) -> None:
-    chosen = rule.arg(1, "dim") % len(rule.actual[0])
+    chosen = rule.wrapped(rule.arg(1, "dim"))
     for dim in range(len(rule.actual[0])):
         if dim == chosen:
             rule.loop("whole", [(0, dim)], [])

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from xdit_compile.axes import Axis, AxisSystem, Concat, Product, resolve
+from xdit_compile.errors import one_line
 from xdit_compile.program import Program
 
 from .rules import Rule, RuleBook, Typing, operator_name, tensor_operands, type_opaquely, values
@@ -162,12 +163,20 @@ def _fold(node: fx.Node, frame: Frame, operands: list[fx.Node]) -> None:
 
 
 def _typed(node: fx.Node, frame: Frame, operands: list[fx.Node], system: AxisSystem, book: RuleBook) -> Typing:
-    found = book.find(node.target)
-    rule = Rule(node, [frame.axes[operand][0] for operand in operands], system, frame.tables, frame.constants)
+    def workbench() -> Rule:
+        return Rule(node, [frame.axes[operand][0] for operand in operands], system, frame.tables, frame.constants)
+
+    found, rule, mark = book.find(node.target), workbench(), system.mark()
     if found is None:
         type_opaquely(rule, f"no rule for {node.target}")
-    else:
+        return rule.typing()
+    try:
         found(rule)
+    except Exception as error:
+        system.rollback(mark)
+        rule = workbench()
+        rule.facts["unread"] = f"{node.target} has arguments that its rule cannot read: {one_line(error)}"
+        type_opaquely(rule, rule.facts["unread"])
     return rule.typing()
 
 

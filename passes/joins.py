@@ -232,7 +232,7 @@ def select_scatter(rule: Rule) -> None:
 def disorder(rule: Rule) -> None:
     moved = rule.arg(1, "dims") if "flip" in str(rule.node.target) else rule.arg(2, "dims", [])
     rank = len(rule.actual[0])
-    moved = {dim % rank for dim in ([moved] if isinstance(moved, int) else moved)} or set(range(rank))
+    moved = {rule.wrapped(dim) for dim in ([moved] if isinstance(moved, int) else moved)} or set(range(rank))
     for dim in range(rank):
         if dim in moved:
             rule.opaque(0, dim, "positions change their order")

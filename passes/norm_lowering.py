@@ -67,7 +67,8 @@ class _Grouped:
             tensors.append(self.part.coerce(value, self.typing.expected[at], required, self.node, at))
         value = Value(tensors[0], self.typing.outs[0], self.given.dtype, split)
         sizes = self.part.local.sizes(value)
-        affine = [tensors[at] if len(tensors) > at else None for at in (1, 2)]
+        places = [self.typing.facts["norm"].get(name) for name in ("weight", "bias")]
+        affine = [None if at is None else tensors[at] for at in places]
         if self.space:
             value.node = self._over_space(tensors[0], affine, sizes)
         elif 0 in sizes:
@@ -203,8 +204,9 @@ class _Trailing:
         scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, epsilon))
         result = inputs if mean is None else call(aten.sub.Tensor, inputs, mean)
         result = call(aten.mul.Tensor, result, scale)
-        for at, apply in zip(range(1, len(self.operands)), (aten.mul.Tensor, aten.add.Tensor), strict=False):
-            required = {name: dim - self.first for name, dim in self.over.items()}
+        for name, at in self.typing.facts["norm"].items():
+            apply = aten.mul.Tensor if name == "weight" else aten.add.Tensor
+            required = {over: dim - self.first for over, dim in self.over.items()}
             factor = part.coerce(self.operands[at], self.typing.expected[at], required, self.node, at)
             result = call(apply, result, _cast(part, factor, self.operands[at].dtype, self.wide))
         found = [Value(_cast(part, result, self.wide, dtype), self.typing.outs[0], dtype, split)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from xdit_compile.axes import Atom, resolve
 
 from .rules import Rule, RuleBook
@@ -18,7 +20,7 @@ def _over(rule: Rule, whole: set[int], kind: str = "whole") -> None:
 
 @BOOK.rule("layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm")
 def trailing_norm(rule: Rule) -> None:
-    rule.facts["norm"] = True
+    rule.facts["norm"] = _affine(rule)
     rank, count = len(rule.actual[0]), len(rule.arg(1, "normalized_shape"))
     for dim in range(rank - count):
         rule.loop("map", [(0, dim)], [(result, dim) for result in range(len(rule.outs))])
@@ -27,9 +29,15 @@ def trailing_norm(rule: Rule) -> None:
         rule.loop("whole", [(0, dim), *scales], [(0, dim)])
 
 
+def _affine(rule: Rule) -> dict[str, int]:
+    """Which operands are the weight and the bias: either may be there without the other."""
+    given = [name for name in ("weight", "bias") if isinstance(rule.named(name), fx.Node)]
+    return {name: operand for operand, name in enumerate(given, 1)}
+
+
 @BOOK.rule("group_norm")
 def group_norm(rule: Rule) -> None:
-    rule.facts["norm"] = True
+    rule.facts["norm"] = _affine(rule)
     rank = len(rule.actual[0])
     _grouped(rule, rule.shape(0)[1] // rule.arg(1, "num_groups"))
     rule.loop("map", [(0, 0)], [(0, 0)])
@@ -50,13 +58,13 @@ def _grouped(rule: Rule, size: int) -> None:
 )
 def along(rule: Rule) -> None:
     dim = rule.arg(1, "dim", -1)
-    _over(rule, {dim % max(len(rule.actual[0]), 1)})
+    _over(rule, {rule.wrapped(dim)})
 
 
 @BOOK.rule("topk")
 def topk(rule: Rule) -> None:
     rank = len(rule.actual[0])
-    chosen = rule.arg(2, "dim", -1) % rank
+    chosen = rule.wrapped(rule.arg(2, "dim", -1))
     for dim in range(rank):
         if dim == chosen:
             rule.loop("whole", [(0, dim)], [])

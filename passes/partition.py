@@ -384,9 +384,9 @@ class Emission:
 
     def run(self, summed: Sequence[str]) -> fx.Node:
         """The operator's call on this rank; a shard without positions needs none, and many operators refuse one."""
-        tensors = values(self.node)
-        if self._operands and len(tensors) == 1 and 0 in self.out_sizes(0):
-            return self.call(aten.new_zeros.default, self.operand(0), self.out_sizes(0), dtype=tensors[0].dtype)
+        made = self.node.meta["val"]
+        if self._operands and isinstance(made, torch.Tensor) and 0 in self.out_sizes(0):
+            return self.call(aten.new_zeros.default, self.operand(0), self.out_sizes(0), dtype=made.dtype)
         kinds = {self._choices[name].loop.kind for name in summed}
         if "mean" in kinds:
             return self._mean()

@@ -123,6 +123,10 @@ class Rule:
         value = self._constants.get(self.operands[operand])
         return None if value is None or value.is_meta else value
 
+    def wrapped(self, dim: int) -> int:
+        """A dim of the first operand counted from the front; a tensor without dims may be asked for its only one."""
+        return dim % max(len(self.actual[0]), 1)
+
     def shape(self, operand: int) -> list[int]:
         return [axis.size for axis in self.actual[operand]]
 

@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from xdit_compile.axes import Concat, Conflict, Product, resolve
+from xdit_compile.errors import PartitionError
 
 from .rules import Rule, RuleBook, type_opaquely
 
@@ -90,8 +93,6 @@ def permute(rule: Rule) -> None:
 
 
 def _order(rule: Rule, rank: int) -> list[int]:
-    import torch
-
     probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
     permuted = rule.node.target(probe, *rule.node.args[1:], **rule.node.kwargs)
     return [size - 2 for size in permuted.shape]
@@ -110,7 +111,7 @@ def squeeze(rule: Rule) -> None:
     shape = rule.shape(0)
     which = rule.arg(1, "dim")
     asked = range(len(shape)) if which is None else [which] if isinstance(which, int) else which
-    gone = {dim % len(shape) for dim in asked if shape[dim] == 1}
+    gone = {rule.wrapped(dim) for dim in asked if shape and shape[dim] == 1}
     kept = [dim for dim in range(len(shape)) if dim not in gone]
     for new, dim in enumerate(kept):
         rule.loop("map", [(0, dim)], [(0, new)])
@@ -161,7 +162,7 @@ def repeat_interleave(rule: Rule) -> None:
     if not isinstance(count, int) or which is None:
         type_opaquely(rule, "repeats are data")
         return
-    which %= len(rule.actual[0])
+    which = rule.wrapped(which)
     for dim, axis in enumerate(rule.actual[0]):
         rule.loop("map", [(0, dim)], [(0, dim)])
         if dim == which:
@@ -172,12 +173,41 @@ def repeat_interleave(rule: Rule) -> None:
 @BOOK.rule("meshgrid")
 def meshgrid(rule: Rule) -> None:
     count = len(rule.operands)
+    swapped = count > 1 and rule.named("indexing", "ij") == "xy"
     for operand in range(count):
-        dim = operand
-        if rule.node.kwargs.get("indexing", "ij") == "xy" and operand < 2:
-            dim = 1 - operand
+        dim = 1 - operand if swapped and operand < 2 else operand
         if rule.actual[operand]:
             rule.loop("map", [(operand, 0)], [(result, dim) for result in range(count)])
+
+
+@BOOK.rule("as_strided", "as_strided_copy")
+def as_strided(rule: Rule) -> None:
+    """Positions of memory: those of the operand as it was captured, which on a rank may lie otherwise."""
+    for dim in range(len(rule.actual[0])):
+        rule.opaque(0, dim, "positions of memory")
+    places = _in_memory(rule)
+
+    def emit(ctx: Any) -> Any:
+        if places is None:
+            raise PartitionError("takes memory that is not its operand's: write it with slices")
+        flat = ctx.call(ctx.aten.reshape.default, ctx.operand(0), [-1])
+        taken = ctx.call(ctx.aten.index_select.default, flat, 0, ctx.constant(places))
+        return ctx.call(ctx.aten.reshape.default, taken, ctx.out_sizes(0))
+
+    rule.emit = emit
+
+
+def _in_memory(rule: Rule) -> torch.Tensor | None:
+    """Which position of the operand each one of the result is, both counted row by row; None where it takes others."""
+    given = rule.operands[0].meta["val"]
+    size, stride, offset = rule.named("size"), rule.named("stride"), rule.named("storage_offset")
+    start = 0 if offset is None else offset - given.storage_offset()
+    length = 1 + sum((extent - 1) * step for extent, step in zip(given.shape, given.stride(), strict=True))
+    memory = torch.full([max(length, 1)], -1)
+    memory.as_strided(given.shape, given.stride()).copy_(torch.arange(given.numel()).view(given.shape))
+    last = start + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True))
+    places = memory.as_strided(size, stride, start).flatten() if start >= 0 and last < length else memory[:0]
+    return places if math.prod(size) == len(places) and (places >= 0).all() else None
 
 
 @BOOK.rule("outer", "ger")

@@ -295,6 +295,17 @@ def test_repeats_become_an_index() -> None:
     assert_same(program, module, (torch.randn(3, 2), counts), {})
 
 
+def test_places_given_as_tensors_are_numbers_that_are_guarded() -> None:
+    class Cuts(nn.Module):
+        def forward(self, x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return x.sin().narrow(1, at[0], 2), *torch.tensor_split(x.cos(), at, 1)
+
+    module, at = Cuts().eval(), torch.tensor([1, 3])
+    program = capture(module, (torch.randn(2, 5), at), {}, ladder=only("values"))
+    assert [guard.position for guard in program.guards] == [1]
+    assert_same(program, module, (torch.randn(2, 5), at), {})
+
+
 def test_sizes_inside_whole_operators_are_guarded() -> None:
     class Repeats(nn.Module):
         def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

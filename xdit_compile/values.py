@@ -36,6 +36,8 @@ LARGEST = 1 << 23
 """Values of more elements are forgotten: nobody asks a big tensor for a number."""
 
 READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+NUMBERS = {torch.narrow, torch.Tensor.narrow, torch.tensor_split, torch.Tensor.tensor_split}
+"""Take places and sizes as tensors, and read them past all modes."""
 REPEATS = {torch.repeat_interleave, torch.Tensor.repeat_interleave}
 aten = torch.ops.aten
 
@@ -188,6 +190,10 @@ class ReadValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READS:
             return really(func, (self.known.reveal(args[0]), *args[1:]), kwargs or {})
+        if func in NUMBERS and args:
+            rest = (args[1:], kwargs or {})
+            rest = pytree.tree_map_only(torch.Tensor, lambda given: self.known.reveal(given).tolist(), rest)
+            return func(args[0], *rest[0], **rest[1])
         if func in REPEATS:
             return _repeat(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

@@ -117,12 +117,17 @@ def _layout(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _out_of_place(node: fx.Node) -> Any:
-    """The operator that gives as a new tensor what this one writes into its first argument."""
+    """The operator that gives as a new tensor what this one writes into its first argument: the overload that takes the
+    same, as overloads of the two are not always named alike."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet is None or not packet.__name__.endswith("_") or packet.__name__.endswith("__"):
         return None
     functional = getattr(aten, packet.__name__[:-1], None)
-    return getattr(functional, node.target._overloadname, None)  # type: ignore[union-attr]
+    if functional is None:
+        return None
+    types = [str(argument.type) for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    overloads = (getattr(functional, name) for name in functional.overloads())
+    return next((one for one in overloads if [str(each.type) for each in one._schema.arguments] == types), None)
 
 
 def _value(target: Any, node: fx.Node) -> Any:
