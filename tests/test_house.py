@@ -25,7 +25,7 @@ CAPTURE = (
 )
 RUNTIME = (
     "simulated sketch calls liveness agreement request_facts shared_inputs turns session verification digest build "
-    "report dump deferred guidance pipelines empty runtime autoencoder distvae_provider generations patched "
+    "report dump deferred guidance pipelines empty runtime draws autoencoder distvae_provider generations patched "
     "pipes halves pipefusion distrifusion pipeline_report"
 )
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
