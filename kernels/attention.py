@@ -206,14 +206,20 @@ def _regular(
     if mask is not None and is_causal:
         mask, is_causal = _with_causal(mask, q.shape[-2], k.shape[-2]), False
     return Call(
-        q=q.expand(*batch, heads, *q.shape[-2:]).reshape(-1, heads, *q.shape[-2:]),
-        k=k.expand(*batch, held, *k.shape[-2:]).reshape(-1, held, *k.shape[-2:]),
-        v=v.expand(*batch, held, *v.shape[-2:]).reshape(-1, held, *v.shape[-2:]),
+        q=_regular_rows(q, batch, heads),
+        k=_regular_rows(k, batch, held),
+        v=_regular_rows(v, batch, held),
         mask=None if mask is None else _regular_mask(mask, batch, q.dtype),
         is_causal=is_causal,
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         lse=lse,
     )
+
+
+def _regular_rows(x: torch.Tensor, batch: tuple[int, ...], heads: int) -> torch.Tensor:
+    """``[B, heads, S, D]``, each row in one piece of memory: kernels step from number to number without asking."""
+    rows = x.expand(*batch, heads, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _regular_mask(mask: torch.Tensor, batch: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

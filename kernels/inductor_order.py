@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from . import collectives, ring  # noqa: F401 - they register the ops
+from . import collectives, draws, ring  # noqa: F401 - they register the ops
 
-ORDERED = ("all_to_all", "all_gather", "all_reduce", "halo_exchange", "halo_start", "halo_finish", "ring_attention")
+COLLECTIVES = ("all_to_all", "all_gather", "all_reduce", "halo_exchange", "halo_start", "halo_finish")
+ORDERED = (*COLLECTIVES, "ring_attention", "draw")
 
 
 def pin_order() -> None:

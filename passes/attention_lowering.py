@@ -24,7 +24,7 @@ from xdit_compile.axes import Axis
 from xdit_compile.shards import share
 
 from .choices import Choice, choose_all, required
-from .flops import flops
+from .flops import flops, portion
 from .layout import SEQUENCE
 from .local import Value, aten
 from .rules import Typing
@@ -221,9 +221,9 @@ class Exchanged(LocalAttention):
 
     def _count(self) -> None:
         total = flops(self.node)
-        rows = sum(self.query_lengths[i] for i in self.members(self.r)) / self.query_axis.size
-        mine = self.heads(self.u).query_count / self.query_heads if self.query_heads else 0.0
-        others = math.prod(self.sizes(0)[:-2]) / math.prod(axis.size for axis in self.typing.expected[0][:-2])
+        rows = portion(sum(self.query_lengths[i] for i in self.members(self.r)), self.query_axis.size)
+        mine = portion(self.heads(self.u).query_count, self.query_heads)
+        others = portion(math.prod(self.sizes(0)[:-2]), math.prod(axis.size for axis in self.typing.expected[0][:-2]))
         self.part.ledger.work(total, rows * mine * others, tuple(self.choices))
         tokens = len(self.attended(self.r))
         heads = self.heads(self.u).key_count if self.ulysses > 1 else self.key_heads

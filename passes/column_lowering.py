@@ -15,7 +15,7 @@ from torch import fx
 from xdit_compile.shards import share
 
 from .choices import choose_all, required, yielded
-from .flops import flops
+from .flops import flops, portion
 from .layout import TENSOR
 from .local import Value, aten
 from .rules import Typing, operator_name
@@ -57,6 +57,6 @@ def lower(part: FramePartitioner, node: fx.Node, typing: Typing, operands: list[
     gather = torch.ops.xdit_compile.all_gather.default
     value.node = local.call(gather, mine, len(rows), sizes, part.layout.groups[TENSOR])
     part.ledger.sent("all_gather", "columns", math.prod(rows) * len(own) * (parts - 1), value.dtype)
-    portion = len(own) / columns * math.prod(rows) / math.prod(axis.size for axis in typing.outs[0][:-1])
-    part.ledger.work(flops(node), portion, (TENSOR, *choices))
+    total = math.prod(axis.size for axis in typing.outs[0])
+    part.ledger.work(flops(node), portion(len(own) * math.prod(rows), total), (TENSOR, *choices))
     return [value]

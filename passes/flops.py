@@ -69,3 +69,8 @@ _COUNTS: dict[str, Callable[[fx.Node, list[Shape], Shape], int]] = {
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
 }
+
+
+def portion(part: float, whole: float) -> float:
+    """The part of a whole that one rank has; none of nothing."""
+    return part / whole if whole else 0.0

@@ -14,7 +14,7 @@ from xdit_compile.mesh import Mesh
 from xdit_compile.plan import Plan
 from xdit_compile.shards import Split, Unit
 
-from .flops import flops
+from .flops import flops, portion
 from .infer import Inference
 from .layout import MEMBERS, PATCH, SEQUENCE, Layout
 from .program_partition import partition
@@ -136,7 +136,7 @@ def _by_factor(segment: Axis, wanted: Axis, parts: int) -> Unit:
 
 
 def _largest_share(factor: Axis, parts: int) -> float:
-    return -(-factor.size // parts) / factor.size
+    return portion(-(-factor.size // parts), factor.size)
 
 
 def _overlap(chosen: Units, units: Units) -> bool:

@@ -93,6 +93,20 @@ def test_mask_over_several_leading_dims(provider, kind):
     agree(provider, q, k, v, masks((3, 5, 7, 11), kind))
 
 
+def scattered(x):
+    """The same tensor, its last dim outermost in memory."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+@pytest.mark.parametrize("provider", ON_CPU)
+def test_memory_in_another_order(provider):
+    q, k, v = map(scattered, qkv())
+    agree(provider, q, k, v)
+    agree(provider, q, k, v, scattered(masks((2, 5, 7, 11), "additive")))
+    agree(provider, *map(scattered, qkv((2, 1, 7, 12), (2, 1, 11, 12), 12)), scattered(masks((2, 1, 7, 11), "bool")))
+    agree(provider, q, k[:, :, :, :1].expand_as(k), v)
+
+
 @pytest.mark.parametrize("provider", ON_CPU)
 def test_mask_and_causal_together(provider):
     agree(provider, *qkv(), masks((2, 1, 1, 11), "bool"), is_causal=True)

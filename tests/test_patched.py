@@ -83,10 +83,61 @@ def test_a_change_in_place_is_seen_after_all_patches_were_read():
     torch.testing.assert_close(whole_of(x), before + 1)
 
 
-def test_changes_in_place_that_others_would_have_to_see_are_refused():
-    x = patched(True, [])
-    half = x.chunk(2)[0]
-    for each in (x, half):
-        with pytest.raises(RuntimeError, match="that has views; write to a clone of it"):
-            each.add_(1)
-    half.clone().add_(1)
+def _masked(x: torch.Tensor) -> Any:
+    x[x > 0.5] = 0
+    return x
+
+
+def _channel(x: torch.Tensor) -> Any:
+    x[0, 1] -= Y[0, 1] * 2
+    x[:, 0] = Y[:, 2]
+    return x
+
+
+def _of_a_view(x: torch.Tensor) -> Any:
+    half = x.chunk(2)[1]
+    moved = half[:, 1:].transpose(1, 3)
+    moved.mul_(3)
+    return x + 1
+
+
+def _seen_in_a_view(x: torch.Tensor) -> Any:
+    half, channel = x.chunk(2)[1], x[:, 1]
+    x.add_(Y)
+    channel[1] *= 2
+    return half * 1
+
+
+def _rows(x: torch.Tensor) -> Any:
+    channel = x[:, 1]
+    x[:, :, 2:4] -= 1
+    channel += 2
+    return x + channel.unsqueeze(1)
+
+
+def _flat(x: torch.Tensor) -> Any:
+    flat = x.view(-1)
+    x[0, 1] += 1
+    flat[3:90].zero_()
+    x *= 2
+    return x + flat.sum()
+
+
+IN_PLACE = [(_channel, 0), (_of_a_view, 0), (_seen_in_a_view, 0), (_masked, 2), (_rows, 1), (_flat, 1)]
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["here", "to come"])
+@pytest.mark.parametrize(("change", "collected"), IN_PLACE)
+def test_views_write_to_what_they_look_into(change, collected, here):
+    """Patches stay apart where views move other dims; rows and flat views take all patches, and see one another."""
+    counts: list[int] = []
+    x, plain = patched(here, counts), X.clone()
+    found, expected = change(x), change(plain)
+    assert len(counts) <= collected
+    torch.testing.assert_close(whole_of(found), expected)
+    torch.testing.assert_close(x.cut.join([part.value() for part in x.parts]), plain)
+
+
+def test_another_form_in_place_is_refused():
+    with pytest.raises(RuntimeError, match="changes the form of a denoiser's result in place; do it to a clone"):
+        patched(True, []).transpose_(0, 1)

@@ -8,18 +8,19 @@ import procs
 import pytest
 import torch
 import zoo
-from splitting import Captured, captured, run_split, worst_difference
+from splitting import Captured, captured, partition_all, run_split, worst_difference
 from test_runtime import run_model
 from torch import nn
 
 import xdit_compile
 from xdit_compile.build import choose_units
-from xdit_compile.capture import capture
+from xdit_compile.capture import capture, relative_difference
 from xdit_compile.errors import PlanError
 from xdit_compile.passes.infer import infer
 from xdit_compile.passes.layout import TENSOR
 from xdit_compile.passes.rulebook import rulebook
 from xdit_compile.plan import Plan
+from xdit_compile.simulated import run_simulated
 
 MESHES = [Plan(tensor=2), Plan(tensor=3), Plan(tensor=4), Plan(tensor=2, ulysses=2), Plan(tensor=2, ring=2)]
 QUICK = ["flux", "pixart", "wan_t2v"]
@@ -42,6 +43,38 @@ def check(name: str, plan: Plan) -> None:
 def test_split_model_equals_the_single_device(name: str) -> None:
     for plan in MESHES:
         check(name, plan)
+
+
+class Prompted(nn.Module):
+    """Tokens that attend to a prompt, of which the first four come from a picture and the others from a text."""
+
+    def __init__(self, heads: int = 3, width: int = 8):
+        super().__init__()
+        self.heads = heads
+        self.picture, self.text = (nn.Linear(5, 64) for _ in range(2))
+        self.q, self.k, self.v = (nn.Linear(64, heads * width) for _ in range(3))
+        self.out = nn.Linear(heads * width, 64)
+
+    def forward(self, x: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        seen = torch.cat([self.picture(prompt[:, :4]), self.text(prompt[:, 4:])], 1)
+        parts = [layer(each).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer, each in
+                 ((self.q, x), (self.k, seen), (self.v, seen))]  # fmt: skip
+        found = torch.nn.functional.scaled_dot_product_attention(*parts)
+        return x + self.out(found.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize("text", [0, 1])
+def test_axes_of_one_and_of_nothing(tokens: int, text: int) -> None:
+    module, generator = Prompted().eval(), torch.Generator().manual_seed(1)
+    given = [torch.randn(1, count, width, generator=generator) for count, width in ((tokens, 64), (4 + text, 5))]
+    with torch.no_grad():
+        expected = module(*given)
+    model = Captured(module, tuple(given), {}, [expected], infer(capture(module, tuple(given), {}), rulebook()))
+    for plan in (Plan(tensor=2), Plan(tensor=3), Plan(ring=2), Plan(ulysses=3), Plan(tensor=2, ring=2)):
+        ranks = partition_all(model.inference, plan)
+        for found in run_simulated([rank.program for rank in ranks], module, model.args, {}):
+            assert relative_difference(found, expected) < 2e-5
 
 
 @pytest.mark.parametrize("name", UNETS)

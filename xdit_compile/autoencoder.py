@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .backends.eager import Eager
 from .deferred import values_of
+from .draws import DrawingRunner, unmoved
 from .errors import CaptureError, UsageError
 from .in_place import held, put_back, put_in_place
 from .passes.rows import choose_rows
@@ -29,12 +29,6 @@ REHEARSED = {"decode": 16, "encode": 128}
 """Rows and columns to which an input is cut when a method is compared with the module itself."""
 
 
-class Unread(enum.Enum):
-    """Stands where a caller gave a random generator: a method that reads one cannot be captured."""
-
-    GENERATOR = "generator"
-
-
 @dataclasses.dataclass(frozen=True)
 class Team:
     """What the runners of one autoencoder share."""
@@ -46,7 +40,7 @@ class Team:
     def runner(self, module: nn.Module, name: str, computation: Callable[..., Any], **options: Any) -> Runner:
         """A runner that splits ``computation`` by rows."""
         weights = self.weights if module is self.weights.module else Weights(module)
-        return Runner(
+        return DrawingRunner(
             weights, self.session, name,
             place=self.place, computation=computation, choose=choose_rows, budget=self.place.plan.vae_bytes, **options,
         )  # fmt: skip
@@ -80,15 +74,16 @@ class RowMethod:
             return self._coded(args, kwargs, gather)
 
     def _coded(self, args: tuple, kwargs: dict, gather: bool) -> Any:
-        args, kwargs = _without_generators((args, kwargs))
+        args, kwargs = _arrived((args, kwargs))
         self._refuse_unfit(args, kwargs)
         if getattr(self.module, "use_tiling", False):
             return self._tiled(args, kwargs, gather)
-        small, sizes = pytree.tree_map(self._cut, (args, kwargs)), _sizes((args, kwargs))
+        small, sizes = cut_small((args, kwargs), REHEARSED[self.name]), _sizes((args, kwargs))
         if gather and _sizes(small) == sizes:
             return self._checked(*args, **kwargs)
         if self.team.place.plan.verify and sizes not in self._rehearsed:
-            self._rehearsal(*small[0], **small[1])
+            with unmoved(small):
+                self._rehearsal(*small[0], **small[1])
             self._rehearsed.add(sizes)
         return self._trusting[gather](*args, **kwargs)
 
@@ -110,14 +105,6 @@ class RowMethod:
         """What the method itself computes; the module is left as it was."""
         with preserved(self.module):
             return self.method(*args, **kwargs)
-
-    def _cut(self, leaf: Any) -> Any:
-        """Rows and columns cut to few, with the rest that the whole leaves when it is divided by a power of two."""
-        if not isinstance(leaf, torch.Tensor) or leaf.dim() < 4:
-            return leaf
-        few = REHEARSED[self.name]
-        rows, columns = (min(size, few + size % few) for size in leaf.shape[-2:])
-        return leaf[..., :rows, :columns]
 
     def _refuse_unfit(self, args: tuple, kwargs: dict) -> None:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -191,22 +178,47 @@ def restore_rows(module: nn.Module) -> None:
         put_back(module)
 
 
-def _without_generators(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
-    """Inputs that can be captured; the very ones where nothing is in the way, as the method may write to its lists."""
+def _arrived(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    """Inputs with values; the very ones where all have them, as the method may write to its lists."""
     leaves, spec = pytree.tree_flatten(inputs)
-    plain = [_plain(leaf) for leaf in leaves]
-    same = all(one is other for one, other in zip(leaves, plain, strict=True))
-    return inputs if same else pytree.tree_unflatten(plain, spec)
+    values = [values_of(leaf) for leaf in leaves]
+    same = all(one is other for one, other in zip(leaves, values, strict=True))
+    return inputs if same else pytree.tree_unflatten(values, spec)
 
 
-def _plain(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Generator):
-        return Unread.GENERATOR
-    return values_of(leaf)
+def cut_small(inputs: tuple[tuple, dict], few: int) -> tuple[tuple, dict]:
+    """Inputs cut to few rows and columns of the first of them that has both, and to as large a part of the others.
+
+    What is left is the rest that the whole leaves when it is divided by a power of two, and ``few``. Others whose sizes
+    are no multiple of the first's stay as they are.
+    """
+    leaves, spec = pytree.tree_flatten(inputs)
+    first = next((leaf for leaf in leaves if _has_rows(leaf)), None)
+    if first is None:
+        return inputs
+    whole = first.shape[-2:]
+    cut = [min(size, few + size % few) for size in whole]
+    return pytree.tree_unflatten([_cut_alike(leaf, whole, cut) if _has_rows(leaf) else leaf for leaf in leaves], spec)
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() >= 4
+
+
+def _cut_alike(leaf: torch.Tensor, whole: Sequence[int], cut: Sequence[int]) -> torch.Tensor:
+    kept = [
+        size * part // of if size * part % of == 0 and (size % of == 0 or of % size == 0) else size
+        for size, of, part in zip(leaf.shape[-2:], whole, cut, strict=True)
+    ]
+    return leaf[..., : kept[0], : kept[1]]
 
 
 def _sizes(inputs: tuple[tuple, dict]) -> Hashable:
     leaves, spec = pytree.tree_flatten(inputs)
     return str(spec), tuple(
-        (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves
+        (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else _said(leaf) for leaf in leaves
     )
+
+
+def _said(leaf: Any) -> str:
+    return "generator" if isinstance(leaf, torch.Generator) else repr(leaf)

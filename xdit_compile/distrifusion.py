@@ -94,7 +94,7 @@ class StaleRunner(Runner):
         if self._is_compared(prepared):
             args, kwargs = pytree.tree_unflatten(leaves, prepared.program.in_spec)
             found = run_outcome(prepared.analysis.program, self.module, args, kwargs)
-            verify_later(found, self._expected(prepared, leaves), self.name)
+            verify_later(found, self._expected(prepared, leaves), self.name, self._slack(prepared, leaves))
             self._release_all()
         return compute
 

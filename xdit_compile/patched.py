@@ -15,114 +15,107 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .patch_parts import Cut, Part, View, called, functional, later
+
 aten = torch.ops.aten
-Collect = Callable[["PatchedTensor"], torch.Tensor]
 READERS = ("numpy", "tolist", "__array__", "data_ptr", "untyped_storage", "__reduce_ex__", "__deepcopy__", "__repr__")
 
 
-class Part:
-    """One patch of a tensor.
+class PatchedTensor(torch.Tensor):
+    """A tensor that is computed, and changed, patch by patch.
 
-    Args:
-        like: the patch's shape and dtype, on the meta device.
-        value: its values, where they are here.
-        make: how to get them, where that can be done here; without it they are never here.
+    A view of one in patches has no patches of its own: it takes them of its root, and writes them there. Once anything
+    was given a view of all patches together, these are what counts, on every rank alike.
     """
 
-    def __init__(
-        self, like: torch.Tensor, value: torch.Tensor | None = None, make: Callable[[], torch.Tensor] | None = None
-    ):
-        self.like, self._value, self._make = like, value, make
-
-    @classmethod
-    def of(cls, value: torch.Tensor) -> Part:
-        """A patch that is here."""
-        return cls(_meta(value), value)
-
-    @property
-    def here(self) -> bool:
-        """Whether the values can be had on this rank."""
-        return self._value is not None or self._make is not None
-
-    @property
-    def settled(self) -> bool:
-        """Whether the values are there already."""
-        return self._value is not None
-
-    def value(self) -> torch.Tensor:
-        """The values; waits for them if need be."""
-        if self._value is None:
-            assert self._make is not None, "the values of this patch are on another rank"
-            self._value, self._make = self._make(), None
-        return self._value
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How patches lie in a tensor: the positions of each, along the dim that is ``back`` from the end."""
-
-    positions: tuple[torch.Tensor, ...]
-    back: int
-    collect: Collect
-
-    @property
-    def size(self) -> int:
-        """Positions of all patches."""
-        return sum(len(each) for each in self.positions)
-
-    def take(self, whole: torch.Tensor, at: int) -> torch.Tensor:
-        """One patch of a whole tensor."""
-        positions = self.positions[at]
-        dim = whole.ndim - self.back
-        first, count = int(positions[0]) if len(positions) else 0, len(positions)
-        if torch.equal(positions, torch.arange(first, first + count)):
-            return whole.narrow(dim, first, count)
-        return whole.index_select(dim, positions.to(whole.device))
-
-    def empty(self, likes: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-        """Room for a whole tensor whose patches are like these."""
-        shape = list(likes[0].shape)
-        shape[len(shape) - self.back] = self.size
-        return torch.empty(shape, dtype=likes[0].dtype, device=device)
-
-    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The whole from its patches."""
-        order = torch.argsort(torch.cat(self.positions))
-        whole = torch.cat(list(parts), parts[0].ndim - self.back)
-        if torch.equal(order, torch.arange(len(order))):
-            return whole
-        return whole.index_select(whole.ndim - self.back, order.to(whole.device))
-
-
-class PatchedTensor(torch.Tensor):
-    """A tensor that is computed, and changed, patch by patch."""
-
-    parts: list[Part]
     cut: Cut
+    _own: list[Part]
     _whole: torch.Tensor | None
-    _shared: bool
-    """Whether another tensor is a view of this one, or this one of another."""
+    _open: bool
+    """Whether somebody may see, and write to, all patches together."""
+    _changes: int
+    _root: PatchedTensor | None
+    _views: tuple[View, ...]
+    _seen: int
+    """How many changes of the root the patches here have in them."""
 
     @staticmethod
     def __new__(cls, parts: Sequence[Part], cut: Cut, device: torch.device) -> PatchedTensor:
         shape = list(parts[0].like.shape)
         shape[len(shape) - cut.back] = cut.size
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=parts[0].like.dtype, device=device)
-        made.parts, made.cut, made._whole, made._shared = list(parts), cut, None, False
+        made.cut, made._own, made._whole, made._open, made._changes = cut, list(parts), None, False, 0
+        made._root, made._views, made._seen = None, (), 0
         return made
+
+    @property
+    def root(self) -> PatchedTensor:
+        """What this is a view of, or itself."""
+        return self if self._root is None else self._root
+
+    @property
+    def parts(self) -> list[Part]:
+        """The patches as they are now."""
+        self._renew()
+        return self._own
+
+    def _renew(self) -> None:
+        root = self.root
+        if root._open:
+            whole = self.in_place()
+            self._own = [Part.of(self.cut.take(whole, at)) for at in range(len(self._own))]
+        elif self._seen != root._changes:
+            self._own = [later(self._seen_through, (part,)) for part in root._own]
+            self._whole, self._seen = None, root._changes
+
+    def _seen_through(self, tensor: torch.Tensor) -> torch.Tensor:
+        for view in self._views:
+            tensor = view.of(tensor)
+        return tensor
 
     def whole(self) -> torch.Tensor:
         """All patches, on every rank; every rank asks at the same point."""
+        if self.root._open:
+            return self.in_place()
+        self._renew()
         if self._whole is None:
             self._whole = self.cut.collect(self)
-            self.parts = [Part.of(self.cut.take(self._whole, at)) for at in range(len(self.parts))]
+            self._own = [Part.of(self.cut.take(self._whole, at)) for at in range(len(self._own))]
         return self._whole
+
+    def in_place(self) -> torch.Tensor:
+        """All patches, in memory that whoever has a view of them reads and writes."""
+        root = self.root
+        if not root._open:
+            root._whole, root._open = root.whole(), True
+        assert root._whole is not None
+        return self._seen_through(root._whole)
+
+    def look(self, made: Sequence[PatchedTensor], func: Any, args: tuple, kwargs: dict) -> None:
+        """Make the results of an operator views of this."""
+        for at, each in enumerate(made):
+            each._root, each._views = self.root, (*self._views, View(func, args[1:], kwargs, at))
+            each._seen = self.root._changes
+
+    def write(self, parts: list[Part]) -> None:
+        """Put other patches in the place of these, and of those that this is a view of."""
+        root = self.root
+        if self is not root:
+            parts = [later(self._written, pair) for pair in zip(root._own, parts, strict=True)]
+        root._own, root._whole, root._changes = parts, None, root._changes + 1
+        root._seen = root._changes
+
+    def _written(self, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """One patch of the root with that of this view written to its place."""
+        whole = whole.clone()
+        self._seen_through(whole).copy_(part)
+        return whole
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in READERS:
-            args, kwargs = pytree.tree_map(whole_of, (args, kwargs))
+            args, kwargs = pytree.tree_map(_opened, (args, kwargs))
         if func is torch.einsum and (found := _einsum(args, kwargs)) is not None:
             return found
         with torch._C.DisableTorchFunctionSubclass():
@@ -137,23 +130,25 @@ class PatchedTensor(torch.Tensor):
             plain = torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device)
             return func(plain, *args[1:], **kwargs)
         target = args[0] if args and isinstance(args[0], PatchedTensor) and func._schema.is_mutable else None
-        if torch.Tag.inplace_view in func.tags or target is not None and target._shared:
-            what = "has views" if target is not None and target._shared else "keeps its shape"
-            raise RuntimeError(f"{func} changes a denoiser's result in place that {what}; write to a clone of it")
+        if torch.Tag.inplace_view in func.tags:
+            raise RuntimeError(f"{func} changes the form of a denoiser's result in place; do it to a clone")
         back = _back(func, args, kwargs)
-        if back is not None:
+        if back is not None and (target is None or not target.root._open):
             return by_patch(func, args, kwargs, back)
-        plain_args, plain_kwargs = pytree.tree_map(whole_of, (args, kwargs))
-        found = func(*plain_args, **plain_kwargs)
-        if target is not None:
-            target.parts = [Part.of(target.cut.take(plain_args[0], at)) for at in range(len(target.parts))]
-            return target
-        return found
+        reach = _opened if target is not None or func.is_view else whole_of
+        first, *rest = args
+        found = func(reach(first), *pytree.tree_map(whole_of, rest), **pytree.tree_map(whole_of, kwargs))
+        return found if target is None else target
 
 
 def whole_of(leaf: Any) -> Any:
     """All patches of a tensor in patches; anything else is itself."""
     return leaf.whole() if isinstance(leaf, PatchedTensor) else leaf
+
+
+def _opened(leaf: Any) -> Any:
+    """The same for whoever may write to it, or look into it later."""
+    return leaf.in_place() if isinstance(leaf, PatchedTensor) else leaf
 
 
 def by_patch(func: Any, args: tuple, kwargs: dict, back: int) -> Any:
@@ -163,60 +158,21 @@ def by_patch(func: Any, args: tuple, kwargs: dict, back: int) -> Any:
     inplace = isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable
     results = [_one(func, args, kwargs, first.cut, at, inplace) for at in range(len(first.parts))]
     if inplace:
-        args[0].parts, args[0]._whole = [result[0][0] for result in results], None
+        args[0].write([result[0][0] for result in results])
         return args[0]
     cut = dataclasses.replace(first.cut, back=back)
     _, spec = results[0]
     made = [PatchedTensor([parts[at] for parts, _ in results], cut, first.device) for at in range(len(results[0][0]))]
     if isinstance(func, torch._ops.OpOverload) and func.is_view:
-        for each in (first, *made):
-            each._shared = True
+        first.look(made, func, args, kwargs)
     return pytree.tree_unflatten(made, spec)
 
 
 def _one(func: Any, args: tuple, kwargs: dict, cut: Cut, at: int, inplace: bool) -> tuple[list[Part], Any]:
     """An operator's results for one patch: at once where all it needs is there, else as it arrives."""
-    func = _functional(func) if inplace else func
+    func = functional(func) if inplace else func
     given = pytree.tree_map(lambda leaf: _of_patch(leaf, cut, at), (args, kwargs))
-    parts = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Part)]
-    if all(part.settled for part in parts):
-        plain_args, plain_kwargs = pytree.tree_map(_value, given)
-        flat, spec = pytree.tree_flatten(func(*plain_args, **plain_kwargs))
-        return [Part.of(value) for value in flat], spec
-    meta_args, meta_kwargs = pytree.tree_map(_like, given)
-    flat, spec = pytree.tree_flatten(func(*meta_args, **meta_kwargs))
-    if not all(part.here for part in parts):
-        return [Part(_meta(like)) for like in flat], spec
-    later = _Later(func, pytree.tree_map(_kept, given))
-    return [Part(_meta(like), make=later.result(k)) for k, like in enumerate(flat)], spec
-
-
-class _Later:
-    """An operator that runs once, when the first of its results is asked for."""
-
-    def __init__(self, func: Any, given: Any):
-        self._func, self._given = func, given
-        self._found: list[torch.Tensor] | None = None
-
-    def result(self, at: int) -> Callable[[], torch.Tensor]:
-        return lambda: self._values()[at]
-
-    def _values(self) -> list[torch.Tensor]:
-        if self._found is None:
-            args, kwargs = pytree.tree_map(_value, self._given)
-            self._found, self._given = pytree.tree_leaves(self._func(*args, **kwargs)), None
-        return self._found
-
-
-def _functional(func: Any) -> Callable[..., torch.Tensor]:
-    """Returns what an operator in place writes, of the dtype and shape of what it writes to."""
-    packet, overload = func._schema.name.split("::")[1].rstrip("_"), func._overloadname
-    own = getattr(getattr(aten, packet), overload)
-
-    def found(target: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return own(target, *args, **kwargs).to(target.dtype).expand(target.shape)
-
-    return found
+    return called(func, *given)
 
 
 def _of_patch(leaf: Any, cut: Cut, at: int) -> Any:
@@ -226,25 +182,6 @@ def _of_patch(leaf: Any, cut: Cut, at: int) -> Any:
     if isinstance(leaf, torch.Tensor) and leaf.ndim >= cut.back and leaf.shape[leaf.ndim - cut.back] == cut.size:
         return cut.take(leaf, at)
     return leaf
-
-
-def _value(leaf: Any) -> Any:
-    return leaf.value() if isinstance(leaf, Part) else leaf
-
-
-def _like(leaf: Any) -> Any:
-    if isinstance(leaf, Part):
-        return leaf.like
-    return _meta(leaf) if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
-
-
-def _kept(leaf: Any) -> Any:
-    """An operand as it is now: others may change it in place before a patch arrives."""
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _meta(value: torch.Tensor) -> torch.Tensor:
-    return value if value.is_meta else torch.empty(value.shape, dtype=value.dtype, device="meta")
 
 
 def _back(func: Any, args: tuple, kwargs: dict) -> int | None:

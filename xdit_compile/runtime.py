@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from .session import Place, Session
 from .signature import Signature, fingerprint, kept, signature
 from .unsplit import Changing, RunsWhole, Unsplit
 from .unsupported import moves_weights, refuse_unsupported
-from .verification import verify, verify_later
+from .verification import narrow_rounding, verify, verify_later
 from .weights import Gather, Weights
 
 Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
@@ -221,11 +222,15 @@ class Runner:
         def compared(given: list[Any]) -> tuple[torch.Tensor, ...]:
             expected = self._expected(prepared, given)
             found = compute(given)
-            verify_later(assemble(prepared.whole, found), expected, self.name)
+            verify_later(assemble(prepared.whole, found), expected, self.name, self._slack(prepared, given))
             self._release_all()
             return found
 
         return compared
+
+    def _slack(self, prepared: Prepared, leaves: list[Any]) -> Callable[[], float]:
+        args, kwargs = pytree.tree_unflatten(leaves, prepared.whole.in_spec)
+        return functools.partial(narrow_rounding, prepared.whole, self.module, args, kwargs)
 
     def _is_compared(self, prepared: Prepared) -> bool:
         due = self._compares and self._later.due(prepared, self.session.steps)
@@ -364,8 +369,9 @@ class Runner:
             args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         with as_it_was(self.module):
             expected = observed(own, args, kwargs)
+        slack = self._slack(prepared, leaves)
         for found in self._found(prepared, leaves):
-            verify(assemble(prepared.whole, found), expected)
+            verify(assemble(prepared.whole, found), expected, slack)
         self._agreement.agree("its verdict", {})
 
     def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
