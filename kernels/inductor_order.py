@@ -37,7 +37,8 @@ def _lowering(op: torch._ops.OpOverload) -> Any:
 
     def lower(*args: Any, **kwargs: Any) -> Any:
         rest = op._schema.arguments[len(args) :]
-        every = (*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest))
-        return pytree.tree_map(boxed, ir.EffectfulKernel.create(op, *every))
+        given = {argument.name: kwargs.get(argument.name, argument.default_value) for argument in rest}
+        named = {argument.name: given.pop(argument.name) for argument in rest if argument.kwarg_only}
+        return pytree.tree_map(boxed, ir.EffectfulKernel.create(op, *args, *given.values(), **named))
 
     return lower

@@ -71,7 +71,7 @@ def test_every_class_of_diffusers_is_known():
     assert set(coders) - known == {"AutoencoderKLAllegro", "RFD4ProteinaAutoencoder"}
 
 
-def noisy(rank: int, count: int) -> None:
+def noisy(rank: int, count: int, backend: str = "eager") -> None:
     """Random numbers are those of one process, from generators that are given and from the default ones."""
     for name, rows in (("consistency", 11), ("consistency", 19), ("ltx_noise", 11)):
         module = MORE[name].build()
@@ -88,7 +88,7 @@ def noisy(rank: int, count: int) -> None:
 
         expected = decoded(3)
         assert worst(*expected[:2]) > 1e-3
-        xdit_compile.parallelize(module, Plan(ring=count, vae="patch", backend="eager"))
+        xdit_compile.parallelize(module, Plan(ring=count, vae="patch", backend=backend))
         found = decoded(3)
         assert max(worst(*pair) for pair in zip(found[:2], expected[:2], strict=True)) < 2e-5
         assert all(torch.equal(*pair) for pair in zip(found[2:], expected[2:], strict=True))
@@ -105,6 +105,11 @@ def by_first_rank(name: str, given: torch.Tensor, more: dict[str, Any]) -> torch
 
 def test_random_numbers_are_those_of_one_process():
     procs.run(noisy, 2, 2, timeout=300)
+
+
+@pytest.mark.slow
+def test_random_numbers_are_those_of_one_process_when_compiled():
+    procs.run(noisy, 2, 2, "inductor", timeout=900)
 
 
 def test_numbers_that_no_op_stands_for_are_refused_by_name():
