@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PROMPT := a large red star in the center on a striped mint background
 TESTS := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 
-.PHONY: env demo test test-slow conformance lint pipeline clean
+.PHONY: env demo test test-slow conformance operators lint pipeline clean
 
 env: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ test-slow: env
 # Goes on where it was stopped, and runs only what changed; exit code 1 where a pipeline is wrong or crashes. ARGS: --help
 conformance: env
 	PYTHONPATH=tests $(BIN)/python -m conformance --jobs $(or $(JOBS),1) --report docs/conformance.md $(ARGS)
+
+# Every operator that PyTorch has samples of, split every way on simulated ranks; goes on where it was stopped.
+operators: env
+	PYTHONPATH=tests $(BIN)/python -m op_samples --jobs $(or $(JOBS),2) --write docs/operators.md
 
 lint: env
 	$(PIP) -c constraints.txt -e '.[dev]'

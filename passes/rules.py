@@ -259,7 +259,8 @@ def operator_name(target: torch._ops.OpOverload) -> str:
 
 
 def type_opaquely(rule: Rule, reason: str) -> None:
-    """Everything whole in, fresh axes out."""
+    """Everything whole in, laid out in memory as it was captured, and fresh axes out."""
+    rule.emit = lambda ctx: ctx.as_captured()
     for operand, axes in enumerate(rule.actual):
         for dim in range(len(axes)):
             rule.opaque(operand, dim, reason)

@@ -105,9 +105,14 @@ def _left_out(outcomes: Iterable[Outcome]) -> list[str]:
 
 
 KINDS = {
-    "torch refuses it": "PyTorch itself refuses this form",
+    "Jiterator": "needs a GPU",
+    "Sparse": "of sparse tensors, which have no positions to split",
+    "torch refuses it": "PyTorch itself refuses this form: strides it cannot view, or another kind of `out`",
     "depends on|DataDependen|DynamicOutputShape|data-dependent": "not captured: a size depends on computed values",
-    "writes to": "not captured: it writes to one of its inputs",
+    "whose output has alias annotations": "not captured: PyTorch cannot make this write a new value",
+    "writes to": "not captured: it writes to one of its inputs, or has no functional form with `out`",
+    "is no tensor but list": "not captured: a list within the tuple of its results",
+    "instead of torch": "not captured: recorded with its `out` in another order, which the comparison refuses",
 }
 
 
