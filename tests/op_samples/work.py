@@ -43,7 +43,7 @@ def _quiet() -> None:
 
 def _work(given: tuple[str, Path, int]) -> str:
     name, folder, most = given
-    (info,) = (info for info in operators([name]) if label(info) == name)
+    (info,) = operators([name])
     outcomes = [dataclasses.asdict(tried(case)) for case in cases(info, most)]
     _file(folder, name).write_text(json.dumps(outcomes))
     return name
