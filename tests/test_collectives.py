@@ -206,8 +206,8 @@ def test_a_compiler_drops_none():
     assert ops_called(code) == ["all_reduce", "all_to_all", "all_gather", "all_reduce"]
 
 
-def test_every_op_that_reaches_other_ranks_is_ordered():
-    assert {getattr(OPS, name).default for name in ORDERED} == {*SIMULATIONS, OPS.halo_finish.default}
+def test_every_op_that_reaches_other_ranks_or_draws_is_ordered():
+    assert {getattr(OPS, name).default for name in ORDERED} == {*SIMULATIONS, OPS.halo_finish.default, OPS.draw.default}
 
 
 def test_alone_they_copy():
