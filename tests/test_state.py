@@ -240,7 +240,7 @@ class Scheduled(AttnProcessor2_0):
 
 
 def counted_step(step: int, time: Any, latents: Any) -> None:
-    Outside.value = 1.0 + 0.1 * step
+    Outside.value = 1.1 + 0.1 * step
 
 
 PLANS = [Plan(backend="eager", **degree) for degree in ({"ulysses": 2}, {"tensor": 2}, {"cfg": 2}, {"distrifusion": 2})]
