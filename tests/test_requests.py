@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -328,3 +329,34 @@ def other_weights(rank: int, memory: dict) -> list[Any]:
 def test_weights_that_change_on_one_rank_stop_all() -> None:
     for before, message, after in PAIR.run(other_weights):
         assert max(before, after) <= 2e-5 and "was called with another set of weights of transformer" in message
+
+
+def given_up_at_the_end(rank: int, memory: dict) -> list[str]:
+    """Rank 1 loses patience in the very moment in which rank 0 comes."""
+    pipe = split(ulysses=2)
+    agreement, said = runner_of(pipe.transformer).session.agreement, []
+    expected = SD3.call(SD3.build())
+    for late in (False, True, False, False):
+        if late and rank == 1:
+            agreement._compare = functools.partial(_lost, agreement, agreement._compare)
+        try:
+            said.append("right" if difference(SD3.call(pipe), expected) <= 2e-5 else "wrong")
+        except AgreementError as error:
+            said.append(str(error))
+        vars(agreement).pop("_compare", None)
+        if late and rank == 0:
+            time.sleep(1)
+    return said
+
+
+def _lost(agreement: Any, compare: Any, calls: Any) -> None:
+    if agreement._said == "the end":
+        time.sleep(0.5)
+        raise AgreementError("rank 0 did not answer")
+    compare(calls)
+
+
+def test_a_rank_that_gave_up_as_another_ended_is_followed() -> None:
+    assert PAIR.run(given_up_at_the_end) == [
+        ["right"] * 4, ["right", "rank 0 did not answer", "right", "right"],
+    ]  # fmt: skip

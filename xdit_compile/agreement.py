@@ -51,7 +51,7 @@ class Agreement:
         self._event = self._starts = 0
         self._said = ""
         self._talks = 0
-        self._heard = False
+        self._heard = self._ending = False
         self._store = dist.distributed_c10d._get_default_store() if len(members) > 1 else None
         self._life = None if self._store is None else Liveness(self._store, self._name, rank)
 
@@ -305,7 +305,7 @@ class Agreement:
         if cause is None:
             prefix = "" if isinstance(error, AgreementError) else f"rank {self.rank} failed: {type(error).__name__}: "
             cause = prefix + one_line(error)
-        self._store.set(self._failed, json.dumps({"rank": self.rank, "why": cause}))
+        self._store.set(self._failed, json.dumps({"rank": self.rank, "why": cause, "at": [self._ending, self._starts]}))
 
     def all_failed_unused(self) -> bool:
         """Whether all ranks failed before they reached one another, as all do at an argument that is wrong."""
@@ -331,12 +331,13 @@ class Agreement:
             failed = self.failure() or (None if silent is None else _stopped(silent))
         return failed
 
-    def failure(self) -> str | None:
-        """Which rank failed in this epoch and why, where another one did."""
+    def failure(self, ended: bool = False) -> str | None:
+        """Which rank failed in this epoch and why, where another did; ``ended``: at the end of what is over here."""
         if self._store is None or not self._store.check([self._failed]):
             return None
         said = json.loads(self._store.get(self._failed))
-        return None if said["rank"] == self.rank else said["why"]
+        over = said["at"] == [True, self._starts]
+        return None if said["rank"] == self.rank or (ended and not over) else said["why"]
 
     def renew(self) -> None:
         """Go on in another epoch; what was said in this one is forgotten."""
@@ -348,6 +349,7 @@ class Agreement:
     def start(self) -> None:
         """Count calls from the first again."""
         self._starts += 1
+        self._ending = False
         self._calls.restart()
 
     @property
@@ -371,6 +373,7 @@ class Agreement:
         if self._store is None:
             return
         mine = {"made": self.calls, "calls": self._calls.latest, "results": list(results)}
+        self._ending = True
         said = self.exchange("the end", mine)
         for rank, theirs in said.items():
             if theirs["made"] != self.calls:
@@ -385,6 +388,8 @@ class Agreement:
                     f"rank {rank} came to another result than rank {self.rank} by the same calls: a callback or a "
                     "scheduler does something else on one of them"
                 )
+        self.look([])
+        self._ending = False
 
     # ---- where ranks are
 

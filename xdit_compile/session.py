@@ -7,7 +7,7 @@ import datetime
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class Session:
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
         self.inputs = SharedInputs(self.agreement, mesh.group(mesh.names))
         self._turns = Turns(self.agreement)
+        self._catching_up = threading.Lock()
         self._thread = 0
         self._in_request = self._in_call = self._closed = False
         self._broken: BaseException | None = None
@@ -128,6 +129,7 @@ class Session:
             with self.entered(), self.generation.running(steps):
                 yield dict(arguments)
             return
+        self._catch_up()
         facts = facts_of(arguments)
         with self._taken(self._turns.of(digest([facts]))), self.entered():
             self._in_request, self._thread, self._made = True, threading.get_ident(), []
@@ -217,9 +219,20 @@ class Session:
                     yield
             finally:
                 if outermost and self._broken is not None:
-                    self.agreement.renew()
-                    self._turns.reset()
-                    self._broken, self._requests, self._reconciled = None, 0, False
+                    self._renew()
+
+    def _renew(self) -> None:
+        self.agreement.renew()
+        self._turns.reset()
+        self._broken, self._requests, self._reconciled = None, 0, False
+
+    def _catch_up(self) -> None:
+        """Follow a peer that failed in a request which went well here: it was the last to learn that this rank came."""
+        with self._catching_up, suppress(dist.DistError):
+            if not (self._in_request or self._in_call) and self.agreement.failure(ended=True) is not None:
+                self.groups.close()
+                self._do(self._after_failure)
+                self._renew()
 
     @contextmanager
     def _taken(self, turn: AbstractContextManager[None]) -> Iterator[None]:
