@@ -16,7 +16,9 @@ from zoo import MODELS
 
 import xdit_compile
 from xdit_compile import Plan
+from xdit_compile.capture import capture
 from xdit_compile.errors import UnsupportedError
+from xdit_compile.unsupported import refuse_draws
 
 CPU = torch.device("cpu")
 
@@ -84,3 +86,21 @@ def test_what_libraries_do_to_weights_is_refused_by_name_or_runs_whole(put_on: C
     xdit_compile.parallelize(module, Plan(backend="eager", fallback="unsplit"))
     with pytest.warns(UserWarning, match="runs whole"), torch.no_grad():
         assert all(torch.equal(*pair) for pair in zip(module(*args, **kwargs), expected, strict=True))
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x + torch.randn_like(x))
+
+
+def test_random_numbers_inside_of_a_denoiser_are_named() -> None:
+    program = capture(Noisy().eval(), (torch.randn(1, 6, 4),), {})
+    with pytest.raises(UnsupportedError, match="draws random numbers itself .randn"):
+        refuse_draws(program)
+    case = MODELS["flux"]
+    args, kwargs = case.inputs()
+    refuse_draws(capture(case.build(), args, kwargs))

@@ -31,7 +31,7 @@ from .programs import Programs
 from .session import Place, Session
 from .signature import Signature, fingerprint, kept, signature
 from .unsplit import Changing, RunsWhole, Unsplit
-from .unsupported import moves_weights, refuse_unsupported
+from .unsupported import moves_weights, refuse_draws, refuse_unsupported
 from .verification import narrow_rounding, verify, verify_later
 from .weights import Gather, Weights
 
@@ -307,8 +307,10 @@ class Runner:
                     self.module, self.plan, args, kwargs, forward=own, check=self.plan.verify,
                     choose=self._choose, run=not self._trace_only,
                 )  # fmt: skip
+            if self._is_denoiser and self.mesh.world_size > 1:
+                refuse_draws(analysis.program)
         except CaptureError as error:
-            failed = error
+            failed, analysis = error, None
         if self.plan.fallback == "unsplit" and self._agreement.any("a refused capture", failed is not None):
             gone = self.weights.partial and not moves_weights(self.module)
             if not self._agreement.any("whole weights", gone):

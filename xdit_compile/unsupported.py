@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .errors import UnsupportedError
+from .program import Program
 from .released import Released
 
 PLAIN = (nn.Parameter, torch.Tensor, Released)
@@ -42,6 +43,27 @@ def refuse_unsupported(module: nn.Module, name: str) -> None:
             f"{name} has weights on {' and '.join(sorted(devices))}: every rank needs the module on one device; "
             "load it without device_map"
         )
+
+
+def refuse_draws(program: Program) -> None:
+    """See to it that a program draws no random numbers: ranks would draw others than one process does.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    for structure in program.structures().values():
+        for node in structure.graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload) and _draws(node.target):
+                raise UnsupportedError(
+                    f"the denoiser draws random numbers itself ({node.target.overloadpacket.__name__}), which ranks "
+                    "cannot share yet: give it noise as an input, or run it whole with Plan(fallback='unsplit')"
+                )
+
+
+def _draws(op: torch._ops.OpOverload) -> bool:
+    """Whether an operator draws; attention could, if it dropped values."""
+    drops = any(argument.name == "dropout_p" for argument in op._schema.arguments)
+    return torch.Tag.nondeterministic_seeded in op.tags and not drops
 
 
 def moves_weights(module: nn.Module) -> bool:
