@@ -124,7 +124,8 @@ def _own_outcome(flat: Flat) -> Outcome:
     """
     found, given = kept(fingerprint(flat.module)), _described(flat.objects)
     result = _once(flat)
-    if (change := place_of_change(given, _described(flat.objects))) or given != _described(flat.objects):
+    if given != (after := _described(flat.objects)):
+        change = place_of_change(given, after)
         raise CaptureError(f"the module changes an object that it is given{change and ' in ' + change}, as a cache")
     left = kept(fingerprint(flat.module))
     if left != found:

@@ -258,9 +258,9 @@ class Runner:
             return known[1], leaves
         leaves = leaves if first else inputs.agreed(leaves)
         args, kwargs = pytree.tree_unflatten(leaves, spec)
+        kept(key.modules)
         prepared = self._prepare(key, args, kwargs, leaves)
         left = dataclasses.replace(key, modules=kept(fingerprint(self.module)))
-        kept(key.modules)
         self.prepared.add(prepared, key, left)
         return prepared, leaves
 
@@ -292,7 +292,7 @@ class Runner:
         rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1
         if self.plan.verify and not self._trace_only and rewritten:
             if not self._agreement.any("whole weights", self.weights.partial):
-                self._verify(prepared, own, args, kwargs, leaves)
+                self._verify(prepared, leaves)
         self._settle(prepared)
         return prepared
 
@@ -364,13 +364,8 @@ class Runner:
     def _release(self, prepared: Prepared) -> None:
         self.weights.release(prepared.programs)
 
-    def _verify(
-        self, prepared: Prepared, own: Callable[..., Any], args: tuple, kwargs: dict, leaves: list[Any]
-    ) -> None:
-        if prepared.analysis.program.outcome.form.written:
-            args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-        with as_it_was(self.module):
-            expected = observed(own, args, kwargs)
+    def _verify(self, prepared: Prepared, leaves: list[Any]) -> None:
+        expected = self._expected(prepared, leaves)
         slack = self._slack(prepared, leaves)
         for found in self._found(prepared, leaves):
             verify(assemble(prepared.whole, found), expected, slack)

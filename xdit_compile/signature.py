@@ -113,8 +113,8 @@ def changes(before: Fingerprint, after: Fingerprint) -> dict[tuple[str, str], st
     """What differs between two fingerprints: module and attribute, with the path to the change in words."""
     found = {}
     for path in [path for path in before if path in after and before[path] != after[path]]:
-        old, new = (_by_name(state) for state in (before[path], after[path]))
-        for name in [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+        old, new = _by_name(before[path]), _by_name(after[path])
+        for name in _differing(old, new):
             inside = place_of_change(old.get(name, ())[:1], new.get(name, ())[:1])
             found[path, name] = f"{name}{inside} of {path or 'the module itself'}"
     return found
@@ -172,9 +172,12 @@ def _changed_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> str:
         return f"another {_say(after[1])} in place of a {_say(before[1])}"
     if before[2] != after[2]:
         return "its training flag"
-    old, new = _by_name(before), _by_name(after)
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    names = _differing(_by_name(before), _by_name(after))
     return ", ".join(names) if names else "the order of its attributes"
+
+
+def _differing(old: dict[str, tuple[Any, ...]], new: dict[str, tuple[Any, ...]]) -> list[str]:
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def _by_name(state: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:

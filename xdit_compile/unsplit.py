@@ -57,13 +57,13 @@ class Changing:
         self._seen.clear()
 
     def note(self, key: Signature) -> None:
-        """A call for which there is no program.
+        """A call for which there is no program; its description can be compared whatever becomes of the module.
 
         Raises:
             StateError: it is the third in this request that differs in the same attribute of the module.
         """
         seen = self._seen.setdefault(key.call, [])
-        seen.append(kept(dict(key.modules)))
+        seen.append(key.modules)
         if len(seen) > 2:
             first, second = changes(seen[-3], seen[-2]), changes(seen[-2], seen[-1])
             if both := {entry: where for entry, where in second.items() if entry in first}:
