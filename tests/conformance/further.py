@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import nn
 from zoo import MODELS, Draw
 from zoo_more import MORE
 from zoo_pipelines import PIPELINES
@@ -15,20 +15,13 @@ from zoo_video import WAN
 
 from conformance import pictures, texts, videos
 from conformance.case import Case, repeated
-from conformance.parts import by_size, drawn, flow, kl, like, none, photo, picture, prompts
+from conformance.parts import MORE_STEPS, by_size, drawn, flow, kl, like, lower_right, none, photo, picture, prompts
 
 SMALL = ({"height": 64, "width": 96}, {"height": 64, "width": 64})
 CLIPS = ({"height": 64, "width": 96}, {"height": 64, "width": 64})
 DEEP = ({"height": 128, "width": 192}, {"height": 128, "width": 128})
 TEXT = none("text_encoder", "tokenizer")
 TEXTS = none("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-MORE_STEPS = 4
-
-
-def _mask(size: dict[str, int]) -> Tensor:
-    mask = torch.zeros(1, 1, size["height"], size["width"])
-    mask[..., 24:, 40:] = 1.0
-    return mask
 
 
 def _pooled(d: Draw, size: dict[str, int]) -> dict[str, Any]:
@@ -39,7 +32,7 @@ def _adding(make: Any, *names: str) -> Any:
     """Arguments and pictures of these names; one that speaks of a mask is a mask."""
 
     def arguments(d: Draw, size: dict[str, int]) -> dict[str, Any]:
-        more = {name: _mask(size) if "mask" in name else picture(d, size) for name in names}
+        more = {name: lower_right(size) if "mask" in name else picture(d, size) for name in names}
         return {**make(d, size), **more}
 
     return arguments
@@ -343,12 +336,9 @@ def _animated(name: str, **more: Any) -> Any:
 
 
 def _hunyuan_skyreels() -> Any:
-    model = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=12, out_channels=6, num_attention_heads=5, attention_head_dim=16, num_layers=1,
-        num_single_layers=2, text_embed_dim=28, pooled_projection_dim=22, rope_axes_dim=(4, 4, 8),
-    )  # fmt: skip
+    model = videos.hunyuan_denoiser(12, 1, 2)
     return diffusers.HunyuanSkyreelsImageToVideoPipeline(
-        **TEXTS, vae=videos.hunyuan_vae(), transformer=drawn(model), scheduler=flow(shift=7.0)
+        **TEXTS, vae=videos.hunyuan_vae(), transformer=model, scheduler=flow(shift=7.0)
     )
 
 
@@ -357,16 +347,12 @@ def _hunyuan_image_arguments(d: Draw, size: dict[str, int]) -> dict[str, Any]:
 
 
 def _cosmos_world() -> Any:
-    model = diffusers.CosmosTransformer3DModel(
-        in_channels=6, out_channels=6, num_attention_heads=5, attention_head_dim=16, num_layers=2,
-        text_embed_dim=28, adaln_lora_dim=10, max_size=(8, 12, 16), concat_padding_mask=False,
-    )  # fmt: skip
     vae = diffusers.AutoencoderKLCosmos(
         latent_channels=6, encoder_block_out_channels=(8, 8, 16, 16), decode_block_out_channels=(8, 16, 16, 16),
         attention_resolutions=(8,), resolution=64, num_layers=1, latents_mean=[0.1] * 12, latents_std=[0.9] * 12,
     )  # fmt: skip
     return diffusers.CosmosTextToWorldPipeline(
-        **TEXT, transformer=drawn(model), vae=drawn(vae), safety_checker=videos.Passing(),
+        **TEXT, transformer=videos.cosmos_denoiser(2), vae=drawn(vae), safety_checker=videos.Passing(),
         scheduler=diffusers.EDMEulerScheduler(sigma_max=80, sigma_data=0.5, final_sigmas_type="sigma_min"),
     )  # fmt: skip
 

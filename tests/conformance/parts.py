@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import PIL.Image
+import torch
 from torch import Tensor, nn
 from zoo import Draw, randomise
 from zoo_pipelines import PIPELINES
@@ -19,6 +20,17 @@ FLOW = "flow_prediction"
 
 IMAGE = ({"height": 112, "width": 176}, {"height": 80, "width": 144})
 CLIP = ({"height": 80, "width": 112}, {"height": 64, "width": 80})
+
+
+MORE_STEPS = 4
+"""Where a picture is noised by strength, part of the steps are left out."""
+
+
+def lower_right(size: dict[str, int]) -> torch.Tensor:
+    """A mask of the part of a picture that is painted anew."""
+    mask = torch.zeros(1, 1, size["height"], size["width"])
+    mask[..., 24:, 40:] = 1.0
+    return mask
 
 
 def drawn(model: nn.Module, seed: int = 3) -> nn.Module:

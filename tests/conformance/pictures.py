@@ -6,23 +6,13 @@ from functools import partial
 from typing import Any
 
 import diffusers
-import torch
-from torch import Tensor, nn
+from torch import nn
 from zoo import Draw
 from zoo_more import MORE
 from zoo_pipelines import PIPELINES
 
 from conformance.case import Case, repeated
-from conformance.parts import IMAGE, V, by_size, drawn, kl, like, picture, prompts
-
-MORE_STEPS = 4
-"""Where a picture is noised by strength, part of the steps are left out."""
-
-
-def _mask(size: dict[str, int]) -> Tensor:
-    mask = torch.zeros(1, 1, size["height"], size["width"])
-    mask[..., 24:, 40:] = 1.0
-    return mask
+from conformance.parts import IMAGE, MORE_STEPS, V, by_size, drawn, kl, like, lower_right, picture, prompts
 
 
 def _pooled(d: Draw, size: dict[str, int]) -> dict[str, Any]:
@@ -34,7 +24,7 @@ def _flux(d: Draw, size: dict[str, int]) -> dict[str, Any]:
 
 
 def _inpainted(make: Any) -> Any:
-    return lambda d, size: {**make(d, size), "mask_image": _mask(size)}
+    return lambda d, size: {**make(d, size), "mask_image": lower_right(size)}
 
 
 def _sized(make: Any, *drop: str) -> Any:

@@ -7,27 +7,20 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import nn
 from zoo import Draw
 from zoo_more import MORE
 
 from conformance import pictures, texts, unets
 from conformance.case import Case
-from conformance.parts import V, by_size, drawn, euler, kl, like, none, photo, picture, prompts
+from conformance.parts import MORE_STEPS, V, by_size, drawn, euler, kl, like, lower_right, none, photo, picture, prompts
 
 SMALL = ({"height": 64, "width": 96}, {"height": 64, "width": 64})
-MORE_STEPS = 4
 FRAMES = 4
 
 
 def _ddim() -> Any:
     return diffusers.DDIMScheduler(prediction_type=V, clip_sample=False)
-
-
-def _mask(size: dict[str, int]) -> Tensor:
-    mask = torch.zeros(1, 1, size["height"], size["width"])
-    mask[..., 24:, 40:] = 1.0
-    return mask
 
 
 def _unsized(make: Any) -> Any:
@@ -40,7 +33,7 @@ def _drawn(d: Draw, size: dict[str, int]) -> dict[str, Any]:
 
 
 def _masked(d: Draw, size: dict[str, int]) -> dict[str, Any]:
-    return {**_drawn(d, size), "mask_image": _mask(size)}
+    return {**_drawn(d, size), "mask_image": lower_right(size)}
 
 
 def _controlled(d: Draw, size: dict[str, int]) -> dict[str, Any]:
@@ -266,31 +259,30 @@ def _repaint_arguments(d: Draw, request: int) -> dict[str, Any]:
 
 
 def _consistency() -> Any:
-    unet = diffusers.UNet2DModel(
-        sample_size=24, block_out_channels=(20, 40), layers_per_block=1, norm_num_groups=5, num_class_embeds=5,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    unet = _unet(24, num_class_embeds=5)
     scheduler = diffusers.CMStochasticIterativeScheduler(sigma_max=2.0)
-    return diffusers.ConsistencyModelPipeline(unet=drawn(unet), scheduler=scheduler)
+    return diffusers.ConsistencyModelPipeline(unet=unet, scheduler=scheduler)
+
+
+def _unet(size: int, **config: Any) -> nn.Module:
+    return drawn(
+        diffusers.UNet2DModel(
+            sample_size=size, block_out_channels=(20, 40), layers_per_block=1, norm_num_groups=5,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            **config,
+        )
+    )  # fmt: skip
 
 
 def _ldm() -> Any:
-    unet = diffusers.UNet2DModel(
-        sample_size=12, block_out_channels=(20, 40), layers_per_block=1, norm_num_groups=5, in_channels=4,
-        out_channels=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    return diffusers.LDMPipeline(vqvae=unets.movq("group"), unet=drawn(unet), scheduler=diffusers.DDIMScheduler())
+    unet = _unet(12, in_channels=4, out_channels=4)
+    return diffusers.LDMPipeline(vqvae=unets.movq("group"), unet=unet, scheduler=diffusers.DDIMScheduler())
 
 
 def _ldm_super() -> Any:
-    unet = diffusers.UNet2DModel(
-        sample_size=24, block_out_channels=(20, 40), layers_per_block=1, norm_num_groups=5, in_channels=6,
-        out_channels=3, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    unet = _unet(24, in_channels=6, out_channels=3)
     return diffusers.LDMSuperResolutionPipeline(
-        vqvae=unets.movq("group", 3), unet=drawn(unet), scheduler=diffusers.DDIMScheduler(prediction_type=V)
+        vqvae=unets.movq("group", 3), unet=unet, scheduler=diffusers.DDIMScheduler(prediction_type=V)
     )
 
 

@@ -67,13 +67,19 @@ def hunyuan_vae() -> nn.Module:
     )  # fmt: skip
 
 
-def _hunyuan_video() -> Any:
-    model = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=6, out_channels=6, num_attention_heads=5, attention_head_dim=16, num_layers=2,
-        num_single_layers=3, text_embed_dim=28, pooled_projection_dim=22, rope_axes_dim=(4, 4, 8),
+def hunyuan_denoiser(channels: int, double: int, single: int) -> nn.Module:
+    """A denoiser of videos with so many channels coming in and blocks of both kinds."""
+    return drawn(
+        diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=channels, out_channels=6, num_attention_heads=5, attention_head_dim=16, num_layers=double,
+            num_single_layers=single, text_embed_dim=28, pooled_projection_dim=22, rope_axes_dim=(4, 4, 8),
+        )
     )  # fmt: skip
+
+
+def _hunyuan_video() -> Any:
     return diffusers.HunyuanVideoPipeline(
-        **TEXTS, vae=hunyuan_vae(), transformer=drawn(model), scheduler=flow(shift=7.0)
+        **TEXTS, vae=hunyuan_vae(), transformer=hunyuan_denoiser(6, 2, 3), scheduler=flow(shift=7.0)
     )
 
 
@@ -194,14 +200,20 @@ def _small(d: Draw, size: dict[str, int]) -> dict[str, Any]:
     return {**prompts(d), "num_frames": 4}
 
 
-def _cosmos() -> Any:
-    model = diffusers.CosmosTransformer3DModel(
-        in_channels=6, out_channels=6, num_attention_heads=5, attention_head_dim=16, num_layers=3,
-        text_embed_dim=28, adaln_lora_dim=10, max_size=(8, 12, 16), concat_padding_mask=False,
+def cosmos_denoiser(blocks: int) -> nn.Module:
+    """A denoiser of so many blocks, of which it is not told what is padding."""
+    return drawn(
+        diffusers.CosmosTransformer3DModel(
+            in_channels=6, out_channels=6, num_attention_heads=5, attention_head_dim=16, num_layers=blocks,
+            text_embed_dim=28, adaln_lora_dim=10, max_size=(8, 12, 16), concat_padding_mask=False,
+        )
     )  # fmt: skip
+
+
+def _cosmos() -> Any:
     return diffusers.Cosmos2TextToImagePipeline(
-        **TEXT, transformer=drawn(model), vae=PIPELINES["wan"].build().vae, scheduler=flow(use_karras_sigmas=True),
-        safety_checker=Passing(),
+        **TEXT, transformer=cosmos_denoiser(3), vae=PIPELINES["wan"].build().vae,
+        scheduler=flow(use_karras_sigmas=True), safety_checker=Passing(),
     )  # fmt: skip
 
 
