@@ -19,7 +19,7 @@ from zoo import MODELS, Draw
 from zoo_pipelines import PIPELINES
 
 import xdit_compile
-from xdit_compile import Plan
+from xdit_compile import Plan, liveness
 from xdit_compile.api import runner_of
 from xdit_compile.errors import AgreementError, UsageError
 from xdit_compile.in_place import found_method
@@ -360,3 +360,16 @@ def test_a_rank_that_gave_up_as_another_ended_is_followed() -> None:
     assert PAIR.run(given_up_at_the_end) == [
         ["right"] * 4, ["right", "rank 0 did not answer", "right", "right"],
     ]  # fmt: skip
+
+
+def test_silence_counts_while_a_rank_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that was given up may run again: the next request waits for its signs anew, as does one after a pause."""
+    life = liveness.Liveness(torch.distributed.HashStore(), "talk", rank=0)
+    now = [0.0]
+    monkeypatch.setattr(liveness.time, "monotonic", lambda: now[0])
+    found = []
+    for seconds in (0, 4, 4, 60, 4):
+        now[0] += seconds
+        found.append(life.silence(1))
+    life.forget()
+    assert [*found, life.silence(1)] == [0, 4, 8, 0, 4, 0]

@@ -208,8 +208,6 @@ class Agreement:
         topic = f"{self.epoch}/talk{self._talks}"
         self._store.set(self._key(topic, self.rank), json.dumps({"stage": stage, "said": mine}))
         found = {}
-        if self._life is not None:
-            self._life.forget()
         for rank in self._others:
             theirs = json.loads(self._wait(self._key(topic, rank), rank, stage))
             if theirs["stage"] != stage:
@@ -344,6 +342,8 @@ class Agreement:
         self.epoch += 1
         self._event = self._starts = 0
         self._talks = 0
+        if self._life is not None:
+            self._life.forget()
         self.start()
 
     def start(self) -> None:

@@ -17,6 +17,8 @@ import torch.distributed as dist
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 15.0
 """A rank that gives no sign for so long has stopped."""
+LOOK_SECONDS = 5.0
+"""A rank that was not looked at for so long is looked at anew: nobody knows that it was silent all the while."""
 ENDED = "ended"
 
 
@@ -34,7 +36,7 @@ class Liveness:
 
     def __init__(self, store: dist.Store, name: str, rank: int):
         self._store, self._name = store, name
-        self._seen: dict[int, tuple[str, float]] = {}
+        self._seen: dict[int, _Seen] = {}
         self._errand = _Errand()
         own: dist.Store = store.clone()  # type: ignore[attr-defined]
         thread = threading.Thread(target=_run, args=(own, self._key(rank), self._errand), daemon=True)
@@ -56,11 +58,11 @@ class Liveness:
         sign, now = self._sign(rank), time.monotonic()
         if sign == ENDED:
             return math.inf
-        before = self._seen.get(rank)
-        if before is None or before[0] != sign:
-            self._seen[rank] = (sign, now)
-            return 0.0
-        return now - before[1]
+        seen = self._seen.get(rank)
+        if seen is None or seen.sign != sign or now - seen.looked > LOOK_SECONDS:
+            seen = self._seen[rank] = _Seen(sign, now, now)
+        seen.looked = now
+        return now - seen.since
 
     def forget(self) -> None:
         """Look anew: a rank that was stopped may run again."""
@@ -86,6 +88,15 @@ class Liveness:
 
     def _key(self, rank: int) -> str:
         return f"{self._name}/alive/{rank}"
+
+
+@dataclasses.dataclass
+class _Seen:
+    """A rank's latest sign, since when it is that one, and when it was last looked at."""
+
+    sign: str
+    since: float
+    looked: float
 
 
 @dataclasses.dataclass
