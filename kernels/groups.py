@@ -185,6 +185,13 @@ def settle(tensor: torch.Tensor, what: str) -> None:
         running.settle(tensor, what)
 
 
+def carrier(device: torch.device, group: dist.ProcessGroup) -> torch.device:
+    """Where what lies on a device has to be for a group to send it: gloo does so from host memory, others do not."""
+    if dist.get_backend(group) == "gloo":
+        return torch.device("cpu")
+    return device if device.type != "cpu" else torch.accelerator.current_accelerator() or device
+
+
 def _came(work: dist.Work, group: dist.ProcessGroup) -> bool:
     """Wait for a part of the limit; gloo's collectives may be waited for again, unlike its receives."""
     if dist.get_backend(group) != "gloo":

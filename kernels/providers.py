@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from .reference import additive, attention_reference, repeat_heads
 
+_ALIGNED = 16
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -189,7 +190,11 @@ def _aligned_bias(call: Call) -> torch.Tensor | None:
         return None
     keys = call.k.shape[2]
     bias = additive(call.mask, call.q.dtype).expand(*call.mask.shape[:3], keys)
-    return _widen(bias, _round_up(keys, 16))[..., :keys].expand(*call.q.shape[:3], keys)
+    places = (*bias.stride()[:3], bias.storage_offset())
+    if bias.stride(3) != 1 or any(place % _ALIGNED for place in places):
+        roomy = bias.new_empty(*bias.shape[:3], _round_up(keys, _ALIGNED))[..., :keys]
+        bias = roomy.copy_(bias)
+    return bias.expand(*call.q.shape[:3], keys)
 
 
 def _runs_on(*devices: str) -> Callable[[AttentionQuery], str | None]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .attention import attention, attention_lse, check_mask, empty_output, output_shape, query_of, token_major
-from .groups import answering, keep_in_order, process_group
+from .groups import answering, carrier, keep_in_order, process_group
 from .merge import Part, merge
 from .registry import choose
 
@@ -121,11 +121,12 @@ def _pass_on(held: Part, coming: int, members: dist.ProcessGroup) -> Callable[[]
     k, v = held
     shapes = [(*x.shape[:-2], coming, x.shape[-1]) for x in held]
     counts = [math.prod(shape) for shape in shapes]
-    buffer = k.new_empty(sum(counts))
+    place = carrier(k.device, members)
+    buffer = k.new_empty(sum(counts), device=place)
     position, count = dist.get_rank(members), dist.get_world_size(members)
     operations = []
     if k.numel() or v.numel():
-        packed = torch.cat([k.reshape(-1), v.reshape(-1)])
+        packed = torch.cat([k.reshape(-1), v.reshape(-1)]).to(place)
         to = dist.get_global_rank(members, (position + 1) % count)
         operations.append(dist.P2POp(dist.isend, packed, to, members))
     if buffer.numel():
@@ -138,7 +139,8 @@ def _pass_on(held: Part, coming: int, members: dist.ProcessGroup) -> Callable[[]
         with answering(members, "ring attention"):
             for work in works:
                 work.wait()
-        received = [x.view(shape) for x, shape in zip(buffer.split(counts), shapes, strict=True)]
+        arrived = buffer.to(k.device).split(counts)
+        received = [x.view(shape) for x, shape in zip(arrived, shapes, strict=True)]
         return received[0], received[1]
 
     return finish

@@ -36,18 +36,22 @@ class RankFailed(AssertionError):
         self.errors = errors
 
 
-def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, method: str = "forkserver"
+) -> list[Any]:
     """Call ``fn(rank, *args)`` on ``world_size`` processes of one gloo group and return the results by rank.
 
     ``fn`` and ``args`` must be picklable (``fn`` at the top of a test module). Every process has one thread, and
-    collectives wait at most ``timeout`` seconds.
+    collectives wait at most ``timeout`` seconds. With ``method="spawn"`` every process starts from nothing, which CUDA
+    needs.
 
     Raises:
         RankFailed: with the traceback of every rank that raised, or what became of those that did not answer.
     """
     with tempfile.TemporaryDirectory(prefix="procs-") as folder, _one_thread():
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(PRELOADED)
         processes = [
             context.Process(target=_child, args=(fn, rank, world_size, folder, timeout, args), daemon=True)
             for rank in range(world_size)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from xdit_compile.errors import ProviderUnavailable
 from xdit_compile.kernels.attention import attention_reference, query_of
 from xdit_compile.kernels.merge import merge
-from xdit_compile.kernels.providers import AttentionQuery
+from xdit_compile.kernels.providers import AttentionQuery, Call, _aligned_bias
 from xdit_compile.kernels.registry import BEST_FIRST, PROVIDERS, choose
 from xdit_compile.plan import ATTENTIONS
 
@@ -288,3 +288,13 @@ def test_merging_far_apart_log_sum_exps_is_safe():
     assert torch.equal(out, one) and lse.item() == 1e4
     with pytest.raises(ValueError, match="at least one"):
         merge([])
+
+
+@pytest.mark.parametrize(("columns", "at"), [(577, (0, 192)), (577, (192, 577)), (592, (8, 584)), (1, (0, 1))])
+def test_masks_lie_as_cuda_kernels_want_them(columns, at):
+    """Whatever part of a mask a rank has: fused kernels refuse other strides and places."""
+    q, k, v = qkv((2, 3, 5, 8), (2, 3, max(at[1] - at[0], 7), 8))
+    bias = torch.randn(2, 1, 5, columns)[..., slice(*at)]
+    found = _aligned_bias(Call(q, k, v, bias, False, 1.0, False))
+    assert torch.equal(found, bias.expand(2, 3, 5, k.shape[2])) and found.stride(-1) == 1
+    assert all(place % 16 == 0 for place in (*found.stride()[:-1], found.storage_offset()))

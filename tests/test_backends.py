@@ -76,3 +76,17 @@ def test_nexfort_says_how_to_get_it_where_it_is_missing() -> None:
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ProviderUnavailable, match="'tvm' is unknown; choose one of"):
         registry.find_backend("tvm")
+
+
+def test_inductor_rounds_where_the_graph_does() -> None:
+    """Fused operators that keep more digits than bfloat16 has give another time step, and another picture."""
+
+    class Scaled(torch.nn.Module):
+        def forward(self, time: torch.Tensor) -> tuple[torch.Tensor]:
+            return (torch.cos((time * 1000).float()),)
+
+    graph = fx.Graph()
+    graph.output(graph.call_module("block", (graph.placeholder("time"),)))
+    root = fx.GraphModule({"block": fx.symbolic_trace(Scaled())}, graph)
+    times = torch.linspace(0, 1, 50).to(torch.bfloat16)
+    assert (Inductor().compile(root)(times)[0] - root(times)[0]).abs().max() < 1e-5

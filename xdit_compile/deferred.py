@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .patch_parts import device_after, without_values
+
 aten = torch.ops.aten
 _ALSO = (
     aten._to_copy.default,
@@ -54,10 +56,10 @@ class Source:
     def record(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Remember a call of an operator; returns its deferred results."""
         args, kwargs = pytree.tree_map(_kept, (args, kwargs))
-        outs = func(*pytree.tree_map(_meta, args), **pytree.tree_map(_meta, kwargs))
+        outs = func(*pytree.tree_map(_meta, args), **pytree.tree_map(_meta, without_values(kwargs)))
         flat, spec = pytree.tree_flatten(outs)
-        device = next(leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Deferred))
-        made = [Deferred(leaf, self, device) for leaf in flat]
+        own = next(leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Deferred))
+        made = [Deferred(leaf, self, device_after(kwargs, own)) for leaf in flat]
 
         def run() -> None:
             plain_args, plain_kwargs = pytree.tree_map(values_of, (args, kwargs))
@@ -147,9 +149,7 @@ def _meta(leaf: Any) -> Any:
     if isinstance(leaf, Deferred):
         return leaf.like
     if isinstance(leaf, torch.Tensor):
-        return (
-            leaf if leaf.ndim == 0 else torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-        )
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
     return leaf
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from .program import Program
+
+_DEVICE = re.compile(r"\b([a-z]+):\d+\b")
+"""A device with its index as graphs print it; they print nothing else so."""
 
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, type(None))
 """Leaves whose text says all that counts."""
@@ -39,7 +43,7 @@ def digest_shapes(leaves: Iterable[Any]) -> str:
 
 
 def digest_program(program: Program) -> str:
-    """A digest of a captured program's graphs; constants count by shape."""
+    """A digest of a captured program's graphs; constants count by shape, devices by kind, as each rank has its own."""
     texts = [str(program.root.graph)]
     texts += [f"{name} {structure.graph}" for name, structure in sorted(program.structures().items())]
-    return digest(texts)
+    return digest(_DEVICE.sub(r"\1", text) for text in texts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ def called(func: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[list[Pa
         plain_args, plain_kwargs = pytree.tree_map(_value, given)
         flat, spec = pytree.tree_flatten(func(*plain_args, **plain_kwargs))
         return [Part.of(value) for value in flat], spec
-    meta_args, meta_kwargs = pytree.tree_map(_like, given)
+    meta_args, meta_kwargs = pytree.tree_map(_like, (args, without_values(kwargs)))
     flat, spec = pytree.tree_flatten(func(*meta_args, **meta_kwargs))
     if not all(part.here for part in parts):
         return [Part(_meta(like)) for like in flat], spec
@@ -139,6 +139,17 @@ class _Later:
         return self._found
 
 
+def without_values(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with which an operator gives the form of its results: those that ask for a device get none there."""
+    return {**kwargs, "device": torch.device("meta")} if kwargs.get("device") is not None else dict(kwargs)
+
+
+def device_after(kwargs: Mapping[str, Any], own: torch.device) -> torch.device:
+    """Where an operator on tensors of a device leaves its results."""
+    wanted = kwargs.get("device")
+    return own if wanted is None else torch.empty(0, device=wanted).device
+
+
 def functional(func: Any) -> Callable[..., torch.Tensor]:
     """Returns what an operator in place writes, of the dtype and shape of what it writes to."""
     packet, overload = func._schema.name.split("::")[1].rstrip("_"), func._overloadname
@@ -157,7 +168,7 @@ def _value(leaf: Any) -> Any:
 def _like(leaf: Any) -> Any:
     if isinstance(leaf, Part):
         return leaf.like
-    return _meta(leaf) if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
+    return _meta(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _kept(leaf: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .patch_parts import Cut, Part, View, called, functional, later
+from .patch_parts import Cut, Part, View, called, device_after, functional, later
 
 aten = torch.ops.aten
 READERS = ("numpy", "tolist", "__array__", "data_ptr", "untyped_storage", "__reduce_ex__", "__deepcopy__", "__repr__")
@@ -162,7 +162,8 @@ def by_patch(func: Any, args: tuple, kwargs: dict, back: int) -> Any:
         return args[0]
     cut = dataclasses.replace(first.cut, back=back)
     _, spec = results[0]
-    made = [PatchedTensor([parts[at] for parts, _ in results], cut, first.device) for at in range(len(results[0][0]))]
+    device = device_after(kwargs, first.device)
+    made = [PatchedTensor([parts[at] for parts, _ in results], cut, device) for at in range(len(results[0][0]))]
     if isinstance(func, torch._ops.OpOverload) and func.is_view:
         first.look(made, func, args, kwargs)
     return pytree.tree_unflatten(made, spec)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .kernels.groups import answering, complete, process_group
+from .kernels.groups import answering, carrier, complete, process_group
 
 
 @dataclasses.dataclass
@@ -19,6 +19,7 @@ class Arriving:
     tensors: tuple[torch.Tensor, ...]
     _works: list[dist.Work]
     _pipe: Pipe
+    _device: torch.device
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         """The tensors, once they are here.
@@ -31,6 +32,7 @@ class Arriving:
                 for work in self._works:
                     work.wait()
             self._works.clear()
+        self.tensors = tuple(each.to(self._device) for each in self.tensors)
         return self.tensors
 
 
@@ -75,22 +77,28 @@ class Pipe:
 
     def send(self, tensors: Sequence[torch.Tensor], to: int) -> None:
         """Send tensors to a stage, and go on at once. Empty ones are not sent."""
-        kept = tuple(tensor.contiguous() for tensor in tensors if tensor.numel())
+        kept = tuple(each.contiguous().to(carrier(each.device, self.members)) for each in tensors if each.numel())
         with answering(self.members, "a transfer between stages"):
             works = [dist.isend(each, group=self.members, group_dst=to) for each in kept]
-        self._under_way.append(Arriving(kept, [work for work in works if work is not None], self))
+        self._keep(kept, works, kept[0].device if kept else torch.device("cpu"))
 
     def receive(self, likes: Sequence[torch.Tensor], device: torch.device, source: int) -> Arriving:
         """Ask a stage for tensors of these shapes and dtypes; they are taken in even where nobody waits for them."""
-        tensors = tuple(torch.empty(like.shape, dtype=like.dtype, device=device) for like in likes)
+        place = carrier(device, self.members)
+        tensors = tuple(torch.empty(like.shape, dtype=like.dtype, device=place) for like in likes)
         with answering(self.members, "a transfer between stages"):
             works = [dist.irecv(each, group=self.members, group_src=source) for each in tensors if each.numel()]
-        self._under_way.append(Arriving(tensors, [work for work in works if work is not None], self))
+        return self._keep(tensors, works, device)
+
+    def _keep(
+        self, tensors: tuple[torch.Tensor, ...], works: Sequence[dist.Work | None], device: torch.device
+    ) -> Arriving:
+        self._under_way.append(Arriving(tensors, [work for work in works if work is not None], self, device))
         return self._under_way[-1]
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """A tensor of one stage on all of them; others give one of its shape, which is filled."""
-        tensor = tensor.contiguous()
-        start = functools.partial(dist.broadcast, tensor, group=self.members, group_src=source, async_op=True)
+        moved = tensor.contiguous().to(carrier(tensor.device, self.members))
+        start = functools.partial(dist.broadcast, moved, group=self.members, group_src=source, async_op=True)
         complete(self.members, "a broadcast over stages", start)
-        return tensor
+        return moved.to(tensor.device)

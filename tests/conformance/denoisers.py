@@ -97,7 +97,7 @@ def _sana_wm() -> nn.Module:
     )  # fmt: skip
     own = {name: weight.clone() for name, weight in model.named_parameters()}
     for name, weight in drawn(model).named_parameters():
-        weight.data.copy_(0.3 * weight + own[name]).div_(1.3)
+        weight.data.copy_(0.1 * weight + own[name])
     return model
 
 
