@@ -152,7 +152,7 @@ def profiled(entry: Entry, given: dict[str, Any], rows: int) -> str:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as found:
         step(entry, given)
-    return found.key_averages().table(sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=60)
+    return found.key_averages().table(sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=80)
 
 
 @click.command()
