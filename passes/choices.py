@@ -34,7 +34,7 @@ def yielded(choices: Mapping[str, Choice], result: int) -> dict[str, int]:
     return {name: choice.results[result] for name, choice in choices.items() if result in choice.results}
 
 
-RUNS_SPLIT = ("map", "sum", "mean", "halo")
+RUNS_SPLIT = ("map", "copies", "sum", "mean", "halo")
 
 
 def feasible(typing: Typing, loop: Loop, split: Split) -> Choice | None:
@@ -43,16 +43,25 @@ def feasible(typing: Typing, loop: Loop, split: Split) -> Choice | None:
         return None
     operands = _dims(typing.expected, loop.args, split)
     results = _dims(typing.outs, loop.outs, split)
-    if operands is None or results is None or (loop.kind in ("map", "halo") and not results):
+    if operands is None or results is None or (loop.kind in ("map", "copies", "halo") and not results):
         return None
     if len(loop.dims_of(0)) > 1 or len(loop.outs) > 1 and loop.outs[0][0] == loop.outs[1][0]:
         if not _same_cut(typing, loop, split, operands[0], results[0]):
             return None
+    if loop.kind == "copies" and not _together(typing, operands, results, split):
+        return None
     if loop.kind == "halo" and not _in_order(typing, operands, results, split):
         return None
     if loop.kind == "map" and _takes_cuts_apart(typing, loop, split):
         return None
     return Choice(loop, operands, results)
+
+
+def _together(typing: Typing, operands: Mapping[int, int], results: Mapping[int, int], split: Split) -> bool:
+    """Whether the rank that has a position has all its copies."""
+    one, copies = typing.expected[0][operands[0]], typing.outs[0][results[0]]
+    ranks = range(split.parts)
+    return all(split.length(copies, rank) == copies.size * split.length(one, rank) for rank in ranks)
 
 
 def _in_order(typing: Typing, operands: Mapping[int, int], results: Mapping[int, int], split: Split) -> bool:

@@ -48,7 +48,7 @@ def cuts(inference: Inference, plan: Plan) -> Iterator[Split]:
         for units in ways(axis, plan.patch_count):
             split = _split(units, plan.patch_count, finals)
             if split is not None:
-                yield split
+                yield _with_copies(inference, split)
 
 
 def _finals(inference: Inference) -> Iterator[list[Axis]]:
@@ -59,13 +59,40 @@ def _finals(inference: Inference) -> Iterator[list[Axis]]:
 
 
 def _split(units: Units, patches: int, finals: Iterable[Axis]) -> Split | None:
-    """The cut of these units; None where the result has none of them, or fewer positions than patches."""
+    """The cut of these units; None where the result has none of them, or fewer positions than patches, or is cut in
+    two ways at once."""
     plain = Split(PATCH, patches, units)
     final = [unit for unit in units if any(Split(PATCH, patches, [unit]).splits(axis) for axis in finals)]
-    if not final or any(plain.length(_whole(unit), patches - 1) == 0 for unit in final):
+    if not any(map(plain.splits, finals)) or any(plain.length(_whole(unit), patches - 1) == 0 for unit in final):
         return None
     others = [unit for unit in units if unit not in final]
     return Split(PATCH, patches, units, {unit[0]: (unit[0].size,) * patches for unit in others if len(unit) == 1})
+
+
+def _with_copies(inference: Inference, split: Split) -> Split:
+    """The cut in which copies of one position of the picture, such as its last to fill up a block, go where it goes."""
+    own = Split(PATCH, split.parts, [unit for unit in split.units if unit[0] not in split.cuts])
+    held = _held_alone(inference, own)
+    units = dict.fromkeys([*split.units, *((axis,) for axis in held)])
+    ends = {axis: tuple(axis.size * (at >= patch) for at in range(split.parts)) for axis, patch in held.items()}
+    return Split(PATCH, split.parts, units, {**split.cuts, **ends}) if held else split
+
+
+def _held_alone(inference: Inference, split: Split) -> dict[Axis, int]:
+    """The axes of positions of the picture that are picked out and of their copies, with the patch that has them."""
+    found: dict[Axis, int] = {}
+    for _, _, typing in inference.nodes():
+        for loop in typing.loops:
+            if loop.kind not in ("halo", "copies"):
+                continue
+            ((_, dim),), ((_, to),) = loop.args, loop.outs
+            given, made = typing.expected[0][dim], typing.outs[0][to]
+            if loop.kind == "copies" and given in found:
+                found[made] = found[given]
+            elif loop.kind == "halo" and split.splits(given) and made.size == 1:
+                row, _ = typing.facts["windows"][dim].rows(0, 1)
+                found[made] = next(at for at in range(split.parts) if row in split.positions(given, at))
+    return found
 
 
 def _whole(unit: Unit) -> Axis:
@@ -93,16 +120,15 @@ def one_patch(inference: Inference, layout: Layout, split: Split, patch: int) ->
 def varying(inference: Inference, split: Split) -> list[str]:
     """Names of the inputs that change from step to step as the result does: cut alike, and alike but for one dim.
 
-    What is left out, such as positions and time steps of single tokens, every stage takes from its own arguments.
+    What is left out, such as positions and time steps of single tokens, every stage takes from its own arguments. Where
+    no input is so, as the results are tokens of a picture that came as one, all are that have the result's positions.
     """
     finals = [axes for axes in _finals(inference) if any(split.splits(axis) for axis in axes)]
-    users = {given.name for given in inference.program.inputs if given.kind == "user"}
-    found = []
-    for node in inference.program.root.graph.find_nodes(op="placeholder"):
-        axes = inference.axes[node][0]
-        if node.name in users and any(_alike(axes, final, split) for final in finals):
-            found.append(node.name)
-    return found
+    given = {node.name: inference.axes[node][0] for node in inference.program.root.graph.find_nodes(op="placeholder")}
+    users = [each.name for each in inference.program.inputs if each.kind == "user"]
+    found = [name for name in users if any(_alike(given[name], final, split) for final in finals)]
+    positioned = [name for name in stepping(inference, split.units)[0] if any(map(split.splits, given[name]))]
+    return found or positioned
 
 
 def stepping(inference: Inference, units: Iterable[Unit]) -> tuple[list[str], list[str]]:

@@ -14,15 +14,16 @@ from xdit_compile.axes import Axis, AxisSystem, Conflict
 
 from .windows import Windows
 
-Kind = Literal["map", "sum", "mean", "whole", "halo", "stats", "keys"]
+Kind = Literal["map", "copies", "sum", "mean", "whole", "halo", "stats", "keys"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """One index that an operator runs over, and where it stands in operands and results.
 
-    ``kind``: ``map`` (each position by itself), ``sum`` and ``mean`` (contracted linearly), ``whole`` (needs every
-    position), ``halo`` (needs neighbours), ``stats`` (normalised over), ``keys`` (attended over).
+    ``kind``: ``map`` (each position by itself), ``copies`` (all are the only one), ``sum`` and ``mean`` (contracted
+    linearly), ``whole`` (needs every position), ``halo`` (needs neighbours), ``stats`` (normalised over), ``keys``
+    (attended over).
     ``args`` and ``outs`` are ``(operand or result, dim)`` pairs; several dims of one operand mean a regrouping.
     """
 
@@ -174,6 +175,10 @@ class Rule:
     def add_regrouping(self, in_dims: Sequence[int], out_dims: Sequence[int]) -> None:
         """Record that neighbouring dims of the first operand were laid out anew as dims of the result."""
         self.loops.append(Loop("map", tuple((0, dim) for dim in in_dims), tuple((0, dim) for dim in out_dims)))
+
+    def add_copies(self, own: int, dim: int) -> None:
+        """Record that all positions of a dim of the result are the one that a dim of the first operand has."""
+        self.loops.append(Loop("copies", ((0, own),), ((0, dim),)))
 
     def add_join(self, args: Sequence[tuple[int, int]], outs: Sequence[tuple[int, int]]) -> None:
         """Record a loop over dims that hold different parts of one axis; the rule has named the results' axes."""

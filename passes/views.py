@@ -125,6 +125,8 @@ def expand(rule: Rule) -> None:
     for dim, size in enumerate(out):
         own = dim - lead
         rule.loop("map", [(0, own)] if own >= 0 and shape[own] == size else [], [(0, dim)])
+        if own >= 0 and shape[own] == 1 < size:
+            rule.add_copies(own, dim)
     rule.emit = lambda ctx: ctx.call(ctx.aten.expand.default, ctx.operand(0), ctx.out_sizes(0))
 
 
@@ -141,6 +143,8 @@ def repeat(rule: Rule) -> None:
     lead = len(counts) - len(shape)
     for dim, count in enumerate(counts):
         own = dim - lead
+        if own >= 0 and shape[own] == 1 < count:
+            rule.add_copies(own, dim)
         if own < 0 or shape[own] == 1:
             continue
         axis = rule.actual[0][own]

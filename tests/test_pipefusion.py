@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Hashable
@@ -11,11 +12,12 @@ import diffusers
 import procs
 import pytest
 import torch
+from conformance import cases
 from splitting import captured
 from stale_reference import Reference, along, difference, digest_of
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
-from zoo import MODELS, randomise
+from zoo import MODELS, Draw, randomise
 from zoo_pipelines import PIPELINES
 
 import xdit_compile
@@ -440,3 +442,26 @@ def test_what_leads_to_a_collective_is_agreed_on():
     found = procs.run(a_stage_without_parameters, 2)
     assert all(max(differences) <= 2e-5 for differences, _ in found)
     assert [warned > 0 for _, warned in found] == [True, False]
+
+
+def stale_on(rank: int, name: str, plan: Plan) -> list[torch.Tensor]:
+    case = cases.CASES[name]
+    pipe = case.build()
+    xdit_compile.parallelize(pipe, plan)
+    found = []
+    for request in (0, 1, 0):
+        more = {"num_inference_steps": 4, "output_type": "latent", "generator": torch.Generator().manual_seed(request)}
+        torch.manual_seed(request)
+        images = pipe(**{**case.arguments(Draw(request), request), **more}).images
+        found.append(torch.cat([image.flatten() for image in images]))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3_controlnet", "zimage"])
+def test_patches_of_tokens_that_the_input_has_not(name):
+    """A control net's results are tokens of a picture; copies of the last token fill up a block with it."""
+    plan = Plan(patches=2, warmup_steps=1, backend="eager")
+    ((first, *others),) = procs.run(stale_on, 1, name, plan)
+    for found in procs.run(stale_on, 2, name, dataclasses.replace(plan, pipefusion=2)):
+        assert all(map(torch.equal, found, [first, *others])) and torch.equal(found[0], found[2])
