@@ -97,7 +97,7 @@ class Weights:
             UsageError: it is not there, or was released and is wanted in another form than it was kept in.
         """
         name = str(given.target)
-        whole = self.module.get_parameter(name) if given.kind == "parameter" else self.module.get_buffer(name)
+        whole = _held(self.module, name, given.kind)
         if whole.is_meta:
             return self._absent(name, whole, given.pieces)
         if not given.pieces:
@@ -373,3 +373,16 @@ def place(whole: torch.Tensor, pieces: tuple[Piece, ...], value: torch.Tensor) -
 
 def _state(tensor: torch.Tensor) -> State:
     return id(tensor), tensor.data_ptr(), version_of(tensor)
+
+
+def _held(module: nn.Module, name: str, kind: str) -> torch.Tensor:
+    """A parameter or buffer by its path, as ``get_parameter`` finds it; that takes longer, and looks at every call."""
+    *path, own = name.split(".")
+    holder: nn.Module | None = module
+    for each in path:
+        holder = None if holder is None else holder._modules.get(each)
+    if holder is not None:
+        found = (holder._parameters if kind == "parameter" else holder._buffers).get(own)
+        if found is not None:
+            return found
+    return module.get_parameter(name) if kind == "parameter" else module.get_buffer(name)
