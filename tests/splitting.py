@@ -41,7 +41,7 @@ class Captured:
         return Analysis(self.inference.program, self.inference, choose_units(self.inference, plan))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def captured(name: str) -> Captured:
     case = CASES[name]
     module = case.build()
