@@ -48,7 +48,8 @@ def cuts(inference: Inference, plan: Plan) -> Iterator[Split]:
         for units in ways(axis, plan.patch_count):
             split = _split(units, plan.patch_count, finals)
             if split is not None:
-                yield _with_copies(inference, split)
+                yield split
+                yield from _with_copies(inference, split)
 
 
 def _finals(inference: Inference) -> Iterator[list[Axis]]:
@@ -69,13 +70,15 @@ def _split(units: Units, patches: int, finals: Iterable[Axis]) -> Split | None:
     return Split(PATCH, patches, units, {unit[0]: (unit[0].size,) * patches for unit in others if len(unit) == 1})
 
 
-def _with_copies(inference: Inference, split: Split) -> Split:
-    """The cut in which copies of one position of the picture, such as its last to fill up a block, go where it goes."""
+def _with_copies(inference: Inference, split: Split) -> Iterator[Split]:
+    """The cut in which copies of one position of the picture, such as its last to fill up a block, go where it goes;
+    none where there are no such copies."""
     own = Split(PATCH, split.parts, [unit for unit in split.units if unit[0] not in split.cuts])
     held = _held_alone(inference, own)
     units = dict.fromkeys([*split.units, *((axis,) for axis in held)])
     ends = {axis: tuple(axis.size * (at >= patch) for at in range(split.parts)) for axis, patch in held.items()}
-    return Split(PATCH, split.parts, units, {**split.cuts, **ends}) if held else split
+    if held:
+        yield Split(PATCH, split.parts, units, {**split.cuts, **ends})
 
 
 def _held_alone(inference: Inference, split: Split) -> dict[Axis, int]:
