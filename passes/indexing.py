@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from .joins import cut_out
@@ -95,6 +96,29 @@ def gather(rule: Rule) -> None:
         else:
             rule.opaque(0, dim, "gathered from part of a dim")
             rule.opaque(1, dim, "gathered from part of a dim")
+
+
+@BOOK.rule("index_put")
+def index_put(rule: Rule) -> None:
+    """What a mask chooses takes the same value everywhere: a choice between two tensors."""
+    indices, rest = rule.arg(1, "indices"), len(rule.actual[0]) - len(rule.actual[1])
+    mask = indices[0].meta["val"] if len(indices) == 1 and isinstance(indices[0], fx.Node) else None
+    if mask is None or mask.dtype != torch.bool or rule.arg(3, "accumulate", False) or len(rule.actual[2]) > rest:
+        type_opaquely(rule, "positions that are data")
+        return
+    for dim in range(len(rule.actual[0])):
+        back = dim - len(rule.actual[0]) + len(rule.actual[2])
+        chosen = [(1, dim)] if dim < len(rule.actual[1]) else []
+        valued = [(2, back)] if back >= 0 and rule.shape(2)[back] == rule.shape(0)[dim] else []
+        rule.loop("map", [(0, dim), *chosen, *valued], [(0, dim)])
+
+    def emit(ctx: Any) -> Any:
+        where = ctx.operand(1)
+        for _ in range(rest):
+            where = ctx.call(ctx.aten.unsqueeze.default, where, -1)
+        return ctx.call(ctx.aten.where.self, where, ctx.operand(2), ctx.operand(0))
+
+    rule.emit = emit
 
 
 @BOOK.rule("full", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_full", "new_empty")

@@ -64,7 +64,9 @@ def _split(units: Units, patches: int, finals: Iterable[Axis]) -> Split | None:
     two ways at once."""
     plain = Split(PATCH, patches, units)
     final = [unit for unit in units if any(Split(PATCH, patches, [unit]).splits(axis) for axis in finals)]
-    if not any(map(plain.splits, finals)) or any(plain.length(_whole(unit), patches - 1) == 0 for unit in final):
+    if not final or not any(map(plain.splits, finals)):
+        return None
+    if any(plain.length(_whole(unit), patches - 1) == 0 for unit in final):
         return None
     others = [unit for unit in units if unit not in final]
     return Split(PATCH, patches, units, {unit[0]: (unit[0].size,) * patches for unit in others if len(unit) == 1})
@@ -104,6 +106,8 @@ def _whole(unit: Unit) -> Axis:
 
 def _refused(inference: Inference, plan: Plan, split: Split) -> str | None:
     """Why patches of this cut meet elsewhere than in attention."""
+    if not varying(inference, split):
+        return "no input is cut as the result is"
     layout = Layout.of(plan, Mesh.simulated(plan, 0), {})
     for patch in {0, plan.patch_count - 1}:
         try:
