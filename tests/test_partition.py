@@ -12,7 +12,13 @@ from xdit_compile.plan import Plan
 MESHES = [(2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (2, 2), (2, 3), (3, 2), (8, 1), (1, 8)]
 
 
-@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+ALIKE = {"cogvideox_1_5", "cogvideox_learned", "flux_unguided", "lumina2", "sd3_dual", "zimage"}
+"""Models of which a close relative is in the quick run."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ALIKE else ()) for n in sorted(zoo.MODELS)]
+)
 def test_split_model_equals_the_single_device(name: str) -> None:
     model = captured(name)
     for ulysses, ring in MESHES:

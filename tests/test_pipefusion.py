@@ -399,8 +399,8 @@ def test_in_float64_it_is_the_published_staleness_to_the_last_digits():
     assert found.dtype == torch.float64 and difference(found, expected) < 1e-8
 
 
-REFUSED = {"lumina2_ragged", "zimage", "zimage_ragged"}
-"""Images of several sizes in one call, and tokens padded to a round number behind the picture's."""
+REFUSED = {"lumina2_ragged", "zimage_ragged"}
+"""Images of several sizes in one call."""
 
 
 @pytest.mark.parametrize("name", MODELS)
