@@ -362,6 +362,31 @@ def test_a_rank_that_gave_up_as_another_ended_is_followed() -> None:
     ]  # fmt: skip
 
 
+def failed_after_the_end(rank: int, memory: dict) -> list[str]:
+    """Rank 1 is in its next request, and fails there, while rank 0 still ends this one."""
+    pipe = split(ulysses=2)
+    agreement, said = runner_of(pipe.transformer).session.agreement, []
+    expected = SD3.call(SD3.build())
+    for at in range(4):
+        if rank == 0 and at == 1:
+            agreement._compare = functools.partial(_slowly, agreement, agreement._compare)
+        said.append(str(outcome(pipe, expected, **({"nonsense": 1} if rank and at == 2 else {}))))
+        vars(agreement).pop("_compare", None)
+    return said
+
+
+def _slowly(agreement: Any, compare: Any, calls: Any) -> None:
+    if agreement._said == "the end":
+        time.sleep(2)
+    compare(calls)
+
+
+def test_a_failure_in_the_next_request_is_none_of_this_one() -> None:
+    first, second = PAIR.run(failed_after_the_end)
+    assert all(float(right) <= 2e-5 for said in (first, second) for right in (said[0], said[1], said[3]))
+    assert "rank 1 failed: TypeError" in first[2] and second[2].startswith("TypeError")
+
+
 def test_silence_counts_while_a_rank_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that was given up may run again: the next request waits for its signs anew, as does one after a pause."""
     life = liveness.Liveness(torch.distributed.HashStore(), "talk", rank=0)

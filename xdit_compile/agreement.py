@@ -340,8 +340,7 @@ class Agreement:
     def renew(self) -> None:
         """Go on in another epoch; what was said in this one is forgotten."""
         self.epoch += 1
-        self._event = self._starts = 0
-        self._talks = 0
+        self._event = self._starts = self._talks = 0
         if self._life is not None:
             self._life.forget()
         self.start()
@@ -388,7 +387,8 @@ class Agreement:
                     f"rank {rank} came to another result than rank {self.rank} by the same calls: a callback or a "
                     "scheduler does something else on one of them"
                 )
-        self.look([])
+        if (failed := self.failure(ended=True)) is not None:
+            raise AgreementError(failed)
         self._ending = False
 
     # ---- where ranks are
