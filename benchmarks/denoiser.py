@@ -75,16 +75,20 @@ def like(model: nn.Module, size: Size) -> nn.Module:
 def inputs(size: Size, seed: int = 1) -> dict[str, Any]:
     """Keyword arguments of one call, the same on every process."""
     generator = torch.Generator().manual_seed(seed)
-    side = math.isqrt(size.tokens)
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
     return {
         "hidden_states": torch.randn(size.batch, size.tokens, CHANNELS, generator=generator),
         "encoder_hidden_states": torch.randn(size.batch, size.text, TEXT_WIDTH, generator=generator),
         "pooled_projections": torch.randn(size.batch, POOLED, generator=generator),
         "timestep": torch.full((size.batch,), 0.7),
         "guidance": torch.full((size.batch,), 3.5),
-        "img_ids": places,
+        "img_ids": places(size.tokens),
         "txt_ids": torch.zeros(size.text, 3),
         "return_dict": False,
     }
+
+
+def places(tokens: int) -> torch.Tensor:
+    """Where the tokens of a square picture stand, [tokens, 3], fp32."""
+    side = math.isqrt(tokens)
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()

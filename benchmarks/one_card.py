@@ -20,6 +20,7 @@ from unittest import mock
 
 import click
 import torch
+from denoiser import places
 from diffusers import FluxTransformer2DModel
 from rich.console import Console
 from rich.table import Table
@@ -71,17 +72,14 @@ def like(model: nn.Module) -> nn.Module:
 def inputs(tokens: int, text: int) -> dict[str, Any]:
     """Keyword arguments of one call."""
     made = torch.Generator("cuda").manual_seed(1)
-    side = int(tokens**0.5)
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
     half = {"device": "cuda", "dtype": torch.bfloat16}
     return {
-        "hidden_states": torch.randn(1, side * side, 64, generator=made, **half),
+        "hidden_states": torch.randn(1, tokens, 64, generator=made, **half),
         "encoder_hidden_states": torch.randn(1, text, 4096, generator=made, **half),
         "pooled_projections": torch.randn(1, 768, generator=made, **half),
         "timestep": torch.full((1,), 0.7, **half),
         "guidance": torch.full((1,), 3.5, **half),
-        "img_ids": places.to(**half),
+        "img_ids": places(tokens).to(**half),
         "txt_ids": torch.zeros(text, 3, **half),
         "return_dict": False,
     }

@@ -134,8 +134,9 @@ def varying(inference: Inference, split: Split) -> list[str]:
     given = {node.name: inference.axes[node][0] for node in inference.program.root.graph.find_nodes(op="placeholder")}
     users = [each.name for each in inference.program.inputs if each.kind == "user"]
     found = [name for name in users if any(_alike(given[name], final, split) for final in finals)]
-    positioned = [name for name in stepping(inference, split.units)[0] if any(map(split.splits, given[name]))]
-    return found or positioned
+    if found:
+        return found
+    return [name for name in stepping(inference, split.units)[0] if any(map(split.splits, given[name]))]
 
 
 def stepping(inference: Inference, units: Iterable[Unit]) -> tuple[list[str], list[str]]:
