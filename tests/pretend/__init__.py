@@ -1,0 +1,101 @@
+"""A pretend accelerator with several devices, on a machine that has none: `start` registers it with PyTorch.
+
+Its tensors lie in host memory and compute on the CPU, but as far as programs see they lie on devices of type
+``pretend``. It refuses operators over tensors of two devices as CUDA does (0-dim tensors of the CPU alone are exempt),
+counts every read of a value by the host, and counts operators by device. Made for processes of their own: a device type
+cannot be taken back.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+NAME = "pretend"
+BACKEND = "pccl"
+"""Collectives of its tensors: gloo's, over the same bytes."""
+
+
+@functools.cache
+def extension() -> Any:
+    """The device in C++, compiled if it was not yet."""
+    from torch.utils.cpp_extension import load
+
+    folder = Path(tempfile.gettempdir()) / f"pretend-device-{torch.__version__}"
+    folder.mkdir(exist_ok=True)
+    source = Path(__file__).with_name("device.cpp")
+    return load("pretend_device", [str(source)], extra_cflags=["-O1"], build_directory=str(folder))
+
+
+@functools.cache
+def start(devices: int = 2) -> Any:
+    """Make ``torch.pretend`` and the device type; returns the extension, whose counts can be read."""
+    device = extension()
+    device.start(devices)
+    torch.utils.rename_privateuse1_backend(NAME)
+    torch._register_device_module(NAME, _module(device))
+    torch.utils.generate_methods_for_privateuse1_backend()
+    dist.Backend.register_backend(BACKEND, _group_of(device), devices=[NAME])
+    return device
+
+
+@contextmanager
+def reading(device: Any, on_read: Callable[[str], None] | None = None) -> Iterator[dict[str, int]]:
+    """Count what the host reads meanwhile, by operator; ``on_read`` is called where it does."""
+    device.forget_counts()
+    device.on_read(on_read)
+    found: dict[str, int] = {}
+    try:
+        yield found
+    finally:
+        device.on_read(None)
+        found.update(device.reads())
+
+
+def _group_of(device: Any) -> Callable[..., Any]:
+    def make(store: dist.Store, rank: int, size: int, timeout: Any) -> Any:
+        return device.group(dist.ProcessGroupGloo(store, rank, size, timeout))
+
+    return make
+
+
+def _module(device: Any) -> types.ModuleType:
+    module = types.ModuleType(f"torch.{NAME}")
+
+    def index_of(which: Any) -> int:
+        if which is None:
+            return -1
+        return which if isinstance(which, int) else torch.device(which).index or 0
+
+    def manual_seed_all(seed: int) -> None:
+        for each in range(device.device_count()):
+            device.default_generator(each).manual_seed(seed)
+
+    functions: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "_is_in_bad_fork": lambda: False,
+        "init": lambda: None,
+        "device_count": device.device_count,
+        "current_device": device.current_device,
+        "set_device": lambda which: device.set_device(index_of(which)),
+        "synchronize": lambda which=None: None,
+        "empty_cache": lambda: None,
+        "manual_seed": lambda seed: device.default_generator(-1).manual_seed(seed),
+        "manual_seed_all": manual_seed_all,
+        "get_rng_state": lambda which=None: device.default_generator(index_of(which)).get_state(),
+        "set_rng_state": lambda state, which=None: device.default_generator(index_of(which)).set_state(state),
+        "get_amp_supported_dtype": lambda: [torch.float16, torch.bfloat16],
+    }
+    for name, function in functions.items():
+        setattr(module, name, function)
+    module.default_generators = tuple(device.default_generator(each) for each in range(device.device_count()))
+    return module
