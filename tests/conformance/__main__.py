@@ -27,7 +27,8 @@ FOLDER = digests.ROOT / ".conformance"
 @click.option("--limit", default=120.0, help="Seconds for one cell, after which it counts as crashed.")
 @click.option("--jobs", default=1, help="Pairs of processes side by side.")
 @click.option("--minutes", type=float, help="Begin no cell after this time; with 0 show what is kept.")
-@click.option("--folder", default=FOLDER, type=click.Path(path_type=Path), help="Where the answers are kept.")
+@click.option("--device", default="cpu", help="Type of device to run on; 'pretend' is one without hardware.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where the answers are kept.  [default: .conformance]")
 @click.option("--report", type=click.Path(path_type=Path), help="Write all answers that are kept to this file.")
 def main(
     only: str,
@@ -36,7 +37,8 @@ def main(
     limit: float,
     jobs: int,
     minutes: float | None,
-    folder: Path,
+    device: str,
+    folder: Path | None,
     report: Path | None,
 ) -> None:
     """Run every pipeline under every plan on two processes and compare it with one."""
@@ -52,8 +54,8 @@ def main(
         def done(cell: Cell, answer: Answer) -> None:
             progress.update(task, advance=1, description=f"{cell.case} {cell.plan}: {answer.verdict}")
 
-        store = Store(folder)
-        found = run(wanted, store, limits, jobs, fresh, done)
+        store = Store(folder or FOLDER / (device if device != "cpu" else ""))
+        found = run(wanted, store, limits, jobs, fresh, done, device)
     show({cell: found[cell] for cell in wanted if cell in found}, console)
     if len(found) < len(wanted):
         console.print(f"{len(wanted) - len(found)} cells were not begun; run again to go on", highlight=False)

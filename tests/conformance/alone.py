@@ -11,7 +11,7 @@ from torch import nn
 from zoo import Case as Model
 from zoo import Draw
 
-from conformance.case import OneImage
+from conformance.case import OneImage, moved
 
 Change = dict[int, int] | Any
 """Of an argument: lengths by dimension that it is cut to, or another value."""
@@ -34,15 +34,15 @@ class Alone:
     steps: int = 2
     section: str = "denoising"
 
-    def build(self) -> nn.Module:
-        """The module on the CPU in fp32, the same on every rank."""
+    def build(self, device: str = "cpu") -> nn.Module:
+        """The module in fp32, the same on every rank."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return self.make().eval().requires_grad_(False)
+            return self.make().eval().requires_grad_(False).to(device)
 
     def call(self, module: nn.Module, request: int, images: int = 1, **more: Any) -> Any:
         """What the module returns for ``images`` times its batch."""
-        args, kwargs = self.feed(Draw(10 + request), self.batch * images)
+        args, kwargs = moved(self.feed(Draw(10 + request), self.batch * images), module)
         kwargs = {name: value for name, value in kwargs.items() if self.tuples or name != "return_dict"}
         if request:
             args, kwargs = changed(args, kwargs, self.second)
@@ -71,11 +71,11 @@ class Coder:
     steps: int = 2
     section: str = "coding"
 
-    def build(self) -> nn.Module:
-        """The module on the CPU in fp32, the same on every rank."""
+    def build(self, device: str = "cpu") -> nn.Module:
+        """The module in fp32, the same on every rank."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return self.make().eval().requires_grad_(False)
+            return self.make().eval().requires_grad_(False).to(device)
 
     def call(self, module: Any, request: int, images: int = 1, **more: Any) -> dict[str, Any]:
         """What both methods return, distributions as the numbers that make them."""
@@ -85,9 +85,10 @@ class Coder:
         torch.manual_seed(request)
         with torch.no_grad():
             if self.pictures:
-                made["encoded"] = opened(module.encode(draw.normal(*self.pictures[request])))
+                made["encoded"] = opened(module.encode(moved(draw.normal(*self.pictures[request]), module)))
             if self.latents:
-                made["decoded"] = opened(module.decode(draw.normal(*self.latents[request]), **self.decoding))
+                latent, options = moved((draw.normal(*self.latents[request]), self.decoding), module)
+                made["decoded"] = opened(module.decode(latent, **options))
         return made
 
     @staticmethod

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from zoo import Draw
 
 REQUESTS = (0, 1)
@@ -34,13 +35,13 @@ class Case:
     pair: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     section: str = ""
 
-    def build(self) -> Any:
-        """The pipeline on the CPU in fp32, the same on every rank, its progress bars off."""
+    def build(self, device: str = "cpu") -> Any:
+        """The pipeline in fp32, the same on every rank, its progress bars off."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             pipe = self.make()
         pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return pipe.to(device)
 
     def call(self, pipe: Any, request: int, images: int = 1, **more: Any) -> Any:
         """What the pipeline returns by default, or with ``more`` arguments.
@@ -48,7 +49,7 @@ class Case:
         The global generator is seeded too: some draw from it regardless.
         """
         names = set(inspect.signature(type(pipe).__call__).parameters)
-        given = self.arguments(Draw(10 + request), request)
+        given = moved(self.arguments(Draw(10 + request), request), pipe)
         if _STEPS in names:
             given = {_STEPS: self.steps, **given}
         if images > 1:
@@ -76,6 +77,12 @@ class Case:
         if name is None:
             raise OneImage(f"no argument among {', '.join(_PER_PROMPT)}")
         return {**given, name: images}
+
+
+def moved(arguments: Any, subject: Any) -> Any:
+    """Arguments with their tensors where a pipeline or a module lies."""
+    device = getattr(subject, "device", torch.device("cpu"))
+    return pytree.tree_map_only(torch.Tensor, lambda each: each.to(device), arguments)
 
 
 def repeated(given: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class Plain:
 def plain(value: Any) -> Any:
     """Tensors and pictures as arrays, containers as `Plain`; everything else as it is."""
     if isinstance(value, torch.Tensor):
-        return value.detach().float().numpy().copy() if value.is_floating_point() else value.detach().numpy().copy()
+        value = value.detach().cpu()
+        return value.float().numpy().copy() if value.is_floating_point() else value.numpy().copy()
     if isinstance(value, PIL.Image.Image):
         return np.asarray(value)
     if isinstance(value, np.ndarray):

@@ -52,7 +52,7 @@ def observe(case: Subject, pipe: Any, request: int, images: int) -> Plain:
     return Plain("observed", {"result": plain(result), "floats": Plain("list", dict(rounded))})
 
 
-def reference(case: Subject, images: int) -> Reference:
+def reference(case: Subject, images: int, device: str = "cpu") -> Reference:
     """One process, unsplit.
 
     Raises:
@@ -60,7 +60,7 @@ def reference(case: Subject, images: int) -> Reference:
         BrokenCase: it is no measure.
     """
     try:
-        pipe = case.build()
+        pipe = case.build(device)
         seen = _Seen()
         with seen.watching(pipe):
             results = tuple(observe(case, pipe, request, images) for request in REQUESTS)
@@ -75,22 +75,22 @@ def reference(case: Subject, images: int) -> Reference:
             raise OneImage(f"{type(error).__name__}: {error}") from error
         raise BrokenCase(f"{type(error).__name__}: {error}") from error
     _check(results, again)
-    rounding = _rounding(case, results, unrounded, images)
+    rounding = _rounding(case, results, unrounded, images, device)
     return Reference(results, unrounded, rounding, work, seen.guided, bool(list(autoencoders(pipe))))
 
 
-def _rounding(case: Subject, results: tuple[Plain, ...], unrounded: Any, images: int) -> float:
+def _rounding(case: Subject, results: tuple[Plain, ...], unrounded: Any, images: int, device: str) -> float:
     """How far results move when the last bit of every weight does.
 
     Raises:
         BrokenCase: so far that nothing could be told from it.
     """
-    pipe, difference = case.build(), Difference()
+    pipe, difference = case.build(device), Difference()
     generator = torch.Generator().manual_seed(1)
     for module in components(pipe).values():
         for weight in module.parameters() if isinstance(module, nn.Module) else ():
             sign = 2 * torch.randint(2, weight.shape, generator=generator) - 1
-            weight.data.mul_(1 + sign * torch.finfo(weight.dtype).eps)
+            weight.data.mul_((1 + sign * torch.finfo(weight.dtype).eps).to(weight.device))
     for request in REQUESTS:
         compare(observe(case, pipe, request, images), results[request], difference)
     if unrounded is not None:

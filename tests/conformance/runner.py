@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import queue
 import threading
@@ -15,6 +16,7 @@ from conformance.cases import CASES, MODULES
 from conformance.pair import Pair
 from conformance.plans import PLANS
 from conformance.verdicts import Answer, Verdict
+from conformance.worker import serve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,7 @@ def run(
     jobs: int = 1,
     fresh: bool = False,
     done: Callable[[Cell, Answer], None] = lambda cell, answer: None,
+    device: str = "cpu",
 ) -> dict[Cell, Answer]:
     """The answers of all cells that there was time for; ``done`` is told each, kept ones at once."""
     kept = {} if fresh else {cell: answer for cell in wanted if (answer := store.read(cell)) is not None}
@@ -98,7 +101,7 @@ def run(
             done(cell, answer)
 
     end = time.monotonic() + limits.total
-    threads = [threading.Thread(target=_work, args=(cases, limits, end, note)) for _ in range(jobs)]
+    threads = [threading.Thread(target=_work, args=(cases, limits, end, note, device)) for _ in range(jobs)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -106,9 +109,11 @@ def run(
     return found
 
 
-def _work(cases: queue.SimpleQueue[list[Cell]], limits: Limits, end: float, note: Callable[..., None]) -> None:
+def _work(
+    cases: queue.SimpleQueue[list[Cell]], limits: Limits, end: float, note: Callable[..., None], device: str
+) -> None:
     """One pair, case after case, so that what a case is compared with is made once."""
-    pair = Pair(limits.cell, limits.wait)
+    pair = Pair(limits.cell, limits.wait, functools.partial(serve, device=device))
     try:
         while not cases.empty() and time.monotonic() < end:
             try:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pretend
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -36,16 +37,27 @@ MAGNIFIED = 4.0
 """A difference may be as many times what the last bit of the weights makes, where that is more than `TOLERANCE`."""
 
 
-def serve(rank: int, folder: str, asked: Connection, timeout_s: float) -> None:
-    """Answer (case, plan) with an `Answer` until None comes or the other end is gone."""
+def serve(rank: int, folder: str, asked: Connection, timeout_s: float, device: str = "cpu") -> None:
+    """Answer (case, plan) with an `Answer` until None comes or the other end is gone, all on a device of each rank."""
     _quiet(f"{folder}/{rank}.log")
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=limit)
+    place, backend = placed(device, rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=limit)
     asked.send("ready")
     while (cell := _next(asked)) is not None:
-        asked.send(answer(*cell, rank, timeout_s))
+        asked.send(answer(*cell, rank, timeout_s, place))
     os._exit(0)
+
+
+def placed(device: str, rank: int) -> tuple[str, str]:
+    """A rank's device of this type, made the current one, and what carries its collectives."""
+    if device == "cpu":
+        return device, "gloo"
+    if device == pretend.NAME:
+        pretend.start()
+    torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
+    return f"{device}:{torch.accelerator.current_device_index()}", pretend.BACKENDS.get(device, "gloo")
 
 
 def _next(asked: Connection) -> tuple[str, str] | None:
@@ -65,11 +77,11 @@ def _quiet(log: str) -> None:
     tqdm.set_lock(threading.RLock())
 
 
-def answer(case: str, plan: str, rank: int, timeout_s: float) -> Answer:
+def answer(case: str, plan: str, rank: int, timeout_s: float, device: str = "cpu") -> Answer:
     """The verdict of one cell on this rank."""
     begin = time.perf_counter()
     try:
-        found = _judged(CASES[case], plan, rank, timeout_s) if _splits(case, plan) else _nothing(case)
+        found = _judged(CASES[case], plan, timeout_s, device) if _splits(case, plan) else _nothing(case)
     except OneImage as error:
         found = Answer(Verdict.INAPPLICABLE, f"one image: {one_line(error)}")
     except BrokenCase as error:
@@ -100,16 +112,16 @@ def _classes(case: str) -> tuple[str, tuple[str, ...]]:
 
 
 @functools.lru_cache(maxsize=4)
-def _expected(case: str, images: int) -> Reference:
-    return reference(CASES[case], images)
+def _expected(case: str, images: int, device: str) -> Reference:
+    return reference(CASES[case], images, device)
 
 
-def _judged(case: Subject, plan: str, rank: int, timeout_s: float) -> Answer:
+def _judged(case: Subject, plan: str, timeout_s: float, device: str) -> Answer:
     """Ranks that are said to disagree were given the same, and numbers that verification found to be others are none of
     the request's doing: neither is a refusal."""
-    whole = _expected(case.name, images_of(plan))
+    whole = _expected(case.name, images_of(plan), device)
     idle = nothing_to_split(plan, whole)
-    pipe = case.build()
+    pipe = case.build(device)
     try:
         xdit_compile.parallelize(pipe, plan_of(plan, case.steps, timeout_s))
         differences = list(_differences(case, pipe, plan, whole))

@@ -22,6 +22,8 @@ import torch.distributed as dist
 NAME = "pretend"
 BACKEND = "pccl"
 """Collectives of its tensors: gloo's, over the same bytes."""
+BACKENDS = {NAME: f"cpu:gloo,{NAME}:{BACKEND}"}
+"""What `torch.distributed.init_process_group` is asked for, by type of device."""
 
 
 @functools.cache

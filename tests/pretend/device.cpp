@@ -502,6 +502,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_overrideable", &convolution);
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
+  m.impl("native_group_norm", torch::CppFunction::makeFromBoxedFunction<&on_host>());
+  m.impl("native_layer_norm", torch::CppFunction::makeFromBoxedFunction<&on_host>());
   m.impl("set_.source_Storage", &set_whole_storage);
   m.impl("set_.source_Storage_storage_offset", &set_storage);
 }
