@@ -19,7 +19,7 @@ from .plainly import stated_plainly
 from .program import Guard, Input
 from .simplify import erase_with_sources
 from .tracing import Flat, Trace, own_name
-from .values import KnownValues, ReadValues
+from .values import KnownValues, ReadValues, on_host
 
 aten = torch.ops.aten
 READERS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.item.default}
@@ -41,7 +41,7 @@ def by_values(flat: Flat) -> Trace:
     fakes = [_fake(mode, tensor, device) for tensor in flat.tensors()]
     for position, fake, tensor in zip(flat.positions, fakes, flat.tensors(), strict=True):
         if not tensor.is_meta:
-            known.learn(fake, tensor.clone(), frozenset([position]))
+            known.learn(fake, on_host(tensor).clone(), frozenset([position]))
 
     nodes: dict[int, fx.Node] = {}
 
@@ -158,7 +158,7 @@ def bake(
         if not one.sources <= known.read:
             continue
         node = nodes[id(one.fake)]
-        node.replace_all_uses_with(constant(one.value))
+        node.replace_all_uses_with(constant(one.value.to(one.fake.device)))
         erase_with_sources(node)
     places = {nodes[id(mask)]: positions for mask, positions in known.masks if id(mask) in nodes}
     for node in graph.find_nodes(op="call_function", target=aten.index.Tensor):
@@ -167,7 +167,7 @@ def bake(
             if isinstance(index, fx.Node) and index.meta["val"].dtype in (torch.bool, torch.uint8):
                 if index not in places:
                     raise CaptureError(f"{node.name} selects by a mask that was not seen")
-                parts += [constant(place) for place in places[index]]
+                parts += [constant(place.to(index.meta["val"].device)) for place in places[index]]
             else:
                 parts.append(index)
         node.args = (node.args[0], parts)

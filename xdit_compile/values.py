@@ -42,16 +42,29 @@ REPEATS = {torch.repeat_interleave, torch.Tensor.repeat_interleave}
 aten = torch.ops.aten
 
 
+CPU = torch.device("cpu")
+
+
 def really(func: Any, args: Any, kwargs: Any) -> Any:
     """Call an operator on real tensors, past all modes."""
     with _disable_current_modes():
         return func(*args, **kwargs)
 
 
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's values where they can be read without waiting for a device; itself where it lies there."""
+    return really(torch.Tensor.to, (tensor.detach(), CPU), {}) if tensor.device != CPU else tensor
+
+
+def _computed(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator on values, which all lie on the CPU, whatever device it was asked for."""
+    return really(func, *pytree.tree_map_only(torch.device, lambda device: CPU, (args, kwargs)))
+
+
 class KnownValues(TorchDispatchMode):
     """Computes real values beside fake ones, and answers from them what a fake cannot: numbers and sizes.
 
-    Stands above a ``FakeTensorMode``. Each time a value is read, the inputs it follows from are added to ``read``: the
+    Values lie on the CPU, wherever the fakes are: they are small, and no device has to be there for them. Stands above a ``FakeTensorMode``. Each time a value is read, the inputs it follows from are added to ``read``: the
     recorded graph holds for these values only. ``sized`` lists the tensors whose sizes came from data, and ``masks``
     those used as an index, with the positions they select. Values of ``weights`` are not known, even where the module
     reaches one past its parameters, since they may change.
@@ -80,7 +93,7 @@ class KnownValues(TorchDispatchMode):
         """The value of a tensor, or None where it is not known."""
         if isinstance(tensor, FakeTensor):
             return self.values.get(tensor)
-        return None if tensor.untyped_storage()._cdata in self._weights else tensor
+        return None if tensor.untyped_storage()._cdata in self._weights else on_host(tensor)
 
     def origin(self, value: torch.Tensor) -> Sources:
         """The inputs that a known value follows from."""
@@ -120,6 +133,9 @@ class KnownValues(TorchDispatchMode):
             self._forget_written(func, args, kwargs)
         return out
 
+    def _fake(self, value: torch.Tensor, device: torch.device) -> FakeTensor:
+        return FakeTensor(self.fake_mode, really(torch.Tensor.to, (value, "meta"), {}), device)
+
     def _real(self, tree: Any) -> Any:
         return pytree.tree_map_only(torch.Tensor, self.value, tree)
 
@@ -129,8 +145,9 @@ class KnownValues(TorchDispatchMode):
             return (args[0], [part for index in args[1] for part in self._positions(index)]), kwargs, None
         if not complete:
             raise UnknownValue(f"the size of a result of {func} depends on values that the module computed")
-        real = really(func, self._real(args), self._real(kwargs))
-        out = pytree.tree_map_only(torch.Tensor, self.fake_mode.from_tensor, real)
+        real = _computed(func, self._real(args), self._real(kwargs))
+        device = next(leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        out = pytree.tree_map_only(torch.Tensor, lambda each: self._fake(each, device), real)
         origin: Sources = frozenset()
         for tensor in pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
@@ -148,7 +165,7 @@ class KnownValues(TorchDispatchMode):
         places = really(torch.Tensor.nonzero, (mask,), {"as_tuple": True})
         self.masks.append((index, places))
         for place in places:
-            fake = self.fake_mode.from_tensor(place)
+            fake = self._fake(place, index.device)
             self.learn(fake, place, self.origin(mask))
             yield fake
 
@@ -159,7 +176,7 @@ class KnownValues(TorchDispatchMode):
             return
         values = [self.value(tensor) for tensor in tensors]
         origin = frozenset().union(*(self.origin(value) for value in values if value is not None))
-        real = really(func, self._real(args), self._real(kwargs))
+        real = _computed(func, self._real(args), self._real(kwargs))
         parents = [one.fake for one in self.sized if any(one.fake is tensor for tensor in tensors)]
         for fake, value in zip(outs, [r for r in pytree.tree_leaves(real) if isinstance(r, torch.Tensor)], strict=True):
             if isinstance(fake, FakeTensor):
