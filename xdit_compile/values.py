@@ -64,7 +64,9 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
 class KnownValues(TorchDispatchMode):
     """Computes real values beside fake ones, and answers from them what a fake cannot: numbers and sizes.
 
-    Values lie on the CPU, wherever the fakes are: they are small, and no device has to be there for them. Stands above a ``FakeTensorMode``. Each time a value is read, the inputs it follows from are added to ``read``: the
+    Values lie on the CPU, wherever the fakes are: they are small, and no device has to be there for them.
+
+    Stands above a ``FakeTensorMode``. Each time a value is read, the inputs it follows from are added to ``read``: the
     recorded graph holds for these values only. ``sized`` lists the tensors whose sizes came from data, and ``masks``
     those used as an index, with the positions they select. Values of ``weights`` are not known, even where the module
     reaches one past its parameters, since they may change.
