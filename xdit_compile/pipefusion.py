@@ -110,10 +110,10 @@ class PipelineRunner(Runner):
         self._drains = _Drains()
         self.taken: list[Program] = []
         self.places: dict[str, int] = {}
-        group = self.mesh.group("pipefusion")
-        self.pipe = Pipe(group) if group else None
         self.halves = Halves(self.mesh)
         self.stage, self.last = self.mesh.coordinate("pipefusion"), self.mesh.size("pipefusion") - 1
+        self.pipe = Pipe(self.mesh) if self.last else None
+        self.stages = self.mesh.peers("pipefusion")
         self.session.after_failure(self._reset)
 
     def _reset(self) -> None:
@@ -228,12 +228,12 @@ class PipelineRunner(Runner):
         self._turn()
         received: Sequence[torch.Tensor] = ()
         if self.pipe is not None and self.stage:
-            received = self.pipe.receive(stage.received, device, self.stage - 1).wait()
+            received = self.pipe.receive(stage.received, device, self.stages[self.stage - 1]).wait()
         found: Sequence[torch.Tensor] = flow.runs[0](
             *bind(stage.program, self.weights, leaves, branch.states), *received
         )
         if self.pipe is not None and self.stage < self.last:
-            self.pipe.send(found, self.stage + 1)
+            self.pipe.send(found, self.stages[self.stage + 1])
         return found
 
     def _in_patches(
@@ -254,7 +254,7 @@ class PipelineRunner(Runner):
             tensors = bind(stage.program, self.weights, leaves, kept)
             found = flow.runs[at + 1](*tensors, *arriving[at]())
             if self.pipe is not None and self.stage < self.last:
-                self.pipe.send(found, self.stage + 1)
+                self.pipe.send(found, self.stages[self.stage + 1])
             else:
                 self._give(found, shared)
             done.append(found)
@@ -263,7 +263,7 @@ class PipelineRunner(Runner):
     def _give(self, found: Sequence[torch.Tensor], shared: bool) -> None:
         """Send the results of a patch from the last stage to where they are needed."""
         if self.pipe is not None:
-            self.pipe.send(found, 0)
+            self.pipe.send(found, self.stages[0])
         if shared:
             self.halves.give(found)
 
@@ -277,7 +277,7 @@ class PipelineRunner(Runner):
     def _asked(self, stage: Stage, device: torch.device) -> Callable[[], Sequence[torch.Tensor]]:
         if self.pipe is None or not self.stage:
             return tuple
-        return self.pipe.receive(stage.received, device, self.stage - 1).wait
+        return self.pipe.receive(stage.received, device, self.stages[self.stage - 1]).wait
 
     def _parts(self, flow: Flow, done: list[Sequence[torch.Tensor]], device: torch.device) -> list[list[Part]]:
         """The results patch by patch: here on the last stage, on their way on the first, on no other."""
@@ -285,7 +285,8 @@ class PipelineRunner(Runner):
             return [[Part.of(tensor) for tensor in found] for found in done]
         if self.stage or self.pipe is None:
             return [[Part(like) for like in flow.likes(at)] for at in flow.patches]
-        return [_coming(self.pipe.receive(flow.likes(at), device, self.last), flow.likes(at)) for at in flow.patches]
+        source = self.stages[self.last]
+        return [_coming(self.pipe.receive(flow.likes(at), device, source), flow.likes(at)) for at in flow.patches]
 
     def _taken(self, flow: Flow, at: int, device: torch.device, half: int) -> list[Part]:
         """The results of a patch that another pipeline computes: on their way to the first and last stage here."""
