@@ -236,7 +236,7 @@ def is_simulated(group: str) -> bool:
 
 def _sets(plan: Plan) -> list[tuple[str, ...]]:
     """The sets of dimensions along which ranks meet, each in mesh order: those that something of the plan asks for."""
-    wanted = [(name,) for name in plan.mesh_order if name != "cfg" or plan.patch_count == 1]
+    wanted: list[tuple[str, ...]] = [(name,) for name in plan.mesh_order if name != "cfg" or plan.patch_count == 1]
     wanted += [SEQUENCE, BRANCHES, plan.mesh_order]
     if plan.pipefusion > 1:
         wanted.append(TEAM)
