@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -133,7 +134,10 @@ GUIDED = Plan(pipefusion=2, patches=3, cfg=2)
     [(FIVE, 1), (Plan(pipefusion=2), 2), (GUIDED, 2), (GUIDED, 3), (Plan(patches=2, cfg=3), 2)],
 )
 def test_nobody_waits_for_ever(plan: Plan, calls: int) -> None:
-    """Neither while ranks connect nor later, however long a transfer takes; and every queue has one thing to do."""
+    """Neither while ranks connect nor later, however long a transfer takes.
+
+    Every queue is of one thing, which was done once before anything is computed: nothing connects later.
+    """
     for seconds in (0.0, 0.3, 30.0):
         play(programs(plan, STEPS, calls), seconds)
     ranks = played(plan, STEPS, calls)
@@ -144,6 +148,12 @@ def test_nobody_waits_for_ever(plan: Plan, calls: int) -> None:
             if isinstance(event, Begin) and event.what != ("all",):
                 asked.setdefault(event.queue, set()).add(event.what[:2])
         assert all(len(pairs) == 1 for pairs in asked.values()), "no queue has transfers both ways, or to two ranks"
+        assert ways(each.events) == ways(itertools.takewhile(lambda event: not isinstance(event, Compute), each.events))
+
+
+def ways(events: Iterable[Event]) -> set[tuple[Any, ...]]:
+    """In which communicators something is asked for, and of what kind."""
+    return {(event.queue, *event.what[:2]) for event in events if isinstance(event, Begin)}
 
 
 def test_two_pipelines_share_the_branches_of_guidance() -> None:
@@ -205,6 +215,7 @@ def test_a_tensor_alone_is_its_message() -> None:
         (Plan(pipefusion=2, tensor=4), 4 + 2 + 1 + 8, 5),
         (Plan(pipefusion=4, cfg=2), 2 + 4 + 1 + 8 + 4, 6),
         (Plan(patches=4, cfg=2), 1 + 2, 3),
+        (Plan(data=2, cfg=2, patches=2), 2 + 1 + 4, 4),
         (Plan(distrifusion=8), 2, 2),
         (Plan(distrifusion=4, cfg=2), 2 + 2 + 4 + 1, 4),
     ],
