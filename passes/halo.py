@@ -94,7 +94,7 @@ def _kept(
     own, seen = request.own, request.seen
     first = min(own[0], seen.start) if seen.stop > seen.start else own[0]
     last = max(own[1], seen.stop) if seen.stop > seen.start else own[1]
-    state = _state(part, typing, choices, last - first, Exchange.of_rows(request, first))
+    state = _state(part, typing, choices, last - first, Exchange.of_rows(request, first, part.layout.mesh.behind))
     part.local.put(state, inputs, request.dim, np.arange(own[0] - first, own[1] - first))
     if part.layout.stale:
         rows = part.local.call(aten.slice.Tensor, state, request.dim, seen.start - first, seen.stop - first)

@@ -243,11 +243,11 @@ class FramePartitioner:
         """
         if not self.layout.apart:
             return None
-        split, here, group = self.sharding.splits[PATCH], self.sharding.index[PATCH], self.local.group(PATCH)
+        split, here = self.sharding.splits[PATCH], self.sharding.index[PATCH]
         held = [
             np.arange(rank, rank + 1) if axis is None else split.positions(axis, rank) for rank in range(split.parts)
         ]
-        found = Exchange.of_all(dim, held, here, group)
+        found = Exchange.of_all(dim, held, here, self.layout.mesh.behind)
         self.ledger.sent(STALE if self.layout.stale else "all_gather", "state", found.elements(shape), dtype)
         return found
 

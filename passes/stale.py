@@ -38,6 +38,7 @@ class Exchange:
         own: where this rank's rows are in its state.
         others: where those that arrive belong, in order of arrival; no run holds rows of two ranks.
         index: this rank's place in ``group``.
+        group: one in which nothing is waited for within a step: what is would wait for all that was sent off before.
     """
 
     dim: int
@@ -58,14 +59,14 @@ class Exchange:
         return cls(dim, runs(held[index]), others, (0,) * count, (sum(sizes),) * count, sizes, index, group)
 
     @classmethod
-    def of_rows(cls, request: Request, first: int) -> Exchange:
+    def of_rows(cls, request: Request, first: int, group: str) -> Exchange:
         """Rows that windows reach over; the state begins with row ``first`` of all."""
         sizes, starts, stops, index = request.sizes, request.starts, request.stops, request.here
         got = [rows for rows in rows_got(starts, stops, sizes, index) if rows[1] > rows[0]]
         a, b = owned_rows(sizes, index)
         others = tuple((start - first, stop - first) for start, stop in got)
         own = ((a - first, b - first),)
-        return cls(request.dim, own, others, tuple(starts), tuple(stops), tuple(sizes), index, request.group)
+        return cls(request.dim, own, others, tuple(starts), tuple(stops), tuple(sizes), index, group)
 
     @property
     def rows(self) -> tuple[list[int], list[int], list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 import procs
 import pytest
 import torch
+from queues import Begin, Compute, Event, Wait, play
 from splitting import Captured, captured, worst_difference
 from stale_reference import Reference, along, difference, digest_of
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 from zoo import MODELS
@@ -27,7 +29,8 @@ from xdit_compile import Plan, XditCompileError
 from xdit_compile.build import place
 from xdit_compile.distrifusion import Shared
 from xdit_compile.interpret import assemble, bind
-from xdit_compile.mesh import Mesh
+from xdit_compile.kernels.simulate import SIMULATIONS
+from xdit_compile.mesh import Mesh, is_simulated, simulated_members
 from xdit_compile.passes.records import STALE
 from xdit_compile.simulated import run_ranks
 from xdit_compile.weights import Weights
@@ -319,6 +322,49 @@ def test_after_the_warm_up_nobody_waits_but_for_the_result(name, ranks):
             held = len(np.array_split(np.arange(77), ranks)[rank]) + len(np.array_split(np.arange(13), ranks)[rank])
             sent = sum(each.elements for each in ledger.collectives if each.op == STALE)
             assert sent == 2 * 5 * held * 90 * (ranks - 1), "keys and values of five blocks, to every other rank"
+
+
+def asked_for(shared: Shared, calls: int) -> list[Event]:
+    """What a rank asks others for in some calls that go on at once, if every structure computes for a second."""
+    numbers, arriving = itertools.count(), dict[str, int]()
+    events: list[Event] = []
+    names = {given.name: str(given.target) for given in shared.stale.inputs if given.kind == "arriving"}
+
+    def begin(node: fx.Node) -> int:
+        (group,) = (arg for arg in node.args if isinstance(arg, str) and is_simulated(arg))
+        events.append(Begin(next(numbers), group, ("all",), tuple(simulated_members(group))))
+        return events[-1].number
+
+    for _ in range(calls):
+        left: dict[fx.Node, int] = {}
+        for node in shared.stale.root.graph.nodes:
+            if node.op == "call_module":
+                events.append(Compute(1))
+                inner = getattr(shared.stale.root, node.target).graph.nodes
+                events.extend(Wait(begin(each)) for each in inner if each.target in SIMULATIONS and each.args[-1])
+            elif node.target is torch.ops.xdit_compile.halo_start.default:
+                left[node] = begin(node)
+            elif node.target is torch.ops.xdit_compile.stale_finish.default and arriving:
+                events.append(Wait(arriving[names[node.args[1].name]]))
+        (output,) = shared.stale.root.graph.find_nodes(op="output")
+        sent = output.args[0][len(output.args[0]) - len(shared.leaving) :]
+        arriving = {name: left[node] for name, node in zip(shared.leaving, sent, strict=True)}
+    return events
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana", pytest.param("unet_sdxl", marks=pytest.mark.slow)])
+def test_what_is_waited_for_stands_behind_nothing_that_is_not(name):
+    """Communicators do one thing after the other: stale exchanges have one of their own."""
+    _, shared = shared_by(name, 2)
+    behind = {Mesh.simulated(Plan(distrifusion=2), rank).behind for rank in range(2)}
+    once, thrice = ([asked_for(each, calls) for each in shared] for calls in (1, 3))
+    seconds, computed = 5.0, sum(isinstance(event, Compute) for event in once[0])
+    waited = sum(isinstance(event, Wait) for event in once[0])
+    exchanges = [event for event in once[0] if isinstance(event, Begin) and event.queue in behind]
+    assert len(exchanges) == len(shared[0].leaving) > 2 and waited == 1
+    assert play(once, seconds) == computed + seconds
+    assert play(once, seconds, lambda name: "") > 2 * (computed + seconds)
+    play(thrice, seconds)
 
 
 FAST = {"flux": 3, "pixart": 4, "sana": 2}

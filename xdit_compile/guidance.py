@@ -86,7 +86,7 @@ class Branches:
         self._running = running
         self._size = mesh.size(DIMENSION)
         self._index = mesh.coordinate(DIMENSION)
-        self._group = mesh.group(DIMENSION)
+        self._mesh = mesh
         self._waiting: list[_Waiting] = []
         self._lonely: dict[int, Call] = {}
         self.shared = 0
@@ -158,7 +158,7 @@ class Branches:
         """The results of all calls; this rank computes one of them, if there are enough."""
         mine = list(waiting[self._index].run()) if self._index < len(waiting) else []
         likes = [one.likes for one in waiting] + [()] * (self._size - len(waiting))
-        return exchanged(mine, likes, self._group, waiting[0].likes[0].device)[: len(waiting)]
+        return exchanged(mine, likes, self._mesh.group(DIMENSION), waiting[0].likes[0].device)[: len(waiting)]
 
 
 def exchanged(

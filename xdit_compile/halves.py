@@ -6,12 +6,11 @@ of their results to the others: to the first stage, which goes on with it, and t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 
-from .mesh import PIPELINES, Mesh
+from .mesh import Mesh
 from .pipes import Arriving, Pipe
 
 
@@ -20,10 +19,8 @@ class Halves:
 
     def __init__(self, mesh: Mesh):
         self.count, self.here = mesh.size("cfg"), mesh.coordinate("cfg")
-        self._last = mesh.size("pipefusion") - 1
-        peers = [dataclasses.replace(mesh, rank=rank) for rank in mesh.peers(PIPELINES)]
-        self._at = {(each.coordinate("cfg"), each.coordinate("pipefusion")): k for k, each in enumerate(peers)}
-        self._pipe = Pipe(mesh.group(PIPELINES)) if self.count > 1 else None
+        self._mesh, self._last = mesh, mesh.size("pipefusion") - 1
+        self._pipe = Pipe(mesh) if self.count > 1 else None
 
     def reset(self) -> None:
         """Forget what is on its way: connections were closed."""
@@ -39,10 +36,10 @@ class Halves:
         """Send the results of a patch from the last stage here to the other pipelines, and go on at once."""
         assert self._pipe is not None
         for half in range(self.count):
-            for stage in {0, self._last} if half != self.here else ():
-                self._pipe.send(tensors, self._at[half, stage])
+            for stage in sorted({0, self._last}) if half != self.here else ():
+                self._pipe.send(tensors, self._mesh.rank_at(cfg=half, pipefusion=stage))
 
     def take(self, likes: Sequence[torch.Tensor], device: torch.device, half: int) -> Arriving:
         """Ask for the results of a patch from the pipeline that computes them."""
         assert self._pipe is not None
-        return self._pipe.receive(likes, device, self._at[half, self._last])
+        return self._pipe.receive(likes, device, self._mesh.rank_at(cfg=half, pipefusion=self._last))

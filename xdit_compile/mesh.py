@@ -7,9 +7,10 @@ import datetime
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,6 @@ REPLICA = ("cfg", *TEAM)
 """Ranks that share the rows of an autoencoder, whatever the batch."""
 BRANCHES = ("data", "cfg")
 """Ranks that share a batch."""
-PIPELINES = ("cfg", "pipefusion")
-"""The stages of all pipelines among the ranks that make the same images, each with a branch of guidance."""
 ALONE = ""
 _SIMULATED = "sim/"
 
@@ -44,8 +43,12 @@ class Mesh:
         names: dimensions, outer to inner.
         sizes: ranks along each.
         rank: this rank in the flat order.
-        groups: role of the process group for each set of dimensions (in mesh order) that spans several ranks. Graphs
-            name these; which group has the role is known when they run.
+        groups: role of the process group for each set of dimensions (in mesh order) that spans several ranks and meets.
+            Graphs name these; which group has the role is known when they run.
+        edges: role of the process group for each pair of ranks of which the first sends tensors to the second. No other
+            transfer is in its queue, not even one the other way.
+        behind: role of a second process group of the ``distrifusion`` ranks, for exchanges that nobody waits for within
+            a step.
 
     Raises:
         PlanError: for sizes below 1, names that repeat, or a rank outside the grid.
@@ -57,6 +60,10 @@ class Mesh:
     groups: Mapping[tuple[str, ...], str] = dataclasses.field(
         default_factory=lambda: MappingProxyType({}), repr=False, compare=False
     )
+    edges: Mapping[tuple[int, int], str] = dataclasses.field(
+        default_factory=lambda: MappingProxyType({}), repr=False, compare=False
+    )
+    behind: str = dataclasses.field(default=ALONE, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.sizes) or len(set(self.names)) != len(self.names):
@@ -69,13 +76,17 @@ class Mesh:
     @classmethod
     def simulated(cls, plan: Plan, rank: int) -> Mesh:
         """The mesh of a plan with groups that exist in name only; ``simulated_members`` reads their ranks back."""
+
+        def name(names: Iterable[str], ranks: Iterable[int]) -> str:
+            return f"{_SIMULATED}{','.join(names)}/{','.join(map(str, ranks))}"
+
+        return cls._of(plan, rank)._with(plan, name)
+
+    @classmethod
+    def named(cls, plan: Plan, rank: int) -> Mesh:
+        """The mesh of a plan with the roles of its groups; `connect` makes them."""
         mesh = cls._of(plan, rank)
-        groups = {
-            names: f"{_SIMULATED}{','.join(names)}/{','.join(map(str, mesh.peers(names)))}"
-            for names in _subsets(mesh.names)
-            if mesh.size(names) > 1
-        }
-        return dataclasses.replace(mesh, groups=MappingProxyType(groups))
+        return mesh._with(plan, lambda names, ranks: mesh._role(names))
 
     @classmethod
     def from_process_group(cls, plan: Plan) -> Mesh:
@@ -88,9 +99,18 @@ class Mesh:
         """
         ready = dist.is_available() and dist.is_initialized()
         plan.check(dist.get_world_size() if ready else 1)
-        mesh = cls._of(plan, dist.get_rank() if ready else 0)
-        roles = {names: mesh._role(mesh._wide(names)) for names in _subsets(mesh.names) if mesh.size(names) > 1}
-        return dataclasses.replace(mesh, groups=MappingProxyType(roles))
+        return cls.named(plan, dist.get_rank() if ready else 0)
+
+    def _with(self, plan: Plan, name: Callable[[tuple[str, ...], Sequence[int]], str]) -> Mesh:
+        """This mesh with every group that something of the plan reaches, each called by ``name``."""
+        sets = {self._wide(names): self.peers(names) for names in _sets(plan) if self.size(names) > 1}
+        behind = ("distrifusion",) if plan.distrifusion > 1 else ()
+        return dataclasses.replace(
+            self,
+            groups=MappingProxyType({names: name(names, peers) for names, peers in sets.items()}),
+            edges=MappingProxyType({edge: name((f"{edge[0]}>{edge[1]}",), edge) for edge in _edges(self, plan)}),
+            behind=name((*behind, "behind"), self.peers(behind)) if behind else ALONE,
+        )
 
     def shared_rows(self, plan: Plan) -> Mesh:
         """This rank's mesh for the autoencoder: ``plan.rows.ring`` neighbours share rows, and data ranks the batch."""
@@ -151,14 +171,27 @@ class Mesh:
         Raises:
             PlanError: for dimensions that the mesh lacks, or a mesh made without groups.
         """
-        ordered = self._ordered(names)
-        if self.size(ordered) == 1:
+        wide = self._wide(self._ordered(names))
+        if not wide:
             return ALONE
-        if ordered not in self.groups:
-            ordered = next((kept for kept in self.groups if self.peers(kept) == self.peers(ordered)), ordered)
-        if ordered not in self.groups:
-            raise PlanError(f"this mesh has no group over {ordered}; make it with from_process_group or simulated")
-        return self.groups[ordered]
+        if wide not in self.groups:
+            raise PlanError(f"this mesh has no group over {wide}; make it with from_process_group or simulated")
+        return self.groups[wide]
+
+    def edge(self, source: int, to: int) -> str:
+        """Name of the process group over which one rank sends to another.
+
+        Raises:
+            PlanError: for ranks of which the plan has no such pair.
+        """
+        if (source, to) not in self.edges:
+            raise PlanError(f"nothing of this plan goes from rank {source} to rank {to}")
+        return self.edges[source, to]
+
+    def rank_at(self, **moved: int) -> int:
+        """The rank that has other coordinates than this one along the given dimensions, and the same along all else."""
+        here = dict(zip(self.names, self._coordinates(), strict=True))
+        return self._rank({**here, **moved}.values())
 
     def _ordered(self, names: Names) -> tuple[str, ...]:
         wanted = {names} if isinstance(names, str) else set(names)
@@ -201,10 +234,34 @@ def is_simulated(group: str) -> bool:
     return group.startswith(_SIMULATED)
 
 
-def _subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The sets of dimensions that have a group, each in mesh order."""
-    wanted = [*((name,) for name in names), SEQUENCE, PIPELINES, TEAM, REPLICA, BRANCHES, names]
-    return list(dict.fromkeys(tuple(name for name in names if name in chosen) for chosen in wanted))
+def _sets(plan: Plan) -> list[tuple[str, ...]]:
+    """The sets of dimensions along which ranks meet, each in mesh order: those that something of the plan asks for."""
+    wanted: list[tuple[str, ...]] = [(name,) for name in plan.mesh_order if name != "cfg" or plan.patch_count == 1]
+    wanted += [SEQUENCE, BRANCHES, plan.mesh_order]
+    if plan.pipefusion > 1:
+        wanted.append(TEAM)
+    if plan.rows.ring == plan.replica:
+        wanted.append(REPLICA)
+    return [tuple(name for name in plan.mesh_order if name in chosen) for chosen in wanted]
+
+
+def _edges(mesh: Mesh, plan: Plan) -> Iterator[tuple[int, int]]:
+    """Who sends patches to whom: each stage to the next, the last to the first, and to both ends of other pipelines."""
+    if plan.patch_count == 1:
+        return
+    last = mesh.size("pipefusion") - 1
+    for place in _places(mesh):
+        stage, half = place.coordinate("pipefusion"), place.coordinate("cfg")
+        if last:
+            yield place.rank, place.rank_at(pipefusion=(stage + 1) % (last + 1))
+        for other in range(mesh.size("cfg")) if stage == last else ():
+            for end in sorted({0, last}) if other != half else ():
+                yield place.rank, place.rank_at(cfg=other, pipefusion=end)
+
+
+def _places(mesh: Mesh) -> list[Mesh]:
+    """The same mesh as every rank has it."""
+    return [dataclasses.replace(mesh, rank=rank) for rank in range(mesh.world_size)]
 
 
 def connect(mesh: Mesh, limit: datetime.timedelta, rows: int = 1) -> dict[str, dist.ProcessGroup]:
@@ -219,38 +276,73 @@ def connect(mesh: Mesh, limit: datetime.timedelta, rows: int = 1) -> dict[str, d
     Raises:
         AgreementError: when a rank does not answer in time.
     """
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    made: dict[Channel, dist.ProcessGroup] = {}
     own: dict[str, dist.ProcessGroup] = {}
-    for role, teams in _teams(mesh, rows).items():
-        for ranks in teams:
-            if ranks not in made:
-                with _answering(ranks, limit):
-                    made[ranks] = dist.new_group(list(ranks), timeout=limit, group_desc=role)
-            if mesh.rank in ranks:
-                own[role] = made[ranks]
-    for ranks, group in made.items():
-        if mesh.rank in ranks:
-            with _answering(ranks, limit):
-                _meet(group)
+    for role, channel in channels(mesh, rows):
+        if channel not in made:
+            with _answering(channel.ranks, limit):
+                made[channel] = dist.new_group(list(channel.ranks), timeout=limit, group_desc=role)
+        if mesh.rank in channel.ranks:
+            own[role] = made[channel]
+    for channel, group in made.items():
+        if mesh.rank in channel.ranks:
+            with _answering(channel.ranks, limit):
+                _meet(channel, mesh.rank, group)
     return own
 
 
-def _teams(mesh: Mesh, rows: int) -> dict[str, list[tuple[int, ...]]]:
-    """For each role the ranks of every group that has it."""
-    places = [dataclasses.replace(mesh, rank=rank) for rank in range(mesh.world_size)]
-    teams = {role: [tuple(place.peers(names)) for place in places] for names, role in mesh.groups.items()}
+class Channel(NamedTuple):
+    """A process group that a mesh needs: its ranks, and what it is apart from others of the same ranks.
+
+    Roles that have the same ranks share one, unless what goes through must not stand in one queue with anything else:
+    then ``lane`` is that role. From the first rank of an ``edge`` tensors are sent to the second.
+    """
+
+    ranks: tuple[int, ...]
+    lane: str = ""
+    edge: bool = False
+
+
+def channels(mesh: Mesh, rows: int = 1) -> list[tuple[str, Channel]]:
+    """Every role of a mesh with every process group that has it, in the order in which all ranks make them."""
+    places = _places(mesh)
+    found = [(role, Channel(tuple(place.peers(names)))) for names, role in mesh.groups.items() for place in places]
     if 1 < rows < mesh.size(REPLICA):
         members = [place.peers(REPLICA) for place in places]
         runs = [tuple(each[at : at + rows]) for each in members for at in range(0, len(each), rows)]
-        teams[mesh.rows_role(rows)] = runs
-    return {role: list(dict.fromkeys(each)) for role, each in teams.items()}
+        found += [(mesh.rows_role(rows), Channel(run)) for run in runs]
+    if mesh.behind:
+        found += [(mesh.behind, Channel(tuple(place.peers("distrifusion")), mesh.behind)) for place in places]
+    found += [(role, Channel(edge, role, edge=True)) for edge, role in mesh.edges.items()]
+    return list(dict.fromkeys(found))
 
 
-def _meet(group: dist.ProcessGroup) -> None:
-    """Use a group once, so that all members connect together: a first point-to-point call would connect only two."""
+def _meet(channel: Channel, rank: int, group: dist.ProcessGroup) -> None:
+    """Use a group once, so that all members connect together, and in the way in which it will be used.
+
+    NCCL connects ranks for transfers between two when the first of them begins, and holds up whoever begins it.
+    """
     count = torch.ones(1, device=_device_of(group))
     dist.all_reduce(count, group=group)
+    if channel.edge:
+        source, to = channel.ranks
+        for work in send(count, to, group) if rank == source else receive(count, source, group):
+            work.wait()
     count.item()
+
+
+def send(tensor: torch.Tensor, to: int, group: dist.ProcessGroup) -> list[dist.Work]:
+    """Begin to send a tensor to a rank.
+
+    As a batch of one: by itself NCCL would send it through a communicator of the two ranks that it makes for that,
+    in place of the group's, which has met.
+    """
+    return dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, to, group)])
+
+
+def receive(tensor: torch.Tensor, source: int, group: dist.ProcessGroup) -> list[dist.Work]:
+    """Begin to fill a tensor with what a rank sends; see `send`."""
+    return dist.batch_isend_irecv([dist.P2POp(dist.irecv, tensor, source, group)])
 
 
 @contextmanager

@@ -110,10 +110,10 @@ class PipelineRunner(Runner):
         self._drains = _Drains()
         self.taken: list[Program] = []
         self.places: dict[str, int] = {}
-        group = self.mesh.group("pipefusion")
-        self.pipe = Pipe(group) if group else None
         self.halves = Halves(self.mesh)
         self.stage, self.last = self.mesh.coordinate("pipefusion"), self.mesh.size("pipefusion") - 1
+        self.pipe = Pipe(self.mesh) if self.last else None
+        self.stages = self.mesh.peers("pipefusion")
         self.session.after_failure(self._reset)
 
     def _reset(self) -> None:
@@ -156,7 +156,7 @@ class PipelineRunner(Runner):
             done = [[cut.take(each, at) for each, cut in zip(found, flow.results, strict=True)] for at in flow.patches]
             for results in done:
                 self._give(results, shared=True)
-        return self._patched(flow, self._parts(flow, done, device), device)
+        return self._patched(flow, self._elsewhere(flow, device) or _here(done), device)
 
     def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
         args, kwargs = pytree.tree_map(whole_of, (args, kwargs))
@@ -228,12 +228,12 @@ class PipelineRunner(Runner):
         self._turn()
         received: Sequence[torch.Tensor] = ()
         if self.pipe is not None and self.stage:
-            received = self.pipe.receive(stage.received, device, self.stage - 1).wait()
+            received = self.pipe.receive(stage.received, device, self.stages[self.stage - 1]).wait()
         found: Sequence[torch.Tensor] = flow.runs[0](
             *bind(stage.program, self.weights, leaves, branch.states), *received
         )
         if self.pipe is not None and self.stage < self.last:
-            self.pipe.send(found, self.stage + 1)
+            self.pipe.send(found, self.stages[self.stage + 1])
         return found
 
     def _in_patches(
@@ -245,6 +245,7 @@ class PipelineRunner(Runner):
         device = device_of(leaves)
         given = {at: self._patches(leaves[at], cut) for at, cut in flow.inputs.items()}
         arriving = [self._asked(stage, device) for stage in flow.pipeline.patches]
+        parts = self._elsewhere(flow, device)
         common = flow.kept(self.weights, leaves, branch)
         done: list[Sequence[torch.Tensor]] = []
         for at, stage in enumerate(flow.pipeline.patches):
@@ -254,16 +255,16 @@ class PipelineRunner(Runner):
             tensors = bind(stage.program, self.weights, leaves, kept)
             found = flow.runs[at + 1](*tensors, *arriving[at]())
             if self.pipe is not None and self.stage < self.last:
-                self.pipe.send(found, self.stage + 1)
+                self.pipe.send(found, self.stages[self.stage + 1])
             else:
                 self._give(found, shared)
             done.append(found)
-        return self._patched(flow, self._parts(flow, done, device), device)
+        return self._patched(flow, parts or _here(done), device)
 
     def _give(self, found: Sequence[torch.Tensor], shared: bool) -> None:
         """Send the results of a patch from the last stage to where they are needed."""
         if self.pipe is not None:
-            self.pipe.send(found, 0)
+            self.pipe.send(found, self.stages[0])
         if shared:
             self.halves.give(found)
 
@@ -277,15 +278,19 @@ class PipelineRunner(Runner):
     def _asked(self, stage: Stage, device: torch.device) -> Callable[[], Sequence[torch.Tensor]]:
         if self.pipe is None or not self.stage:
             return tuple
-        return self.pipe.receive(stage.received, device, self.stage - 1).wait
+        return self.pipe.receive(stage.received, device, self.stages[self.stage - 1]).wait
 
-    def _parts(self, flow: Flow, done: list[Sequence[torch.Tensor]], device: torch.device) -> list[list[Part]]:
-        """The results patch by patch: here on the last stage, on their way on the first, on no other."""
-        if self.stage == self.last:
-            return [[Part.of(tensor) for tensor in found] for found in done]
-        if self.stage or self.pipe is None:
+    def _elsewhere(self, flow: Flow, device: torch.device) -> list[list[Part]]:
+        """The results patch by patch where the last stage is another: on their way to the first, to none between.
+
+        They are asked for before anything is computed, so that the last stage can send each as it is done.
+        """
+        if self.pipe is None or self.stage == self.last:
+            return []
+        if self.stage:
             return [[Part(like) for like in flow.likes(at)] for at in flow.patches]
-        return [_coming(self.pipe.receive(flow.likes(at), device, self.last), flow.likes(at)) for at in flow.patches]
+        source = self.stages[self.last]
+        return [_coming(self.pipe.receive(flow.likes(at), device, source), flow.likes(at)) for at in flow.patches]
 
     def _taken(self, flow: Flow, at: int, device: torch.device, half: int) -> list[Part]:
         """The results of a patch that another pipeline computes: on their way to the first and last stage here."""
@@ -312,6 +317,10 @@ class PipelineRunner(Runner):
         whole = whole if self.pipe is None else self.pipe.broadcast(whole, self.last)
         self._drains.seconds += time.perf_counter() - begin
         return whole
+
+
+def _here(done: Sequence[Sequence[torch.Tensor]]) -> list[list[Part]]:
+    return [[Part.of(tensor) for tensor in found] for found in done]
 
 
 def _coming(arriving: Arriving, likes: Sequence[torch.Tensor]) -> list[Part]:

@@ -10,16 +10,40 @@ import torch
 import torch.distributed as dist
 
 from .kernels.groups import answering, carrier, complete, process_group
+from .mesh import Mesh, receive, send
+from .messages import length, pack, unpack
+
+WHAT = "a transfer between stages"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Arriving:
-    """Tensors on their way to this rank, or from it."""
+    """Tensors on their way to this rank, or from it, as one message.
 
-    tensors: tuple[torch.Tensor, ...]
+    Args:
+        message: its bytes.
+        likes: tensors of their shapes and dtypes, where they come to this rank.
+        device: where they are wanted.
+    """
+
+    message: torch.Tensor
+    likes: Sequence[torch.Tensor]
+    device: torch.device
     _works: list[dist.Work]
-    _pipe: Pipe
-    _device: torch.device
+    _members: dist.ProcessGroup
+    _tensors: tuple[torch.Tensor, ...] | None = None
+
+    def settle(self) -> None:
+        """Wait until the message is here, or gone.
+
+        Raises:
+            AgreementError: when the other rank fails or does not answer in time.
+        """
+        if self._works:
+            with answering(self._members, WHAT):
+                for work in self._works:
+                    work.wait()
+            self._works.clear()
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         """The tensors, once they are here.
@@ -27,34 +51,29 @@ class Arriving:
         Raises:
             AgreementError: when the sender fails or does not answer in time.
         """
-        if self._works:
-            with answering(self._pipe.members, "a transfer between stages"):
-                for work in self._works:
-                    work.wait()
-            self._works.clear()
-        self.tensors = tuple(each.to(self._device) for each in self.tensors)
-        return self.tensors
+        self.settle()
+        if self._tensors is None:
+            self._tensors = unpack(self.message.to(self.device), self.likes)
+        return self._tensors
 
 
 class Pipe:
     """One rank's ends of a pipeline: every message meets the receiver's request of the same order.
 
+    Each pair of ranks has a process group of its own for each direction (`Mesh.edge`). What one group does it does in
+    order: in a common one a stage could not send its first patch on before it had received its last.
+
     What is on its way is kept until the second call after, when it has arrived or will at once: no rank is further than
     one call ahead of another.
 
     Args:
-        group: role of the process group of the stages, in order.
+        mesh: this rank's place.
     """
 
-    def __init__(self, group: str):
-        self._group = group
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
         self._before: list[Arriving] = []
         self._under_way: list[Arriving] = []
-
-    @property
-    def members(self) -> dist.ProcessGroup:
-        """The stages, in order."""
-        return process_group(self._group)
 
     def reset(self) -> None:
         """Forget what is on its way: connections were closed."""
@@ -72,33 +91,31 @@ class Pipe:
             AgreementError: when another stage fails or does not answer in time.
         """
         for each in self._before:
-            each.wait()
+            each.settle()
         self._before, self._under_way = self._under_way, []
 
     def send(self, tensors: Sequence[torch.Tensor], to: int) -> None:
-        """Send tensors to a stage, and go on at once. Empty ones are not sent."""
-        kept = tuple(each.contiguous().to(carrier(each.device, self.members)) for each in tensors if each.numel())
-        with answering(self.members, "a transfer between stages"):
-            works = [dist.isend(each, group=self.members, group_dst=to) for each in kept]
-        self._keep(kept, works, kept[0].device if kept else torch.device("cpu"))
+        """Send tensors to a rank as one message, and go on at once. If all are empty, nothing is sent."""
+        members = process_group(self._mesh.edge(self._mesh.rank, to))
+        if any(each.numel() for each in tensors):
+            message = pack(tensors, carrier(tensors[0].device, members))
+            with answering(members, WHAT):
+                works = send(message, to, members)
+            self._under_way.append(Arriving(message, (), message.device, works, members))
 
     def receive(self, likes: Sequence[torch.Tensor], device: torch.device, source: int) -> Arriving:
-        """Ask a stage for tensors of these shapes and dtypes; they are taken in even where nobody waits for them."""
-        place = carrier(device, self.members)
-        tensors = tuple(torch.empty(like.shape, dtype=like.dtype, device=place) for like in likes)
-        with answering(self.members, "a transfer between stages"):
-            works = [dist.irecv(each, group=self.members, group_src=source) for each in tensors if each.numel()]
-        return self._keep(tensors, works, device)
-
-    def _keep(
-        self, tensors: tuple[torch.Tensor, ...], works: Sequence[dist.Work | None], device: torch.device
-    ) -> Arriving:
-        self._under_way.append(Arriving(tensors, [work for work in works if work is not None], self, device))
+        """Ask a rank for tensors of these shapes and dtypes; they are taken in even where nobody waits for them."""
+        members = process_group(self._mesh.edge(source, self._mesh.rank))
+        message = torch.empty(length(likes), dtype=torch.uint8, device=carrier(device, members))
+        with answering(members, WHAT):
+            works = receive(message, source, members) if len(message) else []
+        self._under_way.append(Arriving(message, likes, device, works, members))
         return self._under_way[-1]
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """A tensor of one stage on all of them; others give one of its shape, which is filled."""
-        moved = tensor.contiguous().to(carrier(tensor.device, self.members))
-        start = functools.partial(dist.broadcast, moved, group=self.members, group_src=source, async_op=True)
-        complete(self.members, "a broadcast over stages", start)
+        members = process_group(self._mesh.group("pipefusion"))
+        moved = tensor.contiguous().to(carrier(tensor.device, members))
+        start = functools.partial(dist.broadcast, moved, group=members, group_src=source, async_op=True)
+        complete(members, "a broadcast over stages", start)
         return moved.to(tensor.device)
