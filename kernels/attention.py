@@ -55,7 +55,7 @@ def attention(
         ValueError: when shapes do not fit.
         ProviderUnavailable: when the provider cannot compute this.
     """
-    return _compute(q, k, v, mask, is_causal, scale, enable_gqa, provider, lse=False)[0]
+    return token_major(attended(q, k, v, mask, is_causal, scale, enable_gqa, provider, lse=False)[0])
 
 
 @torch.library.impl(_LIBRARY, "attention_lse", "CompositeExplicitAutograd")
@@ -70,9 +70,9 @@ def attention_lse(
     provider: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``attention`` with the log-sum-exp of the scores, fp32 ``[..., Hq, Sq]``, -inf where a row sees no key."""
-    out, lse = _compute(q, k, v, mask, is_causal, scale, enable_gqa, provider, lse=True)
+    out, lse = attended(q, k, v, mask, is_causal, scale, enable_gqa, provider, lse=True)
     assert lse is not None
-    return out, lse
+    return token_major(out), lse.contiguous()
 
 
 @torch.library.register_fake("xdit_compile::attention", lib=_LIBRARY)
@@ -165,7 +165,7 @@ def query_of(
     )
 
 
-def _compute(
+def attended(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -176,6 +176,7 @@ def _compute(
     provider: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What ``attention`` gives, with the log-sum-exp if that is asked for, as it comes to lie in memory."""
     shape = output_shape(q, k, v, mask, enable_gqa)
     chosen = choose(provider, query_of(q, k, v, mask, is_causal, lse))
     if math.prod(shape[:-1]) == 0 or k.shape[-2] == 0:
@@ -185,8 +186,8 @@ def _compute(
     out, log = chosen.run(call)
     if lse:
         out, log = _blind_rows_settled(out, log, call.mask)
-        log = log.reshape(shape[:-1]).contiguous()
-    return token_major(out.to(q.dtype).reshape(shape)), log
+        log = log.reshape(shape[:-1])
+    return out.to(q.dtype).reshape(shape), log
 
 
 def _regular(
