@@ -1,7 +1,7 @@
 """Attention as an op of the graph: any shape, mask and size, computed by a chosen provider.
 
 Irregular calls are made regular here, once, so that no kernel meets what it cannot take: leading dims are flattened,
-empty tensors answered without a kernel, and the log-sum-exp of rows that see no key corrected.
+empty tensors answered without a kernel, and rows that see no key put right.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def attention(
         provider: a name of ``registry.PROVIDERS`` or ``auto``.
 
     Returns:
-        ``[..., Hq, Sq, Dv]`` in the dtype of ``q``, with tokens before heads in memory.
+        ``[..., Hq, Sq, Dv]`` in the dtype of ``q``, with tokens before heads in memory; 0 where a row sees no key.
 
     Raises:
         ValueError: when shapes do not fit.
@@ -184,10 +184,12 @@ def attended(
         return out, q.new_full(shape[:-1], -math.inf, dtype=torch.float32) if lse else None
     call = _regular(q, k, v, mask, is_causal, scale, shape, enable_gqa, lse)
     out, log = chosen.run(call)
-    if lse:
-        out, log = _blind_rows_settled(out, log, call.mask)
-        log = log.reshape(shape[:-1])
-    return out.to(q.dtype).reshape(shape), log
+    settled = q.device.type in chosen.settled
+    if call.mask is not None and not (settled and log is None):
+        blind = _blind(call.mask)
+        out = out if settled else out.masked_fill(blind.unsqueeze(-1), 0)
+        log = None if log is None else log.masked_fill(blind, -math.inf)
+    return out.to(q.dtype).reshape(shape), None if log is None else log.float().reshape(shape[:-1])
 
 
 def _regular(
@@ -238,12 +240,6 @@ def _with_causal(mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
     return mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -math.inf)
 
 
-def _blind_rows_settled(
-    out: torch.Tensor, lse: torch.Tensor | None, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that see no key get 0 and -inf: kernels differ there (the CPU flash kernel says 0 for the latter)."""
-    assert lse is not None
-    if mask is None:
-        return out, lse.float()
-    blind = ~mask.any(-1) if mask.dtype == torch.bool else (mask == -math.inf).all(-1)
-    return out.masked_fill(blind.unsqueeze(-1), 0), lse.float().masked_fill(blind, -math.inf)
+def _blind(mask: torch.Tensor) -> torch.Tensor:
+    """Rows that see no key."""
+    return ~mask.any(-1) if mask.dtype == torch.bool else (mask == -math.inf).all(-1)
