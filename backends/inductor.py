@@ -41,8 +41,8 @@ class Inductor(Backend):
 class Compiled(nn.Module):
     """A structure compiled anew for each way in which its inputs lie.
 
-    Dynamo takes a ninth way for a mistake and, as graphs may not break, raises before anything ran. Here every way comes
-    of a call that the program makes, so there is no such limit but the one on all that is compiled of one function.
+    Dynamo takes a ninth way for a mistake and, as graphs may not break, raises before anything ran. Here every way
+    comes of a call that the program makes, so there is no limit but the one on all that is compiled of a function.
     """
 
     def __init__(self, run: Callable[..., tuple[Any, ...]]):

@@ -29,7 +29,7 @@ for _schema in (
     'all_reduce(Tensor x, str group, str op="sum") -> Tensor',
     "halo_exchange(Tensor x, int dim, SymInt[] starts, SymInt[] stops, SymInt[] sizes, int index, str group) -> Tensor",
     "halo_start(Tensor x, int dim, SymInt[] starts, SymInt[] stops, SymInt[] sizes, int index, str group) -> Tensor",
-    "halo_finish(Tensor arriving, Tensor here, int dim, int at, int count, bool before, int zeros, str group) -> Tensor",
+    "halo_finish(Tensor arriving, Tensor here, int dim, int at, int rows, bool before, int zeros, str group) -> Tensor",
     "gather_start(Tensor x, int dim, SymInt[] sizes, str group) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -99,7 +99,7 @@ def all_gather(x: torch.Tensor, dim: int, sizes: list[int], group: str) -> torch
     members = process_group(group)
     _check_count(members, len(sizes))
     out, as_it_is = _room(x, dim, sizes), x.shape[dim] == max(sizes) and x.is_contiguous()
-    mine = x.view(-1) if as_it_is else _put_own(x, out, dim, sizes, members)
+    mine = x.view(-1) if as_it_is else _put_own(x, out, dim, sizes, dist.get_rank(members))
     if out.numel():
         complete(members, "an all-gather", lambda: _gather_even(out, mine, group=members, async_op=True))
     if len(set(sizes)) == 1 and math.prod(x.shape[:dim]) == 1:
@@ -132,10 +132,12 @@ def gather_start(x: torch.Tensor, dim: int, sizes: list[int], group: str) -> tor
     """
     dim = _check_all_gather(x, dim, sizes)
     out = _room(x, dim, sizes)
-    if group and out.numel():
+    if not group:
+        _put_own(x, out, dim, sizes, 0)
+    elif out.numel():
         members = process_group(group)
         _check_count(members, len(sizes))
-        mine = _put_own(x, out, dim, sizes, members)
+        mine = _put_own(x, out, dim, sizes, dist.get_rank(members))
         with answering(members, "an exchange of shards"):
             work = _gather_even(out, mine, group=members, async_op=True)
         hold(out, work, members)
@@ -152,12 +154,10 @@ def _room(x: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
     return x.new_empty(len(sizes) * max(sizes) * row_of(x.shape, dim))
 
 
-def _put_own(
-    x: torch.Tensor, out: torch.Tensor, dim: int, sizes: Sequence[int], members: dist.ProcessGroup
-) -> torch.Tensor:
+def _put_own(x: torch.Tensor, out: torch.Tensor, dim: int, sizes: Sequence[int], index: int) -> torch.Tensor:
     """Put this rank's shard in its place among all, and give the place: gathered from there it needs no other."""
     most = max(sizes) * row_of(x.shape, dim)
-    mine = out.narrow(0, dist.get_rank(members) * most, most)
+    mine = out.narrow(0, index * most, most)
     mine.narrow(0, 0, x.numel()).view(x.shape).copy_(x)
     return mine
 
