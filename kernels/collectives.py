@@ -277,7 +277,7 @@ def _(
 
 @torch.library.impl(_LIBRARY, "halo_finish", "CompositeExplicitAutograd")
 def halo_finish(
-    arriving: torch.Tensor, here: torch.Tensor, dim: int, at: int, count: int, before: bool, zeros: int, group: str
+    arriving: torch.Tensor, here: torch.Tensor, dim: int, at: int, rows: int, before: bool, zeros: int, group: str
 ) -> torch.Tensor:
     """Wait for the rows that ``halo_start`` asked for, and join some of them with rows that are here.
 
@@ -285,7 +285,7 @@ def halo_finish(
         arriving: what ``halo_start`` gave.
         here: neighbours of the rows that arrive.
         dim: where rows are counted.
-        at, count: the first element of the rows, and how many rows.
+        at, rows: the first element of the rows, and how many there are.
         before: whether they come before those that are here, or after.
         zeros: rows of zeros on their other side.
         group: process group; empty for this rank alone.
@@ -298,21 +298,21 @@ def halo_finish(
     """
     if group and not is_simulated(group):
         settle(arriving, "an exchange of rows")
-    return _beside(arriving, here, dim, at, count, before, zeros)
+    return _beside(arriving, here, dim, at, rows, before, zeros)
 
 
 @torch.library.register_fake("xdit_compile::halo_finish", lib=_LIBRARY)
 def _(
-    arriving: torch.Tensor, here: torch.Tensor, dim: int, at: int, count: int, before: bool, zeros: int, group: str
+    arriving: torch.Tensor, here: torch.Tensor, dim: int, at: int, rows: int, before: bool, zeros: int, group: str
 ) -> torch.Tensor:
-    return _beside(arriving, here, dim, at, count, before, zeros)
+    return _beside(arriving, here, dim, at, rows, before, zeros)
 
 
 def _beside(
-    arriving: torch.Tensor, here: torch.Tensor, dim: int, at: int, count: int, before: bool, zeros: int
+    arriving: torch.Tensor, here: torch.Tensor, dim: int, at: int, rows: int, before: bool, zeros: int
 ) -> torch.Tensor:
     shape, edge = list(here.shape), list(here.shape)
-    shape[dim], edge[dim] = count, zeros
+    shape[dim], edge[dim] = rows, zeros
     there = arriving.narrow(0, at, math.prod(shape)).view(shape)
     parts = [here, there] if not zeros else [here, there, here.new_zeros(edge)]
     return torch.cat(parts[::-1] if before else parts, dim)

@@ -318,7 +318,8 @@ def test_shared_key_heads_reach_a_fused_kernel(dtype, mask, v_dim, repeated, mon
 def test_on_the_cpu_shared_key_heads_are_fused(kind):
     q, k, v = qkv((1, 8, 64, 64), (1, 2, 64, 64))
     mask = None if kind is None else masks((1, 1, 64, 64), kind)
-    assert torch._fused_sdp_choice(q, k, v, mask, enable_gqa=True) == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
+    chosen = torch._fused_sdp_choice(q, k, v, mask, enable_gqa=True)
+    assert chosen == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
 
 def test_query_of_reads_the_call():

@@ -12,7 +12,7 @@ from .digest import digest_tensors
 from .versions import version_of
 
 MOST = 8
-"""Values of one form that later tensors are compared with; of others the one that was not met for the longest time goes."""
+"""Values of one form that later tensors are compared with; of more, the one not met for the longest time goes."""
 
 
 class Recognized:
