@@ -81,9 +81,7 @@ def ring_attention(
     for step in range(count):
         here = (position - step) % count
         finish = _pass_on(packed, _elements(likes, lengths[here - 1]), members) if step + 1 < count else None
-        out, lse = attended(q, k, v, columns[here], False, scale, enable_gqa, provider, lse=True)
-        assert lse is not None
-        held = _exact(out, lse) if held is None else merge_into(held, (out, lse))
+        held = _joined(held, *attended(q, k, v, columns[here], False, scale, enable_gqa, provider, lse=True))
         if finish is not None:
             packed = finish()
             k, v = _unpacked(packed.to(device), likes, lengths[here - 1])
@@ -118,9 +116,11 @@ def _columns(mask: torch.Tensor | None, lengths: list[int]) -> list[torch.Tensor
     return list(mask.split(list(lengths), -1))
 
 
-def _exact(out: torch.Tensor, lse: torch.Tensor) -> Part:
+def _joined(held: Part | None, out: torch.Tensor, lse: torch.Tensor | None) -> Part:
+    """What there is, with one more part: the first as it is, others into it."""
+    assert lse is not None
     exact = accumulation_dtype(out.dtype)
-    return out.to(exact), lse.to(exact)
+    return (out.to(exact), lse.to(exact)) if held is None else merge_into(held, (out, lse))
 
 
 def _packed(k: torch.Tensor, v: torch.Tensor, place: torch.device) -> torch.Tensor:
