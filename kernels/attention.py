@@ -1,7 +1,7 @@
 """Attention as an op of the graph: any shape, mask and size, computed by a chosen provider.
 
 Irregular calls are made regular here, once, so that no kernel meets what it cannot take: leading dims are flattened,
-empty tensors answered without a kernel, and the log-sum-exp of rows that see no key corrected.
+empty tensors answered without a kernel, and rows that see no key put right.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def attention(
         provider: a name of ``registry.PROVIDERS`` or ``auto``.
 
     Returns:
-        ``[..., Hq, Sq, Dv]`` in the dtype of ``q``, with tokens before heads in memory.
+        ``[..., Hq, Sq, Dv]`` in the dtype of ``q``, with tokens before heads in memory; 0 where a row sees no key.
 
     Raises:
         ValueError: when shapes do not fit.
         ProviderUnavailable: when the provider cannot compute this.
     """
-    return _compute(q, k, v, mask, is_causal, scale, enable_gqa, provider, lse=False)[0]
+    return token_major(attended(q, k, v, mask, is_causal, scale, enable_gqa, provider, lse=False)[0])
 
 
 @torch.library.impl(_LIBRARY, "attention_lse", "CompositeExplicitAutograd")
@@ -70,9 +70,9 @@ def attention_lse(
     provider: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``attention`` with the log-sum-exp of the scores, fp32 ``[..., Hq, Sq]``, -inf where a row sees no key."""
-    out, lse = _compute(q, k, v, mask, is_causal, scale, enable_gqa, provider, lse=True)
+    out, lse = attended(q, k, v, mask, is_causal, scale, enable_gqa, provider, lse=True)
     assert lse is not None
-    return out, lse
+    return token_major(out), lse.contiguous()
 
 
 @torch.library.register_fake("xdit_compile::attention", lib=_LIBRARY)
@@ -165,7 +165,7 @@ def query_of(
     )
 
 
-def _compute(
+def attended(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -176,6 +176,7 @@ def _compute(
     provider: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What ``attention`` gives, with the log-sum-exp if that is asked for, as it comes to lie in memory."""
     shape = output_shape(q, k, v, mask, enable_gqa)
     chosen = choose(provider, query_of(q, k, v, mask, is_causal, lse))
     if math.prod(shape[:-1]) == 0 or k.shape[-2] == 0:
@@ -183,10 +184,12 @@ def _compute(
         return out, q.new_full(shape[:-1], -math.inf, dtype=torch.float32) if lse else None
     call = _regular(q, k, v, mask, is_causal, scale, shape, enable_gqa, lse)
     out, log = chosen.run(call)
-    if lse:
-        out, log = _blind_rows_settled(out, log, call.mask)
-        log = log.reshape(shape[:-1]).contiguous()
-    return token_major(out.to(q.dtype).reshape(shape)), log
+    settled = q.device.type in chosen.settled
+    if call.mask is not None and not (settled and log is None):
+        blind = _blind(call.mask)
+        out = out if settled else out.masked_fill(blind.unsqueeze(-1), 0)
+        log = None if log is None else log.masked_fill(blind, -math.inf)
+    return out.to(q.dtype).reshape(shape), None if log is None else log.float().reshape(shape[:-1])
 
 
 def _regular(
@@ -237,12 +240,6 @@ def _with_causal(mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
     return mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -math.inf)
 
 
-def _blind_rows_settled(
-    out: torch.Tensor, lse: torch.Tensor | None, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that see no key get 0 and -inf: kernels differ there (the CPU flash kernel says 0 for the latter)."""
-    assert lse is not None
-    if mask is None:
-        return out, lse.float()
-    blind = ~mask.any(-1) if mask.dtype == torch.bool else (mask == -math.inf).all(-1)
-    return out.masked_fill(blind.unsqueeze(-1), 0), lse.float().masked_fill(blind, -math.inf)
+def _blind(mask: torch.Tensor) -> torch.Tensor:
+    """Rows that see no key."""
+    return ~mask.any(-1) if mask.dtype == torch.bool else (mask == -math.inf).all(-1)

@@ -6,9 +6,9 @@ graph that calls them compiles whole.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,8 @@ for _schema in (
     'all_reduce(Tensor x, str group, str op="sum") -> Tensor',
     "halo_exchange(Tensor x, int dim, SymInt[] starts, SymInt[] stops, SymInt[] sizes, int index, str group) -> Tensor",
     "halo_start(Tensor x, int dim, SymInt[] starts, SymInt[] stops, SymInt[] sizes, int index, str group) -> Tensor",
-    "halo_finish(Tensor arriving, str group) -> Tensor",
+    "halo_finish(Tensor arriving, Tensor here, int dim, int at, int rows, bool before, int zeros, str group) -> Tensor",
+    "gather_start(Tensor x, int dim, SymInt[] sizes, str group) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -95,9 +96,15 @@ def all_gather(x: torch.Tensor, dim: int, sizes: list[int], group: str) -> torch
     dim = _check_all_gather(x, dim, sizes)
     if not group:
         return x.clone(memory_format=torch.contiguous_format)
-    shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
-    parts = _gather_flat(x, [math.prod(shape) for shape in shapes], group)
-    return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim)
+    members = process_group(group)
+    _check_count(members, len(sizes))
+    out, as_it_is = _room(x, dim, sizes), x.shape[dim] == max(sizes) and x.is_contiguous()
+    mine = x.view(-1) if as_it_is else _put_own(x, out, dim, sizes, dist.get_rank(members))
+    if out.numel():
+        complete(members, "an all-gather", lambda: _gather_even(out, mine, group=members, async_op=True))
+    if len(set(sizes)) == 1 and math.prod(x.shape[:dim]) == 1:
+        return out.view(*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :])
+    return torch.cat(gathered(out, x.shape, dim, sizes), dim)
 
 
 @torch.library.register_fake("xdit_compile::all_gather", lib=_LIBRARY)
@@ -114,20 +121,59 @@ def _check_all_gather(x: torch.Tensor, dim: int, sizes: list[int]) -> int:
     return dim % x.dim()
 
 
-def _gather_flat(x: torch.Tensor, counts: list[int], group: str) -> tuple[torch.Tensor, ...]:
-    """Every rank's elements. Uneven counts go through an all-to-all: gloo has no other way, and nothing is padded."""
-    members = process_group(group)
-    _check_count(members, len(counts))
-    out = x.new_empty(sum(counts))
-    flat = x.reshape(-1)
-    if len(set(counts)) > 1:
-        copies, splits = flat.repeat(len(counts)), (counts, [flat.numel()] * len(counts))
-        start = functools.partial(dist.all_to_all_single, out, copies, *splits)
-    else:
-        start = functools.partial(_gather_even, out, flat)
-    if out.numel():
-        complete(members, "an all-gather", lambda: start(group=members, async_op=True))
-    return out.split(counts)
+@torch.library.impl(_LIBRARY, "gather_start", "CompositeExplicitAutograd")
+def gather_start(x: torch.Tensor, dim: int, sizes: list[int], group: str) -> torch.Tensor:
+    """Begin what ``all_gather`` does, and go on at once; what it returns may be read only after ``stale_finish``.
+
+    Args, raises: as ``all_gather``.
+
+    Returns:
+        Room for the shards of all ranks: flat, in group order, for each as much as the largest takes.
+    """
+    dim = _check_all_gather(x, dim, sizes)
+    out = _room(x, dim, sizes)
+    if not group:
+        _put_own(x, out, dim, sizes, 0)
+    elif out.numel():
+        members = process_group(group)
+        _check_count(members, len(sizes))
+        mine = _put_own(x, out, dim, sizes, dist.get_rank(members))
+        with answering(members, "an exchange of shards"):
+            work = _gather_even(out, mine, group=members, async_op=True)
+        hold(out, work, members)
+    return out
+
+
+@torch.library.register_fake("xdit_compile::gather_start", lib=_LIBRARY)
+def _(x: torch.Tensor, dim: int, sizes: list[int], group: str) -> torch.Tensor:
+    return _room(x, _check_all_gather(x, dim, sizes), sizes)
+
+
+def _room(x: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+    """Backends gather equal amounts alone; other ways to gather unequal ones send from a copy for each peer."""
+    return x.new_empty(len(sizes) * max(sizes) * row_of(x.shape, dim))
+
+
+def _put_own(x: torch.Tensor, out: torch.Tensor, dim: int, sizes: Sequence[int], index: int) -> torch.Tensor:
+    """Put this rank's shard in its place among all, and give the place: gathered from there it needs no other."""
+    most = max(sizes) * row_of(x.shape, dim)
+    mine = out.narrow(0, index * most, most)
+    mine.narrow(0, 0, x.numel()).view(x.shape).copy_(x)
+    return mine
+
+
+def gathered(out: torch.Tensor, shape: Sequence[int], dim: int, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Views of the shards in what has room for all, in group order; ``shape`` is that of one of them."""
+    row = row_of(shape, dim)
+    return [
+        room.narrow(0, 0, size * row).view(*shape[:dim], size, *shape[dim + 1 :])
+        for room, size in zip(out.view(len(sizes), max(sizes) * row), sizes, strict=True)
+    ]
+
+
+def row_of(shape: Sequence[int], dim: int) -> int:
+    """Elements at one position of a dim."""
+    return math.prod(size for at, size in enumerate(shape) if at != dim)
 
 
 @torch.library.impl(_LIBRARY, "all_reduce", "CompositeExplicitAutograd")
@@ -230,42 +276,69 @@ def _(
 
 
 @torch.library.impl(_LIBRARY, "halo_finish", "CompositeExplicitAutograd")
-def halo_finish(arriving: torch.Tensor, group: str) -> torch.Tensor:
-    """Wait for the rows that ``halo_start`` asked for.
+def halo_finish(
+    arriving: torch.Tensor, here: torch.Tensor, dim: int, at: int, rows: int, before: bool, zeros: int, group: str
+) -> torch.Tensor:
+    """Wait for the rows that ``halo_start`` asked for, and join some of them with rows that are here.
+
+    Args:
+        arriving: what ``halo_start`` gave.
+        here: neighbours of the rows that arrive.
+        dim: where rows are counted.
+        at, rows: the first element of the rows, and how many there are.
+        before: whether they come before those that are here, or after.
+        zeros: rows of zeros on their other side.
+        group: process group; empty for this rank alone.
 
     Returns:
-        The rows, flat, in new memory.
+        All of them along ``dim``, in new memory.
 
     Raises:
         AgreementError: when a peer fails or does not answer in time.
     """
     if group and not is_simulated(group):
         settle(arriving, "an exchange of rows")
-    return arriving.clone()
+    return _beside(arriving, here, dim, at, rows, before, zeros)
 
 
 @torch.library.register_fake("xdit_compile::halo_finish", lib=_LIBRARY)
-def _(arriving: torch.Tensor, group: str) -> torch.Tensor:
-    return torch.empty_like(arriving)
+def _(
+    arriving: torch.Tensor, here: torch.Tensor, dim: int, at: int, rows: int, before: bool, zeros: int, group: str
+) -> torch.Tensor:
+    return _beside(arriving, here, dim, at, rows, before, zeros)
+
+
+def _beside(
+    arriving: torch.Tensor, here: torch.Tensor, dim: int, at: int, rows: int, before: bool, zeros: int
+) -> torch.Tensor:
+    shape, edge = list(here.shape), list(here.shape)
+    shape[dim], edge[dim] = rows, zeros
+    there = arriving.narrow(0, at, math.prod(shape)).view(shape)
+    parts = [here, there] if not zeros else [here, there, here.new_zeros(edge)]
+    return torch.cat(parts[::-1] if before else parts, dim)
 
 
 def halo_sent(
     x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int
 ) -> tuple[torch.Tensor, list[int], list[int]]:
     """What an exchange of rows gives to ``all_to_all``: the rows that leave this rank, and the splits both ways."""
-    row = math.prod(size for position, size in enumerate(x.shape) if position != dim)
+    row = row_of(x.shape, dim)
     start, _ = owned_rows(sizes, index)
     sent, got = rows_sent(starts, stops, sizes, index), rows_got(starts, stops, sizes, index)
-    pieces = [x.narrow(dim, a - start, b - a).reshape(-1) for a, b in sent if b > a]
-    away = torch.cat(pieces) if pieces else x.new_empty(0)
-    return away, [(b - a) * row for a, b in got], [(b - a) * row for a, b in sent]
+    splits = [(b - a) * row for a, b in sent]
+    away = x.new_empty(sum(splits))
+    for piece, (a, b) in zip(away.split(splits), sent, strict=True):
+        if b > a:
+            rows = x.narrow(dim, a - start, b - a)
+            piece.view(rows.shape).copy_(rows)
+    return away, [(b - a) * row for a, b in got], splits
 
 
 def halo_joined(
     x: torch.Tensor, arrived: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int
 ) -> torch.Tensor:
     """The rows that this rank asked for, from its own and those that ``all_to_all`` brought."""
-    row = math.prod(size for position, size in enumerate(x.shape) if position != dim)
+    row = row_of(x.shape, dim)
     got = rows_got(starts, stops, sizes, index)
     parts = [
         part.view(*x.shape[:dim], b - a, *x.shape[dim + 1 :])
@@ -331,5 +404,5 @@ def _check_count(members: dist.ProcessGroup, count: int) -> None:
         raise ValueError(f"{count} sizes for a group of {dist.get_world_size(members)} ranks")
 
 
-for _op in ("all_to_all", "all_gather", "all_reduce", "halo_exchange", "halo_start", "halo_finish"):
+for _op in ("all_to_all", "all_gather", "gather_start", "all_reduce", "halo_exchange", "halo_start", "halo_finish"):
     keep_in_order(getattr(torch.ops.xdit_compile, _op).default)

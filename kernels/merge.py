@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -27,13 +26,21 @@ def merge(parts: Sequence[Part]) -> Part:
     """
     if not parts:
         raise ValueError("merge needs at least one part")
-    exact = accumulation_dtype(parts[0][0].dtype)
-    logs = torch.stack([lse.to(exact) for _, lse in parts])
-    top = logs.amax(0)
-    weights = torch.exp(logs - torch.where(top == -math.inf, 0.0, top))
-    total = weights.sum(0)
-    shares = weights / torch.where(total == 0, 1.0, total)
-    out = parts[0][0].to(exact) * shares[0].unsqueeze(-1)
-    for (part, _), share in zip(parts[1:], shares[1:], strict=True):
-        out = torch.addcmul(out, part.to(exact), share.unsqueeze(-1))
-    return out, top + torch.log(total)
+    (out, lse), *rest = parts
+    exact = accumulation_dtype(out.dtype)
+    held = out.to(exact, copy=True), lse.to(exact)
+    for part in rest:
+        held = merge_into(held, part)
+    return held
+
+
+def merge_into(held: Part, part: Part) -> Part:
+    """Join attention over more keys to what there is, in as few kernels as that takes.
+
+    Args:
+        held: in fp32 or fp64; its output is written to.
+        part: over other keys. A row that saw no key is 0, here and in ``held``.
+    """
+    out, lse = held
+    share = torch.sub(part[1], lse).nan_to_num_(0.0).sigmoid_().to(out.dtype)
+    return out.lerp_(part[0].to(out.dtype), share.unsqueeze(-1)), torch.logaddexp(lse, part[1])

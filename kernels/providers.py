@@ -84,11 +84,14 @@ class Provider:
         name: what ``Plan.attention`` calls it.
         run: computes it; the log-sum-exp is ``[B, Hq, Sq]``, or None where it was not asked for.
         refusals: each gives a reason why a query is out of reach, or None.
+        settled: device types on which a row that sees no key comes out as 0, as PyTorch's definition has it. What other
+            fused kernels give there differs with their version; NaN is among it.
     """
 
     name: str
     run: Callable[[Call], Result]
     refusals: tuple[Callable[[AttentionQuery], str | None], ...] = ()
+    settled: tuple[str, ...] = ()
 
     def unsupported(self, query: AttentionQuery) -> str | None:
         """Why this provider cannot answer the query here, or None when it can."""
@@ -100,15 +103,22 @@ class Provider:
 
 
 def _sdpa(call: Call) -> Result:
-    return F.scaled_dot_product_attention(
-        call.q,
-        call.k,
-        call.v,
-        attn_mask=call.mask,
-        is_causal=call.is_causal,
-        scale=call.scale,
-        enable_gqa=call.grouped,
-    ), None
+    q, k, v = (call.q, call.k, call.v) if _shared_by_fused(call) else call.heads_repeated()
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out, None
+
+
+def _shared_by_fused(call: Call) -> bool:
+    """Whether PyTorch has a fused kernel for key heads that several query heads share: on CUDA its flash kernel alone.
+
+    Where that cannot be, such a call falls to plain matrix products, with scores of all tokens in memory.
+    """
+    if not call.q.is_cuda:
+        return True
+    width = call.q.shape[-1]
+    return call.mask is None and call.q.dtype in _HALF and width == call.v.shape[-1] and width <= 256
 
 
 def _sdpa_math(call: Call) -> Result:
@@ -284,8 +294,8 @@ _FLASH_ATTN_LIMITS = (
     _square_causal,
 )
 
-SDPA = Provider("sdpa", _sdpa, (_floating, _no_lse))
-SDPA_MATH = Provider("sdpa_math", _sdpa_math, (_floating,))
+SDPA = Provider("sdpa", _sdpa, (_floating, _no_lse), ("cpu",))
+SDPA_MATH = Provider("sdpa_math", _sdpa_math, (_floating,), ("cpu", "cuda"))
 SDPA_FLASH = Provider(
     "sdpa_flash",
     _sdpa_flash,
@@ -297,6 +307,7 @@ SDPA_FLASH = Provider(
         _head_dim_up_to(256),
         _square_causal_on_cuda,
     ),
+    ("cpu",),
 )
 SDPA_EFFICIENT = Provider(
     "sdpa_efficient",

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from .attention import attention, attention_lse, check_mask, empty_output, output_shape, query_of, token_major
+from .attention import attended, attention, check_mask, empty_output, output_shape, query_of, token_major
 from .groups import answering, carrier, keep_in_order, process_group
-from .merge import Part, merge
+from .merge import Part, merge_into
+from .reference import accumulation_dtype
 from .registry import choose
 
 _ABSORBED = -(2.0**27)
@@ -38,8 +39,8 @@ def ring_attention(
 ) -> torch.Tensor:
     """Attention of this rank's queries over the keys of all ranks, equal to attention over their concatenation.
 
-    Keys and values are packed in one buffer, which goes to the next rank while the part at hand is computed. Partial
-    results are merged by log-sum-exp in fp32.
+    Keys and values are packed in one buffer, once: it goes to the next rank while the part at hand is computed, and is
+    passed on as it came. Partial results are merged by log-sum-exp in fp32.
 
     Args:
         q: this rank's queries ``[..., Hq, Sq, D]``; zero queries or heads are legal.
@@ -71,19 +72,21 @@ def ring_attention(
             f"ring position {position} of {count} holds {k.shape[-2]} keys where the ranks have {list(lengths)}"
         )
     choose(provider, query_of(q, k, v, mask, lse=True))
+    if count == 1:
+        return attention(q, k, v, mask, False, scale, enable_gqa, provider)
     q, mask = absorbed(q, mask)
-    columns = _columns(mask, lengths)
-    held, done = (k, v), None
+    columns, likes, device = _columns(mask, lengths), (k, v), k.device
+    packed = _packed(k, v, carrier(device, members))
+    held: Part | None = None
     for step in range(count):
         here = (position - step) % count
-        coming = lengths[here - 1]
-        finish = _pass_on(held, coming, members) if step + 1 < count else None
-        part = attention_lse(q, *held, columns[here], False, scale, enable_gqa, provider)
-        done = part if done is None else merge([done, part])
+        finish = _pass_on(packed, _elements(likes, lengths[here - 1]), members) if step + 1 < count else None
+        held = _joined(held, *attended(q, k, v, columns[here], False, scale, enable_gqa, provider, lse=True))
         if finish is not None:
-            held = finish()
-    assert done is not None
-    return token_major(done[0].to(q.dtype))
+            packed = finish()
+            k, v = _unpacked(packed.to(device), likes, lengths[here - 1])
+    assert held is not None
+    return token_major(held[0].to(q.dtype))
 
 
 @torch.library.register_fake("xdit_compile::ring_attention", lib=_LIBRARY)
@@ -113,35 +116,56 @@ def _columns(mask: torch.Tensor | None, lengths: list[int]) -> list[torch.Tensor
     return list(mask.split(list(lengths), -1))
 
 
-def _pass_on(held: Part, coming: int, members: dist.ProcessGroup) -> Callable[[], Part]:
+def _joined(held: Part | None, out: torch.Tensor, lse: torch.Tensor | None) -> Part:
+    """What there is, with one more part: the first as it is, others into it."""
+    assert lse is not None
+    exact = accumulation_dtype(out.dtype)
+    return (out.to(exact), lse.to(exact)) if held is None else merge_into(held, (out, lse))
+
+
+def _packed(k: torch.Tensor, v: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """Keys and values in one piece of memory, flat."""
+    flat = k.new_empty(k.numel() + v.numel(), device=place)
+    for piece, x in zip(flat.split([k.numel(), v.numel()]), (k, v), strict=True):
+        piece.view(x.shape).copy_(x)
+    return flat
+
+
+def _unpacked(
+    packed: torch.Tensor, likes: tuple[torch.Tensor, torch.Tensor], length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as they lie in what another rank packed; ``length`` is how many keys it has."""
+    shapes = [(*x.shape[:-2], length, x.shape[-1]) for x in likes]
+    k, v = packed.split([math.prod(shape) for shape in shapes])
+    return k.view(shapes[0]), v.view(shapes[1])
+
+
+def _elements(likes: tuple[torch.Tensor, torch.Tensor], length: int) -> int:
+    return sum(math.prod(x.shape[:-2]) * length * x.shape[-1] for x in likes)
+
+
+def _pass_on(packed: torch.Tensor, coming: int, members: dist.ProcessGroup) -> Callable[[], torch.Tensor]:
     """Start sending keys and values to the next rank and receiving those of the one before; the result waits for them.
 
     Parts without keys are not sent: both sides know the lengths.
     """
-    k, v = held
-    shapes = [(*x.shape[:-2], coming, x.shape[-1]) for x in held]
-    counts = [math.prod(shape) for shape in shapes]
-    place = carrier(k.device, members)
-    buffer = k.new_empty(sum(counts), device=place)
+    buffer = packed.new_empty(coming)
     position, count = dist.get_rank(members), dist.get_world_size(members)
     operations = []
-    if k.numel() or v.numel():
-        packed = torch.cat([k.reshape(-1), v.reshape(-1)]).to(place)
+    if packed.numel():
         to = dist.get_global_rank(members, (position + 1) % count)
         operations.append(dist.P2POp(dist.isend, packed, to, members))
-    if buffer.numel():
+    if coming:
         source = dist.get_global_rank(members, (position - 1) % count)
         operations.append(dist.P2POp(dist.irecv, buffer, source, members))
     with answering(members, "ring attention"):
         works = dist.batch_isend_irecv(operations) if operations else []
 
-    def finish() -> Part:
+    def finish() -> torch.Tensor:
         with answering(members, "ring attention"):
             for work in works:
                 work.wait()
-        arrived = buffer.to(k.device).split(counts)
-        received = [x.view(shape) for x, shape in zip(arrived, shapes, strict=True)]
-        return received[0], received[1]
+        return buffer
 
     return finish
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from . import collectives, ring  # noqa: F401 - they register the ops
 from .attention import token_major
@@ -43,11 +45,24 @@ def _all_to_all(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
 
 
 def _all_gather(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
+    dim = _gathered_dim(args_per_rank)
+    whole = torch.cat([args[0] for args in args_per_rank], dim)
+    return [whole.clone(memory_format=torch.contiguous_format) for _ in args_per_rank]
+
+
+def _gather_start(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
+    _gathered_dim(args_per_rank)
+    room = max(math.prod(args[0].shape) for args in args_per_rank)
+    shards = [args[0].reshape(-1) for args in args_per_rank]
+    rooms = torch.cat([F.pad(shard, (0, room - len(shard))) for shard in shards])
+    return [rooms.clone() for _ in args_per_rank]
+
+
+def _gathered_dim(args_per_rank: ArgsPerRank) -> int:
     dim = args_per_rank[0][1]
     for rank, (_, _, sizes, _) in enumerate(args_per_rank):
         _agree("all_gather sizes", rank, list(sizes), [args[0].shape[dim] for args in args_per_rank])
-    whole = torch.cat([args[0] for args in args_per_rank], dim)
-    return [whole.clone(memory_format=torch.contiguous_format) for _ in args_per_rank]
+    return dim
 
 
 def _all_reduce(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
@@ -95,6 +110,7 @@ def _agree(what: str, rank: int, said: object, actual: object) -> None:
 SIMULATIONS: dict[torch._ops.OpOverload, Callable[[ArgsPerRank], list[torch.Tensor]]] = {
     torch.ops.xdit_compile.all_to_all.default: _all_to_all,
     torch.ops.xdit_compile.all_gather.default: _all_gather,
+    torch.ops.xdit_compile.gather_start.default: _gather_start,
     torch.ops.xdit_compile.all_reduce.default: _all_reduce,
     torch.ops.xdit_compile.halo_exchange.default: _halo_exchange,
     torch.ops.xdit_compile.halo_start.default: _halo_start,

@@ -60,6 +60,7 @@ def _ring_attention(args: tuple[Any, ...], group_size: int, index: int) -> int:
 TRAFFIC: dict[torch._ops.OpOverload, Callable[[tuple[Any, ...], int, int], int]] = {
     torch.ops.xdit_compile.all_to_all.default: _all_to_all,
     torch.ops.xdit_compile.all_gather.default: _all_gather,
+    torch.ops.xdit_compile.gather_start.default: _all_gather,
     torch.ops.xdit_compile.all_reduce.default: _all_reduce,
     torch.ops.xdit_compile.halo_exchange.default: _halo_exchange,
     torch.ops.xdit_compile.halo_start.default: _halo_exchange,

@@ -83,22 +83,16 @@ def _overlapped(
     call, halo = part.local.call, torch.ops.xdit_compile
     arriving = call(halo.halo_start.default, tensors[0], *request.arguments)
     value.node = _call(part, node, tensors, list(shape["padding"]), shape["groups"])
-    arrived = call(halo.halo_finish.default, arriving, request.group)
     left = [0 if k == dim - 2 else amount for k, amount in enumerate(shape["padding"])]
     own, rows, at = request.own, given[dim], 0
     for above in (True, False):
         count = own[0] - request.seen.start if above else request.seen.stop - own[1]
         if count:
-            numel = count * math.prod(given[:dim] + given[dim + 1 :])
-            there = call(aten.slice.Tensor, arrived, 0, at, at + numel)
-            there, at = call(aten.reshape.default, there, [*given[:dim], count, *given[dim + 1 :]]), at + numel
             near = (0, 2 * edge) if above else (rows - 2 * edge, rows)
             here = call(aten.slice.Tensor, tensors[0], dim, *near)
-            inputs = call(aten.cat.default, [there, here] if above else [here, there], dim)
-            if count < edge:
-                amounts = [edge - count, 0] if above else [0, edge - count]
-                behind = [0, 0] * (len(given) - 1 - dim)
-                inputs = call(aten.constant_pad_nd.default, inputs, [*behind, *amounts], 0.0)
+            place = (dim, at, count, above, edge - count)
+            inputs = call(halo.halo_finish.default, arriving, here, *place, request.group)
+            at += count * math.prod(given[:dim] + given[dim + 1 :])
             right = _call(part, node, [inputs, *tensors[1:]], left, shape["groups"])
             call(halo.put_rows.default, value.node, right, dim, 0 if above else rows - edge)
     return value

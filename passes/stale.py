@@ -78,16 +78,24 @@ class Exchange:
         rows = sum(b - a for a, b in rows_sent(*self.rows, self.index))
         return rows * math.prod(size for at, size in enumerate(shape) if at != self.dim)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every rank wants everything, so that nobody has to send one thing to each; the same on every rank."""
+        return not any(self.starts) and set(self.stops) == {sum(self.sizes)}
+
     def finish(self, graph: fx.Graph, state: fx.Node, arriving: fx.Node) -> None:
         """Take in what arrived."""
         counts = [b - a for a, b in rows_got(*self.rows, self.index)]
+        room = max(self.sizes) if self.whole else 0
         flat = [end for run in self.others for end in run if run[1] > run[0]]
-        graph.call_function(ops.stale_finish.default, (state, arriving, self.dim, counts, flat, self.group))
+        graph.call_function(ops.stale_finish.default, (state, arriving, self.dim, counts, flat, room, self.group))
 
     def start(self, graph: fx.Graph, state: fx.Node) -> fx.Node:
         """Send off this rank's rows; what will arrive."""
         pieces: list[Any] = [graph.call_function(aten.slice.Tensor, (state, self.dim, *run)) for run in self.own]
         rows = pieces[0] if len(pieces) == 1 else graph.call_function(aten.cat.default, (pieces, self.dim))
+        if self.whole:
+            return graph.call_function(ops.gather_start.default, (rows, self.dim, list(self.sizes), self.group))
         return graph.call_function(ops.halo_start.default, (rows, self.dim, *self.rows, self.index, self.group))
 
 

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.errors import ProviderUnavailable
 from xdit_compile.kernels.attention import attention_reference, query_of
@@ -121,12 +122,43 @@ def test_grouped_queries(provider, mask, heads):
     agree(provider, q, k, v, None if mask is None else masks((2, 6, 7, 11), mask), gqa=True)
 
 
+def blind_mask(kind):
+    """Row 3 of the first entry and all of the second see no key."""
+    mask = masks((2, 1, 7, 11), "bool")
+    mask[0, 0, 3], mask[1] = False, False
+    return mask if kind == "bool" else torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+
+
+@pytest.mark.parametrize("provider", ON_CPU)
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_see_no_key_are_zero_in_every_kernel(provider, kind, dtype):
+    mask = blind_mask(kind) if kind == "bool" else blind_mask(kind).to(dtype)
+    out = OPS.attention(*qkv(dtype=dtype), mask, provider=provider)
+    assert (out[0, :, 3] == 0).all() and (out[1] == 0).all() and out.isfinite().all()
+    agree(provider, *qkv(dtype=dtype), mask, tolerance=2e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("name", ["sdpa_efficient", "sdpa_cudnn"])
+def test_what_a_fused_kernel_says_of_rows_that_see_no_key_does_not_count(name, kind, monkeypatch):
+    mask = blind_mask(kind)
+
+    def fused(call):
+        out, lse = attention_reference(call.q, call.k, call.v, call.mask, scale=call.scale)
+        return torch.where(lse.unsqueeze(-1) == -math.inf, math.nan, out), lse.nan_to_num(neginf=0.0) * call.lse
+
+    monkeypatch.setitem(PROVIDERS, name, dataclasses.replace(PROVIDERS[name], run=fused, refusals=()))
+    out, lse = attention_reference(*qkv(), mask)
+    close(OPS.attention(*qkv(), mask, provider=name), out)
+    for found, expected in zip(OPS.attention_lse(*qkv(), mask, provider=name), (out, lse), strict=True):
+        close(found, expected, 1e-5)
+
+
 @pytest.mark.parametrize("provider", WITH_LSE)
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_rows_that_see_no_key(provider, kind):
-    mask = masks((2, 1, 7, 11), "bool")
-    mask[0, 0, 3], mask[1] = False, False
-    mask = mask if kind == "bool" else torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+    mask = blind_mask(kind)
     agree(provider, *qkv(), mask)
     out, lse = OPS.attention_lse(*qkv(), mask, provider=provider)
     assert (lse[0, :, 3] == -math.inf).all() and (lse[1] == -math.inf).all() and lse[0, :, 2].isfinite().all()
@@ -257,6 +289,37 @@ def test_an_uninstalled_provider_says_how_to_get_it(name, command):
 )
 def test_auto_takes_the_best_that_can(query, name):
     assert choose("auto", query).name == name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mask", "v_dim", "repeated"),
+    [
+        (torch.bfloat16, None, 64, False),
+        (torch.bfloat16, (1, 1, 1, 11), 64, True),
+        (torch.float32, None, 64, True),
+        (torch.bfloat16, None, 32, True),
+    ],
+)
+def test_shared_key_heads_reach_a_fused_kernel(dtype, mask, v_dim, repeated, monkeypatch):
+    """On CUDA flash attention alone shares them; PyTorch takes plain matrix products else."""
+    asked = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **rest: asked.append((k, v, rest)) or q)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, h, 11, d, dtype=dtype, device="cuda") for h, d in ((8, 64), (2, 64), (2, v_dim)))
+        bias = None if mask is None else torch.empty(mask, dtype=dtype, device="cuda")
+        PROVIDERS["sdpa"].run(Call(q, k, v, bias, False, 1.0, False))
+        PROVIDERS["sdpa"].run(Call(*(x.to("cpu") for x in (q, k, v)), None, False, 1.0, False))
+    (k, v, rest), on_cpu = asked
+    assert k.shape[1] == v.shape[1] == (8 if repeated else 2) and rest["enable_gqa"] == (not repeated)
+    assert on_cpu[0].shape[1] == 2 and on_cpu[2]["enable_gqa"]
+
+
+@pytest.mark.parametrize("kind", [None, "bool"])
+def test_on_the_cpu_shared_key_heads_are_fused(kind):
+    q, k, v = qkv((1, 8, 64, 64), (1, 2, 64, 64))
+    mask = None if kind is None else masks((1, 1, 64, 64), kind)
+    chosen = torch._fused_sdp_choice(q, k, v, mask, enable_gqa=True)
+    assert chosen == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
 
 def test_query_of_reads_the_call():

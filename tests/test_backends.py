@@ -9,7 +9,7 @@ from torch import fx
 from xdit_compile.backends import registry
 from xdit_compile.backends.base import Backend
 from xdit_compile.backends.eager import Eager
-from xdit_compile.backends.inductor import Inductor
+from xdit_compile.backends.inductor import Compiled, Inductor, compile_threads
 from xdit_compile.errors import ProviderUnavailable
 from xdit_compile.plan import BACKENDS
 
@@ -90,3 +90,49 @@ def test_inductor_rounds_where_the_graph_does() -> None:
     root = fx.GraphModule({"block": fx.symbolic_trace(Scaled())}, graph)
     times = torch.linspace(0, 1, 50).to(torch.bfloat16)
     assert (Inductor().compile(root)(times)[0] - root(times)[0]).abs().max() < 1e-5
+
+
+def test_ranks_of_one_machine_share_its_processors_for_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import async_compile, config
+
+    read = []
+
+    def read_inside(graph: fx.Graph) -> None:
+        read.append(async_compile.get_compile_threads())
+        raise KeyboardInterrupt("that is far enough")
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(24)))
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with config.patch(compile_threads=24, post_grad_custom_post_pass=read_inside), pytest.raises(KeyboardInterrupt):
+        Inductor().compile(root_of_two_calls())(*inputs())
+    assert read == [3]
+
+
+@pytest.mark.parametrize(
+    ("environment", "set_to", "found"),
+    [({}, 24, 24), ({"LOCAL_WORLD_SIZE": "4"}, 24, 6), ({"LOCAL_WORLD_SIZE": "64"}, 24, 1)]
+    + [({"LOCAL_WORLD_SIZE": "4"}, 7, None), ({"TORCHINDUCTOR_COMPILE_THREADS": "24"}, 24, None)],
+)
+def test_a_number_of_workers_that_the_user_chose_stays(environment, set_to, found, monkeypatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(24)))
+    with config.patch(compile_threads=set_to):
+        assert compile_threads(environment) == found
+
+
+def test_a_structure_is_compiled_for_as_many_layouts_as_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def counting(graph: fx.GraphModule, given: list[torch.Tensor]) -> fx.GraphModule:
+        compiled.append([x.stride() for x in given])
+        return graph
+
+    structure = fx.symbolic_trace(torch.nn.ReLU())
+    run = Compiled(torch.compile(structure, backend=counting, fullgraph=True, dynamic=False))
+    for _ in range(2):
+        for columns in range(4, 14):
+            x = torch.randn(4, columns)[:, :4]
+            assert torch.equal(run(x), x.relu())
+    assert len(compiled) == 10

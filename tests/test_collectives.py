@@ -132,6 +132,23 @@ def run_all(rank, ranks, backend):
         same = same and torch.allclose(actual.float(), expected.float(), rtol=1e-2 if tail else 1e-6)
         if not same or (not tail and actual.stride() != expected.stride()):
             wrong.append((op.name(), name, actual, expected))
+    return wrong + ([] if backend else behind_a_step(rank, ranks, group))
+
+
+def behind_a_step(rank, ranks, group):
+    """What ranks leave one another of a tensor that each has all of, once it was waited for; None where it is right."""
+    wrong = []
+    for sizes in ([3] * ranks, [5, 4, 4][:ranks], [4, 0, 3][:ranks], [0] * ranks):
+        shards = [tensor((2, size, 3), other) for other, size in enumerate(sizes)]
+        arriving = OPS.gather_start(shards[rank], 1, sizes, group)
+        whole, state = torch.cat(shards, 1), torch.zeros(2, sum(sizes), 3)
+        ends = [0, *itertools.accumulate(sizes)]
+        state[:, ends[rank] : ends[rank + 1]] = shards[rank]
+        counts = [size * (other != rank) for other, size in enumerate(sizes)]
+        runs = [end for other in range(ranks) if counts[other] for end in ends[other : other + 2]]
+        OPS.stale_finish(state, arriving, 1, counts, runs, max(sizes), group)
+        if not torch.equal(state, whole):
+            wrong.append((sizes, state, whole))
     return wrong
 
 
@@ -228,6 +245,9 @@ def test_opcheck():
         (OPS.all_gather, (x, 0, [6], "")),
         (OPS.all_reduce, (x, "")),
         (OPS.halo_exchange, (x, 0, [0], [6], [6], 0, "")),
+        (OPS.halo_start, (x, 0, [0], [6], [6], 0, "")),
+        (OPS.halo_finish, (x[:4], x.view(2, 3), 0, 0, 1, True, 2, "")),
+        (OPS.gather_start, (x, 0, [6], "")),
     ):
         torch.library.opcheck(op.default, args)
 

@@ -27,7 +27,8 @@ CAPTURE = (
 RUNTIME = (
     "simulated sketch calls liveness agreement request_facts shared_inputs turns session verification programs "
     "unsplit later build report dump deferred guidance pipelines empty runtime draws autoencoder distvae_provider "
-    "generations patch_parts patched independence batches messages pipes halves pipefusion distrifusion pipeline_report"
+    "recognized generations patch_parts patched independence batches messages pipes halves pipefusion distrifusion "
+    "pipeline_report"
 )
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
 LAYERS = [

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 
 import torch
 
-from .digest import digest_tensors
 from .errors import UsageError
 from .kernels.groups import settle
 from .patched import Part
-from .versions import version_of
+from .recognized import Recognized
 
 States = dict[str | int, torch.Tensor]
 
@@ -82,7 +81,7 @@ class Generation:
         self.number = 0
         self.active = False
         self._branches: dict[tuple[int, Hashable, str], Branch] = {}
-        self._digests: dict[tuple[int, int], tuple[torch.Tensor, str]] = {}
+        self._values = Recognized()
 
     @contextmanager
     def running(self, steps: int | None = None) -> Iterator[None]:
@@ -96,15 +95,15 @@ class Generation:
                 f"warmup_steps={self.warmup} but this generation has {steps} steps; "
                 f"use warmup_steps={steps} for an exact one, or more steps"
             )
-        around = self.active, self._branches, self._digests
+        around = self.active, self._branches, self._values
         self.number += 1
-        self.active, self._branches, self._digests = True, {}, {}
+        self.active, self._branches, self._values = True, {}, Recognized()
         try:
             yield
             for branch in self._branches.values():
                 branch.finish()
         finally:
-            self.active, self._branches, self._digests = around
+            self.active, self._branches, self._values = around
 
     def waits(self, branch: Branch) -> bool:
         """Whether the call that a branch was entered with takes nothing from a call before."""
@@ -127,17 +126,7 @@ class Generation:
         """
         if not self.active:
             return Branch(fresh)
-        key = (id(denoiser), program, " ".join(map(self._digest, constants)))
+        key = (id(denoiser), program, " ".join(map(self._values.name, constants)))
         if key not in self._branches:
             self._branches[key] = Branch(fresh, self.branches(denoiser))
         return self._branches[key]
-
-    def _digest(self, tensor: torch.Tensor) -> str:
-        """A digest of values; those of a tensor that was seen and not written to since are not read again."""
-        version = version_of(tensor)
-        if version is None:
-            return digest_tensors([tensor])
-        key = (id(tensor), version)
-        if key not in self._digests:
-            self._digests[key] = (tensor, digest_tensors([tensor]))
-        return self._digests[key][1]
