@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -15,6 +14,7 @@ from torch import nn
 from .autoencoder import RowMethod, Team, restore_rows, row_methods, split_rows
 from .backends.registry import find_backend
 from .build import analyse, place
+from .devices import execution_device, settle
 from .distrifusion import StaleRunner
 from .distvae_provider import attach_distvae, check_distvae, is_distvae, restore_distvae
 from .errors import UsageError
@@ -30,6 +30,7 @@ from .pipelines import autoencoders, denoisers, follow_modules, restore_call, se
 from .plan import Plan
 from .report import Report, report
 from .runtime import Runner
+from .seats import Seat, compare_seats, join
 from .session import Session
 from .unsupported import refuse_unsupported
 from .weights import Weights
@@ -71,13 +72,14 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     for module in coders.values() if plan.vae == "distvae" else ():
         check_distvae(module)
     modules = dict(_denoisers(target, coders))
-    for module in modules.values():
-        _check_provider(plan, module)
+    devices = _devices(modules, weights), _devices(coders, {})
+    for name, module in modules.items():
+        _check_provider(plan, module, devices[0][name])
     for name, module in {**modules, **coders}.items() if plan.fallback != "unsplit" else ():
         refuse_unsupported(module, name)
     session = _common_session(target, {**modules, **coders}, plan)
     if session is None:
-        _join(plan, next(iter((modules or coders).values())))
+        _sit_down(plan, [*devices[0].values(), *devices[1].values()])
         session = Session(plan, Mesh.from_process_group(plan), backend)
     for name, module in modules.items():
         if not held(module):
@@ -254,11 +256,19 @@ def _report(analysis: Any, plan: Plan, here: int) -> Report | PipelineReport:
     return report(analysis, ranks, here)
 
 
-def _check_provider(plan: Plan, module: nn.Module) -> None:
+def _devices(modules: Mapping[str, nn.Module], weights: Mapping[str, Weights]) -> dict[str, torch.device]:
+    """Where each module computes; weights that are not read yet say where they will be put."""
+    return {
+        name: execution_device(module, weights[name].device if name in weights else "cpu")
+        for name, module in modules.items()
+    }
+
+
+def _check_provider(plan: Plan, module: nn.Module, device: torch.device) -> None:
     """Refuse an attention provider that cannot be used with the module's device and dtype, whatever the shapes."""
     weight = next(module.parameters(), None)
     if plan.attention != "auto" and weight is not None:
-        query = AttentionQuery(weight.device.type, weight.dtype, 8, 8, 64, 64, 64, 64, lse=plan.ring > 1)
+        query = AttentionQuery(device.type, weight.dtype, 8, 8, 64, 64, 64, 64, lse=plan.ring > 1)
         choose(plan.attention, query)
 
 
@@ -271,14 +281,15 @@ def _take_off(module: nn.Module) -> None:
     put_back(module)
 
 
-def _join(plan: Plan, module: nn.Module) -> None:
-    """Make the default process group, where a launcher started this process and nobody made it."""
+def _sit_down(plan: Plan, devices: list[torch.device]) -> None:
+    """Join the process group, once this rank's device is current; ranks whose devices do not go together all raise.
+
+    Raises:
+        UsageError: a module is not on its rank's device, or two ranks are on one card.
+    """
     world = World.from_environment()
-    plan.check(dist.get_world_size() if dist.is_initialized() else world.size)
-    if dist.is_initialized() or not world.launched or world.size == 1:
-        return
-    device = next(module.parameters()).device
-    limit = datetime.timedelta(seconds=plan.timeout_s)
-    if device.type == "cuda":
-        torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    device, problem = settle(devices) if plan.world_size > 1 else (devices[0], "")
+    join(plan, device, world)
+    if plan.world_size > 1:
+        store = dist.distributed_c10d._get_default_store()
+        compare_seats(Seat.of(device, problem), store, dist.get_rank(), dist.get_world_size(), plan.timeout_s)

@@ -219,13 +219,14 @@ def connect(mesh: Mesh, limit: datetime.timedelta, rows: int = 1) -> dict[str, d
     Raises:
         AgreementError: when a rank does not answer in time.
     """
+    backend = _carrying()
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     own: dict[str, dist.ProcessGroup] = {}
     for role, teams in _teams(mesh, rows).items():
         for ranks in teams:
             if ranks not in made:
                 with _answering(ranks, limit):
-                    made[ranks] = dist.new_group(list(ranks), timeout=limit, group_desc=role)
+                    made[ranks] = dist.new_group(list(ranks), timeout=limit, backend=backend, group_desc=role)
             if mesh.rank in ranks:
                 own[role] = made[ranks]
     for ranks, group in made.items():
@@ -247,10 +248,11 @@ def _teams(mesh: Mesh, rows: int) -> dict[str, list[tuple[int, ...]]]:
 
 
 def _meet(group: dist.ProcessGroup) -> None:
-    """Use a group once, so that all members connect together: a first point-to-point call would connect only two."""
-    count = torch.ones(1, device=_device_of(group))
-    dist.all_reduce(count, group=group)
-    count.item()
+    """Use a group once from everywhere, so that all members connect together: a first send would connect only two."""
+    for device in _devices_of(group):
+        count = torch.ones(1, device=device)
+        dist.all_reduce(count, group=group)
+        count.item()
 
 
 @contextmanager
@@ -270,7 +272,22 @@ def first_sentence(error: BaseException) -> str:
     return re.sub(r"^\[[^]]*\]\s*", "", text).split(". ")[0].rstrip(".")
 
 
-def _device_of(group: dist.ProcessGroup) -> torch.device:
-    if dist.get_backend(group) == "gloo":
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+def backends(group: dist.ProcessGroup | None = None) -> dict[str, str]:
+    """The backend of a process group, or of the default one, for every kind of device that it serves."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+
+
+def _carrying() -> str | None:
+    """The backend of new groups where the default one's sends nothing from the CPU: with gloo beside it."""
+    if not (dist.is_initialized() and dist.is_gloo_available()) or "cpu" in backends():
+        return None
+    return f"cpu:gloo,{dist.get_backend_config()}"
+
+
+def _devices_of(group: dist.ProcessGroup) -> list[torch.device]:
+    """From where a group sends. Gloo does so from the CPU, also what lies on an accelerator."""
+    served, kind = backends(group), torch.accelerator.current_accelerator()
+    found = [torch.device("cpu")] if "cpu" in served else []
+    if kind is not None and served.get(kind.type, "gloo") != "gloo":
+        found.append(torch.device(kind.type, torch.accelerator.current_device_index()))
+    return found
