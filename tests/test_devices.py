@@ -15,12 +15,14 @@ from torch._subclasses import FakeTensorMode
 
 import xdit_compile
 from xdit_compile import Plan, api, devices, loading, mesh, pipeline_call, seats
+from xdit_compile.backends.registry import find_backend
 from xdit_compile.errors import ProviderUnavailable, UsageError
 from xdit_compile.kernels import draws, groups
 from xdit_compile.mesh import Mesh
 from xdit_compile.request import Request
 from xdit_compile.request_facts import share_random_state
 from xdit_compile.seats import Seat
+from xdit_compile.session import Session
 from xdit_compile.world import World
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
@@ -171,6 +173,23 @@ def test_weights_are_on_the_current_device(
     device, why = devices.settle(map(torch.device, found), World(1, 1, 2, True))
     assert device == torch.device(found[0]) and problem in why and bool(why) == bool(problem)
     assert cards.current == (current if why or device.type == "cpu" else device.index)
+
+
+@pytest.mark.parametrize(("now", "then", "fine"), [("cuda:1", "cuda:1", 1), ("cpu", "cuda:1", 1), ("cuda:0", "cpu", 0)])
+def test_weights_that_move_after_ranks_connected(now: str, then: str, fine: int) -> None:
+    if fine:
+        devices.refuse_moved("denoiser", on(now), torch.device(then))
+        return
+    with pytest.raises(UsageError, match=f"denoiser is on {now}, but ranks met to compute on {then}: call"):
+        devices.refuse_moved("denoiser", on(now), torch.device(then))
+
+
+def test_requests_of_any_thread_run_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards, plan = Cards(monkeypatch, 4), Plan(backend="eager")
+    session = Session(plan, Mesh.from_process_group(plan), find_backend("eager"), torch.device("cuda", 2))
+    with session.request({}):
+        assert cards.current == 2
+    assert cards.current == 0
 
 
 def test_a_time_is_taken_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from .autoencoder import RowMethod, Team, restore_rows, row_methods, split_rows
 from .backends.registry import find_backend
 from .build import analyse, place
-from .devices import execution_device, settle
+from .devices import execution_device, refuse_moved, settle
 from .distrifusion import StaleRunner
 from .distvae_provider import attach_distvae, check_distvae, is_distvae, restore_distvae
 from .errors import UsageError
@@ -72,15 +72,16 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     for module in coders.values() if plan.vae == "distvae" else ():
         check_distvae(module)
     modules = dict(_denoisers(target, coders))
-    devices = _devices(modules, weights), _devices(coders, {})
+    devices = {**_devices(modules, weights), **_devices(coders, {})}
     for name, module in modules.items():
-        _check_provider(plan, module, devices[0][name])
+        _check_provider(plan, module, devices[name])
     for name, module in {**modules, **coders}.items() if plan.fallback != "unsplit" else ():
         refuse_unsupported(module, name)
     session = _common_session(target, {**modules, **coders}, plan)
     if session is None:
-        _sit_down(plan, [*devices[0].values(), *devices[1].values()])
-        session = Session(plan, Mesh.from_process_group(plan), backend)
+        device = _sit_down(plan, list(devices.values()))
+        session = Session(plan, Mesh.from_process_group(plan), backend, device)
+    _stay({name: module for name, module in {**modules, **coders}.items() if not held(module)}, session)
     for name, module in modules.items():
         if not held(module):
             runner = _runner(plan)(weights.get(name) or Weights(module), session, name)
@@ -225,6 +226,14 @@ def runner_of(module: nn.Module) -> Runner | None:
     return found if isinstance(found, Runner) else None
 
 
+def _stay(modules: Mapping[str, nn.Module], session: Session) -> None:
+    """See to it, whenever a request begins, that modules did not move away from the device of their ranks."""
+    if session.device is None:
+        return
+    for name, module in modules.items():
+        session.before_request(functools.partial(refuse_moved, name, module, session.device))
+
+
 def _split_rows(coders: Mapping[str, nn.Module], session: Session) -> None:
     for name, module in coders.items():
         if session.plan.vae == "patch":
@@ -281,15 +290,21 @@ def _take_off(module: nn.Module) -> None:
     put_back(module)
 
 
-def _sit_down(plan: Plan, devices: list[torch.device]) -> None:
+def _sit_down(plan: Plan, devices: list[torch.device]) -> torch.device | None:
     """Join the process group, once this rank's device is current; ranks whose devices do not go together all raise.
+
+    Returns:
+        The device; None where this rank is alone and may compute on any.
 
     Raises:
         UsageError: a module is not on its rank's device, or two ranks are on one card.
     """
     world = World.from_environment()
-    device, problem = settle(devices) if plan.world_size > 1 else (devices[0], "")
+    if plan.world_size == 1:
+        join(plan, devices[0], world)
+        return None
+    device, problem = settle(devices)
     join(plan, device, world)
-    if plan.world_size > 1:
-        store = dist.distributed_c10d._get_default_store()
-        compare_seats(Seat.of(device, problem), store, dist.get_rank(), dist.get_world_size(), plan.timeout_s)
+    store = dist.distributed_c10d._get_default_store()
+    compare_seats(Seat.of(device, problem), store, dist.get_rank(), dist.get_world_size(), plan.timeout_s)
+    return device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -163,6 +164,34 @@ def _own(world: World) -> int | None:
         return None
 
 
+@contextmanager
+def current(device: torch.device | None) -> Iterator[None]:
+    """Have an accelerator be the current device meanwhile: which one is, every thread says for itself."""
+    if device is None or device.type == "cpu":
+        yield
+        return
+    before = torch.accelerator.current_device_index()
+    torch.accelerator.set_device_index(device.index)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_device_index(before)
+
+
+def refuse_moved(name: str, module: nn.Module, device: torch.device) -> None:
+    """See to it that a module's weights are where they were when ranks connected, or wait on the CPU.
+
+    Raises:
+        UsageError: they are on another device; says what to do.
+    """
+    now = next((each.device for each in module.parameters() if not each.is_meta), device)
+    if now.type != "cpu" and now != device:
+        raise UsageError(
+            f"{name} is on {now}, but ranks met to compute on {device}: call xdit_compile.restore, {ADVICE}, "
+            "then parallelize"
+        )
+
+
 def finish() -> None:
     """Wait until the accelerator, where there is one, has done what it was told: before a time is taken."""
     kind = accelerator()
@@ -174,8 +203,8 @@ def backend_for(device: torch.device) -> str:
     """What a process group is made of whose ranks compute on a device; tensors on the CPU go through it, too."""
     if device.type == "cpu":
         return "gloo"
-    own = dist.get_default_backend_for_device(device)
-    return f"cpu:gloo,{device.type}:{own}" if dist.is_backend_available(own) else "gloo"
+    own = dist.Backend.default_device_backend_map.get(device.type, "gloo")
+    return f"cpu:gloo,{device.type}:{own}" if own != "gloo" and dist.is_backend_available(own) else "gloo"
 
 
 def default_generator(device: torch.device) -> torch.Generator:

@@ -50,7 +50,9 @@ def card_of(device: torch.device, environment: Mapping[str, str] = os.environ) -
     """The host and the card that a device stands for, whatever its index in this process."""
     if device.type == "cpu":
         return socket.gethostname()
-    properties = torch.get_device_module(device.type).get_device_properties(device.index)
+    properties = getattr(torch.get_device_module(device.type), "get_device_properties", lambda index: None)(
+        device.index
+    )
     known = [str(getattr(properties, name)) for name in IDENTITY if hasattr(properties, name)]
     shown = next((environment[name].split(",") for name in VISIBLE if environment.get(name)), [])
     index = device.index or 0
