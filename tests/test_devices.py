@@ -175,13 +175,16 @@ def test_weights_are_on_the_current_device(
     assert cards.current == (current if why or device.type == "cpu" else device.index)
 
 
-@pytest.mark.parametrize(("now", "then", "fine"), [("cuda:1", "cuda:1", 1), ("cpu", "cuda:1", 1), ("cuda:0", "cpu", 0)])
-def test_weights_that_move_after_ranks_connected(now: str, then: str, fine: int) -> None:
-    if fine:
-        devices.refuse_moved("denoiser", on(now), torch.device(then))
-        return
-    with pytest.raises(UsageError, match=f"denoiser is on {now}, but ranks met to compute on {then}: call"):
-        devices.refuse_moved("denoiser", on(now), torch.device(then))
+def test_modules_that_move_after_ranks_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cards(monkeypatch, 4)
+    for module in (on("cuda:1"), on("cpu"), hooked("cuda:1")):
+        devices.refuse_moved("denoiser", module, torch.device("cuda", 1))
+    for module in (on("cuda:0"), hooked("cuda")):
+        for met in ("cpu", "cuda:1"):
+            with pytest.raises(
+                UsageError, match=f"denoiser computes on cuda:0, but ranks met to compute on {met}: call"
+            ):
+                devices.refuse_moved("denoiser", module, torch.device(met))
 
 
 def test_requests_of_any_thread_run_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -102,18 +103,17 @@ def execution_device(module: nn.Module, otherwise: torch.device | str = CPU) -> 
     Args:
         otherwise: of a module whose weights are nowhere yet.
     """
-    devices = (*_onto(module), *(each.device for each in module.parameters() if not each.is_meta), otherwise)
-    return _indexed(devices[0])
+    hooked = (device for child in module.modules() for device in _onto(child) if device is not None)
+    weights = (each.device for each in module.parameters() if not each.is_meta)
+    return _indexed(next(itertools.chain(hooked, weights), otherwise))
 
 
 def _onto(module: nn.Module) -> Iterator[Any]:
-    """The devices onto which hooks of accelerate and diffusers bring the weights of a module while it runs."""
-    for child in module.modules():
-        hooks = [*hooks_of(vars(child).get("_hf_hook"))]
-        yield from (each for hook in hooks if (each := getattr(hook, "execution_device", None)) is not None)
-        registered = getattr(vars(child).get("_diffusers_hook"), "hooks", {})
-        groups = [getattr(hook, "group", None) for hook in registered.values()]
-        yield from (each for group in groups if (each := getattr(group, "onload_device", None)) is not None)
+    """The devices onto which hooks of accelerate and diffusers bring a module's own weights while it runs."""
+    own = vars(module)
+    yield from (getattr(hook, "execution_device", None) for hook in hooks_of(own.get("_hf_hook")))
+    registered = getattr(own.get("_diffusers_hook"), "hooks", {})
+    yield from (getattr(getattr(hook, "group", None), "onload_device", None) for hook in registered.values())
 
 
 def hooks_of(hook: Any) -> Iterator[Any]:
@@ -179,15 +179,17 @@ def current(device: torch.device | None) -> Iterator[None]:
 
 
 def refuse_moved(name: str, module: nn.Module, device: torch.device) -> None:
-    """See to it that a module's weights are where they were when ranks connected, or wait on the CPU.
+    """See to it that a module computes where ranks met, or on the CPU. Of its parts only the first is looked at.
 
     Raises:
-        UsageError: they are on another device; says what to do.
+        UsageError: it computes on another device; says what to do.
     """
-    now = next((each.device for each in module.parameters() if not each.is_meta), device)
+    hooked = (each for each in _onto(module) if each is not None)
+    weights = (each.device for each in module.parameters() if not each.is_meta)
+    now = _indexed(next(itertools.chain(hooked, weights), device))
     if now.type != "cpu" and now != device:
         raise UsageError(
-            f"{name} is on {now}, but ranks met to compute on {device}: call xdit_compile.restore, {ADVICE}, "
+            f"{name} computes on {now}, but ranks met to compute on {device}: call xdit_compile.restore, {ADVICE}, "
             "then parallelize"
         )
 
