@@ -8,6 +8,7 @@ from contextvars import ContextVar
 
 import torch
 
+from xdit_compile.devices import default_generator
 from xdit_compile.errors import AgreementError
 
 from .groups import keep_in_order
@@ -77,14 +78,6 @@ def drawing(draws: Draws) -> Iterator[None]:
         draws.settle()
     finally:
         DRAWS.reset(token)
-
-
-def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that numbers on a device come from where none is named."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    return torch.default_generator
 
 
 @torch.library.impl(_LIBRARY, "draw", "CompositeExplicitAutograd")

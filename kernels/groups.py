@@ -14,7 +14,7 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.distributed import distributed_c10d
 
 from xdit_compile.errors import AgreementError, PeerError
-from xdit_compile.mesh import first_sentence, is_simulated
+from xdit_compile.mesh import backends, first_sentence, is_simulated
 
 
 def keep_in_order(op: torch._ops.OpOverload) -> None:
@@ -187,9 +187,10 @@ def settle(tensor: torch.Tensor, what: str) -> None:
 
 def carrier(device: torch.device, group: dist.ProcessGroup) -> torch.device:
     """Where what lies on a device has to be for a group to send it: gloo does so from host memory, others do not."""
-    if dist.get_backend(group) == "gloo":
-        return torch.device("cpu")
-    return device if device.type != "cpu" else torch.accelerator.current_accelerator() or device
+    served = backends(group)
+    if served.get(device.type, "gloo") != "gloo":
+        return device
+    return torch.device("cpu" if "cpu" in served else next(iter(served)))
 
 
 def _came(work: dist.Work, group: dist.ProcessGroup) -> bool:

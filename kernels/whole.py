@@ -10,7 +10,7 @@ import torch.distributed as dist
 from xdit_compile.program import Piece
 from xdit_compile.weights import place
 
-from .groups import answering, process_group
+from .groups import answering, carrier, process_group
 
 
 def gather_whole(group: str, shape: torch.Size, pieces: tuple[Piece, ...], value: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,8 @@ def gather_whole(group: str, shape: torch.Size, pieces: tuple[Piece, ...], value
         dist.all_gather_object(held, (pieces, tuple(value.shape)), group=ranks)
         for index, (theirs, size) in enumerate(held):
             part = value.contiguous() if index == ranks.rank() else value.new_empty(size)
+            part = part.to(carrier(value.device, ranks))
             if part.numel():
                 dist.broadcast(part, group=ranks, group_src=index)
-                place(whole, theirs, part)
+                place(whole, theirs, part.to(value.device))
     return whole

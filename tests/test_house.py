@@ -34,7 +34,7 @@ COMMANDS = "request evaluation_request output pipeline_call reference generate e
 LAYERS = [
     {"xdit_compile.errors"},
     {"xdit_compile.plan", "xdit_compile.world", "xdit_compile.model_folder"},
-    {"xdit_compile.mesh"},
+    {"xdit_compile.devices", "xdit_compile.mesh", "xdit_compile.seats"},
     {"xdit_compile.axes", "xdit_compile.shards"},
     {f"xdit_compile.{name}" for name in CAPTURE.split()},
     {"xdit_compile.kernels"},

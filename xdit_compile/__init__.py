@@ -9,10 +9,21 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from .api import explain, generation, parallelize, refresh, restore
+    from .devices import local_device
     from .loading import from_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "XditCompileError", "explain", "from_pretrained", "generation", "parallelize", "refresh", "restore"]
+__all__ = [
+    "Plan",
+    "XditCompileError",
+    "explain",
+    "from_pretrained",
+    "generation",
+    "local_device",
+    "parallelize",
+    "refresh",
+    "restore",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +36,8 @@ def __getattr__(name: str) -> Any:
         from . import loading
 
         return loading.from_pretrained
+    if name == "local_device":
+        from . import devices
+
+        return devices.local_device
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -15,6 +14,7 @@ from torch import nn
 from .autoencoder import RowMethod, Team, restore_rows, row_methods, split_rows
 from .backends.registry import find_backend
 from .build import analyse, place
+from .devices import execution_device, refuse_moved, settle
 from .distrifusion import StaleRunner
 from .distvae_provider import attach_distvae, check_distvae, is_distvae, restore_distvae
 from .errors import UsageError
@@ -30,6 +30,7 @@ from .pipelines import autoencoders, denoisers, follow_modules, restore_call, se
 from .plan import Plan
 from .report import Report, report
 from .runtime import Runner
+from .seats import Seat, compare_seats, join
 from .session import Session
 from .unsupported import refuse_unsupported
 from .weights import Weights
@@ -71,14 +72,16 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     for module in coders.values() if plan.vae == "distvae" else ():
         check_distvae(module)
     modules = dict(_denoisers(target, coders))
-    for module in modules.values():
-        _check_provider(plan, module)
+    devices = {**_devices(modules, weights), **_devices(coders, {})}
+    for name, module in modules.items():
+        _check_provider(plan, module, devices[name])
     for name, module in {**modules, **coders}.items() if plan.fallback != "unsplit" else ():
         refuse_unsupported(module, name)
     session = _common_session(target, {**modules, **coders}, plan)
     if session is None:
-        _join(plan, next(iter((modules or coders).values())))
-        session = Session(plan, Mesh.from_process_group(plan), backend)
+        device = _sit_down(plan, list(devices.values()))
+        session = Session(plan, Mesh.from_process_group(plan), backend, device)
+    _stay({name: module for name, module in {**modules, **coders}.items() if not held(module)}, session)
     for name, module in modules.items():
         if not held(module):
             runner = _runner(plan)(weights.get(name) or Weights(module), session, name)
@@ -223,6 +226,14 @@ def runner_of(module: nn.Module) -> Runner | None:
     return found if isinstance(found, Runner) else None
 
 
+def _stay(modules: Mapping[str, nn.Module], session: Session) -> None:
+    """See to it, whenever a request begins, that modules did not move away from the device of their ranks."""
+    if session.device is None:
+        return
+    for name, module in modules.items():
+        session.before_request(functools.partial(refuse_moved, name, module, session.device))
+
+
 def _split_rows(coders: Mapping[str, nn.Module], session: Session) -> None:
     for name, module in coders.items():
         if session.plan.vae == "patch":
@@ -254,11 +265,19 @@ def _report(analysis: Any, plan: Plan, here: int) -> Report | PipelineReport:
     return report(analysis, ranks, here)
 
 
-def _check_provider(plan: Plan, module: nn.Module) -> None:
+def _devices(modules: Mapping[str, nn.Module], weights: Mapping[str, Weights]) -> dict[str, torch.device]:
+    """Where each module computes; weights that are not read yet say where they will be put."""
+    return {
+        name: execution_device(module, weights[name].device if name in weights else "cpu")
+        for name, module in modules.items()
+    }
+
+
+def _check_provider(plan: Plan, module: nn.Module, device: torch.device) -> None:
     """Refuse an attention provider that cannot be used with the module's device and dtype, whatever the shapes."""
     weight = next(module.parameters(), None)
     if plan.attention != "auto" and weight is not None:
-        query = AttentionQuery(weight.device.type, weight.dtype, 8, 8, 64, 64, 64, 64, lse=plan.ring > 1)
+        query = AttentionQuery(device.type, weight.dtype, 8, 8, 64, 64, 64, 64, lse=plan.ring > 1)
         choose(plan.attention, query)
 
 
@@ -271,14 +290,21 @@ def _take_off(module: nn.Module) -> None:
     put_back(module)
 
 
-def _join(plan: Plan, module: nn.Module) -> None:
-    """Make the default process group, where a launcher started this process and nobody made it."""
+def _sit_down(plan: Plan, devices: list[torch.device]) -> torch.device | None:
+    """Join the process group, once this rank's device is current; ranks whose devices do not go together all raise.
+
+    Returns:
+        The device; None where this rank is alone and may compute on any.
+
+    Raises:
+        UsageError: a module is not on its rank's device, or two ranks are on one card.
+    """
     world = World.from_environment()
-    plan.check(dist.get_world_size() if dist.is_initialized() else world.size)
-    if dist.is_initialized() or not world.launched or world.size == 1:
-        return
-    device = next(module.parameters()).device
-    limit = datetime.timedelta(seconds=plan.timeout_s)
-    if device.type == "cuda":
-        torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    if plan.world_size == 1:
+        join(plan, devices[0], world)
+        return None
+    device, problem = settle(devices)
+    join(plan, device, world)
+    store = dist.distributed_c10d._get_default_store()
+    compare_seats(Seat.of(device, problem), store, dist.get_rank(), dist.get_world_size(), plan.timeout_s)
+    return device

@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .devices import default_generators
 from .errors import CaptureError
 from .kernels.draws import DEFAULT, SOURCES, Draws, drawing
 from .runtime import Runner
@@ -100,9 +101,7 @@ class DrawingRunner(Runner):
 def unmoved(inputs: Any) -> Iterator[None]:
     """Give the generators among some inputs, and the default ones, back as they were."""
     generators = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Generator)]
-    generators.append(torch.default_generator)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        generators += torch.cuda.default_generators
+    generators += default_generators()
     states = [generator.get_state() for generator in generators]
     try:
         yield

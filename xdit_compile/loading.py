@@ -10,6 +10,7 @@ from torch import nn
 
 from .api import attach
 from .checkpoint import Checkpoint
+from .devices import resolve
 from .empty import component_class, empty_module
 from .errors import UsageError, one_line
 from .model_folder import pipeline_index
@@ -33,7 +34,7 @@ def from_pretrained(
     Args:
         path: a pipeline's folder, or its name on the hub, which is downloaded first.
         plan: as for ``parallelize``.
-        device: where to put the pipeline.
+        device: where to put the pipeline; an accelerator without an index is this rank's, as `local_device` says.
         diffusers_kwargs: as for ``DiffusionPipeline.from_pretrained``: ``torch_dtype``, ``variant``, components, ...
 
     Raises:
@@ -46,6 +47,7 @@ def from_pretrained(
     plan = (plan or Plan()).check()
     if refused := [name for name in OWN_PLACEMENT if diffusers_kwargs.get(name) is not None]:
         raise UsageError(f"{', '.join(refused)} cannot go together with reading slices; use parallelize instead")
+    device = resolve(device)
     folder = _folder(path, diffusers_kwargs)
     weights = {
         name: _weights(folder, name, kind, diffusers_kwargs, device)
@@ -69,9 +71,7 @@ def _denoisers(folder: Path) -> dict[str, Any]:
     }
 
 
-def _weights(
-    folder: Path, name: str, kind: Any, diffusers_kwargs: dict[str, Any], device: torch.device | str
-) -> Weights:
+def _weights(folder: Path, name: str, kind: Any, diffusers_kwargs: dict[str, Any], device: torch.device) -> Weights:
     """An empty denoiser with its buffers, and where the rest is read."""
     checkpoint = Checkpoint(folder / name, diffusers_kwargs.get("variant"))
     dtype = _dtype(name, diffusers_kwargs)

@@ -276,12 +276,14 @@ def connect(mesh: Mesh, limit: datetime.timedelta, rows: int = 1) -> dict[str, d
     Raises:
         AgreementError: when a rank does not answer in time.
     """
+    backend = _carrying()
     made: dict[Channel, dist.ProcessGroup] = {}
     own: dict[str, dist.ProcessGroup] = {}
     for role, channel in channels(mesh, rows):
         if channel not in made:
+            ranks = list(channel.ranks)
             with _answering(channel.ranks, limit):
-                made[channel] = dist.new_group(list(channel.ranks), timeout=limit, group_desc=role)
+                made[channel] = dist.new_group(ranks, timeout=limit, backend=backend, group_desc=role)
         if mesh.rank in channel.ranks:
             own[role] = made[channel]
     for channel, group in made.items():
@@ -318,17 +320,18 @@ def channels(mesh: Mesh, rows: int = 1) -> list[tuple[str, Channel]]:
 
 
 def _meet(channel: Channel, rank: int, group: dist.ProcessGroup) -> None:
-    """Use a group once, so that all members connect together, and in the way in which it will be used.
+    """Use a group once from everywhere, so that all members connect together, and in the way in which it will be used.
 
     NCCL connects ranks for transfers between two when the first of them begins, and holds up whoever begins it.
     """
-    count = torch.ones(1, device=_device_of(group))
-    dist.all_reduce(count, group=group)
-    if channel.edge:
-        source, to = channel.ranks
-        for work in send(count, to, group) if rank == source else receive(count, source, group):
-            work.wait()
-    count.item()
+    for device in _devices_of(group):
+        count = torch.ones(1, device=device)
+        dist.all_reduce(count, group=group)
+        if channel.edge:
+            source, to = channel.ranks
+            for work in send(count, to, group) if rank == source else receive(count, source, group):
+                work.wait()
+        count.item()
 
 
 def send(tensor: torch.Tensor, to: int, group: dist.ProcessGroup) -> list[dist.Work]:
@@ -362,7 +365,22 @@ def first_sentence(error: BaseException) -> str:
     return re.sub(r"^\[[^]]*\]\s*", "", text).split(". ")[0].rstrip(".")
 
 
-def _device_of(group: dist.ProcessGroup) -> torch.device:
-    if dist.get_backend(group) == "gloo":
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+def backends(group: dist.ProcessGroup | None = None) -> dict[str, str]:
+    """The backend of a process group, or of the default one, for every kind of device that it serves."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+
+
+def _carrying() -> str | None:
+    """The backend of new groups where the default one's sends nothing from the CPU: with gloo beside it."""
+    if not (dist.is_initialized() and dist.is_gloo_available()) or "cpu" in backends():
+        return None
+    return f"cpu:gloo,{dist.get_backend_config()}"
+
+
+def _devices_of(group: dist.ProcessGroup) -> list[torch.device]:
+    """From where a group sends. Gloo does so from the CPU, also what lies on an accelerator."""
+    served, kind = backends(group), torch.accelerator.current_accelerator()
+    found = [torch.device("cpu")] if "cpu" in served else []
+    if kind is not None and served.get(kind.type, "gloo") != "gloo":
+        found.append(torch.device(kind.type, torch.accelerator.current_device_index()))
+    return found

@@ -44,24 +44,33 @@ def quieten() -> None:
 
 
 def placement(request: PipelineRequest, world: World) -> tuple[torch.device, torch.dtype]:
-    """This rank's device and the weights' dtype.
+    """This rank's device, which is made current, and the weights' dtype.
 
     Raises:
-        UsageError: CUDA is asked for and there is none for this rank.
+        UsageError: CUDA is asked for and there is none for this rank, or there is nothing to offload from.
     """
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kind = request.device if request.device != "auto" else "cuda" if count else "cpu"
-    if kind == "cuda" and world.local_rank >= count:
-        raise UsageError(f"rank {world.rank} has no CUDA device ({count} here); start fewer ranks or give --device cpu")
-    name = DTYPES.get(request.dtype) or ("bfloat16" if kind == "cuda" else "float32")
-    if kind == "cpu" and (request.enable_model_cpu_offload or request.enable_sequential_cpu_offload):
-        raise UsageError("offloading to the CPU needs a CUDA device to offload from; leave it out")
-    if kind == "cpu":
-        return torch.device("cpu"), getattr(torch, name)
-    torch.cuda.set_device(world.local_rank)
-    return torch.device("cuda", world.local_rank), getattr(torch, name)
+    from .devices import accelerator, local_device
+
+    kind = accelerator()
+    if request.device == "cuda" and (kind is None or kind.type != "cuda"):
+        raise UsageError(f"--device cuda: rank {world.rank} has no CUDA device; give --device cpu or auto")
+    if request.device == "cpu" or kind is None:
+        if request.enable_model_cpu_offload or request.enable_sequential_cpu_offload:
+            raise UsageError("offloading to the CPU needs a CUDA device to offload from; leave it out")
+        return torch.device("cpu"), weights_dtype(request)
+    return local_device(world), weights_dtype(request)
+
+
+def weights_dtype(request: PipelineRequest) -> torch.dtype:
+    """The dtype of the weights: where none is asked for, bfloat16 on an accelerator."""
+    import torch
+
+    from .devices import accelerator
+
+    fast = request.device != "cpu" and accelerator() is not None
+    return getattr(torch, DTYPES.get(request.dtype) or ("bfloat16" if fast else "float32"))
 
 
 def load_pipeline(request: PipelineRequest, device: torch.device, dtype: torch.dtype) -> Any:
@@ -169,18 +178,22 @@ def call_pipeline(pipe: Any, arguments: dict[str, Any], seed: int | Sequence[int
         arguments: those of ``call_arguments``.
 
     Returns:
-        Its result, and the seconds it took.
+        Its result, and the seconds it took until the device had done everything.
     """
     import torch
+
+    from .devices import finish
 
     seeds = [seed] if isinstance(seed, int) else list(seed)
     torch.manual_seed(seeds[0])
     if _GENERATOR in arguments:
         generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
         arguments = {**arguments, _GENERATOR: generators[0] if isinstance(seed, int) else generators}
+    finish()
     start = time.perf_counter()
     with torch.no_grad():
         result = pipe(**arguments)
+    finish()
     return result, time.perf_counter() - start
 
 

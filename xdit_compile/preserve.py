@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from .devices import current_generators
 from .versions import version_of
 
 
 def same_random_numbers() -> AbstractContextManager[None]:
     """Give the random generators back as they were."""
-    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
+    kinds = [kind for kind in current_generators() if kind != "cpu"]
+    if not kinds:
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([torch.accelerator.current_device_index()], device_type=kinds[0])
 
 
 @contextmanager

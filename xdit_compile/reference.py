@@ -32,7 +32,7 @@ def reference(request: Request) -> tuple[Pixels | Latents, float]:
 def _unsplit(request: Request) -> tuple[Pixels | Latents, float]:
     from .pipeline_call import call_arguments, call_pipeline, open_pipeline
 
-    pipe, _ = open_pipeline(request, World())
+    pipe, _ = open_pipeline(request, World.from_environment())
     arguments, _ = call_arguments(pipe, request)
     result, seconds = call_pipeline(pipe, arguments, request.seeds)
     return made_of(request, result), seconds

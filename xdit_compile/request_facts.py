@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
+from .devices import accelerator, current_generators
 from .digest import PLAIN, digest, digest_tensors
 
 
@@ -38,14 +40,28 @@ def _described(leaf: Any) -> str:
 
 
 def share_random_state(agreement: Agreement) -> None:
-    """Set the default generators of all ranks to the state of the first.
+    """Set the default generators of all ranks to the states of the first.
 
     Ranks that draw different latents would compute different pictures, and some pipelines draw from the default
-    generators even when they are given one.
+    generators even when they are given one. All ranks talk once, whichever of them have an accelerator initialised; a
+    rank that has not takes the state when it does.
     """
-    devices = [torch.default_generator]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        devices.append(torch.cuda.default_generators[torch.cuda.current_device()])
-    for generator in devices:
-        state = agreement.share(generator.get_state().numpy().tobytes())
-        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    generators, here = current_generators(), accelerator()
+    own = {kind: generator.get_state().numpy().tobytes() for kind, generator in generators.items()}
+    for kind, state in _unpacked(agreement.share(_packed(own))).items():
+        if kind in generators:
+            generators[kind].set_state(state)
+        elif here is not None and kind == here.type:
+            torch.get_device_module(kind).set_rng_state(state)
+
+
+def _packed(states: Mapping[str, bytes]) -> bytes:
+    sizes = json.dumps({kind: len(state) for kind, state in states.items()})
+    return b"\n".join([sizes.encode(), b"".join(states.values())])
+
+
+def _unpacked(said: bytes) -> dict[str, torch.Tensor]:
+    sizes, _, states = said.partition(b"\n")
+    lengths = json.loads(sizes)
+    parts = torch.frombuffer(bytearray(states), dtype=torch.uint8).split(list(lengths.values()))
+    return {kind: part.clone() for kind, part in zip(lengths, parts, strict=True)}

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
 from .backends.base import Backend
+from .devices import current
 from .digest import digest, digest_tensors
 from .errors import AgreementError, PeerError
 from .generations import Generation
@@ -57,10 +58,11 @@ class Session:
         plan: the degrees and choices.
         mesh: this rank's place.
         backend: what runs graphs.
+        device: where this rank computes, which is current during requests and calls.
     """
 
-    def __init__(self, plan: Plan, mesh: Mesh, backend: Backend):
-        self.plan, self.mesh = plan, mesh
+    def __init__(self, plan: Plan, mesh: Mesh, backend: Backend, device: torch.device | None = None):
+        self.plan, self.mesh, self.device = plan, mesh, device
         self.place = Place(plan, mesh, backend)
         self.rows = Place(plan.rows, mesh.shared_rows(plan), backend)
         self.agreement = Agreement.over(mesh, plan.timeout_s)
@@ -212,7 +214,8 @@ class Session:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Part of a request or a call, in which a failure reaches the other ranks; the outermost one ends it."""
-        with self._turns.one(), self.groups.running(), torch.inference_mode(False), torch.no_grad():
+        on_device = current(self.device)
+        with self._turns.one(), self.groups.running(), on_device, torch.inference_mode(False), torch.no_grad():
             outermost = not (self._in_request or self._in_call)
             try:
                 with self._guarded():

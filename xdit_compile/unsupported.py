@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
+from .devices import hooks_of
 from .errors import UnsupportedError
 from .program import Program
 from .released import Released
@@ -76,12 +76,5 @@ def _moving(module: nn.Module) -> Iterator[str]:
     own = vars(module)
     registered = getattr(own.get("_diffusers_hook"), "hooks", {})
     yield from (REGISTERED[name] for name in registered if name in REGISTERED)
-    if any(getattr(hook, "offload", False) for hook in _flat(own.get("_hf_hook"))):
+    if any(getattr(hook, "offload", False) for hook in hooks_of(own.get("_hf_hook"))):
         yield "sequential offload"
-
-
-def _flat(hook: Any) -> Iterator[Any]:
-    """A hook of accelerate, or those that it plays one after the other."""
-    yield hook
-    for each in getattr(hook, "hooks", ()):
-        yield from _flat(each)

@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .empty import component_class, empty_module
 from .errors import UsageError, XditCompileError, one_line
 from .model_folder import check_component, pipeline_index
-from .pipeline_call import call_arguments, placement, quieten
+from .pipeline_call import call_arguments, quieten, weights_dtype
 from .request import Request, find_model
-from .world import World
 
 LARGE = 4096
 CONFIGURATION = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -64,8 +63,7 @@ def denoiser_call(request: Request, component: str | None = None, inputs: str | 
     """
     folder = _configuration_folder(request)
     check_component(folder, component)
-    _, dtype = placement(request, World())
-    modules, others = _components(folder, dtype)
+    modules, others = _components(folder, weights_dtype(request))
     candidates = {name: module for name, module in modules.items() if _may_denoise(module)}
     if component is not None:
         if component not in modules:

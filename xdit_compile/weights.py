@@ -66,7 +66,7 @@ class Weights:
     def __init__(self, module: nn.Module, source: Source | None = None, device: torch.device | str = "cpu"):
         self.module = module
         self._source = source
-        self._device = device
+        self.device = device
         self._slices: dict[Key, _Slice] = {}
         self._samples: tuple[list[Key], Samples] | None = None
         self._held: dict[str, dict[Pieces, torch.Tensor]] = {}
@@ -289,7 +289,7 @@ class Weights:
         for name, buffer in self._stored_buffers():
             if (origin := self._origin(buffer)) is not None:
                 owner, _, own = name.rpartition(".")
-                read = self._source.read(origin, ()).to(self._device, buffer.dtype)
+                read = self._source.read(origin, ()).to(self.device, buffer.dtype)
                 self.module.get_submodule(owner)._buffers[own] = read
                 buffers.append((origin, read))
         for parameter in list(self.module.parameters()):
@@ -335,7 +335,7 @@ class Weights:
                 "call xdit_compile.restore(pipe) and parallelize it with Plan(keep_weights=True) for such calls"
             )
         with torch.inference_mode(False):
-            return self._source.read(whole.origin, pieces).to(self._device, whole.dtype)
+            return self._source.read(whole.origin, pieces).to(self.device, whole.dtype)
 
 
 def _lost(names: list[str]) -> str:
