@@ -56,7 +56,7 @@ def stale_finish(
             start, stop = next(left)
             state.narrow(dim, start, stop - start).copy_(rows.narrow(dim, at, stop - start))
             at += stop - start
-    arriving.set_()
+    arriving.set_()  # type: ignore[call-overload]
 
 
 @torch.library.register_fake("xdit_compile::stale_finish", lib=_LIBRARY)
