@@ -35,7 +35,8 @@ class Inductor(Backend):
         threads, options = compile_threads(), dict[str, Any](OPTIONS)
         if threads is not None:
             options["compile_threads"] = threads
-        return Compiled(torch.compile(structure, backend="inductor", fullgraph=True, dynamic=False, options=options))
+        compiled: Any = torch.compile(structure, backend="inductor", fullgraph=True, dynamic=False, options=options)
+        return Compiled(compiled.forward)
 
 
 class Compiled(nn.Module):

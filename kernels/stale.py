@@ -11,7 +11,7 @@ from .groups import settle
 
 _LIBRARY = torch.library.Library("xdit_compile", "FRAGMENT")
 _LIBRARY.define(
-    "stale_finish(Tensor(a!) state, Tensor arriving, int dim, SymInt[] counts, SymInt[] runs, int room, "
+    "stale_finish(Tensor(a!) state, Tensor(b!) arriving, int dim, SymInt[] counts, SymInt[] runs, int room, "
     "str group) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -21,12 +21,14 @@ _LIBRARY.define(
 def stale_finish(
     state: torch.Tensor, arriving: torch.Tensor, dim: int, counts: list[int], runs: list[int], room: int, group: str
 ) -> None:
-    """Wait for rows that the call before asked for, and write them into a tensor.
+    """Wait for rows that the call before asked for, write them into a tensor, and let go of the memory they came in.
+
+    Whoever called holds what arrived until the call ends, and the call has as much on its way for the next one.
 
     Args:
         state: any shape; changed in place.
-        arriving: the rows, flat, rank by rank; an empty tensor where the call before asked for none, which changes
-            nothing.
+        arriving: the rows, flat, rank by rank; empty afterwards. An empty tensor, where the call before asked for
+            none, changes nothing.
         dim: where rows are counted.
         counts: how many rows of each rank belong into ``state``.
         runs: where, in order of arrival: first row and past-the-last row of each stretch of neighbours, none of which
@@ -54,6 +56,7 @@ def stale_finish(
             start, stop = next(left)
             state.narrow(dim, start, stop - start).copy_(rows.narrow(dim, at, stop - start))
             at += stop - start
+    arriving.set_()  # type: ignore[call-overload]
 
 
 @torch.library.register_fake("xdit_compile::stale_finish", lib=_LIBRARY)

@@ -130,7 +130,7 @@ def test_a_structure_is_compiled_for_as_many_layouts_as_come(monkeypatch: pytest
         return graph
 
     structure = fx.symbolic_trace(torch.nn.ReLU())
-    run = Compiled(torch.compile(structure, backend=counting, fullgraph=True, dynamic=False))
+    run = Compiled(torch.compile(structure, backend=counting, fullgraph=True, dynamic=False).forward)
     for _ in range(2):
         for columns in range(4, 14):
             x = torch.randn(4, columns)[:, :4]

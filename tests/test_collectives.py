@@ -176,13 +176,16 @@ def chained(rank, group_size):
     sizes = [5, 4, 4][:group_size]
 
     def block(x, y):
+        arriving = OPS.halo_start(x.cos(), 1, *around(sizes, 1, 1), sizes, rank, group)
         whole = OPS.all_gather(x * 2, 1, sizes, group)
         other = OPS.all_reduce(y.sin(), group)
         most = OPS.all_reduce(y.cos(), op="max", group=group)
         halo = OPS.halo_exchange(x, 1, *around(sizes, 1, 1), sizes, rank, group)
         splits = [6] * group_size
         part = OPS.all_to_all(x[:, :group_size].transpose(0, 1).reshape(-1), splits, splits, group)
-        return whole + 1, other.mean() + halo, part.relu() * most.sum()
+        near = x[:, :2] if rank else x[:, -2:]
+        joined = OPS.halo_finish(arriving, near, 1, 0, 1, rank > 0, 1, group)
+        return whole + 1, other.mean() + halo, part.relu() * most.sum(), joined * 2
 
     x, y = tensor((2, sizes[rank], 3), rank), tensor((4, 4), rank)
     expected = block(x, y)
@@ -198,7 +201,7 @@ def ops_called(code):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_inductor_compiles_them_whole_and_in_one_order(ranks):
     """Left to itself inductor moves the last before the first, and the third to last elsewhere on every rank."""
-    order = ["all_gather", "all_reduce", "all_reduce", "halo_exchange", "all_to_all"]
+    order = ["halo_start", "all_gather", "all_reduce", "all_reduce", "halo_exchange", "all_to_all", "halo_finish"]
     assert procs.run(chained, ranks, ranks, timeout=200) == [(True, order)] * ranks
 
 
