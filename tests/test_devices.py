@@ -164,6 +164,7 @@ def test_where_a_module_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         (["cuda:3"], 3, ""),
         (["cuda:0"], 1, "its weights are on cuda:0 but its current device is cuda:1; call"),
         (["cuda:2"], 0, "its weights are on cuda:2 but its current device is cuda:0; call"),
+        (["xpu:0"], 0, "its weights are on xpu:0, which torch.accelerator does not know"),
         (["cuda:1", "cuda:0"], 1, "what is to be split is on cuda:1 and cuda:0"),
     ],
 )
