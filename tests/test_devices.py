@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import xdit_compile
-from xdit_compile import Plan, api, devices, loading, mesh, pipeline_call, seats
+from xdit_compile import Plan, api, devices, loading, mesh, pipefusion, pipeline_call, seats
 from xdit_compile.backends.registry import find_backend
 from xdit_compile.errors import ProviderUnavailable, UsageError
 from xdit_compile.kernels import draws, groups
@@ -163,6 +164,7 @@ def test_where_a_module_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         (["cuda:3"], 3, ""),
         (["cuda:0"], 1, "its weights are on cuda:0 but its current device is cuda:1; call"),
         (["cuda:2"], 0, "its weights are on cuda:2 but its current device is cuda:0; call"),
+        (["xpu:0"], 0, "its weights are on xpu:0, which torch.accelerator does not know"),
         (["cuda:1", "cuda:0"], 1, "what is to be split is on cuda:1 and cuda:0"),
     ],
 )
@@ -204,6 +206,16 @@ def test_a_time_is_taken_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch
     assert cards.said[3:] == []
 
 
+def test_what_a_read_of_all_patches_costs_is_timed_until_it_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards, drains = Cards(monkeypatch, 1), pipefusion._Drains()
+    drains.between(1)
+    drains.took(0.0)
+    with pytest.warns(UserWarning, match="all patches were read between two steps"):
+        drains.between(1)
+    drains.took(0.0)
+    assert cards.said == ["waited"] and drains.seconds > 0
+
+
 def test_the_command_line_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cards, world = Cards(monkeypatch, 8), World(9, None, 16, True)
     for asked in ("auto", "cuda"):
@@ -231,10 +243,12 @@ def joined(monkeypatch: pytest.MonkeyPatch, module: nn.Module, attention: str = 
     return cards, made
 
 
-@pytest.mark.parametrize("module", [on("cuda:1"), hooked("cuda:1")], ids=["there", "offloaded"])
-def test_the_device_is_current_before_the_group_is_made(monkeypatch: pytest.MonkeyPatch, module: nn.Module) -> None:
+@pytest.mark.parametrize("make", [on, hooked])
+def test_the_device_is_current_before_the_group_is_made(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[str], nn.Module]
+) -> None:
     """Offloaded weights are on the CPU then, but do not compute there."""
-    cards, made = joined(monkeypatch, module)
+    cards, made = joined(monkeypatch, make("cuda:1"))
     assert (cards.current, made) == (1, ["cpu:gloo,cuda:nccl"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,15 @@ from zoo_pipelines import PIPELINES
 import xdit_compile
 import xdit_compile.kernels.attention
 from xdit_compile import Plan
+from xdit_compile.devices import backend_for
 from xdit_compile.errors import AgreementError
+from xdit_compile.kernels.groups import carrier
 from xdit_compile.kernels.merge import merge
 from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.reference import attention_reference
 from xdit_compile.kernels.registry import PROVIDERS
+from xdit_compile.mesh import Mesh, connect
+from xdit_compile.seats import Seat, card_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -205,6 +210,37 @@ def test_two_ranks_on_one_card(method: str, name: str, backend: str) -> None:
     plan = Plan(**METHODS[method], backend=backend, timeout_s=60)
     found = procs.run(on_one_card, 2, name, plan, timeout=240, method="spawn")
     assert max(found) < 5 * EXACT
+
+
+def offloaded(rank: int) -> float:
+    with full_precision():
+        expected = call(pipeline("sd3"), "sd3")
+        pipe = PIPELINES["sd3"].build()
+        pipe.enable_model_cpu_offload(device=xdit_compile.local_device())
+        xdit_compile.parallelize(pipe, Plan(ulysses=2, backend="eager", timeout_s=60))
+        return difference(call(pipe, "sd3"), expected)
+
+
+def test_two_ranks_of_offloaded_models() -> None:
+    assert max(procs.run(offloaded, 2, timeout=240, method="spawn")) < 5 * EXACT
+
+
+def on_both(rank: int) -> list[float]:
+    """NCCL refuses two ranks on one card, so there is one; it sends from the CPU by gloo, from the card by NCCL."""
+    dist.destroy_process_group()
+    device = xdit_compile.local_device()
+    dist.init_process_group(backend_for(device), store=dist.HashStore(), rank=0, world_size=1)
+    group = connect(Mesh(("ring",), (1,), 0, {("ring",): "role"}), datetime.timedelta(seconds=60))["role"]
+    sums = [torch.ones(1, device=where) for where in ("cpu", device)]
+    for value in sums:
+        assert carrier(value.device, group) == value.device
+        dist.all_reduce(value, group=group)
+    assert Seat.of(device, "").backend == "nccl" and len(card_of(device).split()) > 1
+    return [value.item() for value in sums]
+
+
+def test_a_group_that_carries_from_the_cpu_and_from_the_card() -> None:
+    assert procs.run(on_both, 1, method="spawn") == [[1.0, 1.0]]
 
 
 def raising(rank: int) -> str:

@@ -148,10 +148,12 @@ def settle(devices: Iterable[torch.device], world: World | None = None) -> tuple
     if len(found) > 1:
         names = " and ".join(map(str, found))
         return found[0], f"what is to be split is on {names}, which have to be one device; {ADVICE}"
-    kind, index, world = accelerator(), torch.accelerator.current_device_index(), world or here()
-    if found[0].index not in (index, _own(world)):
-        there = torch.device(kind.type if kind else found[0].type, index)
-        return found[0], f"its weights are on {found[0]} but its current device is {there}; {ADVICE}"
+    kind = accelerator()
+    if kind is None or kind.type != found[0].type:
+        return found[0], f"its weights are on {found[0]}, which torch.accelerator does not know; move them to the CPU"
+    index = torch.accelerator.current_device_index()
+    if found[0].index not in (index, _own(world or here())):
+        return found[0], f"its weights are on {found[0]} but its current device is {kind.type}:{index}; {ADVICE}"
     torch.accelerator.set_device_index(found[0].index)
     return found[0], ""
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .build import Analysis, Lie, Pipeline, place_stage, separated
 from .containers import Outcome
+from .devices import finish
 from .generations import Branch
 from .guidance import Call, alone
 from .halves import Halves
@@ -82,6 +83,12 @@ class _Drains:
     def __init__(self) -> None:
         self.seconds = 0.0
         self._generation, self._said = 0, False
+
+    def took(self, begin: float) -> None:
+        """What began then is over, when the device is done; it is waited for until the cost was said."""
+        if not self._said:
+            finish()
+        self.seconds += time.perf_counter() - begin
 
     def between(self, generation: int) -> None:
         """Another call of a generation, by its number, begins."""
@@ -315,7 +322,7 @@ class PipelineRunner(Runner):
         else:
             whole = tensor.cut.empty([part.like for part in tensor.parts], tensor.device)
         whole = whole if self.pipe is None else self.pipe.broadcast(whole, self.last)
-        self._drains.seconds += time.perf_counter() - begin
+        self._drains.took(begin)
         return whole
 
 

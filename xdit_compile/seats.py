@@ -43,7 +43,8 @@ class Seat:
     @classmethod
     def of(cls, device: torch.device, problem: str) -> Seat:
         """This rank's seat in the default process group."""
-        return cls(str(device), card_of(device), backends().get(device.type, "gloo"), problem)
+        card = "" if problem else card_of(device)
+        return cls(str(device), card, backends().get(device.type, "gloo"), problem)
 
 
 def card_of(device: torch.device, environment: Mapping[str, str] = os.environ) -> str:
