@@ -1,15 +1,18 @@
-"""Compiles graphs with torch.compile."""
+"""Compiles graphs with inductor."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from xdit_compile.kernels.inductor_order import pin_order
 
 from .base import Backend
+from .sites import Sites
 
 OPTIONS = {"emulate_precision_casts": True}
 """Round where the module does. Left free, inductor keeps more digits between fused operators: nearer to exact numbers,
@@ -17,7 +20,11 @@ but another picture. A time step of 0.7 in bfloat16, times 1000, is 700 by itsel
 
 
 class Inductor(Backend):
-    """Full-graph, static shapes: one compilation for each structure, and an error where a graph would break."""
+    """Static shapes; every structure is compiled once for each form in which its tensors come.
+
+    The graphs are functional and flat already, so they go to inductor as they are: ``torch.compile`` would check in
+    every call of a structure what is known of the whole program, which took half of its host time.
+    """
 
     name = "inductor"
 
@@ -26,8 +33,12 @@ class Inductor(Backend):
             return None
         return "it needs a C++ compiler on the CPU; install g++, or use backend='eager'"
 
-    def compile_structure(self, structure: fx.GraphModule) -> nn.Module:
-        pin_order()
-        return torch.compile(  # type: ignore[return-value]
-            structure, backend="inductor", fullgraph=True, dynamic=False, options=dict(OPTIONS)
-        )
+    def compile(self, root: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
+        """The root with every structure compiled when it is first called."""
+        options = dict(OPTIONS)
+        return Sites(root, lambda structure, args: _compiled(structure, args, options))
+
+
+def _compiled(structure: fx.GraphModule, args: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
+    pin_order()
+    return torch._inductor.compile(structure, list(args), options=dict(options))  # type: ignore[no-any-return]

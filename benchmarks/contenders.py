@@ -92,9 +92,6 @@ class Timed(Backend):
     def __init__(self, own: Backend):
         self.own, self.name, self.spans = own, own.name, []
 
-    def compile_structure(self, structure: Any) -> nn.Module:
-        return self.own.compile_structure(structure)
-
     def compile(self, root: Any) -> Call:
         run = self.own.compile(root)
 

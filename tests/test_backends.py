@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import fx
 
 from xdit_compile.backends import registry
-from xdit_compile.backends.base import Backend
+from xdit_compile.backends.base import ByStructure
 from xdit_compile.backends.eager import Eager
 from xdit_compile.backends.inductor import Inductor
+from xdit_compile.backends.sites import Sites
 from xdit_compile.errors import ProviderUnavailable
 from xdit_compile.plan import BACKENDS
 
@@ -42,7 +45,7 @@ def test_a_structure_called_twice_is_compiled_once() -> None:
     (expected,) = root(*inputs())
     compiled = []
 
-    class Counting(Backend):
+    class Counting(ByStructure):
         name = "counting"
 
         def compile_structure(self, structure: fx.GraphModule) -> torch.nn.Module:
@@ -90,3 +93,16 @@ def test_inductor_rounds_where_the_graph_does() -> None:
     root = fx.GraphModule({"block": fx.symbolic_trace(Scaled())}, graph)
     times = torch.linspace(0, 1, 50).to(torch.bfloat16)
     assert (Inductor().compile(root)(times)[0] - root(times)[0]).abs().max() < 1e-5
+
+
+def test_calls_go_to_what_was_compiled_for_the_strides_of_the_inputs() -> None:
+    root, forms = root_of_two_calls(), []
+
+    def compiled(structure: fx.GraphModule, args: Sequence[torch.Tensor]) -> fx.GraphModule:
+        forms.append([arg.stride() for arg in args])
+        return structure
+
+    sites, (x, v, w) = Sites(root, compiled), inputs()
+    for given in ((x, v, w), (v, x, w), (x.T, v, w), (x, v.T, w), (x, v, w), (x.T, v, w)):
+        assert torch.equal(sites(*given)[0], root(*given)[0])
+    assert forms == [[(4, 1), (4, 1)], [(1, 4), (4, 1)], [(4, 1), (1, 4)]]
