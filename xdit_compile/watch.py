@@ -65,10 +65,21 @@ class Watch:
         self._equal.append((read, list(read())))
 
     def _watch_modules(self, modules: list[nn.Module], attributes: list[tuple[dict[str, Any], str, Any]]) -> None:
-        root, rest = modules[0], modules[1:]
+        """Watch what stands on modules themselves; of torch's own attributes those alone that decide anything.
+
+        A module has a dozen others, each with a dict of its own, and looking at all of them takes longer than the rest.
+        """
+        root, rest = modules[0], [vars(each) for each in modules[1:]]
         self._is(lambda: [held.get(name) for held, name, _ in attributes])
         self._equals(lambda: [_counted(root)])
-        self._equal.append((lambda: map(vars, rest), [dict(vars(each)) for each in rest]))
+        self._is(lambda: map(vars, modules[1:]))
+        self._equals(lambda: map(len, rest))
+        alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for own in rest:
+            names = ("training", *HOLDERS, *(name for name in own if name not in TORCH_STATE))
+            alike.setdefault(names, []).append(own)
+        groups = [(operator.itemgetter(*names), held) for names, held in alike.items()]
+        self._equals(lambda: itertools.chain.from_iterable(map(get, held) for get, held in groups))
 
     def _watch_objects(self, objects: list[Any], first: int, composites: list[Any]) -> None:
         """Watch what modules, objects that come after them, and containers hold, where that can change."""
