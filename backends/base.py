@@ -10,7 +10,7 @@ from torch import fx, nn
 
 
 class Backend(abc.ABC):
-    """Compiles the structures of a program; the root that wires them together stays as it is."""
+    """Makes a root graph run, and the structures that it calls."""
 
     name: str
 
@@ -19,11 +19,19 @@ class Backend(abc.ABC):
         return None
 
     @abc.abstractmethod
+    def compile(self, root: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
+        """What computes the root, on the same flat tensors; each structure compiled once however often it is called."""
+
+
+class ByStructure(Backend):
+    """Compiles the structures of a program; the root that wires them together stays as it is."""
+
+    @abc.abstractmethod
     def compile_structure(self, structure: fx.GraphModule) -> nn.Module:
         """A module that computes what ``structure`` does, on the same flat tensors."""
 
     def compile(self, root: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
-        """The root with every structure compiled, each of them once however often it is called."""
+        """The root with every structure compiled, each of them once."""
         called = {str(node.target) for node in root.graph.nodes if node.op == "call_module"}
         structures = {name: self.compile_structure(getattr(root, name)) for name in called}
         return fx.GraphModule(structures, root.graph)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from xdit_compile.flatten import flatten
 
@@ -20,6 +20,3 @@ class Eager(Backend):
     def compile(self, root: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
         """All in one graph, which lets go of every value after its last use."""
         return flatten(root)
-
-    def compile_structure(self, structure: fx.GraphModule) -> nn.Module:
-        return structure

@@ -1,19 +1,20 @@
-"""Compiles graphs with torch.compile."""
+"""Compiles graphs with inductor."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import fx, nn
+from torch import fx
 
 from xdit_compile.kernels.inductor_order import pin_order
 
 from .base import Backend
+from .sites import Sites
 
 OPTIONS = {"emulate_precision_casts": True}
 """Round where the module does. Left free, inductor keeps more digits between fused operators: nearer to exact numbers,
@@ -21,7 +22,11 @@ but another picture. A time step of 0.7 in bfloat16, times 1000, is 700 by itsel
 
 
 class Inductor(Backend):
-    """Full-graph, static shapes: one compilation for each structure, and an error where a graph would break."""
+    """Static shapes; every structure is compiled once for each form in which its tensors come.
+
+    The graphs are functional and flat already, so they go to inductor as they are: ``torch.compile`` would check in
+    every call of a structure what is known of the whole program, which took half of its host time.
+    """
 
     name = "inductor"
 
@@ -30,35 +35,17 @@ class Inductor(Backend):
             return None
         return "it needs a C++ compiler on the CPU; install g++, or use backend='eager'"
 
-    def compile_structure(self, structure: fx.GraphModule) -> nn.Module:
-        pin_order()
+    def compile(self, root: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
+        """The root with every structure compiled when it is first called."""
         threads, options = compile_threads(), dict[str, Any](OPTIONS)
         if threads is not None:
             options["compile_threads"] = threads
-        compiled: Any = torch.compile(structure, backend="inductor", fullgraph=True, dynamic=False, options=options)
-        return Compiled(compiled.forward)
+        return Sites(root, lambda structure, args: _compiled(structure, args, options))
 
 
-class Compiled(nn.Module):
-    """A structure compiled anew for each way in which its inputs lie.
-
-    Dynamo takes a ninth way for a mistake and, as graphs may not break, raises before anything ran. Here every way
-    comes of a call that the program makes, so there is no limit but the one on all that is compiled of a function.
-    """
-
-    def __init__(self, run: Callable[..., tuple[Any, ...]]):
-        super().__init__()
-        self._run, self._many = run, False
-
-    def forward(self, *tensors: Any) -> tuple[Any, ...]:
-        if not self._many:
-            try:
-                return self._run(*tensors)
-            except torch._dynamo.exc.FailOnRecompileLimitHit:
-                self._many = True
-        config = torch._dynamo.config
-        with config.patch(recompile_limit=config.accumulated_recompile_limit):
-            return self._run(*tensors)
+def _compiled(structure: fx.GraphModule, args: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
+    pin_order()
+    return torch._inductor.compile(structure, list(args), options=dict(options))  # type: ignore[no-any-return]
 
 
 def compile_threads(environment: Mapping[str, str] = os.environ) -> int | None:

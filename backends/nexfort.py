@@ -6,10 +6,10 @@ import importlib.util
 
 from torch import fx, nn
 
-from .base import Backend
+from .base import ByStructure
 
 
-class Nexfort(Backend):
+class Nexfort(ByStructure):
     """onediff's nexfort compiler for CUDA devices."""
 
     name = "nexfort"

@@ -92,9 +92,6 @@ class Timed(Backend):
     def __init__(self, own: Backend):
         self.own, self.name, self.spans = own, own.name, []
 
-    def compile_structure(self, structure: Any) -> nn.Module:
-        return self.own.compile_structure(structure)
-
     def compile(self, root: Any) -> Call:
         run = self.own.compile(root)
 
@@ -206,13 +203,13 @@ def contenders(backend: str) -> list[Contender]:
         two.append(Contender(name, 2, lambda module, plan=plan: parallelize(module, plan)))
         two.append(Contender(f"{name}, collectives stubbed", 2, two[-1].make, same_as=name, stub=True, exact=False))
     for method in ("ulysses", "ring"):
-        two.append(Contender(f"diffusers {method} 2, eager", 2, lambda module, method=method: _native(module, method)))
+        two.append(Contender(f"diffusers {method} 2, eager", 2, lambda module, method=method: native(module, method)))
         if backend == "inductor":
             two.append(
                 Contender(
                     f"diffusers {method} 2, torch.compile",
                     2,
-                    lambda module, method=method: _compiled(_native(module, method)),
+                    lambda module, method=method: _compiled(native(module, method)),
                 )
             )
     return one + two
@@ -227,7 +224,7 @@ def _compiled(module: nn.Module) -> Call:
     return torch.compile(module, dynamic=False)
 
 
-def _native(module: nn.Module, method: str) -> nn.Module:
+def native(module: nn.Module, method: str) -> nn.Module:
     """diffusers' own context parallelism. It counts accelerators, of which a machine with CPUs only has none."""
     from diffusers import ContextParallelConfig
 

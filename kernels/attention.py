@@ -104,13 +104,18 @@ def output_shape(
         held = k.shape[-3]
         if v.shape[-3] != held or (q.shape[-3] % held if held else q.shape[-3]):
             raise ValueError(f"{q.shape[-3]} query heads cannot share {held} key and {v.shape[-3]} value heads evenly")
-        heads = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]) + q.shape[-3:-2]
+        heads = _broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3]) + q.shape[-3:-2]
     else:
-        heads = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+        heads = _broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     scores = (*heads, q.shape[-2], k.shape[-2])
     if mask is not None:
         check_mask(mask, scores)
     return (*heads, q.shape[-2], v.shape[-1])
+
+
+def _broadcast(one: torch.Size, *others: torch.Size) -> torch.Size:
+    """What ``torch.broadcast_shapes`` gives, which takes longer than the attention of a few tokens."""
+    return one if all(other == one for other in others) else torch.broadcast_shapes(one, *others)
 
 
 def check_mask(mask: torch.Tensor, scores: tuple[int, ...]) -> None:
@@ -221,7 +226,9 @@ def _regular(
 
 def _regular_rows(x: torch.Tensor, batch: tuple[int, ...], heads: int) -> torch.Tensor:
     """``[B, heads, S, D]``, each row in one piece of memory: kernels step from number to number without asking."""
-    rows = x.expand(*batch, heads, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
+    rows = x
+    if x.dim() != 4 or x.shape[1] != heads or x.shape[:1] != batch:
+        rows = x.expand(*batch, heads, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 

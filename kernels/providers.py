@@ -7,6 +7,7 @@ A provider computes on what ``attention`` has made regular: four-dimensional, no
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import math
@@ -225,9 +226,15 @@ def _cuda_takes(dtypes: tuple[torch.dtype, ...]) -> Callable[[AttentionQuery], s
 
 def _installed(module: str, command: str) -> Callable[[AttentionQuery], str | None]:
     def refusal(query: AttentionQuery) -> str | None:
-        return None if importlib.util.find_spec(module) else f"is not installed; run: {command}"
+        return None if _is_there(module) else f"is not installed; run: {command}"
 
     return refusal
+
+
+@functools.cache
+def _is_there(module: str) -> bool:
+    """Whether a package can be imported; looked up once, as every attention of a call asks."""
+    return importlib.util.find_spec(module) is not None
 
 
 def _head_dim_up_to(limit: int) -> Callable[[AttentionQuery], str | None]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import fx
 
 from xdit_compile.backends import registry
-from xdit_compile.backends.base import Backend
+from xdit_compile.backends.base import ByStructure
 from xdit_compile.backends.eager import Eager
-from xdit_compile.backends.inductor import Compiled, Inductor, compile_threads
+from xdit_compile.backends.inductor import Inductor, compile_threads
+from xdit_compile.backends.sites import Sites
 from xdit_compile.errors import ProviderUnavailable
 from xdit_compile.plan import BACKENDS
 
@@ -42,7 +45,7 @@ def test_a_structure_called_twice_is_compiled_once() -> None:
     (expected,) = root(*inputs())
     compiled = []
 
-    class Counting(Backend):
+    class Counting(ByStructure):
         name = "counting"
 
         def compile_structure(self, structure: fx.GraphModule) -> torch.nn.Module:
@@ -122,17 +125,14 @@ def test_a_number_of_workers_that_the_user_chose_stays(environment, set_to, foun
         assert compile_threads(environment) == found
 
 
-def test_a_structure_is_compiled_for_as_many_layouts_as_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
+def test_calls_go_to_what_was_compiled_for_the_strides_of_the_inputs() -> None:
+    root, forms = root_of_two_calls(), []
 
-    def counting(graph: fx.GraphModule, given: list[torch.Tensor]) -> fx.GraphModule:
-        compiled.append([x.stride() for x in given])
-        return graph
+    def compiled(structure: fx.GraphModule, args: Sequence[torch.Tensor]) -> fx.GraphModule:
+        forms.append([arg.stride() for arg in args])
+        return structure
 
-    structure = fx.symbolic_trace(torch.nn.ReLU())
-    run = Compiled(torch.compile(structure, backend=counting, fullgraph=True, dynamic=False).forward)
-    for _ in range(2):
-        for columns in range(4, 14):
-            x = torch.randn(4, columns)[:, :4]
-            assert torch.equal(run(x), x.relu())
-    assert len(compiled) == 10
+    sites, (x, v, w) = Sites(root, compiled), inputs()
+    for given in ((x, v, w), (v, x, w), (x.T, v, w), (x, v.T, w), (x, v, w), (x.T, v, w)):
+        assert torch.equal(sites(*given)[0], root(*given)[0])
+    assert forms == [[(4, 1), (4, 1)], [(1, 4), (4, 1)], [(4, 1), (1, 4)]]

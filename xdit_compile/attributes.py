@@ -66,7 +66,7 @@ def _parts(value: Any, seen: Seen) -> Any:
         )  # fmt: skip
     if isinstance(value, types.MethodType):
         return (described(value.__func__, seen), described(value.__self__, seen))
-    return (_kind(value), Entries((name, described(item, seen)) for name, item in _held(value)))
+    return (_kind(value), Entries((name, described(item, seen)) for name, item in held_in(value)))
 
 
 def _kind(value: Any) -> Any:
@@ -74,11 +74,12 @@ def _kind(value: Any) -> Any:
     if isinstance(value, types.FunctionType):
         return Same(value.__code__)
     kind = value.__class__
-    inside = kind.__basicsize__ - object.__basicsize__ - POINTER * len(_slots(value))
-    return kind if inside <= 2 * POINTER and kind.__dictoffset__ + len(_slots(value)) else Same(value)
+    inside = kind.__basicsize__ - object.__basicsize__ - POINTER * len(slots_of(value))
+    return kind if inside <= 2 * POINTER and kind.__dictoffset__ + len(slots_of(value)) else Same(value)
 
 
-def _held(value: Any) -> Iterator[tuple[str, Any]]:
+def held_in(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a function encloses, or an object has as attributes and in slots, by name."""
     if isinstance(value, types.FunctionType):
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             try:
@@ -87,12 +88,13 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
                 continue
         yield from (("defaults", value.__defaults__), ("keyword defaults", value.__kwdefaults__))
     yield from getattr(value, "__dict__", {}).items()
-    for name in _slots(value):
+    for name in slots_of(value):
         if hasattr(value, name):
             yield name, getattr(value, name)
 
 
-def _slots(value: Any) -> list[str]:
+def slots_of(value: Any) -> list[str]:
+    """The names of an object's slots."""
     names = copyreg._slotnames(value.__class__)  # type: ignore[attr-defined]
     return [name for name in names if name not in ("__dict__", "__weakref__")]
 

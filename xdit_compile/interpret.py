@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .containers import Outcome
-from .program import Program
+from .program import Input, Program
 from .weights import Weights
 
 
@@ -24,21 +24,19 @@ def bind(
 
     Inputs are made contiguous: a program is captured for contiguous ones.
     """
-    found = []
-    for spec in program.inputs:
-        if spec.kind == "user":
-            found.append(leaves[int(spec.target)].contiguous())
-        elif spec.kind in ("state", "arriving"):
-            assert kept is not None
-            found.append(kept[spec.target])
-        elif spec.kind in ("patch", "shared"):
-            assert kept is not None
-            found.append(_dense(kept[spec.target]))
-        elif spec.kind == "constant":
-            found.append(program.constants[str(spec.target)])
-        else:
-            found.append(weights.find(spec))
+    bound = weights.bindings.of(program, weights)
+    found: list[Any] = list(bound.tensors)
+    for at, spec in bound.given:
+        found[at] = _given(spec, leaves, kept)
     return found
+
+
+def _given(spec: Input, leaves: list[Any], kept: Mapping[str | int, torch.Tensor] | None) -> torch.Tensor:
+    """What a call gives for a placeholder."""
+    if spec.kind == "user":
+        return leaves[int(spec.target)].contiguous()
+    assert kept is not None
+    return kept[spec.target] if spec.kind in ("state", "arriving") else _dense(kept[spec.target])
 
 
 def _dense(value: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,10 @@ class Programs(Generic[P]):
                 return number, program
         return None
 
+    def described(self, modules: Fingerprint) -> Fingerprint:
+        """The fingerprint itself, or an equal one that is known, so that the two need not be compared any more."""
+        return next((key.modules for key in self._by_key if key.modules == modules), modules)
+
     def add(self, program: P, *keys: Signature) -> None:
         """Keep a program for some signatures, and drop those that are too many."""
         self._by_use[program] = None

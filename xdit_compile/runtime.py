@@ -17,6 +17,7 @@ from .deferred import Deferred, values_of
 from .digest import digest, digest_program, digest_shapes
 from .dump import dump
 from .errors import CaptureError
+from .guards import Guards
 from .guidance import Call, unshared_images
 from .in_place import as_it_was, found_method, refuse_lost
 from .interpret import assemble, bind
@@ -29,10 +30,11 @@ from .preserve import same_random_numbers
 from .program import Program
 from .programs import Programs
 from .session import Place, Session
-from .signature import Signature, fingerprint, kept, signature
+from .signature import Fingerprint, Signature, fingerprint, kept, signature
 from .unsplit import Changing, RunsWhole, Unsplit
 from .unsupported import moves_weights, refuse_draws, refuse_unsupported
 from .verification import narrow_rounding, verify, verify_later
+from .watch import Watch
 from .weights import Gather, Weights
 
 Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
@@ -73,10 +75,13 @@ class Prepared:
         """All that this rank runs."""
         return [self.program]
 
+    @functools.cached_property
+    def _guards(self) -> Guards:
+        return Guards(self.program.guards if self.shared is None else self.shared.guards)
+
     def fits(self, leaves: list[Any]) -> bool:
         """Whether the values that the capture baked in are those of this call."""
-        guards = self.program.guards if self.shared is None else self.shared.guards
-        return all(torch.equal(leaves[guard.position], guard.value) for guard in guards)
+        return self._guards.fit(leaves)
 
 
 class Runner:
@@ -130,10 +135,12 @@ class Runner:
         self._unreleased: list[Prepared] = []
         self._changing = Changing()
         self._later = LaterCall()
+        self._watch: Watch | None = None
         self._agreement = session.agreement
         self._batches = Batches(self.plan, self.mesh, session.agreement, self.cuts_calls)
         self._branches = session.branches
         session.before_request(self.renew)
+        session.after_request(self._unwatch)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.call():
@@ -177,6 +184,8 @@ class Runner:
             UsageError: calls of the module come here no more.
         """
         refuse_lost(self.module, self.name)
+        if self.session.in_request:
+            self._unwatch()
         self._changing.begin()
         self._release_all()
         self.weights.renew()
@@ -248,7 +257,7 @@ class Runner:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         inputs, first = self.session.inputs, self.session.in_request and self.session.inputs.first(self)
         leaves = inputs.agreed(leaves) if first else inputs.known(leaves)
-        key = signature(self.module, args, kwargs)
+        key = signature(self.module, args, kwargs, self._watched())
         whole, known = self.unsplit.covers(key), self.prepared.find(key, leaves)
         which = "whole" if whole else "new" if known is None else known[0]
         self.session.announce(f"{self.name} {which}", leaves)
@@ -256,6 +265,7 @@ class Runner:
             raise RunsWhole
         if known is not None:
             return known[1], leaves
+        self._unwatch()
         leaves = leaves if first else inputs.agreed(leaves)
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         kept(key.modules)
@@ -263,6 +273,19 @@ class Runner:
         left = dataclasses.replace(key, modules=kept(fingerprint(self.module)))
         self.prepared.add(prepared, key, left)
         return prepared, leaves
+
+    def _watched(self) -> Fingerprint:
+        """The fingerprint of the module as it is now; taken once, for as long as nothing is seen to have changed."""
+        if self._watch is None or not self._watch.same():
+            self._watch = Watch(self.module)
+            self._watch.fingerprint = self.prepared.described(self._watch.fingerprint)
+        self.weights.bindings.of_state(self._watch)
+        return self._watch.fingerprint
+
+    def _unwatch(self) -> None:
+        """The module is about to change, or a request is over: look at all of it when it is called again."""
+        self._watch = None
+        self.weights.bindings.of_state(None)
 
     def _arrived(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The inputs with the values of those that another denoiser has not computed yet."""
@@ -355,6 +378,7 @@ class Runner:
     def _release_all(self) -> None:
         """Release the weights that programs leave, after the last time that the module itself runs."""
         if self._unreleased:
+            self._unwatch()
             before = kept(fingerprint(self.module))
             for prepared in self._unreleased:
                 self._release(prepared)

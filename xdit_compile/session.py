@@ -82,12 +82,17 @@ class Session:
         self.steps = 0
         self._values: dict[str, Callable[[], list[torch.Tensor]]] = {}
         self._before: list[Callable[[], None]] = []
+        self._after: list[Callable[[], None]] = []
         self._after_failure: list[Callable[[], None]] = []
         self._reconciled = True
 
     def before_request(self, do: Callable[[], None]) -> None:
         """Have something done when a request begins."""
         self._before.append(do)
+
+    def after_request(self, do: Callable[[], None]) -> None:
+        """Have something done when a request is over, however it ended."""
+        self._after.append(do)
 
     def compare_weights(self, name: str, values: Callable[[], list[torch.Tensor]]) -> None:
         """Have ranks compare some values of a module's weights when a request begins."""
@@ -146,6 +151,7 @@ class Session:
             finally:
                 self._in_request, self.steps = False, 0
                 self.inputs.forget()
+                self._do(self._after)
 
     @contextmanager
     def call(self) -> Iterator[None]:

@@ -49,7 +49,7 @@ class Signature:
             isinstance(other, Signature)
             and self.leaves == other.leaves
             and self.ambient == other.ambient
-            and self.modules == other.modules
+            and (self.modules is other.modules or self.modules == other.modules)
             and self.spec == other.spec
         )
 
@@ -73,8 +73,11 @@ class Signature:
         return "; ".join(found[:most]) + (f"; and {len(found) - most} more" if len(found) > most else "")
 
 
-def signature(module: nn.Module, args: tuple, kwargs: dict) -> Signature:
+def signature(module: nn.Module, args: tuple, kwargs: dict, modules: Fingerprint | None = None) -> Signature:
     """Describe a call of a module.
+
+    Args:
+        modules: the fingerprint of the module, where it is known.
 
     Noticed are: containers, shapes, dtypes, devices and non-tensor arguments; autocast; and in the module tree the
     identity of modules, parameters, hooks, patched methods and of every object or function that hangs on a module
@@ -86,13 +89,18 @@ def signature(module: nn.Module, args: tuple, kwargs: dict) -> Signature:
     ambient = tuple(
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
     )
-    return Signature(spec, tuple(_leaf(leaf) for leaf in leaves), ambient, fingerprint(module))
+    modules = fingerprint(module) if modules is None else modules
+    return Signature(spec, tuple(_leaf(leaf) for leaf in leaves), ambient, modules)
 
 
-def fingerprint(module: nn.Module) -> Fingerprint:
-    """Path and state of each module of a tree, as far as it decides what the tree computes."""
+def fingerprint(module: nn.Module, seen: Seen | None = None) -> Fingerprint:
+    """Path and state of each module of a tree, as far as it decides what the tree computes.
+
+    Args:
+        seen: takes up the containers and objects that were met, where somebody wants to know them.
+    """
     found: Fingerprint = {}
-    seen: Seen = {}
+    seen = {} if seen is None else seen
     pending = [("", module)]
     while pending:
         path, item = pending.pop()

@@ -29,7 +29,7 @@ class Unsplit:
 
     def covers(self, key: Signature) -> bool:
         """Whether a call is known to run whole: the module is as it was, but for what it keeps from call to call."""
-        if key.call not in self._known:
+        if not self._known or key.call not in self._known:
             return False
         modules, changing = self._known[key.call]
         return without(key.modules, changing) == modules

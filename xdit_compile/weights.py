@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from .bound import Bindings
 from .errors import UsageError
 from .program import Input, Piece, Program
 from .released import Refusals, Released, refuse_released, released
@@ -75,6 +76,7 @@ class Weights:
         self._read_whole: dict[State, tuple[str, Sample]] = {}
         self._differ = False
         self._refusals = Refusals()
+        self.bindings = Bindings()
         if source is not None:
             self._await_reading()
 
@@ -96,8 +98,7 @@ class Weights:
         Raises:
             UsageError: it is not there, or was released and is wanted in another form than it was kept in.
         """
-        name = str(given.target)
-        whole = _held(self.module, name, given.kind)
+        name, whole = str(given.target), self.whole(given)
         if whole.is_meta:
             return self._absent(name, whole, given.pieces)
         if not given.pieces:
@@ -108,6 +109,10 @@ class Weights:
             self._samples = None
             kept = self._slices[key] = _Slice(cut(whole, given.pieces), _state(whole), Sample(whole))
         return kept.value
+
+    def whole(self, given: Input) -> torch.Tensor:
+        """The module's own tensor for a parameter or buffer of a program, or what stands in its place."""
+        return _held(self.module, str(given.target), given.kind)
 
     def _absent(self, name: str, whole: torch.Tensor, pieces: Pieces) -> torch.Tensor:
         """What a program takes of a tensor that the module does not hold; slices of it are read once."""
@@ -145,6 +150,7 @@ class Weights:
     def _forget(self, key: Key) -> None:
         self._slices.pop(key, None)
         self._samples = None
+        self.bindings.forget()
 
     def _forget_gone(self) -> None:
         """Forget slices of tensors that are no more in the module."""
@@ -160,6 +166,7 @@ class Weights:
         Raises:
             UsageError: a parameter was released and there is no file to read it from.
         """
+        self.bindings.forget()
         if self._source is None:
             refuse_released(self.module)
         else:
@@ -323,6 +330,7 @@ class Weights:
                     yield (f"{path}.{own}" if path else own), buffer
 
     def _replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        self.bindings.forget()
         for module in self.module.modules():
             for name, parameter in module._parameters.items():
                 if parameter is old:
