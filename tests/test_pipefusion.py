@@ -26,6 +26,7 @@ from xdit_compile.api import runner_of
 from xdit_compile.build import place_stage, separated
 from xdit_compile.errors import AgreementError
 from xdit_compile.mesh import Mesh
+from xdit_compile.patched import whole_of
 
 
 def grid(sizes: tuple[int, ...], cut: int, before: int = 0, after: int = 0) -> Any:
@@ -359,7 +360,7 @@ def steps_of(module: Any, args: tuple, kwargs: dict[str, Any], graphs: list[int]
     for _ in range(4):
         latents = latents - 0.1 * module(*args, **{**kwargs, "hidden_states": latents})[0]
         graphs.append(counters["stats"]["unique_graphs"])
-    return latents + torch.zeros(1, dtype=latents.dtype)
+    return whole_of(latents)
 
 
 def loop(index: int, name: str, plan: Plan) -> tuple[torch.Tensor, list[int]]:
