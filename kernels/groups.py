@@ -14,7 +14,7 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.distributed import distributed_c10d
 
 from xdit_compile.errors import AgreementError, PeerError
-from xdit_compile.mesh import first_sentence, is_simulated
+from xdit_compile.mesh import first_sentence, is_own, is_simulated
 
 
 def keep_in_order(op: torch._ops.OpOverload) -> None:
@@ -210,12 +210,16 @@ def _came(work: dist.Work, group: dist.ProcessGroup) -> bool:
 def answering(group: dist.ProcessGroup, what: str) -> Iterator[None]:
     """Turn the failure of a transfer into one line that names the ranks concerned.
 
+    Where this rank's memory ran out, or its device failed, that is raised as it is.
+
     Raises:
         PeerError: when a peer died or did not answer within the group's limit.
     """
     try:
         yield
     except RuntimeError as error:
+        if is_own(error):
+            raise
         raise PeerError(
             f"{what} over ranks {dist.get_process_group_ranks(group)} failed on rank {dist.get_rank()} "
             f"({first_sentence(error)}); a peer stopped or did not answer in time, look at the first rank that failed"

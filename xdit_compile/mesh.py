@@ -27,6 +27,8 @@ BRANCHES = ("data", "cfg")
 PIPELINES = ("cfg", "pipefusion")
 """The stages of all pipelines among the ranks that make the same images, each with a branch of guidance."""
 ALONE = ""
+OWN_WORDS = ("out of memory", "DefaultCPUAllocator", "Cuda failure", "CUDA error")
+"""What libraries say of this rank's memory and device, in errors of any type."""
 _SIMULATED = "sim/"
 
 Names = str | tuple[str, ...]
@@ -258,10 +260,22 @@ def _answering(ranks: tuple[int, ...], limit: datetime.timedelta) -> Iterator[No
     try:
         yield
     except RuntimeError as error:
+        if is_own(error):
+            raise
         raise AgreementError(
             f"ranks {list(ranks)} did not all answer within {limit.total_seconds():g} s ({first_sentence(error)}); "
             "start every rank with the same plan and look at the first one that failed"
         ) from error
+
+
+def is_own(error: RuntimeError) -> bool:
+    """Whether what stopped a transfer is this rank's own failure, in which no peer has a part: memory, or the device.
+
+    PyTorch has types for these. What gloo raises is a plain ``RuntimeError``; NCCL's and the store's are `DistError`,
+    with words of CUDA's in them where NCCL could not allocate or launch.
+    """
+    of_its_own_type = type(error) is not RuntimeError and not isinstance(error, dist.DistError)
+    return of_its_own_type or any(words in str(error) for words in OWN_WORDS)
 
 
 def first_sentence(error: BaseException) -> str:
