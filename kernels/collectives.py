@@ -58,7 +58,8 @@ def all_to_all(x: torch.Tensor, out_splits: list[int], in_splits: list[int], gro
     members = process_group(group)
     _check_count(members, len(in_splits))
     away, splits = x.contiguous(), (list(out_splits), list(in_splits))
-    complete(members, "an all-to-all", lambda: dist.all_to_all_single(out, away, *splits, group=members, async_op=True))
+    start = functools.partial(dist.all_to_all_single, out, away, *splits, group=members, async_op=True)
+    complete(members, "an all-to-all", start, x.device)
     return out
 
 
@@ -126,7 +127,7 @@ def _gather_flat(x: torch.Tensor, counts: list[int], group: str) -> tuple[torch.
     else:
         start = functools.partial(_gather_even, out, flat)
     if out.numel():
-        complete(members, "an all-gather", lambda: start(group=members, async_op=True))
+        complete(members, "an all-gather", lambda: start(group=members, async_op=True), x.device)
     return out.split(counts)
 
 
@@ -151,7 +152,8 @@ def all_reduce(x: torch.Tensor, group: str, op: str = "sum") -> torch.Tensor:
     if group and out.numel():
         members = process_group(group)
         how = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
-        complete(members, "an all-reduce", lambda: dist.all_reduce(out, op=how, group=members, async_op=True))
+        start = functools.partial(dist.all_reduce, out, op=how, group=members, async_op=True)
+        complete(members, "an all-reduce", start, x.device)
     return out
 
 

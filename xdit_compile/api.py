@@ -32,6 +32,7 @@ from .report import Report, report
 from .runtime import Runner
 from .session import Session
 from .unsupported import refuse_unsupported
+from .watchdog import lenient
 from .weights import Weights
 from .world import World
 
@@ -281,4 +282,5 @@ def _join(plan: Plan, module: nn.Module) -> None:
     limit = datetime.timedelta(seconds=plan.timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    with lenient():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)

@@ -252,7 +252,8 @@ def _meet(group: dist.ProcessGroup) -> None:
     """Use a group once, so that all members connect together: a first point-to-point call would connect only two."""
     count = torch.ones(1, device=_device_of(group))
     dist.all_reduce(count, group=group)
-    count.item()
+    if count.item() != group.size():
+        raise RuntimeError("the sum over them never came")
 
 
 @contextmanager

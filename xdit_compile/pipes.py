@@ -100,5 +100,5 @@ class Pipe:
         """A tensor of one stage on all of them; others give one of its shape, which is filled."""
         moved = tensor.contiguous().to(carrier(tensor.device, self.members))
         start = functools.partial(dist.broadcast, moved, group=self.members, group_src=source, async_op=True)
-        complete(self.members, "a broadcast over stages", start)
+        complete(self.members, "a broadcast over stages", start, moved.device)
         return moved.to(tensor.device)

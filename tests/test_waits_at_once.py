@@ -1,0 +1,210 @@
+"""Failures where waits for transfers come back at once and the host waits for the device, as with NCCL (`pretend`)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pair
+import pretend
+import pytest
+import test_ranks_that_differ as ranks
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+
+from xdit_compile import Plan, liveness
+from xdit_compile import session as sessions
+from xdit_compile.agreement import Agreement
+from xdit_compile.backends.registry import find_backend
+from xdit_compile.errors import AgreementError, PeerError
+from xdit_compile.kernels import groups as kernel_groups
+from xdit_compile.kernels.groups import Groups, answering
+from xdit_compile.mesh import Mesh
+from xdit_compile.watch import Watch
+
+PAIR = pair.Pair(host=True, backend=pretend.NAME)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def end_the_pair() -> Iterator[None]:
+    yield
+    PAIR.end()
+
+
+# ---- two ranks in one process
+
+
+class Rank:
+    """What a rank has of a session, with one group that the backend `pretend` carries."""
+
+    def __init__(self, rank: int, store: Any):
+        self.agreement = Agreement("talk", rank, [0, 1], timeout_s=60)
+        limit = torch.distributed.distributed_c10d.default_pg_timeout
+        self.group = pretend.Pretend(store, rank, 2, limit, "both")
+        self.groups = Groups(lambda: {"both": self.group}, self.agreement.pulse)
+        self.groups.open()
+        self.watch = Watch(self.agreement, self.groups)
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Rank]]:
+    """Two ranks, whose threads look about fifty times a second."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(pretend.Pretend, "ahead", True)
+    monkeypatch.setattr(kernel_groups, "peer_error", lambda group, what, why: PeerError(f"{what} failed ({why})"))
+    found = [Rank(rank, store) for rank in range(2)]
+    yield found
+    for each in found:
+        each.watch.end()
+        each.agreement.close()
+        each.group.abort()
+
+
+def goes_another_way(rank: Rank) -> None:
+    rank.agreement.announce_call("one", [])
+    rank.agreement.announce_call("another", [])
+
+
+def has_another_input(rank: Rank) -> None:
+    rank.agreement.announce_call("one", [])
+    rank.agreement.announce_call("two", ["float32 [1];2.0"])
+
+
+def stops(rank: Rank) -> None:
+    rank.agreement.close()
+
+
+@pytest.mark.parametrize(
+    ("happens", "words"),
+    [
+        (lambda rank: rank.agreement.fail(ValueError("broken"), None), "rank 1 failed: ValueError: broken"),
+        (goes_another_way, "rank 1 is at call 2 of another where rank 0 is at call 2 of two"),
+        (has_another_input, "call 2 of rank 1 has another input 0 than rank 0's"),
+        (stops, "rank 1 stopped"),
+    ],
+)
+def test_who_waits_for_the_device_is_freed_and_told(two: list[Rank], happens: Callable, words: str) -> None:
+    mine, other = two
+    mine.watch.begin()
+    mine.agreement.announce_call("one", [])
+    mine.agreement.announce_call("two", ["float32 [1];1.0"])
+    values = torch.zeros(1)
+    mine.groups.wait(mine.group.allreduce([values]), mine.group, "a sum", values.device)
+    timer = threading.Timer(0.1, happens, [other])
+    timer.start()
+    begin = time.monotonic()
+    pretend.finish()
+    assert time.monotonic() - begin < 5 and values.item() == 0
+    timer.join()
+    for refused in (mine.groups.refuse, lambda: mine.groups.find("both")):
+        with pytest.raises(AgreementError, match=words):
+            refused()
+    assert not mine.groups.is_open
+    mine.groups.close()
+    mine.group = pretend.Pretend(mine.group.store, 0, 2, dist.distributed_c10d.default_pg_timeout, "again")
+    mine.groups.open()
+    mine.groups.refuse()
+    assert mine.groups.find("both") is mine.group and mine.groups.is_open
+
+
+def test_what_a_group_says_of_itself_is_a_failure(two: list[Rank]) -> None:
+    mine, _ = two
+    mine.watch.begin()
+    work = mine.group.allreduce([torch.zeros(1)])
+    mine.group.state = "TIMEOUT"
+    work.finish()
+    with pytest.raises(PeerError, match="a transfer failed .timeout."):
+        mine.groups.refuse()
+
+
+def test_nothing_is_given_up_where_nobody_waits_or_all_is_well(two: list[Rank]) -> None:
+    mine, other = two
+    mine.watch.begin()
+    values = [torch.ones(1) for _ in two]
+    for each, value in zip(two, values, strict=True):
+        each.group.allreduce([value])
+    pretend.finish()
+    time.sleep(0.1)
+    mine.watch.end()
+    other.agreement.fail(ValueError("broken"), None)
+    time.sleep(0.1)
+    mine.groups.refuse()
+    assert [value.item() for value in values] == [2, 2] and mine.groups.is_open and not mine.group.aborted.is_set()
+
+
+# ---- what is this rank's own failure
+
+
+@pytest.mark.parametrize(
+    ("error", "own"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (dist.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), True),
+        (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), False),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"), False),
+    ],
+)
+def test_memory_and_the_device_are_no_peer_s_failure(
+    error: RuntimeError, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_groups, "peer_error", lambda group, what, why: PeerError("a peer stopped"))
+    with pytest.raises(type(error) if own else PeerError) as caught, answering(None, "a sum"):  # type: ignore[arg-type]
+        raise error
+    assert (caught.value is error) == own
+
+
+# ---- two processes
+
+
+def gone_on(rank: int, memory: dict) -> list[Any]:
+    """Rank 1 fails in a request in which rank 0 has started its transfer and gone on to read what it brings."""
+    plan = Plan(ulysses=2, timeout_s=20, backend="eager")
+    session = sessions.Session(plan, Mesh.from_process_group(plan), find_backend("eager"))
+    sessions.finish_device, pretend.Pretend.ahead = pretend.finish, True
+    found: list[Any] = []
+    for broken in (False, True, False):
+        begin = time.monotonic()
+        try:
+            with session.request({}):
+                session.announce("a sum", [torch.ones(2)])
+                if broken and rank == 1:
+                    time.sleep(0.5)
+                    raise ValueError("broken")
+                total = torch.ops.xdit_compile.all_reduce(torch.full((1,), rank + 1.0), session.mesh.group("ulysses"))
+                pretend.finish()
+            found.append(total.item())
+        except Exception as error:
+            found.append((f"{type(error).__name__}: {error}", time.monotonic() - begin))
+    pretend.Pretend.ahead = False
+    session.close()
+    return found
+
+
+def test_a_rank_that_has_gone_on_hears_why_its_values_do_not_come() -> None:
+    for first, (said, seconds), last in PAIR.run(gone_on):
+        assert (first, last) == (3, 3) and seconds < 10
+        assert said in ("ValueError: broken", "AgreementError: rank 1 failed: ValueError: broken")
+
+
+def test_a_pipeline_whose_peer_fails_is_right_again() -> None:
+    ranks.check(ranks.Scenario("ulysses", "raise", "callback", at=1), PAIR)
+
+
+@pytest.mark.slow
+def test_a_peer_that_is_killed_is_named() -> None:
+    ranks.check(ranks.Scenario("ulysses", "kill", "step", at=1), PAIR)
+
+
+@pytest.mark.slow
+@given(ranks.scenarios(ranks.QUICK))
+@settings(ranks.CHECKED, derandomize=True, max_examples=60)
+def test_many_ranks_that_differ(scenario: ranks.Scenario) -> None:
+    if scenario.plan != "ring":
+        ranks.check(scenario, PAIR)
