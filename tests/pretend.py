@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 NAME = "pretend"
+PATIENCE_S = 45.0
 MADE: weakref.WeakSet[Pretend] = weakref.WeakSet()
 Message = Mapping[int, torch.Tensor]
 
@@ -57,8 +58,10 @@ class Transfer(distributed_c10d.Work):
         return True
 
     def finish(self) -> None:
+        """Wait until it is done or aborted; what waits for longer than any test should has been forgotten."""
+        end = time.monotonic() + PATIENCE_S
         while not (self.done.wait(0.01) or self._aborted.is_set()):
-            pass
+            assert time.monotonic() < end, "nothing freed who waits for the device"
 
 
 class Pretend(dist.ProcessGroup):
@@ -86,6 +89,11 @@ class Pretend(dist.ProcessGroup):
     @property
     def group_name(self) -> str:
         return self._name
+
+    def _get_backend(self, device: torch.device) -> Pretend:
+        return self
+
+    supports_coalescing = False
 
     def abort(self) -> None:
         self.aborted.set()

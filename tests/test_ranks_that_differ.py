@@ -205,7 +205,7 @@ PAIR = pair.Pair()
 
 
 def check(scenario: Scenario, ranks: pair.Pair = PAIR) -> None:
-    """Both requests of a scenario are as they must be.
+    """Both requests of a scenario are as they must be on two ranks.
 
     Raises:
         AssertionError: they are not.
