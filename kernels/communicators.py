@@ -27,9 +27,13 @@ logger = logging.getLogger("xdit_compile")
 
 def communicators_of(group: dist.ProcessGroup) -> Communicators:
     """Those of a group; none where it is gloo's."""
+    return {kind: backend for kind, backend in _backends(group).items() if backend.name() != dist.Backend.GLOO}
+
+
+def _backends(group: dist.ProcessGroup) -> dict[str, Any]:
+    """By the type of device; a group that is written in Python is its own."""
     kinds = group._device_types
-    backends = {device.type: group._get_backend(device) for device in kinds} if kinds else {"cpu": group}
-    return {kind: backend for kind, backend in backends.items() if backend.name() != dist.Backend.GLOO}
+    return {device.type: group._get_backend(device) for device in kinds} if kinds else {"cpu": group}
 
 
 def state_of(communicators: Communicators) -> str | None:
@@ -65,6 +69,13 @@ def _abort(communicators: Communicators) -> None:
             backend.abort()
         except RuntimeError as error:
             logger.warning("a communicator could not be aborted (%s)", first_sentence(error))
+
+
+def abort_blocking(group: dist.ProcessGroup) -> None:
+    """Abort what a group has of gloo beside its communicators, which frees peers that wait for it."""
+    for backend in _backends(group).values():
+        if backend.name() == dist.Backend.GLOO:
+            backend.abort()
 
 
 def finish_device() -> None:

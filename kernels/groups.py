@@ -18,7 +18,7 @@ from xdit_compile.errors import AgreementError, PeerError
 from xdit_compile.mesh import first_sentence, is_own, is_simulated
 from xdit_compile.watchdog import lenient
 
-from .communicators import Communicators, abort, communicators_of, logger, state_of
+from .communicators import Communicators, abort, abort_blocking, communicators_of, logger, state_of
 
 
 def keep_in_order(op: torch._ops.OpOverload) -> None:
@@ -164,8 +164,8 @@ class Groups:
             aborted = {id(group): group for group in self._aborted}
             made = aborted | {id(group): group for group in self._made.values()}
             self._aborted, self._made, self._open = [], {}, False
-            for _, work, group in self._under_way.values():
-                if not self._at_once[id(group)] and not work.is_completed():
+            for tensor, work, group in self._under_way.values():
+                if tensor.device.type not in self._at_once[id(group)] and not work.is_completed():
                     self.leave(group)
             self._under_way.clear()
             if broken:
@@ -192,6 +192,7 @@ class Groups:
             dist.destroy_process_group(group)
             return
         try:
+            abort_blocking(group)
             dist.destroy_process_group(group)
         except RuntimeError as error:
             logger.warning("a process group did not end well (%s)", first_sentence(error))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 
-from xdit_compile import Plan, liveness
+from xdit_compile import Plan, liveness, mesh, watchdog
 from xdit_compile import session as sessions
 from xdit_compile.agreement import Agreement
 from xdit_compile.backends.registry import find_backend
@@ -25,6 +28,7 @@ from xdit_compile.kernels.groups import Groups, answering
 from xdit_compile.mesh import Mesh
 from xdit_compile.watch import Watch
 
+SECOND = datetime.timedelta(seconds=1)
 PAIR = pair.Pair(host=True, backend=pretend.NAME)
 
 
@@ -112,6 +116,16 @@ def test_who_waits_for_the_device_is_freed_and_told(two: list[Rank], happens: Ca
     assert mine.groups.find("both") is mine.group and mine.groups.is_open
 
 
+def test_a_store_that_is_lost_is_a_failure(two: list[Rank]) -> None:
+    mine, _ = two
+    mine.watch.begin()
+    work = mine.group.allreduce([torch.zeros(1)])
+    mine.watch._step(None)
+    work.finish()
+    with pytest.raises(AgreementError, match="the store of the process group does not answer"):
+        mine.groups.refuse()
+
+
 def test_what_a_group_says_of_itself_is_a_failure(two: list[Rank]) -> None:
     mine, _ = two
     mine.watch.begin()
@@ -158,6 +172,27 @@ def test_memory_and_the_device_are_no_peer_s_failure(
     with pytest.raises(type(error) if own else PeerError) as caught, answering(None, "a sum"):  # type: ignore[arg-type]
         raise error
     assert (caught.value is error) == own
+
+
+# ---- NCCL's watchdog
+
+
+def test_groups_are_made_so_that_a_watchdog_spares_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in watchdog.LENIENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    seen: dict[str, Any] = {}
+    groups = Groups(lambda: seen.update({name: os.environ.get(name) for name in watchdog.LENIENT}) or {})
+    groups.open()
+    assert seen == watchdog.LENIENT | {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    assert set(watchdog.LENIENT) & set(os.environ) == {"TORCH_NCCL_DUMP_ON_TIMEOUT"}
+
+
+def test_a_first_sum_that_an_abort_cut_short_is_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh, "_device_of", lambda group: torch.device("cpu"))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: None)
+    with pytest.raises(AgreementError, match="did not all answer within"), mesh._answering((0, 1), SECOND):
+        mesh._meet(types.SimpleNamespace(size=lambda: 2))  # type: ignore[arg-type]
 
 
 # ---- two processes

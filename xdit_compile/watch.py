@@ -48,12 +48,16 @@ class Watch:
                 self._look = None
 
     def _step(self, store: dist.Store | None) -> None:
+        """Look about. An abort takes a thread of its own: signs of life must not stop meanwhile."""
         look = self._look
         found = None if look is None else look.found(store)
         if found is not None:
-            with self._lock:
-                if self._look is look:
-                    self._groups.give_up(found)
+            threading.Thread(target=self._give_up, args=(look, found), daemon=True).start()
+
+    def _give_up(self, look: _Look, found: AgreementError) -> None:
+        with self._lock:
+            if self._look is look:
+                self._groups.give_up(found)
 
 
 class _Look:
@@ -63,9 +67,15 @@ class _Look:
         self._agreement, self._groups = agreement, groups
         self._peers: Peers | None = None
         self._at: tuple[int, str] | None = None
+        self._over = False
 
     def found(self, store: dist.Store | None) -> AgreementError | None:
-        """Why waiting is in vain, if it is."""
+        """Why waiting is in vain, once it is."""
+        found = None if self._over else self._found(store)
+        self._over = self._over or found is not None
+        return found
+
+    def _found(self, store: dist.Store | None) -> AgreementError | None:
         if store is None:
             return AgreementError("the store of the process group does not answer; start all processes again")
         if self._peers is None:
