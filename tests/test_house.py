@@ -25,7 +25,7 @@ CAPTURE = (
     "attributes signature capture separate in_place cutting"
 )
 RUNTIME = (
-    "simulated sketch calls liveness peers watch agreement request_facts shared_inputs turns session verification "
+    "simulated sketch calls liveness peers agreement lookout request_facts shared_inputs turns session verification "
     "programs unsplit later build report dump deferred guidance pipelines empty runtime draws autoencoder "
     "distvae_provider generations patch_parts patched independence batches pipes halves pipefusion distrifusion "
     "pipeline_report"

@@ -6,7 +6,6 @@ import datetime
 import os
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,8 +24,8 @@ from xdit_compile.backends.registry import find_backend
 from xdit_compile.errors import AgreementError, PeerError
 from xdit_compile.kernels import groups as kernel_groups
 from xdit_compile.kernels.groups import Groups, answering
+from xdit_compile.lookout import Lookout
 from xdit_compile.mesh import Mesh
-from xdit_compile.watch import Watch
 
 SECOND = datetime.timedelta(seconds=1)
 PAIR = pair.Pair(host=True, backend=pretend.NAME)
@@ -50,7 +49,7 @@ class Rank:
         self.group = pretend.Pretend(store, rank, 2, limit, "both")
         self.groups = Groups(lambda: {"both": self.group}, self.agreement.pulse)
         self.groups.open()
-        self.watch = Watch(self.agreement, self.groups)
+        self.lookout = Lookout(self.agreement, self.groups)
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Rank]]:
     found = [Rank(rank, store) for rank in range(2)]
     yield found
     for each in found:
-        each.watch.end()
+        each.lookout.end()
         each.agreement.close()
         each.group.abort()
 
@@ -94,7 +93,7 @@ def stops(rank: Rank) -> None:
 )
 def test_who_waits_for_the_device_is_freed_and_told(two: list[Rank], happens: Callable, words: str) -> None:
     mine, other = two
-    mine.watch.begin()
+    mine.lookout.begin()
     mine.agreement.announce_call("one", [])
     mine.agreement.announce_call("two", ["float32 [1];1.0"])
     values = torch.zeros(1)
@@ -118,9 +117,9 @@ def test_who_waits_for_the_device_is_freed_and_told(two: list[Rank], happens: Ca
 
 def test_a_store_that_is_lost_is_a_failure(two: list[Rank]) -> None:
     mine, _ = two
-    mine.watch.begin()
+    mine.lookout.begin()
     work = mine.group.allreduce([torch.zeros(1)])
-    mine.watch._step(None)
+    mine.lookout._step(None)
     work.finish()
     with pytest.raises(AgreementError, match="the store of the process group does not answer"):
         mine.groups.refuse()
@@ -128,7 +127,7 @@ def test_a_store_that_is_lost_is_a_failure(two: list[Rank]) -> None:
 
 def test_what_a_group_says_of_itself_is_a_failure(two: list[Rank]) -> None:
     mine, _ = two
-    mine.watch.begin()
+    mine.lookout.begin()
     work = mine.group.allreduce([torch.zeros(1)])
     mine.group.state = "TIMEOUT"
     work.finish()
@@ -138,13 +137,13 @@ def test_what_a_group_says_of_itself_is_a_failure(two: list[Rank]) -> None:
 
 def test_nothing_is_given_up_where_nobody_waits_or_all_is_well(two: list[Rank]) -> None:
     mine, other = two
-    mine.watch.begin()
+    mine.lookout.begin()
     values = [torch.ones(1) for _ in two]
     for each, value in zip(two, values, strict=True):
         each.group.allreduce([value])
     pretend.finish()
     time.sleep(0.1)
-    mine.watch.end()
+    mine.lookout.end()
     other.agreement.fail(ValueError("broken"), None)
     time.sleep(0.1)
     mine.groups.refuse()
@@ -188,11 +187,10 @@ def test_groups_are_made_so_that_a_watchdog_spares_the_process(monkeypatch: pyte
     assert set(watchdog.LENIENT) & set(os.environ) == {"TORCH_NCCL_DUMP_ON_TIMEOUT"}
 
 
-def test_a_first_sum_that_an_abort_cut_short_is_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh, "_device_of", lambda group: torch.device("cpu"))
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: None)
+def test_a_first_sum_that_an_abort_cut_short_is_no_connection() -> None:
+    mesh._refuse_short(torch.tensor([2.0]), 2)
     with pytest.raises(AgreementError, match="did not all answer within"), mesh._answering((0, 1), SECOND):
-        mesh._meet(types.SimpleNamespace(size=lambda: 2))  # type: ignore[arg-type]
+        mesh._refuse_short(torch.ones(1), 2)
 
 
 # ---- two processes

@@ -252,7 +252,12 @@ def _meet(group: dist.ProcessGroup) -> None:
     """Use a group once, so that all members connect together: a first point-to-point call would connect only two."""
     count = torch.ones(1, device=_device_of(group))
     dist.all_reduce(count, group=group)
-    if count.item() != group.size():
+    _refuse_short(count, group.size())
+
+
+def _refuse_short(count: torch.Tensor, ranks: int) -> None:
+    """Refuse the first sum of ones that ranks make where an abort cut it short, which is how NCCL's limit ends it."""
+    if count.item() != ranks:
         raise RuntimeError("the sum over them never came")
 
 

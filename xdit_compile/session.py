@@ -22,6 +22,7 @@ from .generations import Generation
 from .guidance import Branches
 from .kernels.communicators import finish_device
 from .kernels.groups import Groups
+from .lookout import Lookout
 from .mesh import Mesh, connect, first_sentence
 from .plan import Plan
 from .request_facts import facts_of, share_random_state
@@ -29,7 +30,6 @@ from .results import found_in
 from .shared_inputs import SharedInputs
 from .sketch import sketch_of
 from .turns import Turns
-from .watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Session:
         self.groups = Groups(functools.partial(connect, mesh, limit, plan.rows.ring), self.agreement.pulse)
         self.agreement.exchange("new connections", None)
         self.groups.open()
-        self._watch = Watch(self.agreement, self.groups)
+        self._lookout = Lookout(self.agreement, self.groups)
         self.branches = Branches(mesh, self.call)
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
         self.inputs = SharedInputs(self.agreement, mesh.group(mesh.names))
@@ -221,13 +221,13 @@ class Session:
         with self._turns.one(), self.groups.running(), torch.inference_mode(False), torch.no_grad():
             outermost = not (self._in_request or self._in_call)
             if outermost:
-                self._watch.begin()
+                self._lookout.begin()
             try:
                 with self._guarded():
                     yield
             finally:
                 if outermost:
-                    self._watch.end()
+                    self._lookout.end()
                     if self._broken is not None:
                         self._renew()
 
@@ -282,7 +282,7 @@ class Session:
         """Wait for the device once, where waits for transfers did not, and refuse what never came."""
         if self.groups.come_at_once:
             finish_device()
-            self._watch.end()
+            self._lookout.end()
             self.groups.refuse()
 
     def _refuse_broken(self) -> None:

@@ -20,7 +20,7 @@ from .kernels.groups import Groups
 from .peers import Peers
 
 
-class Watch:
+class Lookout:
     """Looks after one rank's requests, where its groups need it.
 
     Args:
