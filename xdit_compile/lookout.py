@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from .agreement import Agreement
 from .errors import AgreementError
+from .kernels.communicators import logger
 from .kernels.groups import Groups
 from .peers import Peers
 
@@ -57,6 +58,7 @@ class Lookout:
     def _give_up(self, look: _Look, found: AgreementError) -> None:
         with self._lock:
             if self._look is look:
+                logger.warning("rank %d waits in vain, and ends its transfers: %s", self._agreement.rank, found)
                 self._groups.give_up(found)
 
 
