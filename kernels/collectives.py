@@ -7,6 +7,7 @@ graph that calls them compiles whole.
 from __future__ import annotations
 
 import itertools
+import functools
 import math
 from collections.abc import Sequence
 
@@ -59,7 +60,8 @@ def all_to_all(x: torch.Tensor, out_splits: list[int], in_splits: list[int], gro
     members = process_group(group)
     _check_count(members, len(in_splits))
     away, splits = x.contiguous(), (list(out_splits), list(in_splits))
-    complete(members, "an all-to-all", lambda: dist.all_to_all_single(out, away, *splits, group=members, async_op=True))
+    start = functools.partial(dist.all_to_all_single, out, away, *splits, group=members, async_op=True)
+    complete(members, "an all-to-all", start, x.device)
     return out
 
 
@@ -101,7 +103,7 @@ def all_gather(x: torch.Tensor, dim: int, sizes: list[int], group: str) -> torch
     out, as_it_is = _room(x, dim, sizes), x.shape[dim] == max(sizes) and x.is_contiguous()
     mine = x.view(-1) if as_it_is else _put_own(x, out, dim, sizes, dist.get_rank(members))
     if out.numel():
-        complete(members, "an all-gather", lambda: _gather_even(out, mine, group=members, async_op=True))
+        complete(members, "an all-gather", lambda: _gather_even(out, mine, group=members, async_op=True), x.device)
     if len(set(sizes)) == 1 and math.prod(x.shape[:dim]) == 1:
         return out.view(*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :])
     return torch.cat(gathered(out, x.shape, dim, sizes), dim)
@@ -197,7 +199,8 @@ def all_reduce(x: torch.Tensor, group: str, op: str = "sum") -> torch.Tensor:
     if group and out.numel():
         members = process_group(group)
         how = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
-        complete(members, "an all-reduce", lambda: dist.all_reduce(out, op=how, group=members, async_op=True))
+        start = functools.partial(dist.all_reduce, out, op=how, group=members, async_op=True)
+        complete(members, "an all-reduce", start, x.device)
     return out
 
 

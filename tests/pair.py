@@ -14,6 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import ahead
 import procs
 import torch
 import torch.distributed as dist
@@ -28,10 +29,11 @@ class Pair:
     Args:
         limit_s: how long one function may take on any of them.
         host: rank 0 keeps the store of the process group, in place of a file.
+        backend: of the process group; of this folder is `pretend`.
     """
 
-    def __init__(self, limit_s: float = 90, host: bool = False):
-        self.limit, self._host = limit_s, host
+    def __init__(self, limit_s: float = 90, host: bool = False, backend: str = "gloo"):
+        self.limit, self._host, self._backend = limit_s, host, backend
         self._folder: tempfile.TemporaryDirectory | None = None
         self._members: list[tuple[Any, Connection]] = []
 
@@ -76,7 +78,7 @@ class Pair:
         with procs._one_thread():
             for rank in range(RANKS):
                 here, there = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, store, there), daemon=True)
+                process = context.Process(target=_serve, args=(rank, store, self._backend, there), daemon=True)
                 process.start()
                 there.close()
                 self._members.append((process, here))
@@ -96,10 +98,12 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, store: str, backend: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store, rank=rank, world_size=RANKS, timeout=limit)
+    if backend == ahead.NAME:
+        ahead.register()
+    dist.init_process_group(backend, store, rank=rank, world_size=RANKS, timeout=limit)
     memory: dict[Any, Any] = {}
     with contextlib.suppress(EOFError):
         while True:

@@ -25,16 +25,18 @@ CAPTURE = (
     "attributes signature watch bound guards capture separate in_place cutting"
 )
 RUNTIME = (
-    "simulated sketch calls liveness agreement request_facts shared_inputs turns session verification programs "
-    "unsplit later build report dump deferred guidance pipelines empty runtime draws autoencoder distvae_provider "
-    "recognized generations patch_parts patched independence batches messages pipes halves pipefusion distrifusion "
+    "simulated sketch calls liveness peers agreement lookout request_facts shared_inputs turns session verification "
+    "programs unsplit later build report dump deferred guidance pipelines empty runtime draws autoencoder "
+    "distvae_provider recognized generations patch_parts patched independence batches messages pipes halves pipefusion "
+    "distrifusion "
     "pipeline_report"
 )
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
 LAYERS = [
     {"xdit_compile.errors"},
     {"xdit_compile.plan", "xdit_compile.world", "xdit_compile.model_folder"},
-    {"xdit_compile.devices", "xdit_compile.mesh", "xdit_compile.seats"},
+    {"xdit_compile.devices", "xdit_compile.mesh", "xdit_compile.watchdog"},
+    {"xdit_compile.seats"},
     {"xdit_compile.axes", "xdit_compile.shards"},
     {f"xdit_compile.{name}" for name in CAPTURE.split()},
     {"xdit_compile.kernels"},

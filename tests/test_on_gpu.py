@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import math
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +24,14 @@ import xdit_compile.kernels.attention
 from xdit_compile import Plan
 from xdit_compile.devices import backend_for
 from xdit_compile.errors import AgreementError
-from xdit_compile.kernels.groups import carrier
+from xdit_compile.kernels.groups import Groups, carrier, complete
 from xdit_compile.kernels.merge import merge
 from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.reference import attention_reference
 from xdit_compile.kernels.registry import PROVIDERS
 from xdit_compile.mesh import Mesh, connect
 from xdit_compile.seats import Seat, card_of
+from xdit_compile.watchdog import lenient
 
 pytestmark = [
     pytest.mark.gpu,
@@ -186,6 +190,41 @@ def on_nccl(rank: int) -> float:
 
 def test_nccl_with_one_rank() -> None:
     assert max(procs.run(on_nccl, 1, method="spawn")) < EXACT
+
+
+def given_up(rank: int) -> list[Any]:
+    """Communicators that another thread aborts while this one waits for the card, and new ones after that."""
+    dist.destroy_process_group()
+    with lenient():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    groups, found = Groups(lambda: {"all": dist.new_group([0])}), []
+    for broken in (True, False):
+        groups.open()
+        group, total = groups.find("all"), torch.ones(1, device="cuda")
+        assert group is not None
+        dist.all_reduce(total, group=group)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(10**9)
+        with groups.running():
+            start = functools.partial(dist.all_reduce, total, group=group, async_op=True)
+            complete(group, "a sum", start, total.device)
+        if broken:
+            threading.Timer(0.1, groups.give_up, [AgreementError("rank 1 failed")]).start()
+        found += [groups.come_at_once, groups.failure()]
+        torch.cuda.synchronize()
+        time.sleep(3)  # NCCL's watchdog looks once a second
+        try:
+            groups.refuse()
+            found.append(total.item())
+        except AgreementError as error:
+            found.append(str(error))
+        groups.close(broken)
+    return found
+
+
+def test_an_abort_of_nccl_spares_the_process_and_new_groups_work() -> None:
+    found = procs.run(given_up, 1, method="spawn")
+    assert found == [[True, None, "rank 1 failed", True, None, 1.0]]
 
 
 def on_one_card(rank: int, name: str, plan: Plan) -> float:

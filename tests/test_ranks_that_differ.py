@@ -204,15 +204,15 @@ def _at(pipe: Any, place: str, at: int, do: Callable[[Any], None]) -> Iterator[N
 PAIR = pair.Pair()
 
 
-def check(scenario: Scenario) -> None:
-    """Both requests of a scenario are as they must be.
+def check(scenario: Scenario, ranks: pair.Pair = PAIR) -> None:
+    """Both requests of a scenario are as they must be on two ranks.
 
     Raises:
         AssertionError: they are not.
     """
     if scenario.kind == "kill":
-        PAIR.end()
-    found = PAIR.run(play, scenario)
+        ranks.end()
+    found = ranks.run(play, scenario)
     said = f"{scenario}: {found}"
     if scenario.kind == "kill":
         assert found[scenario.victim] == pair.DIED, said

@@ -18,16 +18,14 @@ import torch.distributed as dist
 
 from .calls import Calls
 from .errors import AgreementError, one_line
-from .liveness import SILENT_SECONDS, Liveness
+from .liveness import Liveness, Look
 from .mesh import Mesh
+from .peers import SETTLE_SECONDS, Peers
 from .sketch import alike
 
 POLL_SECONDS = 0.005
 NOTICE_SECONDS = 5.0
 """After so long a rank that waits says for whom."""
-SETTLE_SECONDS = 2.0
-"""How long a broken transfer is given for its cause to be known."""
-
 logger = logging.getLogger("xdit_compile")
 
 
@@ -48,12 +46,12 @@ class Agreement:
         self._timeout = timeout_s
         self.epoch = 0
         self._calls = Calls(rank)
-        self._event = self._starts = 0
-        self._said = ""
-        self._talks = 0
+        self._starts = self._talks = 0
+        self._at = (0, "")
         self._heard = self._ending = False
         self._store = dist.distributed_c10d._get_default_store() if len(members) > 1 else None
         self._life = None if self._store is None else Liveness(self._store, self._name, rank)
+        self._peers = None if self._life is None else Peers(self._life, self._name, rank, timeout_s)
 
     @classmethod
     def over(cls, mesh: Mesh, timeout_s: float) -> Agreement:
@@ -70,8 +68,22 @@ class Agreement:
         return self._store is None
 
     @property
+    def _seen(self) -> Peers:
+        assert self._peers is not None
+        return self._peers
+
+    @property
     def _others(self) -> list[int]:
         return [rank for rank in self._members if rank != self.rank]
+
+    @property
+    def at(self) -> tuple[int, str]:
+        """The latest event of this rank: its number, and what it is."""
+        return self._at
+
+    @property
+    def _said(self) -> str:
+        return self._at[1]
 
     def close(self) -> None:
         """End the talk; others see that this rank takes part no more."""
@@ -108,10 +120,10 @@ class Agreement:
         """
         begin = time.monotonic()
         for rank in self._others if self._calls.made else ():
-            while (position := self._position(rank)) is None or not self._has_made(position):
+            while (position := self._seen.position(rank)) is None or not self._has_made(position):
                 if time.monotonic() - begin > 10 * POLL_SECONDS:
                     self.look([rank])
-                    self._refuse_other_way(rank, position)
+                    self._seen.refuse_other_way(rank, position, self.epoch, self._at)
                 if time.monotonic() - begin > self._timeout:
                     raise AgreementError(f"rank {rank} did not make {self._said} within {self._timeout:.0f} s")
                 time.sleep(POLL_SECONDS / 10)
@@ -211,7 +223,7 @@ class Agreement:
         for rank in self._others:
             theirs = json.loads(self._wait(self._key(topic, rank), rank, stage))
             if theirs["stage"] != stage:
-                raise self._other_way(rank, theirs["stage"], stage)
+                raise self._seen.other_way(rank, theirs["stage"], stage)
             found[rank] = theirs["said"]
         self._heard = True
         if self._talks > 2:
@@ -227,18 +239,19 @@ class Agreement:
             now = time.monotonic()
             if now - begin > 10 * POLL_SECONDS:
                 self.look([rank])
-                position = self._position(rank)
+                position = self._seen.position(rank)
                 if self._store.check([key]):
                     break
-                self._refuse_other_way(rank, position, stage)
+                self._seen.refuse_other_way(rank, position, self.epoch, self._at, stage)
             if now - begin > self._timeout:
                 raise AgreementError(
-                    f"rank {rank} did not answer within {self._timeout:.0f} s and {self._where(rank)}; "
+                    f"rank {rank} did not answer within {self._timeout:.0f} s and {self._seen.where(rank)}; "
                     "was it stopped, or does it call something else?"
                 )
             if now > noticed:
                 noticed += 6 * NOTICE_SECONDS
-                logger.warning("rank %d waits at %s for rank %d, which %s", self.rank, stage, rank, self._where(rank))
+                where = self._seen.where(rank)
+                logger.warning("rank %d waits at %s for rank %d, which %s", self.rank, stage, rank, where)
             time.sleep(pause)
             pause = min(2 * pause, 4 * POLL_SECONDS)
         return self._store.get(key)
@@ -249,18 +262,41 @@ class Agreement:
         Raises:
             AgreementError: a peer failed, has ended, or is not on its way to the same transfer.
         """
-        self.look(self._others)
-        positions = {rank: position for rank in self._others if (position := self._position(rank)) is not None}
-        here = {rank: position for rank, position in positions.items() if position["epoch"] == self.epoch}
-        for rank, position in here.items():
-            self._refuse_other_way(rank, position)
-        counted = {rank: position for rank, position in here.items() if position["count"] == self._count}
-        self._compare({rank: position["calls"] for rank, position in counted.items()})
+        counted = self.refuse_vain(self._seen)
+        if self._next in counted:
+            self._calls.compared(counted[self._next]["calls"])
         if waited > NOTICE_SECONDS and int(waited) % int(6 * NOTICE_SECONDS) == int(NOTICE_SECONDS):
             logger.warning(
                 "rank %d waits in %s of %s: %s", self.rank, what, self._said,
-                "; ".join(f"rank {rank} {self._where(rank)}" for rank in self._others),
+                "; ".join(f"rank {rank} {self._seen.where(rank)}" for rank in self._others),
             )  # fmt: skip
+
+    def watch(self, look: Look | None) -> None:
+        """Have another thread look now and then, through its own connection, whether this one waits in vain."""
+        if self._life is not None:
+            self._life.watch(look)
+
+    def through(self, store: dist.Store) -> Peers:
+        """The other ranks as another thread sees them through its connection, for `refuse_vain`."""
+        return self._seen.through(store)
+
+    def refuse_vain(self, peers: Peers, still: bool = True) -> dict[int, dict[str, Any]]:
+        """See whether waiting for other ranks is in vain; returns where those are that are in the same request.
+
+        Args:
+            still: this rank stays where it is: then a peer at the same event must be there, too.
+
+        Raises:
+            AgreementError: a peer failed or stopped; where ``still``, it goes another way or made another call.
+        """
+        self._look(peers, self._others)
+        positions = {rank: position for rank in self._others if still and (position := peers.position(rank))}
+        for rank, position in positions.items():
+            peers.refuse_other_way(rank, position, self.epoch, self._at)
+        counted = {rank: position for rank, position in positions.items() if position["count"] == self._count}
+        for rank, position in counted.items():
+            self._calls.compare(rank, position["calls"])
+        return counted
 
     def look(self, ranks: Sequence[int]) -> None:
         """See whether waiting for some ranks is in vain.
@@ -268,31 +304,13 @@ class Agreement:
         Raises:
             AgreementError: a rank failed in this epoch, or one of ``ranks`` gives no sign of life.
         """
-        failed = self.failure()
-        if failed is not None:
-            raise AgreementError(failed)
-        for rank in ranks:
-            if self._life is not None and self._life.silence(rank) > min(SILENT_SECONDS, self._timeout):
-                raise AgreementError(_stopped(rank))
+        if self._peers is not None:
+            self._look(self._peers, ranks)
 
-    def _refuse_other_way(self, rank: int, position: Mapping[str, Any] | None, waiting: str = "") -> None:
-        """Raise where a peer's latest event shows that it does not come to what this rank is at.
-
-        Args:
-            waiting: what this rank waits for the peer to come to, where that is no transfer: one that is further on
-                will not come any more.
-        """
-        if position is None or position["epoch"] != self.epoch:
-            return
-        ahead = position["event"] - self._event
-        if (ahead > 0 and waiting) or (ahead == 0 and position["said"] != self._said):
-            raise self._other_way(rank, position["said"], waiting or self._said)
-
-    def _other_way(self, rank: int, theirs: str, mine: str) -> AgreementError:
-        return AgreementError(
-            f"rank {rank} is at {theirs} where rank {self.rank} is at {mine}: every rank must make the same calls; "
-            "give them the same inputs, and read results or stop on all of them or on none"
-        )
+    def _look(self, peers: Peers, ranks: Sequence[int]) -> None:
+        found = peers.failure(self.epoch) or peers.stopped(ranks)
+        if found is not None:
+            raise AgreementError(found)
 
     # ---- failures
 
@@ -312,35 +330,26 @@ class Agreement:
         keys = [self._key(f"{self.epoch}/unused", rank) for rank in self._members]
         end = time.monotonic() + SETTLE_SECONDS / 2
         while not self._store.check(keys):
-            if time.monotonic() > end or any("call" in self._where(rank) for rank in self._others):
+            if time.monotonic() > end or any("call" in self._seen.where(rank) for rank in self._others):
                 return False
             time.sleep(POLL_SECONDS)
         return True
 
     def blame(self) -> str | None:
         """What stopped a transfer of this rank, once it is known: which rank failed and why, or which gives no sign."""
-        if self._store is None:
-            return None
-        end = time.monotonic() + SETTLE_SECONDS
-        while (failed := self.failure()) is None and time.monotonic() < end:
-            time.sleep(POLL_SECONDS)
-        if failed is None and self._life is not None:
-            silent = self._life.silent(self._others)
-            failed = self.failure() or (None if silent is None else _stopped(silent))
-        return failed
+        return None if self._peers is None else self._peers.blame(self.epoch, self._others)
 
     def failure(self, ended: bool = False) -> str | None:
         """Which rank failed in this epoch and why, where another did; ``ended``: at the end of what is over here."""
-        if self._store is None or not self._store.check([self._failed]):
+        if self._peers is None:
             return None
-        said = json.loads(self._store.get(self._failed))
-        over = said["at"] == [True, self._starts]
-        return None if said["rank"] == self.rank or (ended and not over) else said["why"]
+        return self._peers.failure(self.epoch, [True, self._starts] if ended else None)
 
     def renew(self) -> None:
         """Go on in another epoch; what was said in this one is forgotten."""
         self.epoch += 1
-        self._event = self._starts = self._talks = 0
+        self._starts = self._talks = 0
+        self._at = (0, "")
         if self._life is not None:
             self._life.forget()
         self.start()
@@ -395,26 +404,12 @@ class Agreement:
 
     def _say(self, what: str) -> None:
         assert self._store is not None
-        self._event += 1
-        self._said = what
+        self._at = (self._at[0] + 1, what)
         position = {
-            "rank": self.rank, "epoch": self.epoch, "count": self._count, "event": self._event, "said": what,
+            "rank": self.rank, "epoch": self.epoch, "count": self._count, "event": self._at[0], "said": what,
             "calls": self._calls.latest,
         }  # fmt: skip
         self._store.set(self._key("at", self.rank), json.dumps(position))
 
-    def _position(self, rank: int) -> dict[str, Any] | None:
-        assert self._store is not None
-        key = self._key("at", rank)
-        return json.loads(self._store.get(key)) if self._store.check([key]) else None
-
-    def _where(self, rank: int) -> str:
-        position = self._position(rank)
-        return "has made no call yet" if position is None else f"was last seen at {position['said']}"
-
     def _key(self, topic: str, rank: int) -> str:
         return f"{self._name}/{topic}/{rank}"
-
-
-def _stopped(rank: int) -> str:
-    return f"rank {rank} stopped: it gives no sign of life; look at what it printed, and start all processes again"

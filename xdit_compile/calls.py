@@ -45,19 +45,21 @@ class Calls:
     def compare(self, rank: int, theirs: Mapping[str, Sequence[str]]) -> None:
         """Compare another rank's latest calls, as far as it has come, with this rank's that are not compared yet.
 
+        Another thread than the one that makes calls may do this, too.
+
         Raises:
             AgreementError: it made another call, or the same one with other inputs.
         """
-        for call in sorted(call for call in self._unread if str(call) in theirs and call in self.latest):
-            self._check(rank, call, theirs[str(call)])
+        latest = dict(self.latest)
+        for call in sorted(call for call in set(self._unread) if str(call) in theirs and call in latest):
+            self._check(rank, call, latest[call], theirs[str(call)])
 
     def compared(self, theirs: Mapping[str, Sequence[str]]) -> None:
         """Calls that another rank has reached need no comparison any more."""
         reached = max(map(int, theirs), default=0)
         self._unread = {call for call in self._unread if call > reached}
 
-    def _check(self, rank: int, call: int, theirs: Sequence[str]) -> None:
-        mine = self.latest[call]
+    def _check(self, rank: int, call: int, mine: Sequence[str], theirs: Sequence[str]) -> None:
         if mine[0] != theirs[0] or len(mine) != len(theirs):
             raise AgreementError(
                 f"call {call} of rank {rank} is {theirs[0]} where rank {self._rank} makes {mine[0]}; "

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+ENDED_BY = {
+    signal.SIGKILL: "see that there is memory enough, and start again",
+    signal.SIGABRT: "NCCL's watchdog does that where a transfer between ranks failed, or took longer than the plan's "
+    "timeout_s, and so does a library that finds itself broken; look at what the first rank that failed printed, and "
+    "start again, with --debug to see more",
+    signal.SIGSEGV: "a library crashed; start again with --debug, and look at what it printed",
+    signal.SIGBUS: "see that there is room in shared memory (/dev/shm; --shm-size of a container) and on the disk that "
+    "the weights are read from, and start again",
+}
+"""What to do about a process that a signal ended."""
 
 
 class WorkerFailed(XditCompileError):
@@ -118,17 +128,27 @@ def _worker_failed(error: ChildFailedError) -> WorkerFailed:
     if extra:
         return WorkerFailed(f"rank {rank}: {extra['text']}", int(extra["exit_code"]))
     if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        return WorkerFailed(f"rank {rank} was killed by {name}; see that there is memory enough, and start again", 1)
+        return WorkerFailed(f"rank {rank} was killed by {_name(-failure.exitcode)}; {_advice(-failure.exitcode)}", 1)
     return WorkerFailed(f"rank {rank} ended with exit code {failure.exitcode}; start again with --debug", 1)
 
 
+def _name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
+def _advice(number: int) -> str:
+    return next((text for one, text in ENDED_BY.items() if one == number), "something outside ended it; start again")
+
+
 def _blame(failure: ProcessFailure) -> tuple[int, float]:
-    """Order failures by how likely each is the cause: a rank that dies without a word makes its peers fail later."""
+    """Order failures by how likely each is the cause.
+
+    A rank that dies without a word makes its peers fail later; a watchdog ends those that wait for one that failed.
+    """
     extra = _extra(failure)
     if extra:
         return (1 if extra["on_purpose"] else 2, extra["time"])
-    return (3 if failure.exitcode == -signal.SIGTERM else 0, 0.0)
+    return ({-signal.SIGABRT: 3, -signal.SIGTERM: 4}.get(failure.exitcode, 0), 0.0)
 
 
 def _extra(failure: ProcessFailure) -> dict[str, Any]:

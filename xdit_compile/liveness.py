@@ -10,7 +10,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
@@ -22,36 +22,20 @@ LOOK_SECONDS = 5.0
 ENDED = "ended"
 
 
-class Liveness:
-    """This rank's signs of life, and what it has seen of the others'.
+Look = Callable[[dist.Store | None], None]
 
-    A thread of its own writes them, through a connection of its own, as the main thread may be in a collective. It ends
-    with this object, and says so: a rank that has ended is known at once. The same thread looks values up for which the
-    main one does not wait (`ask`).
+
+class Signs:
+    """The signs of life that ranks write in a store, as one thread sees them through its connection.
 
     Args:
-        store: the store of the process group.
+        store: read by one thread at a time.
         name: begins the keys; the same on every rank.
     """
 
-    def __init__(self, store: dist.Store, name: str, rank: int):
-        self._store, self._name = store, name
+    def __init__(self, store: dist.Store, name: str):
+        self.store, self._name = store, name
         self._seen: dict[int, _Seen] = {}
-        self._errand = _Errand()
-        own: dist.Store = store.clone()  # type: ignore[attr-defined]
-        thread = threading.Thread(target=_run, args=(own, self._key(rank), self._errand), daemon=True)
-        thread.start()
-        self.close = weakref.finalize(self, _end, thread, self._errand)
-
-    def ask(self, key: str) -> None:
-        """Have a key of the store looked up, which must be there; `answer` gives its value later."""
-        self._errand.key = key
-        self._errand.wake.set()
-
-    def answer(self) -> bytes | None:
-        """What was found since the last answer, if anything."""
-        found, self._errand.found = self._errand.found, None
-        return found
 
     def silence(self, rank: int) -> float:
         """Seconds for which a rank was looked at and gave no sign of life; infinite for one that said it ended."""
@@ -84,10 +68,45 @@ class Liveness:
 
     def _sign(self, rank: int) -> str:
         key = self._key(rank)
-        return self._store.get(key).decode() if self._store.check([key]) else ""
+        return self.store.get(key).decode() if self.store.check([key]) else ""
 
     def _key(self, rank: int) -> str:
         return f"{self._name}/alive/{rank}"
+
+
+class Liveness(Signs):
+    """This rank's signs of life, and what it has seen of the others'.
+
+    A thread of its own writes them, through a connection of its own, as the main thread may be in a collective. It ends
+    with this object, and says so: a rank that has ended is known at once. The same thread looks values up for which the
+    main one does not wait (`ask`), and looks after one that cannot (`watch`).
+
+    Args:
+        store: the store of the process group.
+        name: begins the keys; the same on every rank.
+    """
+
+    def __init__(self, store: dist.Store, name: str, rank: int):
+        super().__init__(store, name)
+        self._errand = _Errand()
+        own: dist.Store = store.clone()  # type: ignore[attr-defined]
+        thread = threading.Thread(target=_run, args=(own, self._key(rank), self._errand), daemon=True)
+        thread.start()
+        self.close = weakref.finalize(self, _end, thread, self._errand)
+
+    def ask(self, key: str) -> None:
+        """Have a key of the store looked up, which must be there; `answer` gives its value later."""
+        self._errand.key = key
+        self._errand.wake.set()
+
+    def answer(self) -> bytes | None:
+        """What was found since the last answer, if anything."""
+        found, self._errand.found = self._errand.found, None
+        return found
+
+    def watch(self, look: Look | None) -> None:
+        """Have the thread call something at every beat with its connection, or with None once that is lost."""
+        self._errand.look = look
 
 
 @dataclasses.dataclass
@@ -107,6 +126,7 @@ class _Errand:
     ended: bool = False
     key: str = ""
     found: bytes | None = None
+    look: Look | None = None
 
 
 def _run(store: dist.Store, own: str, errand: _Errand) -> None:
@@ -118,10 +138,16 @@ def _run(store: dist.Store, own: str, errand: _Errand) -> None:
             if key := errand.key:
                 errand.key = ""
                 errand.found = store.get(key)
+            _look(errand, store)
             errand.wake.wait(BEAT_SECONDS)
         store.set(own, ENDED)
     except RuntimeError:
-        return
+        _look(errand, None)
+
+
+def _look(errand: _Errand, store: dist.Store | None) -> None:
+    if (look := errand.look) is not None:
+        look(store)
 
 
 def _end(thread: threading.Thread, errand: _Errand) -> None:

@@ -26,6 +26,8 @@ REPLICA = ("cfg", *TEAM)
 BRANCHES = ("data", "cfg")
 """Ranks that share a batch."""
 ALONE = ""
+OWN_WORDS = ("out of memory", "DefaultCPUAllocator", "Cuda failure", "CUDA error")
+"""What libraries say of this rank's memory and device, in errors of any type."""
 _SIMULATED = "sim/"
 
 Names = str | tuple[str, ...]
@@ -331,7 +333,13 @@ def _meet(channel: Channel, rank: int, group: dist.ProcessGroup) -> None:
             source, to = channel.ranks
             for work in send(count, to, group) if rank == source else receive(count, source, group):
                 work.wait()
-        count.item()
+        _refuse_short(count, group.size())
+
+
+def _refuse_short(count: torch.Tensor, ranks: int) -> None:
+    """Refuse the first sum of ones that ranks make where an abort cut it short, which is how NCCL's limit ends it."""
+    if count.item() != ranks:
+        raise RuntimeError("the sum over them never came")
 
 
 def send(tensor: torch.Tensor, to: int, group: dist.ProcessGroup) -> list[dist.Work]:
@@ -353,10 +361,22 @@ def _answering(ranks: tuple[int, ...], limit: datetime.timedelta) -> Iterator[No
     try:
         yield
     except RuntimeError as error:
+        if is_own(error):
+            raise
         raise AgreementError(
             f"ranks {list(ranks)} did not all answer within {limit.total_seconds():g} s ({first_sentence(error)}); "
             "start every rank with the same plan and look at the first one that failed"
         ) from error
+
+
+def is_own(error: RuntimeError) -> bool:
+    """Whether what stopped a transfer is this rank's own failure, in which no peer has a part: memory, or the device.
+
+    PyTorch has types for these. What gloo raises is a plain ``RuntimeError``; NCCL's and the store's are `DistError`,
+    with words of CUDA's in them where NCCL could not allocate or launch.
+    """
+    of_its_own_type = type(error) is not RuntimeError and not isinstance(error, dist.DistError)
+    return of_its_own_type or any(words in str(error) for words in OWN_WORDS)
 
 
 def first_sentence(error: BaseException) -> str:

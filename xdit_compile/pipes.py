@@ -117,5 +117,5 @@ class Pipe:
         members = process_group(self._mesh.group("pipefusion"))
         moved = tensor.contiguous().to(carrier(tensor.device, members))
         start = functools.partial(dist.broadcast, moved, group=members, group_src=source, async_op=True)
-        complete(members, "a broadcast over stages", start)
+        complete(members, "a broadcast over stages", start, moved.device)
         return moved.to(tensor.device)

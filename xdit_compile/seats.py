@@ -17,6 +17,7 @@ from .devices import ADVICE, VISIBLE, backend_for
 from .errors import AgreementError, UsageError
 from .mesh import backends, first_sentence
 from .plan import Plan
+from .watchdog import lenient
 from .world import World
 
 ALONE_ON_A_CARD = frozenset({"nccl"})
@@ -70,7 +71,8 @@ def join(plan: Plan, device: torch.device, world: World) -> None:
     plan.check(dist.get_world_size() if dist.is_initialized() else world.size)
     if not dist.is_initialized() and world.launched and world.size > 1:
         limit = datetime.timedelta(seconds=plan.timeout_s)
-        dist.init_process_group(backend_for(device), timeout=limit)
+        with lenient():
+            dist.init_process_group(backend_for(device), timeout=limit)
 
 
 def compare_seats(mine: Seat, store: dist.Store, rank: int, size: int, limit_s: float) -> None:

@@ -21,7 +21,9 @@ from .digest import digest, digest_tensors
 from .errors import AgreementError, PeerError
 from .generations import Generation
 from .guidance import Branches
+from .kernels.communicators import finish_device
 from .kernels.groups import Groups
+from .lookout import Lookout
 from .mesh import Mesh, connect, first_sentence
 from .plan import Plan
 from .request_facts import facts_of, share_random_state
@@ -68,7 +70,9 @@ class Session:
         self.agreement = Agreement.over(mesh, plan.timeout_s)
         limit = datetime.timedelta(seconds=plan.timeout_s)
         self.groups = Groups(functools.partial(connect, mesh, limit, plan.rows.ring), self.agreement.pulse)
+        self.agreement.exchange("new connections", None)
         self.groups.open()
+        self._lookout = Lookout(self.agreement, self.groups)
         self.branches = Branches(mesh, self.call)
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
         self.inputs = SharedInputs(self.agreement, mesh.group(mesh.names))
@@ -116,7 +120,7 @@ class Session:
         """End what the session holds: connections and signs of life."""
         self._closed = True
         self.agreement.close()
-        self.groups.close()
+        self.groups.close(broken=False)
 
     @contextmanager
     def request(self, arguments: Mapping[str, Any], steps: int | None = None) -> Iterator[dict[str, Any]]:
@@ -147,6 +151,7 @@ class Session:
                     yield self._begin(arguments, facts)
                 self._refuse_broken()
                 self.branches.end()
+                self._arrive()
                 self.agreement.finish(self._made)
             finally:
                 self._in_request, self.steps = False, 0
@@ -165,6 +170,7 @@ class Session:
             try:
                 yield
                 if not (self._in_request or inside):
+                    self._arrive()
                     self.agreement.confirm_call()
             finally:
                 self._in_call = inside
@@ -223,12 +229,16 @@ class Session:
         on_device = current(self.device)
         with self._turns.one(), self.groups.running(), on_device, torch.inference_mode(False), torch.no_grad():
             outermost = not (self._in_request or self._in_call)
+            if outermost:
+                self._lookout.begin()
             try:
                 with self._guarded():
                     yield
             finally:
-                if outermost and self._broken is not None:
-                    self._renew()
+                if outermost:
+                    self._lookout.end()
+                    if self._broken is not None:
+                        self._renew()
 
     def _renew(self) -> None:
         self.agreement.renew()
@@ -277,6 +287,13 @@ class Session:
                 raise
             raise self._broken from error
 
+    def _arrive(self) -> None:
+        """Wait for the device once, where waits for transfers did not, and refuse what never came."""
+        if self.groups.come_at_once:
+            finish_device()
+            self._lookout.end()
+            self.groups.refuse()
+
     def _refuse_broken(self) -> None:
         """A request in which something failed goes no further, whoever caught what was raised."""
         if self._broken is not None:
@@ -284,9 +301,12 @@ class Session:
 
     def _stop(self, error: BaseException) -> BaseException:
         """Say that this rank goes no further, and close its connections, if any rank may wait in one."""
+        given_up = self.groups.given_up
+        if given_up is not None and isinstance(error, Exception):
+            error = given_up
         cause = self.agreement.blame() if isinstance(error, PeerError) else None
         self.agreement.fail(error, cause)
-        if self.agreement.calls or not self.agreement.all_failed_unused():
+        if given_up is not None or self.agreement.calls or not self.agreement.all_failed_unused():
             self.groups.close()
             self._do(self._after_failure)
         return error if cause is None else AgreementError(cause)

@@ -95,7 +95,7 @@ class SharedInputs:
         group = process_group(self._group)
         plain = torch.view_as_real(shared) if shared.is_complex() else shared
         start = functools.partial(dist.broadcast, plain, group=group, group_src=0, async_op=True)
-        complete(group, "a broadcast of inputs", start)
+        complete(group, "a broadcast of inputs", start, plain.device)
         return shared
 
     def _differing(self, said: dict[int, list[str]]) -> AgreementError:
