@@ -6,8 +6,8 @@ graph that calls them compiles whole.
 
 from __future__ import annotations
 
-import itertools
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 

@@ -355,7 +355,7 @@ def test_new_groups_carry_both(
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend_config", lambda group=None: group or CONFIGS[config])
     monkeypatch.setattr(dist, "new_group", lambda ranks, backend=None, **given: made.append(backend))
-    monkeypatch.setattr(mesh, "_meet", lambda group: None)
+    monkeypatch.setattr(mesh, "_meet", lambda channel, rank, group: None)
     place = Mesh(("ring",), (2,), 0, {("ring",): "role"})
     mesh.connect(place, datetime.timedelta(seconds=1))
     assert made == [backend]
