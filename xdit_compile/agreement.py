@@ -21,7 +21,7 @@ from .errors import AgreementError, one_line
 from .liveness import Liveness, Look
 from .mesh import Mesh
 from .peers import SETTLE_SECONDS, Peers
-from .sketch import alike
+from .sketch import Sketch, alike
 
 POLL_SECONDS = 0.005
 NOTICE_SECONDS = 5.0
@@ -92,7 +92,7 @@ class Agreement:
 
     # ---- calls, announced and compared
 
-    def announce_call(self, what: str, sketches: Sequence[str]) -> None:
+    def announce_call(self, what: str, sketches: Sequence[Sketch]) -> None:
         """Say which call this rank enters now and what it is given, without waiting for anybody.
 
         What a peer said of calls before this one is compared: if neighbours agree, all do.
@@ -119,6 +119,8 @@ class Agreement:
             AgreementError: one did not, failed, or did not come in time.
         """
         begin = time.monotonic()
+        if self._store is not None and self._calls.settle(self.calls):
+            self._publish()
         for rank in self._others if self._calls.made else ():
             while (position := self._seen.position(rank)) is None or not self._has_made(position):
                 if time.monotonic() - begin > 10 * POLL_SECONDS:
@@ -131,9 +133,8 @@ class Agreement:
                 self._compare({rank: position["calls"]})
 
     def _has_made(self, position: Mapping[str, Any]) -> bool:
-        return position["count"] > self._count or (
-            position["count"] == self._count and max(map(int, position["calls"]), default=0) >= self._calls.made
-        )
+        ahead = position["count"] > self._count
+        return ahead or (position["count"] == self._count and self._calls.are_made(position["calls"]))
 
     @property
     def calls(self) -> int:
@@ -380,7 +381,8 @@ class Agreement:
         """
         if self._store is None:
             return
-        mine = {"made": self.calls, "calls": self._calls.latest, "results": list(results)}
+        self._calls.settle(self.calls)
+        mine = {"made": self.calls, "calls": self._calls.said(), "results": list(results)}
         self._ending = True
         said = self.exchange("the end", mine)
         for rank, theirs in said.items():
@@ -403,11 +405,14 @@ class Agreement:
     # ---- where ranks are
 
     def _say(self, what: str) -> None:
-        assert self._store is not None
         self._at = (self._at[0] + 1, what)
+        self._publish()
+
+    def _publish(self) -> None:
+        assert self._store is not None
         position = {
-            "rank": self.rank, "epoch": self.epoch, "count": self._count, "event": self._at[0], "said": what,
-            "calls": self._calls.latest,
+            "rank": self.rank, "epoch": self.epoch, "count": self._count, "event": self._at[0], "said": self._said,
+            "calls": self._calls.said(),
         }  # fmt: skip
         self._store.set(self._key("at", self.rank), json.dumps(position))
 

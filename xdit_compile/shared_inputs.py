@@ -14,7 +14,7 @@ from .agreement import Agreement
 from .digest import digest_tensors
 from .errors import AgreementError
 from .kernels.groups import complete, process_group
-from .sketch import ROUNDING, UNCHANGED, samples, sketch_of
+from .sketch import ROUNDING, UNCHANGED, Sketch, begin_sketch, samples
 from .versions import version_of
 
 
@@ -38,15 +38,15 @@ class SharedInputs:
         self._seen.clear()
         self._compared.clear()
 
-    def sketch(self, leaf: Any) -> str:
+    def sketch(self, leaf: Any) -> Sketch:
         """A sketch of one input; `UNCHANGED` for a tensor that was seen in this request and not written to since."""
         version = version_of(leaf) if type(leaf) is torch.Tensor else None
         if version is None:
-            return sketch_of(leaf)
+            return begin_sketch(leaf)
         if self._seen.get(leaf) == version:
             return UNCHANGED
         self._seen[leaf] = version
-        return sketch_of(leaf)
+        return begin_sketch(leaf)
 
     def first(self, caller: object) -> bool:
         """Whether this is the first call of ``caller`` in a request; the same on all ranks."""

@@ -17,32 +17,84 @@ UNCHANGED = "="
 """Stands for a tensor that was sketched before and not written to since."""
 
 
+COMING = "?"
+"""Stands for values that are still on their way from a device."""
+
+
+class Coming:
+    """A sketch whose values are on their way from a device to the host, which does not wait for them.
+
+    Args:
+        form: of the tensor, in words.
+        values: few, on a device; copied in the order of the current stream.
+    """
+
+    def __init__(self, form: str, values: torch.Tensor):
+        self._form = form
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._arrival = torch.Event(values.device.type)
+        self._arrival.record()
+
+    def text(self, wait: bool = False) -> str:
+        """The sketch, or `COMING` where its values are not here and are not waited for."""
+        if wait:
+            self._arrival.synchronize()
+        return _said(self._form, self._values) if self._arrival.query() else COMING
+
+
+Sketch = str | Coming
+
+
 @functools.lru_cache(maxsize=256)
-def _positions(count: int) -> torch.Tensor:
+def _positions(count: int, device: torch.device) -> torch.Tensor:
     """Flat positions spread over ``count`` elements, the last among them."""
     if count <= SAMPLES:
-        return torch.arange(count)
-    return torch.tensor([round(k * (count - 1) / (SAMPLES - 1)) for k in range(SAMPLES)])
+        return torch.arange(count, device=device)
+    return torch.tensor([round(k * (count - 1) / (SAMPLES - 1)) for k in range(SAMPLES)], device=device)
 
 
-def samples(tensor: torch.Tensor) -> list[float]:
+def _picked(tensor: torch.Tensor) -> torch.Tensor:
     """At most `SAMPLES` values of a tensor, spread over it; complex ones as pairs."""
     tensor = tensor.detach()
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    positions = _positions(tensor.numel()).to(tensor.device)
+    positions = _positions(tensor.numel(), tensor.device)
     if tensor.is_contiguous():
-        return tensor.view(-1)[positions].tolist()
-    return tensor[torch.unravel_index(positions, tensor.shape)].tolist()
+        return tensor.view(-1)[positions]
+    return tensor[torch.unravel_index(positions, tensor.shape)]
+
+
+def samples(tensor: torch.Tensor) -> list[float]:
+    """At most `SAMPLES` values of a tensor, spread over it; complex ones as pairs. Waits for the device."""
+    return _picked(tensor).tolist()
 
 
 def sketch_of(leaf: Any) -> str:
     """What is said of one leaf to other ranks: dtype, shape and values of a tensor, nothing of anything else."""
+    form = _form(leaf)
+    return _said(form, _picked(leaf)) if form and _has_values(leaf) else form
+
+
+def begin_sketch(leaf: Any) -> Sketch:
+    """The same without waiting for a device that the tensor lies on."""
+    if isinstance(leaf, torch.Tensor) and leaf.device.type not in ("cpu", "meta") and _has_values(leaf):
+        return Coming(_form(leaf), _picked(leaf))
+    return sketch_of(leaf)
+
+
+def _form(leaf: Any) -> str:
     if not isinstance(leaf, torch.Tensor):
         return ""
     form = f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"
-    if type(leaf) not in (torch.Tensor, torch.nn.Parameter) or leaf.is_meta:
-        return f"{form};{type(leaf).__name__}"
-    return f"{form};{','.join(map(repr, samples(leaf)))}"
+    return form if _has_values(leaf) else f"{form};{type(leaf).__name__}"
+
+
+def _has_values(leaf: torch.Tensor) -> bool:
+    return type(leaf) in (torch.Tensor, torch.nn.Parameter) and not leaf.is_meta
+
+
+def _said(form: str, values: torch.Tensor) -> str:
+    return f"{form};{','.join(map(repr, values.tolist()))}"
 
 
 def alike(one: str, other: str) -> bool:

@@ -77,6 +77,36 @@ struct HostMemory final : c10::Allocator {
 
 HostMemory memory;
 
+// Host memory that a device copies to by itself, as the host need not wait for such a copy.
+struct PinnedMemory final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    auto* kept = new c10::DataPtr(c10::GetCPUAllocator()->allocate(bytes));
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      pinned.insert(kept->get());
+    }
+    return {kept->get(), kept, &release, Device(c10::DeviceType::CPU)};
+  }
+  static void release(void* kept) {
+    auto* data = static_cast<c10::DataPtr*>(kept);
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      pinned.erase(data->get());
+    }
+    delete data;
+  }
+  static bool holds(const void* data) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return pinned.count(const_cast<void*>(data)) > 0;
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
+  inline static std::mutex mutex;
+  inline static std::set<void*> pinned;
+};
+
+PinnedMemory pinned_memory;
+
 // ---- devices and streams: one stream a device, and the host waits for every kernel
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -160,7 +190,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     return at::make_generator<Random>(index < 0 ? current : index);
   }
   at::Device getDeviceFromPtr(void*) const override { return Device(kPretend, current); }
-  at::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
+  bool isPinnedPtr(const void* data) const override { return PinnedMemory::holds(data); }
 };
 
 // ---- operators
@@ -369,7 +400,8 @@ at::Tensor host(const at::Tensor& ours) {
 }
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
-  if (to.device().is_cpu() && from.device().type() == kPretend) count_read("copy to the host");
+  const bool waits = !non_blocking || !PinnedMemory::holds(to.storage().data());
+  if (to.device().is_cpu() && from.device().type() == kPretend && waits) count_read("copy to the host");
   host(to).copy_(host(from), non_blocking);
   return to;
 }
