@@ -77,13 +77,19 @@ class _OnMeta(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         if _name(node) == "scaled_dot_product_attention":
             query, value = self.env[node.args[0]], self.env[node.args[2]]  # type: ignore[index]
-            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+            return _laid_out((*query.shape[:-1], value.shape[-1]), node.meta.get("val", query), query)
         if node.op == "get_attr":
             return super().run_node(node).to("meta")
         if "device" in node.kwargs:
             args, kwargs = self.fetch_args_kwargs_from_env(node)
             return node.target(*args, **{**kwargs, "device": torch.device("meta")})  # type: ignore[operator]
         return super().run_node(node)
+
+
+def _laid_out(shape: Sequence[int], like: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """An empty tensor whose dims lie in memory in the order of another's: graphs have views that count on it."""
+    order = sorted(range(like.dim()), key=lambda dim: -like.stride(dim))
+    return torch.empty_permuted(shape, order, dtype=given.dtype, device=given.device)
 
 
 def _metas(program: Program) -> list[torch.Tensor]:
