@@ -17,7 +17,7 @@ PLENTY = 4096
 """Room for so many times the bytes of a call's inputs is plenty for any module; less is compared with a count."""
 
 HOLDS = 2
-"""A module's own code holds on to values longer than a graph does: up to 1.8 times as many bytes in diffusers' models."""
+"""A module's own code holds on to values longer than a graph does: up to 1.8 times as many bytes in diffusers'."""
 
 
 def has_room(
@@ -31,7 +31,7 @@ def has_room(
     if free is None or with_reserve(PLENTY * _bytes((args, kwargs)), device) <= free:
         return True
     try:
-        peak = peak_of(capture(module, args, kwargs, forward=forward, run=False))
+        peak = peak_of(capture(module, args, kwargs, forward=forward, run=False), device)
     except Exception:  # noqa: BLE001 - what cannot be traced without a run is tried
         return True
     return with_reserve(HOLDS * peak, device) <= free

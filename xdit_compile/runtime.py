@@ -95,7 +95,7 @@ class Runner(Proving):
         computation: what to compute in place of the module's ``forward``: another method of it.
         choose: says what of a program is split.
         gather: whether results are made whole; without it each rank has its part of them.
-        budget: bytes of activations that this rank may hold; convolutions run in strips where that takes it.
+        budget: bytes beside weights that this rank may take; convolutions run in strips where that takes it.
         trace_only: the module itself never runs, neither to be captured nor to be compared with, as its memory might
             not be there.
     """
@@ -341,7 +341,8 @@ class Runner(Proving):
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
         partitioned = place(analysis, self.plan, self.mesh, self._gather)
         if self._budget is not None:
-            partitioned = dataclasses.replace(partitioned, program=in_strips(partitioned.program, self._budget))
+            cut = in_strips(partitioned.program, self._budget, device)
+            partitioned = dataclasses.replace(partitioned, program=cut)
         partitioned.program.root.to(device)
         dump(analysis, partitioned, self.mesh.rank)
         return Prepared(analysis, partitioned.program, self.backend.compile(partitioned.program.root))
