@@ -56,12 +56,17 @@ def _say(place: tuple[str, str], value: str) -> None:
 
 
 def _forbid(before: list[str]) -> tuple[str, bool]:
-    """Say no in both ways; returns what the older one said, which can be asked once the newer one allows nothing."""
+    """Say no in both ways; what the older one said can be asked once the newer one allows nothing.
+
+    Returns:
+        What it said of products, empty where that is no, and of convolutions.
+    """
     for place, value in zip(_places(), before, strict=True):
         if value in FREE:
             _say(place, "ieee")
-    legacy = torch.get_float32_matmul_precision(), _convolutions()
-    _say_legacy("highest", False)
+    said = torch.get_float32_matmul_precision()
+    legacy = "" if said == "highest" else said, _convolutions()
+    _say_legacy(legacy[0] and "highest", False)
     return legacy
 
 
@@ -76,7 +81,8 @@ def _convolutions() -> bool:
 def _say_legacy(matmul: str, convolutions: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.set_float32_matmul_precision(matmul)
+        if matmul:
+            torch.set_float32_matmul_precision(matmul)
         torch._C._set_cudnn_allow_tf32(convolutions)
 
 
