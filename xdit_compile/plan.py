@@ -58,7 +58,7 @@ class Plan:
             ``unsplit`` gathers, and runs a denoiser that cannot be captured, as one that keeps state from step to step,
             whole on every rank with a warning.
         verify: compare the first call of every new graph, and one later call of the first generation, with the
-            unsplit module.
+            unsplit module; a smaller call of it where a rank has no memory for that.
         max_programs: graphs, one for each size and kind of call, that a module keeps compiled; the one that was not
             used for the longest time is dropped first.
         timeout_s: seconds that any rank waits for another before it gives up.
