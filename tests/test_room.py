@@ -10,7 +10,9 @@ from typing import Any
 import procs
 import pytest
 import torch
+from splitting import captured, partition_all
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import xdit_compile
 from xdit_compile import Plan, memory, room, smaller
@@ -19,6 +21,10 @@ from xdit_compile.capture import capture
 from xdit_compile.errors import NoRoomError, VerificationError
 from xdit_compile.memory import free_bytes, if_room, release_unused, with_reserve
 from xdit_compile.passes import attention_lowering, kept_attention
+from xdit_compile.passes.infer import infer
+from xdit_compile.passes.rulebook import rulebook
+from xdit_compile.simulated import run_simulated
+from xdit_compile.verification import verify
 
 TOKENS = 77
 LEFT = 3
@@ -186,3 +192,19 @@ def test_a_computation_without_memory_gives_nothing(accelerator: Accelerator) ->
         if_room(lambda: fails(RuntimeError("of another kind")), torch.device("cuda"))
     release_unused(torch.device("cpu"))
     assert accelerator.emptied == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart", "sana", "latte", "wan_t2v", "unet_sd15", "zimage"])
+def test_models_take_a_smaller_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary tables, ids and masks are cut with the picture."""
+    monkeypatch.setattr(smaller, "FEW", 2)
+    model = captured(name)
+    args, kwargs = smaller.smaller(model.inference, model.args, model.kwargs, 2)
+    with torch.no_grad():
+        expected = pytree.tree_leaves(model.module(*args, **kwargs))
+    assert 4 * sum(each.numel() for each in expected) < sum(each.numel() for each in model.expected)
+    inference = infer(capture(model.module, args, kwargs), rulebook())
+    programs = [rank.program for rank in partition_all(inference, Plan(ulysses=2))]
+    for found in run_simulated(programs, model.module, args, kwargs):
+        verify(found, expected)

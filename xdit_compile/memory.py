@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def _free_on_host() -> int | None:
 def release_unused(device: torch.device) -> None:
     """Have an accelerator's allocator give back what it keeps unused: its gaps are in the way of other sizes."""
     if device.type not in ("cpu", "meta") and torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+        with suppress(RuntimeError):  # a device without an allocator of PyTorch's keeps nothing
+            torch.accelerator.empty_cache()
 
 
 def if_room(run: Callable[[], Any], device: torch.device) -> Any:
