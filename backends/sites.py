@@ -19,7 +19,8 @@ class Sites:
 
     A structure that is called in several forms is compiled once for each. The form of a root's inputs decides that of
     every value inside, and all of it but the strides belongs to the signature that a program is made for: so strides
-    are all that is looked at from run to run, and calls go to compiled code at once.
+    are all that is looked at from run to run, and calls go to compiled code at once. Compilers also go by whether
+    products of float32 may be TF32, which is not allowed while results are compared with the module's.
 
     Args:
         root: wires calls of structures together.
@@ -34,30 +35,30 @@ class Sites:
             node.target = name
         self._compiled: dict[tuple[str, Form], Run] = {}
         self._runs: dict[Form, Run] = {}
-        self._strides: list[tuple[int, ...]] = []
+        self._form: tuple[Any, ...] = ()
         self._latest: Run | None = None
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """What the root computes."""
-        strides = [tensor.stride() for tensor in tensors]
-        if self._latest is None or strides != self._strides:
-            known = self._runs.get(tuple(strides))
+        form = (*_precisions(), *[tensor.stride() for tensor in tensors])
+        if self._latest is None or form != self._form:
+            known = self._runs.get(form)
             if known is None:
-                return self._first(strides, tensors)
-            self._strides, self._latest = strides, known
+                return self._first(form, tensors)
+            self._form, self._latest = form, known
         return self._latest(*tensors)
 
-    def _first(self, strides: list[tuple[int, ...]], tensors: Sequence[torch.Tensor]) -> Any:
+    def _first(self, form: Form, tensors: Sequence[torch.Tensor]) -> Any:
         """Compile what is met on the way through a first run."""
         sites = {name: _Site(self._found, target) for name, target in self._calls.items()}
         result = fx.GraphModule(sites, self._graph).forward(*tensors)
         runs = {name: site.run for name, site in sites.items()}
-        self._strides, self._latest = strides, fx.GraphModule(runs, self._graph).forward
-        self._runs[tuple(strides)] = self._latest
+        self._form, self._latest = form, fx.GraphModule(runs, self._graph).forward
+        self._runs[form] = self._latest
         return result
 
     def _found(self, target: str, args: Sequence[Any]) -> Run:
-        key = (target, tuple(map(_form, args)))
+        key = (target, (*_precisions(), *map(_form, args)))
         if key not in self._compiled:
             structure = self._root.get_submodule(target)
             assert isinstance(structure, fx.GraphModule)
@@ -80,6 +81,10 @@ class _Site:
 
 def _called(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "call_module"]
+
+
+def _precisions() -> tuple[str, ...]:
+    return tuple(torch._C._get_fp32_precision_getter(kind, "matmul") for kind in ("cuda", "mkldnn"))
 
 
 def _form(value: Any) -> Any:

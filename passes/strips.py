@@ -20,7 +20,7 @@ from torch import fx
 import xdit_compile.kernels.strips  # noqa: F401  (registers the op that the graphs call)
 from xdit_compile.flatten import flatten
 from xdit_compile.kernels.collectives import owned_rows, rows_got, rows_sent
-from xdit_compile.memory import peak_bytes
+from xdit_compile.memory import peak_bytes, with_reserve
 from xdit_compile.program import Program
 
 from .convolutions import per_dim
@@ -39,18 +39,21 @@ EXCHANGE = torch.ops.xdit_compile.halo_exchange.default
 Shapes = Mapping[fx.Node, torch.Tensor]
 
 
-def in_strips(program: Program, budget: int) -> Program:
-    """The program with as many strips as it takes to stay within ``budget`` bytes of activations; the fewest do.
+HOST = torch.device("cpu")
+
+
+def in_strips(program: Program, budget: int, device: torch.device = HOST) -> Program:
+    """The program with as many strips as it takes to stay within ``budget`` bytes of a device; the fewest do.
 
     Where no number is enough, the best is taken and a warning says what it needs.
     """
-    found, least = program, peak_of(program)
+    found, least = program, _needed(program, device)
     if least <= budget:
         return program
     count, shapes = 2, _shapes(program)
     while count <= MOST_STRIPS:
         cut = _cut(program, shapes, count, budget // SMALL)
-        peak = peak_of(cut)
+        peak = _needed(cut, device)
         if peak <= budget:
             return cut
         if peak > (1 - LEAST_GAIN) * least:
@@ -65,10 +68,19 @@ def in_strips(program: Program, budget: int) -> Program:
     return found
 
 
-def peak_of(program: Program) -> int:
-    """Bytes of activations that a program holds at one time when its operators run one by one."""
+def _needed(program: Program, device: torch.device) -> int:
+    return with_reserve(peak_of(program, device), device)
+
+
+def peak_of(program: Program, device: torch.device = HOST) -> int:
+    """Bytes of activations that a program holds at one time when its operators run one by one.
+
+    On an accelerator those of a convolution's workspace are among them: its library computes in another layout of
+    memory than PyTorch's, and copies what it is given and what it gives.
+    """
+    kind = _OnMeta if device.type in ("cpu", "meta") else _WithWorkspaces
     with torch.no_grad():
-        return peak_bytes(_OnMeta(flatten(program.root)).run, *_metas(program))
+        return peak_bytes(kind(flatten(program.root)).run, *_metas(program))
 
 
 class _OnMeta(fx.Interpreter):
@@ -77,13 +89,30 @@ class _OnMeta(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         if _name(node) == "scaled_dot_product_attention":
             query, value = self.env[node.args[0]], self.env[node.args[2]]  # type: ignore[index]
-            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+            return _laid_out((*query.shape[:-1], value.shape[-1]), node.meta.get("val", query), query)
         if node.op == "get_attr":
             return super().run_node(node).to("meta")
         if "device" in node.kwargs:
             args, kwargs = self.fetch_args_kwargs_from_env(node)
             return node.target(*args, **{**kwargs, "device": torch.device("meta")})  # type: ignore[operator]
         return super().run_node(node)
+
+
+class _WithWorkspaces(_OnMeta):
+    """The same, with the room beside each convolution for its operand and its result once more."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        found = super().run_node(node)
+        if "conv" in _name(node):
+            count = self.env[node.args[0]].nbytes + found.nbytes  # type: ignore[index]
+            torch.empty(count, dtype=torch.uint8, device="meta")
+        return found
+
+
+def _laid_out(shape: Sequence[int], like: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """An empty tensor whose dims lie in memory in the order of another's: graphs have views that count on it."""
+    order = sorted(range(like.dim()), key=lambda dim: -like.stride(dim))
+    return torch.empty_permuted(shape, order, dtype=given.dtype, device=given.device)
 
 
 def _metas(program: Program) -> list[torch.Tensor]:

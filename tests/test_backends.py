@@ -136,3 +136,10 @@ def test_calls_go_to_what_was_compiled_for_the_strides_of_the_inputs() -> None:
     for given in ((x, v, w), (v, x, w), (x.T, v, w), (x, v.T, w), (x, v, w), (x.T, v, w)):
         assert torch.equal(sites(*given)[0], root(*given)[0])
     assert forms == [[(4, 1), (4, 1)], [(1, 4), (4, 1)], [(4, 1), (1, 4)]]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if before != "tf32" else "ieee"
+    try:
+        sites(x, v, w)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(forms) == 4

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,6 +20,8 @@ import pytest
 from commands import COMMAND, TINY_PIPELINE, clean_environment, files, one_error, run
 from PIL import Image
 from safetensors.numpy import load_file
+
+from xdit_compile.output import Pixels
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
 SMALL = ["--model", str(TINY_PIPELINE), "--backend", "eager"]
@@ -331,3 +336,40 @@ def test_request_survives_the_way_to_the_workers():
     )
     assert Request.from_json(request.to_json()) == request
     assert json.loads(request.to_json())["plan"]["ulysses"] == 2
+
+
+def test_the_pipeline_is_gone_before_the_reference_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both on one device would need its memory twice; what stands in the place of a module holds it in a circle."""
+    import torch
+
+    from xdit_compile import Plan, generate, memory
+    from xdit_compile.request import Request
+    from xdit_compile.world import World
+
+    request = Request(
+        model=str(TINY_PIPELINE), plan=Plan(backend="eager"), output=str(tmp_path / "a.png"), compare=True,
+        num_inference_steps=1, height=64, width=64, device="cpu",
+    )  # fmt: skip
+    parts, emptied = {}, []
+    own = generate.open_parallel
+
+    def opened(request: Request, world: World) -> Any:
+        pipe = own(request, world)
+        modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        parts.update((name, weakref.ref(part)) for name, part in modules.items())
+        parts.update((f"weights of {name}", weakref.ref(next(part.parameters()))) for name, part in modules.items())
+        return pipe
+
+    def compared(request: Request) -> tuple[Pixels, float]:
+        assert [name for name, part in parts.items() if part() is not None] == [] and len(emptied) == 1
+        return Pixels(np.zeros((1, 64, 64, 3), dtype=np.float32)), 1.0
+
+    gc.disable()
+    try:
+        monkeypatch.setattr(generate, "open_parallel", opened)
+        monkeypatch.setattr(generate, "reference", compared)
+        monkeypatch.setattr(memory, "release_unused", emptied.append)
+        generate.generate(request, World())
+    finally:
+        gc.enable()
+    assert len(parts) > 6

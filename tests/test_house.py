@@ -22,14 +22,13 @@ FOLDERS = {
 CAPTURE = (
     "results containers versions released samples program flatten memory weights checkpoint tracing values valued "
     "writes unsupported decompose simplify blocks outline interpret plainly kept_modules by_modules preserve digest "
-    "attributes signature watch bound guards capture separate in_place cutting"
+    "attributes signature watch bound guards capture separate in_place cutting precision"
 )
 RUNTIME = (
     "simulated sketch calls liveness peers agreement lookout request_facts shared_inputs turns session verification "
     "programs unsplit later build report dump deferred guidance pipelines empty runtime draws autoencoder "
     "distvae_provider recognized generations patch_parts patched independence batches messages pipes halves pipefusion "
-    "distrifusion "
-    "pipeline_report"
+    "distrifusion pipeline_report smaller room proving"
 )
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
 LAYERS = [

@@ -13,11 +13,11 @@ from test_autoencoders import difference, typed
 from zoo_autoencoders import AUTOENCODERS, run
 
 import xdit_compile
-from xdit_compile import Plan
+from xdit_compile import Plan, autoencoder, memory
 from xdit_compile.capture import capture
 from xdit_compile.flatten import flatten
 from xdit_compile.in_place import held
-from xdit_compile.memory import peak_bytes
+from xdit_compile.memory import peak_bytes, with_reserve
 from xdit_compile.passes.infer import infer
 from xdit_compile.passes.rulebook import rulebook
 from xdit_compile.passes.strips import cut_into, in_strips, peak_of
@@ -56,6 +56,34 @@ def test_what_fits_is_left_alone():
     assert in_strips(program, peak_of(program)) is program
     less = peak_of(program) - 1
     assert peak_of(in_strips(program, less)) <= less
+
+
+def test_an_accelerator_takes_more_than_activations(monkeypatch):
+    """A convolution's workspace is as large as its operand and result, and the allocator keeps gaps."""
+    card = torch.device("cuda", 1)
+    monkeypatch.setattr(memory, "WORKSPACE", 0)
+    module, x = torch.nn.Conv2d(2, 3, 3, padding=1).eval(), torch.randn(1, 2, 8, 8)
+    program = capture(module, (x,), {})
+    assert peak_of(program) == 3 * 64 * 4
+    assert peak_of(program, card) == 3 * 64 * 4 + (2 + 3) * 64 * 4
+    *_, inference = typed("kl", "decode")
+    (program,) = programs(inference, 1)
+    needed = with_reserve(peak_of(program, card), card)
+    assert in_strips(program, needed, card) is program
+    cut = in_strips(program, needed - 1, card)
+    assert cut is not program and in_strips(program, needed - 1) is program
+    assert with_reserve(peak_of(cut, card), card) < needed == peak_of(program, card) * 9 // 8
+
+
+def test_memory_is_given_back_before_decoding(monkeypatch):
+    module, given, *_ = typed("kl", "decode")
+    said = []
+    xdit_compile.parallelize(module, Plan(vae="patch", backend="eager"))
+    monkeypatch.setattr(autoencoder, "release_unused", said.append)
+    monkeypatch.setattr(autoencoder.RowMethod, "_coded", lambda *_: said.append("decoded"))
+    module.decode(given)
+    assert said == [torch.device("cpu"), "decoded"]
+    xdit_compile.restore(module)
 
 
 def test_what_does_not_fit_is_said():

@@ -18,9 +18,11 @@ from .deferred import values_of
 from .draws import DrawingRunner, unmoved
 from .errors import CaptureError, UsageError
 from .in_place import held, put_back, put_in_place
+from .memory import release_unused
 from .passes.rows import choose_rows
 from .pipelines import CODING
 from .preserve import preserved
+from .proving import device_of
 from .runtime import Prepared, Runner
 from .session import Place, Session
 from .weights import Weights
@@ -51,7 +53,8 @@ class RowMethod:
 
     The first call with inputs of new sizes is rehearsed: inputs cut to a few rows and columns go through the module and
     through its split program, uncompiled, which must agree. Of the whole inputs the module sees nothing, since one
-    device may not have the memory. While the module's tiling is on, it cuts the tiles itself and each is split by rows.
+    device may not have the memory. What an accelerator's allocator kept of the steps before is given back first: blocks
+    of other sizes than these. While the module's tiling is on, it cuts the tiles itself and each is split by rows.
 
     Called with ``gather=False`` every rank keeps the rows that it made, in rank order.
     """
@@ -71,6 +74,7 @@ class RowMethod:
 
     def __call__(self, *args: Any, gather: bool = True, **kwargs: Any) -> Any:
         with self.session.call():
+            release_unused(device_of(pytree.tree_leaves((args, kwargs))))
             return self._coded(args, kwargs, gather)
 
     def _coded(self, args: tuple, kwargs: dict, gather: bool) -> Any:

@@ -95,7 +95,8 @@ class Batches:
         """How a call is shared; the same on all ranks, which have agreed on the whole of it before.
 
         Args:
-            partial: whether weights are not all here, so that the module cannot be tried.
+            partial: whether weights are not all here, or the memory for them to be used, so that the module cannot be
+                tried.
         """
         names = {name: self._mesh.size(MEMBERS[name]) for name in (BATCH, DATA)}
         if analysis.units.get(BATCH) or names[BATCH] == 1:
@@ -125,7 +126,8 @@ class Batches:
         if not self._plan.verify:
             return Bound("may be cut after a trial alone, which verify=False forbids", counts[0])
         if self._agreement.any("whole weights", partial):
-            return Bound("may be cut after a trial alone, for which not all weights are here", counts[0])
+            why = "may be cut after a trial alone, for which not all weights are here, or too little memory is"
+            return Bound(why, counts[0])
         found = independent(module, forward, *call, parts, counts)
         if self._agreement.any("a trial of its batch", isinstance(found, Bound)) and not isinstance(found, Bound):
             return Bound("mixes its samples on another rank", found.cut.samples)

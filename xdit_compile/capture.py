@@ -17,9 +17,11 @@ from .attributes import Entries, described, keep, place_of_change
 from .by_modules import by_modules
 from .containers import Outcome, observed
 from .decompose import DataDependence
-from .errors import CaptureError, StateError
+from .errors import CaptureError, NoRoomError, StateError
 from .interpret import run_outcome
+from .memory import ran_out
 from .outline import outline
+from .precision import full_precision
 from .preserve import given_back, preserved, same_random_numbers
 from .program import Program
 from .results import Template, tensors_of
@@ -72,12 +74,18 @@ def capture(
 
     Raises:
         CaptureError: with the reason of each rung; the module is as it was then.
+        NoRoomError: there is no memory to run the module.
         StateError: the module keeps something from call to call.
     """
     _refuse_training(module)
     flat = Flat(module, forward or module.forward, args, kwargs)
-    with same_random_numbers(), given_back(module, *flat.objects):
-        return _first_that_agrees(flat, ladder, check, run)
+    try:
+        with same_random_numbers(), given_back(module, *flat.objects):
+            return _first_that_agrees(flat, ladder, check, run)
+    except Exception as error:
+        if not ran_out(error):
+            raise
+    raise NoRoomError("there is no memory to run the module whole: use a smaller size, or more ranks")
 
 
 def _refuse_training(module: nn.Module) -> None:
@@ -97,7 +105,8 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
     weightless = not run or any(tensor.is_meta for tensor in tensors)
     flat.runs, expected = not weightless, None
     if flat.runs:
-        expected = _own_outcome(flat)
+        with full_precision():
+            expected = _own_outcome(flat)
         flat.seen.outcome = Template.of(expected)
     reasons: list[str] = []
     about_data = False
@@ -108,9 +117,12 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
             with preserved(module):
                 program = _climb(flat, how, rung)
             if check and not weightless:
-                compare(run_outcome(program, module, *flat.own_inputs()), expected)
+                with full_precision():
+                    compare(run_outcome(program, module, *flat.own_inputs()), expected)
             return program
         except Exception as error:
+            if ran_out(error):
+                raise
             about_data = about_data or _is_about_data(error)
             reasons.append(f"{how}: {first_line(error)}")
     raise CaptureError("this module could not be captured; " + "; ".join(reasons))

@@ -153,7 +153,7 @@ def _vae_flags() -> dict[str, Any]:
             "--vae_provider", default="patch", help="Who splits them: patch, our own, or distvae, the package."
         ),
         "vae_memory": click.option(
-            "--vae_memory", help="Activations that the parallel autoencoder may hold on a rank, such as 2GiB."
+            "--vae_memory", help="What the parallel autoencoder may take beside weights on a rank, such as 2GiB."
         ),
     }
 

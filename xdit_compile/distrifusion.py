@@ -7,6 +7,7 @@ sent during the step before, and send their own while they go on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,11 +18,12 @@ from .build import Analysis, place
 from .dump import dump
 from .generations import Branch, States
 from .interpret import bind, run_outcome
+from .memory import if_room
 from .passes.layout import PATCH
 from .passes.patches import stepping
+from .precision import precision_for
 from .program import Program
 from .runtime import Computing, Prepared, Runner, device_of
-from .verification import verify_later
 from .weights import Weights
 
 Run = Callable[..., tuple[Any, ...]]
@@ -93,9 +95,11 @@ class StaleRunner(Runner):
         """What other ranks left is a step old: in the place of its result the unsplit program's is compared."""
         if self._is_compared(prepared):
             args, kwargs = pytree.tree_unflatten(leaves, prepared.program.in_spec)
-            found = run_outcome(prepared.analysis.program, self.module, args, kwargs)
-            verify_later(found, self._expected(prepared, leaves), self.name, self._slack(prepared, leaves))
-            self._release_all()
+            with precision_for(prepared.made):
+                expected = self._expected(prepared, leaves)
+                own = functools.partial(run_outcome, prepared.analysis.program, self.module, args, kwargs)
+                found = None if expected is None else if_room(own, device_of(leaves))
+            self._verify_later(prepared, leaves, found, expected if found is not None else None)
         return compute
 
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:

@@ -25,6 +25,10 @@ class CaptureError(XditCompileError):
     """No capture of the module agreed with running it eagerly."""
 
 
+class NoRoomError(CaptureError):
+    """The module itself has not the memory to run, with which a capture would be compared."""
+
+
 class UnsupportedError(CaptureError, UsageError):
     """A module whose weights a library keeps in a way that cannot be split yet."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 from .output import Latents, Pixels, difference, write
 from .pipeline_call import (
     call_arguments,
     call_pipeline,
     leave,
     open_parallel,
+    placement,
     processes,
     say,
 )
@@ -22,6 +25,17 @@ def generate(request: Request, world: World) -> None:
     Raises:
         XditCompileError: with a line that says what to change.
     """
+    made = _made(request, world)
+    leave()
+    if request.compare and world.rank == 0:
+        _give_back_memory(request, world)
+        unsplit, seconds = reference(request)
+        say(world, f"unsplit pipeline: {seconds:.1f} s on 1 process")
+        say(world, f"split against unsplit: {difference(made, unsplit)}")
+
+
+def _made(request: Request, world: World) -> Pixels | Latents:
+    """What was asked for, written; nothing of the pipeline is held any more when this returns."""
     pipe = open_parallel(request, world)
     arguments, ignored = call_arguments(pipe, request)
     if ignored:
@@ -32,12 +46,18 @@ def generate(request: Request, world: World) -> None:
     if world.rank == 0:
         files = ", ".join(str(file) for file in write(made, request.file, request.fps))
         say(world, f"wrote {files}: {_describe(made)}, {seconds:.1f} s on {processes(world.size)}")
-    leave()
-    if request.compare and world.rank == 0:
-        del pipe
-        unsplit, seconds = reference(request)
-        say(world, f"unsplit pipeline: {seconds:.1f} s on 1 process")
-        say(world, f"split against unsplit: {difference(made, unsplit)}")
+    return made
+
+
+def _give_back_memory(request: Request, world: World) -> None:
+    """End the pipeline, which modules and what stands in their place hold in circles, and what is kept of its memory.
+
+    Another process is about to load a whole one on the same device.
+    """
+    from .memory import release_unused
+
+    gc.collect()
+    release_unused(placement(request, world)[0])
 
 
 def _describe(made: Pixels | Latents) -> str:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import first_line, relative_difference
 from .cutting import Call, Cut, Made, Path, Pieces, joined, pieces_of, ways_to_cut
+from .precision import full_precision
 from .preserve import preserved, same_random_numbers
 from .results import Template, tensors_of
 from .verification import TOLERANCE
@@ -74,7 +75,7 @@ def independent(
     likely = [count for count in counts if any(ways_to_cut((args, kwargs), count, 1))] or [1]
     if max(likely) < min(parts):
         return Bound(few(likely[0], min(parts)), likely[0])
-    with same_random_numbers(), preserved(module):
+    with same_random_numbers(), preserved(module), full_precision():
         trial = _Trial(forward, (args, kwargs))
         try:
             whole = trial.made((args, kwargs))

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
+from .precision import full_precision
 from .results import PLAIN
 
 _LIBRARY = torch.library.Library("xdit_compile", "FRAGMENT")
@@ -156,7 +157,8 @@ def _made(path: str, module: nn.Module, example: Example | None) -> KeptModule:
     leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
     result = example.result
     one = KeptModule(module, tuple(leaves), spec, tuple(_weights(module)), tuple(result.shape), result.dtype)
-    one.apart = tuple(_apart(one, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], result))
+    with full_precision():
+        one.apart = tuple(_apart(one, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], result))
     one.leaves = tuple(leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     one.name = next(name for name in (path, *(f"{path}#{n}" for n in range(len(_LIVE) + 1))) if name not in _LIVE)
     _LIVE[one.name] = one

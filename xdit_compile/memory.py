@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+WORKSPACE = 64 * 2**20
+"""Bytes that libraries of an accelerator take for themselves, whatever they compute."""
+SCATTERED = 8
+"""One part of so many of an accelerator's memory lies in gaps that its allocator cannot hand out."""
 
 
 class LiveStorages(TorchDispatchMode):
@@ -56,3 +64,68 @@ def peak_bytes(run: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     with LiveStorages() as storages:
         run(*args, **kwargs)
     return storages.peak
+
+
+def with_reserve(count: int, device: torch.device) -> int:
+    """How much of a device's memory it takes to hold so many bytes of tensors.
+
+    An accelerator's libraries have workspaces, and its allocator hands blocks out in sizes of its own and keeps gaps.
+    """
+    return count if device.type in ("cpu", "meta") else count + count // SCATTERED + WORKSPACE
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes of a device that this process may still take, what its allocator keeps unused among them.
+
+    None where nobody says.
+    """
+    if device.type == "meta":
+        return None
+    if device.type == "cpu":
+        return _free_on_host()
+    try:
+        unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+        return _memory_info(device)[0] + max(unused, 0)
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
+        return None
+
+
+def _memory_info(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes of an accelerator."""
+    asked = getattr(torch.accelerator, "get_memory_info", None) or getattr(torch, device.type).mem_get_info
+    return asked(device)
+
+
+def _free_on_host() -> int | None:
+    """What the kernel says is available, shared by the ranks on this machine."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kilobytes = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    return None if kilobytes is None else kilobytes * 1024 // ranks
+
+
+def release_unused(device: torch.device) -> None:
+    """Have an accelerator's allocator give back what it keeps unused: its gaps are in the way of other sizes."""
+    if device.type not in ("cpu", "meta") and torch.accelerator.is_available():
+        with suppress(RuntimeError):  # a device without an allocator of PyTorch's keeps nothing
+            torch.accelerator.empty_cache()
+
+
+def if_room(run: Callable[[], Any], device: torch.device) -> Any:
+    """What a computation gives; None where there is no memory for it."""
+    try:
+        return run()
+    except Exception as error:
+        if not ran_out(error):
+            raise
+    release_unused(device)
+    return None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there was no memory; the allocator of CPUs and libraries have no class for it."""
+    words = ("DefaultCPUAllocator: ", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)

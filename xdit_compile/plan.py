@@ -47,7 +47,7 @@ class Plan:
         vae: ``patch`` splits the rows that the autoencoder decodes and encodes over ranks, ``whole`` does all on each;
             ``distvae`` has the package of that name do it, for the classes that it knows.
         vae_degree: how many ranks share these rows; all but the data ranks by default.
-        vae_memory: bytes of activations that the autoencoder may hold on one rank, as a number or with a unit
+        vae_memory: bytes that the autoencoder may take beside weights on one rank, as a number or with a unit
             (``"2GiB"``): convolutions run in as many strips as that takes. Works on one rank, too.
         keep_weights: keep the whole weights on every rank, where ``tensor`` would let it hold its slices alone.
         mesh_order: the degrees from the farthest ranks to the nearest; those that talk most stand last.
@@ -58,7 +58,7 @@ class Plan:
             ``unsplit`` gathers, and runs a denoiser that cannot be captured, as one that keeps state from step to step,
             whole on every rank with a warning.
         verify: compare the first call of every new graph, and one later call of the first generation, with the
-            unsplit module.
+            unsplit module; a smaller call of it where a rank has no memory for that.
         max_programs: graphs, one for each size and kind of call, that a module keeps compiled; the one that was not
             used for the longest time is dropped first.
         timeout_s: seconds that any rank waits for another before it gives up.

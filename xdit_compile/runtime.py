@@ -16,7 +16,7 @@ from .containers import Outcome, leave, observed
 from .deferred import Deferred, values_of
 from .digest import digest, digest_program, digest_shapes
 from .dump import dump
-from .errors import CaptureError
+from .errors import CaptureError, NoRoomError
 from .guards import Guards
 from .guidance import Call, unshared_images
 from .in_place import as_it_was, found_method, refuse_lost
@@ -26,14 +26,14 @@ from .passes.infer import Inference
 from .passes.layout import BATCH, Chosen
 from .passes.strips import in_strips
 from .plan import Plan
-from .preserve import same_random_numbers
+from .precision import precision_for
 from .program import Program
 from .programs import Programs
+from .proving import Proving, device_of
 from .session import Place, Session
 from .signature import Fingerprint, Signature, fingerprint, kept, signature
 from .unsplit import Changing, RunsWhole, Unsplit
 from .unsupported import moves_weights, refuse_draws, refuse_unsupported
-from .verification import narrow_rounding, verify, verify_later
 from .watch import Watch
 from .weights import Gather, Weights
 
@@ -47,12 +47,14 @@ class Prepared:
 
     Args:
         batch: how ranks share its samples; set once it is known.
+        room: whether every rank had the memory for the module itself to run beside all else.
     """
 
     analysis: Analysis
     program: Program
     run: Callable[..., tuple[Any, ...]]
     batch: Batch | None = dataclasses.field(default=None, kw_only=True)
+    room: bool = dataclasses.field(default=True, kw_only=True)
 
     @property
     def shared(self) -> SharedCall | None:
@@ -84,7 +86,7 @@ class Prepared:
         return self._guards.fit(leaves)
 
 
-class Runner:
+class Runner(Proving):
     """Called in place of ``module.forward``.
 
     A call whose signature is known runs at once; another is captured, partitioned, compiled and, with ``plan.verify``,
@@ -99,7 +101,7 @@ class Runner:
         computation: what to compute in place of the module's ``forward``: another method of it.
         choose: says what of a program is split.
         gather: whether results are made whole; without it each rank has its part of them.
-        budget: bytes of activations that this rank may hold; convolutions run in strips where that takes it.
+        budget: bytes beside weights that this rank may take; convolutions run in strips where that takes it.
         trace_only: the module itself never runs, neither to be captured nor to be compared with, as its memory might
             not be there.
     """
@@ -229,28 +231,17 @@ class Runner:
             return compute
 
         def compared(given: list[Any]) -> tuple[torch.Tensor, ...]:
-            expected = self._expected(prepared, given)
-            found = compute(given)
-            verify_later(assemble(prepared.whole, found), expected, self.name, self._slack(prepared, given))
-            self._release_all()
+            with precision_for(prepared.made):
+                expected = self._expected(prepared, given)
+                found = compute(given)
+            self._verify_later(prepared, given, assemble(prepared.whole, found), expected)
             return found
 
         return compared
 
-    def _slack(self, prepared: Prepared, leaves: list[Any]) -> Callable[[], float]:
-        args, kwargs = pytree.tree_unflatten(leaves, prepared.whole.in_spec)
-        return functools.partial(narrow_rounding, prepared.whole, self.module, args, kwargs)
-
     def _is_compared(self, prepared: Prepared) -> bool:
-        due = self._compares and self._later.due(prepared, self.session.steps)
+        due = self._compares and prepared.room and self._later.due(prepared, self.session.steps)
         return due and not self.weights.partial
-
-    def _expected(self, prepared: Prepared, leaves: list[Any]) -> Outcome:
-        """What the module itself does with the inputs of a call; they stay as they are."""
-        if prepared.whole.outcome.form.written:
-            leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        with same_random_numbers():
-            return self._own_outcome(*pytree.tree_unflatten(leaves, prepared.whole.in_spec))
 
     def _known(self, args: tuple, kwargs: dict) -> tuple[Prepared, list[Any]]:
         """What runs a call of this signature, made if need be, and the flat inputs to run it with."""
@@ -307,33 +298,27 @@ class Runner:
         shapes = {"plan": digest([self.plan]), "input shape": digest_shapes(leaves)}
         self._agreement.agree("a new program", shapes)
         own = self._computation
-        analysis = self._analysed(key, own, args, kwargs)
+        analysis, room = self._analysed(key, own, args, kwargs)
         self._agreement.agree("its graph", {"graph": digest([digest_program(analysis.program), analysis.units])})
-        batch = self._shared(analysis, own, args, kwargs)
+        batch = self._shared(analysis, own, args, kwargs, room)
         prepared = self._placed(batch.analysis, device_of(leaves))
-        prepared = dataclasses.replace(prepared, batch=batch)
-        rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1
-        if self.plan.verify and not self._trace_only and rewritten:
-            if not self._agreement.any("whole weights", self.weights.partial):
-                self._verify(prepared, leaves)
+        prepared = self._proven(dataclasses.replace(prepared, batch=batch, room=room), own, leaves)
         self._settle(prepared)
         return prepared
 
-    def _analysed(self, key: Signature, own: Callable[..., Any], args: tuple, kwargs: dict) -> Analysis:
-        """The captured call, or `RunsWhole` where a rank cannot capture it and the plan says so."""
-        failed, analysis = None, None
-        try:
-            refuse_unsupported(self.module, self.name)
-            self._changing.note(key)
-            with as_it_was(self.module):
-                analysis = analyse(
-                    self.module, self.plan, args, kwargs, forward=own, check=self.plan.verify,
-                    choose=self._choose, run=not self._trace_only,
-                )  # fmt: skip
-            if self._is_denoiser and self.mesh.world_size > 1:
-                refuse_draws(analysis.program)
-        except CaptureError as error:
-            failed, analysis = error, None
+    def _analysed(
+        self, key: Signature, own: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> tuple[Analysis, bool]:  # fmt: skip
+        """The captured call, and whether every rank had the memory to run the module for that.
+
+        Raises:
+            RunsWhole: a rank cannot capture it, and the plan says what to do then.
+        """
+        runs = not self._trace_only and self._has_room(own, args, kwargs)
+        analysis, failed = self._attempt(key, own, args, kwargs, runs)
+        if runs and self._agreement.any("memory for the module itself", isinstance(failed, NoRoomError)):
+            runs = False
+            analysis, failed = self._attempt(key, own, args, kwargs, runs)
         if self.plan.fallback == "unsplit" and self._agreement.any("a refused capture", failed is not None):
             gone = self.weights.partial and not moves_weights(self.module)
             if not self._agreement.any("whole weights", gone):
@@ -341,9 +326,29 @@ class Runner:
                 raise RunsWhole
         if analysis is None:
             raise failed or CaptureError("not captured")
-        return analysis
+        return analysis, runs
 
-    def _shared(self, analysis: Analysis, own: Callable[..., Any], args: tuple, kwargs: dict) -> Batch:
+    def _attempt(
+        self, key: Signature, own: Callable[..., Any], args: tuple, kwargs: dict, runs: bool
+    ) -> tuple[Analysis | None, CaptureError | None]:  # fmt: skip
+        """The captured call, or why there is none; without ``runs`` it is recorded and not compared."""
+        try:
+            refuse_unsupported(self.module, self.name)
+            self._changing.note(key)
+            with as_it_was(self.module):
+                analysis = analyse(
+                    self.module, self.plan, args, kwargs, forward=own, check=self.plan.verify,
+                    choose=self._choose, run=runs,
+                )  # fmt: skip
+            if self._is_denoiser and self.mesh.world_size > 1:
+                refuse_draws(analysis.program)
+        except CaptureError as error:
+            return None, error
+        return analysis, None
+
+    def _shared(
+        self, analysis: Analysis, own: Callable[..., Any], args: tuple, kwargs: dict, room: bool
+    ) -> Batch:  # fmt: skip
         """How ranks share the batch of a call.
 
         Raises:
@@ -352,7 +357,7 @@ class Runner:
         if not self._is_denoiser:
             return Batch(analysis)
         with as_it_was(self.module):
-            batch = self._batches.of(self.module, own, analysis, (args, kwargs), self.weights.partial)
+            batch = self._batches.of(self.module, own, analysis, (args, kwargs), self.weights.partial or not room)
         if self.plan.data > 1 and not batch.over:
             raise unshared_images(self.plan.data, self.name, batch.unshared)
         return batch
@@ -360,7 +365,8 @@ class Runner:
     def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
         partitioned = place(analysis, self.plan, self.mesh, self._gather)
         if self._budget is not None:
-            partitioned = dataclasses.replace(partitioned, program=in_strips(partitioned.program, self._budget))
+            cut = in_strips(partitioned.program, self._budget, device)
+            partitioned = dataclasses.replace(partitioned, program=cut)
         partitioned.program.root.to(device)
         dump(analysis, partitioned, self.mesh.rank)
         return Prepared(analysis, partitioned.program, self.backend.compile(partitioned.program.root))
@@ -371,7 +377,8 @@ class Runner:
             self.weights.load(program)
         if not self.plan.keep_weights:
             self._unreleased.append(prepared)
-            if not (self._compares and self.session.steps > 1) or self.weights.partial:
+            later = self._compares and prepared.room and self.session.steps > 1
+            if not later or self.weights.partial:
                 self._release_all()
         self._agreement.agree("its weights", {})
 
@@ -388,19 +395,6 @@ class Runner:
     def _release(self, prepared: Prepared) -> None:
         self.weights.release(prepared.programs)
 
-    def _verify(self, prepared: Prepared, leaves: list[Any]) -> None:
-        expected = self._expected(prepared, leaves)
-        slack = self._slack(prepared, leaves)
-        for found in self._found(prepared, leaves):
-            verify(assemble(prepared.whole, found), expected, slack)
-        self._agreement.agree("its verdict", {})
-
     def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """The results of a call, for every way in which it can be computed."""
         yield tuple(self._computing_part(prepared, leaves)(leaves))
-
-
-def device_of(leaves: list[Any]) -> torch.device:
-    """Where the largest input lies; index lists that the passes made must lie there too."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return max(tensors, key=torch.Tensor.numel).device if tensors else torch.device("cpu")
