@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -118,9 +119,10 @@ def test_where_packages_are_is_looked_up_once() -> None:
 
 def test_groups_are_made_once_and_anew_after_a_failure() -> None:
     made: list[Any] = []
+    gloo = mock.Mock(**{"name.return_value": "gloo"})
 
     def make() -> dict[str, Any]:
-        made.append(object())
+        made.append(types.SimpleNamespace(_device_types=[torch.device("cpu")], _get_backend=lambda kind: gloo))
         return {"sequence": made[-1]}
 
     groups = Groups(make)
