@@ -1,9 +1,9 @@
-"""Milliseconds that one known call keeps the host busy, by part, beside the module itself and diffusers' own parallelism.
+"""Milliseconds that one known call keeps the host busy, by part, beside the module itself and diffusers' parallelism.
 
 The modules have all blocks of published models and layers so narrow that kernels take microseconds, in fp32 on the CPU:
 what is left is what the host does, wherever the kernels run. Counted is the processor time of the calling thread, so
 that neither what else the machine does nor waiting for a peer is in it; kernels of the CPU are. Two processes have a
-gloo group and really exchange. Latents and time are new tensors in every call, as a scheduler makes them; the rest stays.
+gloo group and really exchange. Latents and time are new tensors in every call, as a scheduler makes them.
 """
 
 from __future__ import annotations

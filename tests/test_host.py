@@ -18,11 +18,11 @@ from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xdit_compile
-from xdit_compile import Plan, watch
+from xdit_compile import Plan, unchanged
 from xdit_compile.errors import AgreementError
 from xdit_compile.kernels import providers
 from xdit_compile.kernels.groups import Groups, process_group
-from xdit_compile.watch import Watch
+from xdit_compile.unchanged import Watch
 from xdit_compile.weights import Weights
 
 aten = torch.ops.aten
@@ -67,11 +67,11 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
 def test_a_known_call_reads_walks_and_looks_up_nothing(flux: tuple[nn.Module, dict[str, Any]]) -> None:
     module, kwargs = flux
     module(**stepping(kwargs))
-    with Reads() as reads, counted(watch, "fingerprint") as walks, counted(Weights, "find") as finds:
+    with Reads() as reads, counted(unchanged, "fingerprint") as walks, counted(Weights, "find") as finds:
         for _ in range(3):
             module(**stepping(kwargs))
     assert (reads.count, walks.call_count, finds.call_count) == (0, 0, 0)
-    with counted(watch, "fingerprint") as walks, counted(Weights, "find") as finds, xdit_compile.generation(module):
+    with counted(unchanged, "fingerprint") as walks, counted(Weights, "find") as finds, xdit_compile.generation(module):
         for _ in range(3):
             module(**stepping(kwargs))
     assert walks.call_count == 1, "all of a module is looked at once a request"

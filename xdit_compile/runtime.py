@@ -31,10 +31,10 @@ from .program import Program
 from .programs import Programs
 from .session import Place, Session
 from .signature import Fingerprint, Signature, fingerprint, kept, signature
+from .unchanged import Watch
 from .unsplit import Changing, RunsWhole, Unsplit
 from .unsupported import moves_weights, refuse_draws, refuse_unsupported
 from .verification import narrow_rounding, verify, verify_later
-from .watch import Watch
 from .weights import Gather, Weights
 
 Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
