@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import xdit_compile
 from xdit_compile import Plan, unchanged
+from xdit_compile.calls import Calls
 from xdit_compile.errors import AgreementError
 from xdit_compile.kernels import providers
 from xdit_compile.kernels.groups import Groups, process_group
+from xdit_compile.sketch import Late, sketch_late, sketch_of
 from xdit_compile.unchanged import Watch
 from xdit_compile.weights import Weights
 
@@ -142,6 +144,40 @@ def test_a_watch_sees_what_signatures_do(said: str) -> None:
     assert look.same()
     CHANGES[said](module)
     assert not look.same()
+
+
+class Event:
+    """Stands for an accelerator's, and notes when it is waited for."""
+
+    waited: list[Any] = []
+
+    def __init__(self, device: torch.device) -> None:
+        self.recorded = False
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+        self.waited.append(self)
+
+
+def test_values_on_an_accelerator_are_told_a_call_later() -> None:
+    tensor, calls = torch.arange(40.0), Calls(0)
+    told = sketch_of(tensor)
+    with mock.patch.object(torch, "Event", Event):
+        calls.add("module 0", [Late(tensor), ""])
+        tensor.zero_()
+        assert not Event.waited and calls.latest == {}
+        calls.compare(1, {"1": ["module 0", told, ""]})
+        calls.add("module 0", ["="])
+        assert len(Event.waited) == 1 and calls.latest == {1: ["module 0", told, ""], 2: ["module 0", "="]}
+        with pytest.raises(AgreementError, match="call 1 of rank 1 has another input 0"):
+            calls.compare(1, {"1": ["module 0", sketch_of(tensor), ""]})
+        calls.add("module 0", [Late(tensor)])
+        calls.settle()
+    assert calls.latest[3] == ["module 0", sketch_of(tensor)]
+    assert isinstance(sketch_late(tensor), str), "what lies on the CPU is there at once"
 
 
 class Slotted:

@@ -20,7 +20,7 @@ from .calls import Calls
 from .errors import AgreementError, one_line
 from .liveness import SILENT_SECONDS, Liveness
 from .mesh import Mesh
-from .sketch import alike
+from .sketch import Late, alike
 
 POLL_SECONDS = 0.005
 NOTICE_SECONDS = 5.0
@@ -80,7 +80,7 @@ class Agreement:
 
     # ---- calls, announced and compared
 
-    def announce_call(self, what: str, sketches: Sequence[str]) -> None:
+    def announce_call(self, what: str, sketches: Sequence[str | Late]) -> None:
         """Say which call this rank enters now and what it is given, without waiting for anybody.
 
         What a peer said of calls before this one is compared: if neighbours agree, all do.
@@ -371,7 +371,7 @@ class Agreement:
         """
         if self._store is None:
             return
-        mine = {"made": self.calls, "calls": self._calls.latest, "results": list(results)}
+        mine = {"made": self.calls, "calls": self._calls.settle(), "results": list(results)}
         self._ending = True
         said = self.exchange("the end", mine)
         for rank, theirs in said.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .errors import AgreementError
-from .sketch import alike
+from .sketch import Late, alike
 
 REMEMBERED = 8
 """Calls whose inputs a rank keeps in the store for others to compare."""
@@ -22,20 +22,33 @@ class Calls:
         self._rank = rank
         self.made = 0
         self.latest: dict[int, list[str]] = {}
+        self._late: tuple[int, list[str | Late]] | None = None
         self._unread: set[int] = set()
 
     def restart(self) -> None:
         """Count from the first again."""
         self.made = 0
         self.latest.clear()
+        self._late = None
         self._unread.clear()
 
-    def add(self, what: str, sketches: Sequence[str]) -> None:
-        """Another call is made."""
+    def add(self, what: str, sketches: Sequence[str | Late]) -> None:
+        """Another call is made; what is late of the one before is there by now."""
+        self.settle()
         self.made += 1
         self._unread.add(self.made)
-        self.latest[self.made] = [what, *sketches]
-        self.latest.pop(self.made - REMEMBERED, None)
+        self._late = (self.made, [what, *sketches])
+        if not any(isinstance(each, Late) for each in sketches):
+            self.settle()
+
+    def settle(self) -> dict[int, list[str]]:
+        """The latest calls, once what is late of the last one is there."""
+        if self._late is not None:
+            call, said = self._late
+            self._late = None
+            self.latest[call] = [each.text() if isinstance(each, Late) else each for each in said]
+            self.latest.pop(call - REMEMBERED, None)
+        return self.latest
 
     @property
     def behind(self) -> bool:

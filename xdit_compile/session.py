@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
 from .backends.base import Backend
-from .digest import digest, digest_tensors
+from .digest import digest, digest_shapes, digest_tensors
 from .errors import AgreementError, PeerError
 from .generations import Generation
 from .guidance import Branches
@@ -26,7 +26,7 @@ from .plan import Plan
 from .request_facts import facts_of, share_random_state
 from .results import found_in
 from .shared_inputs import SharedInputs
-from .sketch import sketch_of
+from .sketch import Late, sketch_of
 from .turns import Turns
 
 
@@ -168,9 +168,16 @@ class Session:
                 self._in_call = inside
 
     def announce(self, what: str, leaves: Sequence[Any]) -> None:
-        """Tell peers which call this rank enters, and see whether earlier ones were the same."""
-        if not self.agreement.alone:
-            self.agreement.announce_call(what, [self.inputs.sketch(leaf) for leaf in leaves])
+        """Tell peers which call this rank enters, and see whether earlier ones were the same.
+
+        In a request nothing waits for an accelerator: values that lie there are told with the next call, and what is
+        told with this one are forms.
+        """
+        if self.agreement.alone:
+            return
+        sketches = [self.inputs.sketch(leaf, wait=not self._in_request) for leaf in leaves]
+        late = any(isinstance(each, Late) for each in sketches)
+        self.agreement.announce_call(f"{what} of {digest_shapes(leaves)}" if late else what, sketches)
 
     def made(self, result: Any) -> Any:
         """What a request returns; that its tensors are the same on all ranks is seen at its end."""

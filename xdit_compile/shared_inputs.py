@@ -14,7 +14,7 @@ from .agreement import Agreement
 from .digest import digest_tensors
 from .errors import AgreementError
 from .kernels.groups import complete, process_group
-from .sketch import ROUNDING, UNCHANGED, samples, sketch_of
+from .sketch import ROUNDING, UNCHANGED, Late, samples, sketch_late, sketch_of
 from .versions import version_of
 
 
@@ -38,15 +38,18 @@ class SharedInputs:
         self._seen.clear()
         self._compared.clear()
 
-    def sketch(self, leaf: Any) -> str:
-        """A sketch of one input; `UNCHANGED` for a tensor that was seen in this request and not written to since."""
+    def sketch(self, leaf: Any, wait: bool = True) -> str | Late:
+        """A sketch of one input; `UNCHANGED` for a tensor that was seen in this request and not written to since.
+
+        Args:
+            wait: for values on an accelerator; without it they may come later.
+        """
         version = version_of(leaf) if type(leaf) is torch.Tensor else None
-        if version is None:
-            return sketch_of(leaf)
-        if self._seen.get(leaf) == version:
+        if version is not None and self._seen.get(leaf) == version:
             return UNCHANGED
-        self._seen[leaf] = version
-        return sketch_of(leaf)
+        if version is not None:
+            self._seen[leaf] = version
+        return sketch_of(leaf) if wait else sketch_late(leaf)
 
     def first(self, caller: object) -> bool:
         """Whether this is the first call of ``caller`` in a request; the same on all ranks."""

@@ -18,31 +18,70 @@ UNCHANGED = "="
 
 
 @functools.lru_cache(maxsize=256)
-def _positions(count: int) -> torch.Tensor:
+def _positions(count: int, device: torch.device) -> torch.Tensor:
     """Flat positions spread over ``count`` elements, the last among them."""
     if count <= SAMPLES:
-        return torch.arange(count)
-    return torch.tensor([round(k * (count - 1) / (SAMPLES - 1)) for k in range(SAMPLES)])
+        return torch.arange(count, device=device)
+    return torch.tensor([round(k * (count - 1) / (SAMPLES - 1)) for k in range(SAMPLES)], device=device)
 
 
 def samples(tensor: torch.Tensor) -> list[float]:
     """At most `SAMPLES` values of a tensor, spread over it; complex ones as pairs."""
+    return _picked(tensor).tolist()
+
+
+def _picked(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    positions = _positions(tensor.numel()).to(tensor.device)
+    positions = _positions(tensor.numel(), tensor.device)
     if tensor.is_contiguous():
-        return tensor.view(-1)[positions].tolist()
-    return tensor[torch.unravel_index(positions, tensor.shape)].tolist()
+        return tensor.view(-1)[positions]
+    return tensor[torch.unravel_index(positions, tensor.shape)]
 
 
 def sketch_of(leaf: Any) -> str:
     """What is said of one leaf to other ranks: dtype, shape and values of a tensor, nothing of anything else."""
     if not isinstance(leaf, torch.Tensor):
         return ""
-    form = f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"
-    if type(leaf) not in (torch.Tensor, torch.nn.Parameter) or leaf.is_meta:
-        return f"{form};{type(leaf).__name__}"
-    return f"{form};{','.join(map(repr, samples(leaf)))}"
+    if not _has_values(leaf):
+        return f"{_form(leaf)};{type(leaf).__name__}"
+    return _text(_form(leaf), samples(leaf))
+
+
+class Late:
+    """The sketch of a tensor on an accelerator, whose values are on their way to the host.
+
+    What is under way on the device is waited for when the text is asked for, and only as far as the tensor.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self._form = _form(tensor)
+        self._values = _picked(tensor).to("cpu", non_blocking=True)
+        self._there = torch.Event(tensor.device)
+        self._there.record()
+
+    def text(self) -> str:
+        """The sketch."""
+        self._there.synchronize()
+        return _text(self._form, self._values.tolist())
+
+
+def sketch_late(leaf: Any) -> str | Late:
+    """`sketch_of` a leaf, which waits for no device."""
+    here = not isinstance(leaf, torch.Tensor) or leaf.device.type == "cpu" or not _has_values(leaf)
+    return sketch_of(leaf) if here else Late(leaf)
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _text(form: str, values: Sequence[float]) -> str:
+    return f"{form};{','.join(map(repr, values))}"
 
 
 def alike(one: str, other: str) -> bool:
