@@ -13,16 +13,20 @@ import pytest
 import torch
 import zoo
 from test_signature import CHANGES, Holder, counting
-from torch import nn
+from torch import fx, nn
 from torch.distributed import distributed_c10d
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xdit_compile
 from xdit_compile import Plan, unchanged
 from xdit_compile.calls import Calls
 from xdit_compile.errors import AgreementError
+from xdit_compile.interpret import bind
 from xdit_compile.kernels import providers
 from xdit_compile.kernels.groups import Groups, process_group
+from xdit_compile.program import Input, Piece, Program
+from xdit_compile.results import Template
 from xdit_compile.sketch import Late, sketch_late, sketch_of
 from xdit_compile.unchanged import Watch
 from xdit_compile.weights import Weights
@@ -256,3 +260,31 @@ def test_what_changes_between_two_calls_of_a_request_is_followed() -> None:
             for _ in range(2):
                 expected = torch.nn.functional.linear(x, one.weight, one.bias) * one.scale + one.offset
                 assert torch.allclose(module(x), expected)
+
+
+@torch.no_grad()
+def test_slices_are_bound_until_the_tensor_is_written_to_or_replaced() -> None:
+    module = nn.Linear(2, 4)
+    weights, given = Weights(module), Input("w", "parameter", "weight", (Piece(0, ((1, 3),)),))
+    graph = fx.Graph()
+    graph.output((graph.placeholder("w"),))
+    program = Program(fx.GraphModule({}, graph), (given,), {}, pytree.tree_structure(()), Template.of(()))
+
+    def bound() -> torch.Tensor:
+        (found,) = bind(program, weights, [])
+        assert torch.equal(found, module.weight[1:3])
+        return found
+
+    assert bound() is bound(), "a slice is cut once"
+    with counted(Weights, "find") as finds:
+        weights.bindings.of_state(module)
+        first = bound()
+        assert bound() is first and finds.call_count == 1
+        module.weight.mul_(2)
+        assert bound() is not first and finds.call_count == 2
+        module.weight.data.add_(1)
+        weights.renew()
+        bound()
+        module.weight = nn.Parameter(torch.zeros(4, 2))
+        weights.bindings.of_state(graph)
+        bound()
