@@ -215,9 +215,9 @@ def work(model: str, rank: int, world: int, port: int, backend: str, rounds: int
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=limit)
     turns = Turns(TOPOLOGIES[model], world, backend)
     wrong = [each for each in turns.found.values() if not each.difference <= TOLERANCE]
-    end.send([] if wrong else turns.measure(rounds))
     if wrong:
         raise SystemExit(f"{wrong[0].name} is off the module by {wrong[0].difference:.1e}; nothing was timed")
+    end.send(turns.measure(rounds))
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -227,7 +227,7 @@ def on_processes(model: str, world: int, backend: str, rounds: int) -> list[Foun
     """What the first of so many processes found.
 
     Raises:
-        SystemExit: a contender computes something else.
+        SystemExit: it ended before it found anything, as it does where a contender computes something else.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -240,13 +240,16 @@ def on_processes(model: str, world: int, backend: str, rounds: int) -> list[Foun
     ]
     for each in ranks:
         each.start()
+    for _, theirs in pipes:
+        theirs.close()
     if not pipes[0][0].poll(LIMIT_S):
         raise SystemExit(f"{model} on {world} processes took more than {LIMIT_S} s")
-    found: list[Found] = pipes[0][0].recv()
+    try:
+        found: list[Found] = pipes[0][0].recv()
+    except EOFError:
+        raise SystemExit(f"{model} on {world} processes: the first ended, see above") from None
     for each in ranks:
         each.join(60)
-    if not found:
-        raise SystemExit(f"{model} on {world} processes: a contender computes something else")
     return found
 
 
