@@ -230,6 +230,14 @@ def test_a_watch_sees_what_hangs_on_modules_however_deep(change: str) -> None:
     assert Watch(module).same()
 
 
+def test_a_watch_sees_that_a_class_computes_something_else() -> None:
+    kind = type("Own", (nn.Sequential,), {})
+    module = kind(nn.Identity())
+    look = Watch(module)
+    kind.forward = lambda self, x: x  # type: ignore[attr-defined]
+    assert not look.same()
+
+
 @torch.no_grad()
 def test_what_changes_between_two_calls_of_a_request_is_followed() -> None:
     torch.manual_seed(0)
