@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from xdit_compile.kernels.inductor_order import pin_order
 
@@ -45,7 +47,9 @@ class Inductor(Backend):
 
 def _compiled(structure: fx.GraphModule, args: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
     pin_order()
-    return torch._inductor.compile(structure, list(args), options=dict(options))  # type: ignore[no-any-return]
+    mode = FakeTensorMode(shape_env=ShapeEnv())  # without one inductor does not look into its cache of compiled graphs
+    fakes = [mode.from_tensor(arg, static_shapes=True) if isinstance(arg, torch.Tensor) else arg for arg in args]
+    return torch._inductor.compile(structure, fakes, options=dict(options))  # type: ignore[no-any-return]
 
 
 def compile_threads(environment: Mapping[str, str] = os.environ) -> int | None:

@@ -1,9 +1,9 @@
-"""Milliseconds that a known call keeps the host busy, by part, beside the module itself and diffusers' own parallelism.
+"""Milliseconds that one known call keeps the host busy, by part, beside the module itself and diffusers' parallelism.
 
 The modules have all blocks of published models and layers so narrow that kernels take microseconds, in fp32 on the CPU:
 what is left is what the host does, wherever the kernels run. Counted is the processor time of the calling thread, so
 that neither what else the machine does nor waiting for a peer is in it; kernels of the CPU are. Two processes have a
-gloo group and really exchange. Latents and time are new tensors in every call, as from a scheduler; the rest stays.
+gloo group and really exchange. Latents and time are new tensors in every call, as a scheduler makes them.
 """
 
 from __future__ import annotations
@@ -215,9 +215,9 @@ def work(model: str, rank: int, world: int, port: int, backend: str, rounds: int
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=limit)
     turns = Turns(TOPOLOGIES[model], world, backend)
     wrong = [each for each in turns.found.values() if not each.difference <= TOLERANCE]
-    end.send([] if wrong else turns.measure(rounds))
     if wrong:
         raise SystemExit(f"{wrong[0].name} is off the module by {wrong[0].difference:.1e}; nothing was timed")
+    end.send(turns.measure(rounds))
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -227,7 +227,7 @@ def on_processes(model: str, world: int, backend: str, rounds: int) -> list[Foun
     """What the first of so many processes found.
 
     Raises:
-        SystemExit: a contender computes something else.
+        SystemExit: it ended before it found anything, as it does where a contender computes something else.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -240,13 +240,16 @@ def on_processes(model: str, world: int, backend: str, rounds: int) -> list[Foun
     ]
     for each in ranks:
         each.start()
+    for _, theirs in pipes:
+        theirs.close()
     if not pipes[0][0].poll(LIMIT_S):
         raise SystemExit(f"{model} on {world} processes took more than {LIMIT_S} s")
-    found: list[Found] = pipes[0][0].recv()
+    try:
+        found: list[Found] = pipes[0][0].recv()
+    except EOFError:
+        raise SystemExit(f"{model} on {world} processes: the first ended, see above") from None
     for each in ranks:
         each.join(60)
-    if not found:
-        raise SystemExit(f"{model} on {world} processes: a contender computes something else")
     return found
 
 

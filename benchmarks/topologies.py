@@ -71,10 +71,10 @@ def _wan_inputs() -> Inputs:
 
 def _sdxl() -> nn.Module:
     return UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64, 128), layers_per_block=2, cross_attention_dim=32,
+        sample_size=8, block_out_channels=(8, 16, 32), norm_num_groups=4, layers_per_block=2, cross_attention_dim=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(2, 4, 8), use_linear_projection=True,
+        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(1, 2, 4), use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
     )  # fmt: skip
 
@@ -82,8 +82,8 @@ def _sdxl() -> nn.Module:
 def _sdxl_inputs() -> Inputs:
     added = {"text_embeds": torch.randn(2, 16), "time_ids": torch.randn(2, 6)}
     return {
-        "sample": torch.randn(2, 4, 16, 16), "timestep": torch.tensor(700.0),
-        "encoder_hidden_states": torch.randn(2, 8, 32), "added_cond_kwargs": added, "return_dict": False,
+        "sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor(700.0),
+        "encoder_hidden_states": torch.randn(2, 8, 16), "added_cond_kwargs": added, "return_dict": False,
     }  # fmt: skip
 
 

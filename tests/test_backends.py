@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import fx
+from torch._dynamo.utils import counters
 
 from xdit_compile.backends import registry
 from xdit_compile.backends.base import ByStructure
@@ -62,11 +63,13 @@ def test_eager_writes_all_calls_into_one_graph() -> None:
     assert not flat.graph.find_nodes(op="call_module") and torch.equal(flat(*inputs())[0], root(*inputs())[0])
 
 
-def test_inductor_gives_the_same() -> None:
+def test_inductor_gives_the_same_and_keeps_what_it_compiled_for_other_processes() -> None:
     root = root_of_two_calls()
     (expected,) = root(*inputs())
+    counters.clear()
     (found,) = Inductor().compile(root)(*inputs())
     torch.testing.assert_close(found, expected)
+    assert counters["inductor"] and not counters["inductor"]["fxgraph_cache_bypass"]
 
 
 def test_nexfort_says_how_to_get_it_where_it_is_missing() -> None:

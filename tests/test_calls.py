@@ -10,6 +10,8 @@ from xdit_compile.calls import REMEMBERED, Calls
 from xdit_compile.errors import AgreementError
 from xdit_compile.sketch import COMING, Coming
 
+FORM = f"float32 [1];{COMING}"
+
 
 class Late(Coming):
     """Arrives when it is told to, or waited for."""
@@ -20,7 +22,7 @@ class Late(Coming):
     def text(self, wait: bool = False) -> str:
         self.awaited = self.awaited or wait
         self.here = self.here or wait
-        return self._text if self.here else COMING
+        return self._text if self.here else FORM
 
 
 def theirs(*calls: list[str]) -> dict[str, Any]:
@@ -33,14 +35,16 @@ def test_values_are_compared_once_they_are_here() -> None:
     other = theirs(["transformer", "float32 [1];2.0"])
     calls.compare(1, other)
     calls.compared(other)
-    assert calls.said() == {1: ["transformer", COMING]} and not late.awaited
-    assert calls.are_made(other) and not calls.are_made(theirs(["transformer", COMING]))
+    assert calls.said() == {1: ["transformer", FORM]} and not late.awaited
+    with pytest.raises(AgreementError, match="another input 0"):
+        calls.compare(1, theirs(["transformer", "float32 [2];1.0,1.0"]))
+    assert calls.are_made(other) and not calls.are_made(theirs(["transformer", FORM]))
     late.here = True
     with pytest.raises(AgreementError, match="another input 0"):
         calls.compare(1, other)
-    calls.compare(1, theirs(["transformer", COMING]))
+    calls.compare(1, theirs(["transformer", FORM]))
     with pytest.raises(AgreementError, match="is vae where"):
-        calls.compare(1, theirs(["vae", COMING]))
+        calls.compare(1, theirs(["vae", FORM]))
 
 
 def test_what_all_have_said_is_not_compared_again() -> None:
@@ -58,4 +62,4 @@ def test_nobody_runs_further_ahead_than_values_are_remembered() -> None:
         calls.add("transformer", [each])
     assert [each.awaited for each in late] == [at < REMEMBERED // 2 for at in range(REMEMBERED)]
     assert calls.settle(calls.made) and all(each.awaited for each in late)
-    assert not calls.settle(calls.made) and COMING not in sum(calls.said().values(), [])
+    assert not calls.settle(calls.made) and FORM not in sum(calls.said().values(), [])

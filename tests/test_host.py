@@ -14,16 +14,20 @@ import pytest
 import torch
 import zoo
 from test_signature import CHANGES, Holder, counting
-from torch import nn
+from torch import fx, nn
 from torch.distributed import distributed_c10d
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xdit_compile
-from xdit_compile import Plan, watch
+from xdit_compile import Plan, unchanged
 from xdit_compile.errors import AgreementError
+from xdit_compile.interpret import bind
 from xdit_compile.kernels import providers
 from xdit_compile.kernels.groups import Groups, process_group
-from xdit_compile.watch import Watch
+from xdit_compile.program import Input, Piece, Program
+from xdit_compile.results import Template
+from xdit_compile.unchanged import Watch
 from xdit_compile.weights import Weights
 
 aten = torch.ops.aten
@@ -68,11 +72,11 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
 def test_a_known_call_reads_walks_and_looks_up_nothing(flux: tuple[nn.Module, dict[str, Any]]) -> None:
     module, kwargs = flux
     module(**stepping(kwargs))
-    with Reads() as reads, counted(watch, "fingerprint") as walks, counted(Weights, "find") as finds:
+    with Reads() as reads, counted(unchanged, "fingerprint") as walks, counted(Weights, "find") as finds:
         for _ in range(3):
             module(**stepping(kwargs))
     assert (reads.count, walks.call_count, finds.call_count) == (0, 0, 0)
-    with counted(watch, "fingerprint") as walks, counted(Weights, "find") as finds, xdit_compile.generation(module):
+    with counted(unchanged, "fingerprint") as walks, counted(Weights, "find") as finds, xdit_compile.generation(module):
         for _ in range(3):
             module(**stepping(kwargs))
     assert walks.call_count == 1, "all of a module is looked at once a request"
@@ -192,6 +196,14 @@ def test_a_watch_sees_what_hangs_on_modules_however_deep(change: str) -> None:
     assert Watch(module).same()
 
 
+def test_a_watch_sees_that_a_class_computes_something_else() -> None:
+    kind = type("Own", (nn.Sequential,), {})
+    module = kind(nn.Identity())
+    look = Watch(module)
+    kind.forward = lambda self, x: x  # type: ignore[attr-defined]
+    assert not look.same()
+
+
 @torch.no_grad()
 def test_what_changes_between_two_calls_of_a_request_is_followed() -> None:
     torch.manual_seed(0)
@@ -222,3 +234,31 @@ def test_what_changes_between_two_calls_of_a_request_is_followed() -> None:
             for _ in range(2):
                 expected = torch.nn.functional.linear(x, one.weight, one.bias) * one.scale + one.offset
                 assert torch.allclose(module(x), expected)
+
+
+@torch.no_grad()
+def test_slices_are_bound_until_the_tensor_is_written_to_or_replaced() -> None:
+    module = nn.Linear(2, 4)
+    weights, given = Weights(module), Input("w", "parameter", "weight", (Piece(0, ((1, 3),)),))
+    graph = fx.Graph()
+    graph.output((graph.placeholder("w"),))
+    program = Program(fx.GraphModule({}, graph), (given,), {}, pytree.tree_structure(()), Template.of(()))
+
+    def bound() -> torch.Tensor:
+        (found,) = bind(program, weights, [])
+        assert torch.equal(found, module.weight[1:3])
+        return found
+
+    assert bound() is bound(), "a slice is cut once"
+    with counted(Weights, "find") as finds:
+        weights.bindings.of_state(module)
+        first = bound()
+        assert bound() is first and finds.call_count == 1
+        module.weight.mul_(2)
+        assert bound() is not first and finds.call_count == 2
+        module.weight.data.add_(1)
+        weights.renew()
+        bound()
+        module.weight = nn.Parameter(torch.zeros(4, 2))
+        weights.bindings.of_state(graph)
+        bound()

@@ -22,7 +22,7 @@ FOLDERS = {
 CAPTURE = (
     "results containers versions released samples program flatten memory weights checkpoint tracing values valued "
     "writes unsupported decompose simplify blocks outline interpret plainly kept_modules by_modules preserve digest "
-    "attributes signature watch bound guards capture separate in_place cutting precision"
+    "attributes signature unchanged bound guards capture separate in_place cutting precision"
 )
 RUNTIME = (
     "simulated sketch calls liveness peers agreement lookout request_facts shared_inputs turns session verification "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .errors import AgreementError
-from .sketch import COMING, Coming, Sketch, alike
+from .sketch import Coming, Sketch, alike, is_complete
 
 REMEMBERED = 8
 """Calls whose inputs a rank keeps in the store for others to compare."""
@@ -51,10 +51,8 @@ class Calls:
         """The latest calls, as far as is known."""
         for call, sketches in self._latest.items():
             if not _complete(sketches):
-                found = [_text(each) for each in sketches]
-                self._latest[call] = [
-                    one if text == COMING else text for one, text in zip(sketches, found, strict=True)
-                ]
+                pairs = [(each, _text(each)) for each in sketches]
+                self._latest[call] = [text if is_complete(text) else each for each, text in pairs]
         return {call: [_text(each) for each in sketches] for call, sketches in self._latest.items()}
 
     @property
@@ -64,7 +62,8 @@ class Calls:
 
     def are_made(self, theirs: Mapping[str, Sequence[str]]) -> bool:
         """Whether another rank has made as many, and said all of the latest."""
-        return max(map(int, theirs), default=0) >= self.made and COMING not in theirs.get(str(self.made), ())
+        latest = theirs.get(str(self.made), ())
+        return max(map(int, theirs), default=0) >= self.made and all(map(is_complete, latest))
 
     def compare(self, rank: int, theirs: Mapping[str, Sequence[str]]) -> None:
         """Compare another rank's latest calls, as far as it has come, with this rank's that are not compared yet.
@@ -85,7 +84,7 @@ class Calls:
         self._unread = {call for call in self._unread if call > reached or call in partial}
 
     def _complete(self, call: int, theirs: Mapping[str, Sequence[str]]) -> bool:
-        return _complete(self._latest.get(call, ())) and COMING not in theirs.get(str(call), ())
+        return _complete(self._latest.get(call, ())) and all(map(is_complete, theirs.get(str(call), ())))
 
     def _check(self, rank: int, call: int, mine: Sequence[str], theirs: Sequence[str]) -> None:
         if mine[0] != theirs[0] or len(mine) != len(theirs):
@@ -94,7 +93,7 @@ class Calls:
                 "give every rank the same inputs"
             )
         pairs = enumerate(zip(mine[1:], theirs[1:], strict=True))
-        differing = [at for at, (one, other) in pairs if COMING not in (one, other) and not alike(one, other)]
+        differing = [at for at, (one, other) in pairs if not alike(one, other)]
         if differing:
             raise AgreementError(
                 f"call {call} of rank {rank} has another input {differing[0]} than rank {self._rank}'s; "

@@ -28,9 +28,11 @@ class Guards:
 
 
 def _same(guard: Guard, tensor: torch.Tensor, known: Any) -> bool:
-    version = version_of(tensor)
+    version = version_of(tensor) if type(tensor) in (torch.Tensor, torch.nn.Parameter) else None
+    if version is None:
+        return torch.equal(tensor, guard.value)
     seen, answer = known.get(tensor, (None, False))
-    if version is None or seen != version:
+    if seen != version:
         answer = torch.equal(tensor, guard.value)
         known[tensor] = (version, answer)
     return answer

@@ -32,9 +32,9 @@ from .programs import Programs
 from .proving import Proving, device_of
 from .session import Place, Session
 from .signature import Fingerprint, Signature, fingerprint, kept, signature
+from .unchanged import Watch
 from .unsplit import Changing, RunsWhole, Unsplit
 from .unsupported import moves_weights, refuse_draws, refuse_unsupported
-from .watch import Watch
 from .weights import Gather, Weights
 
 Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]

@@ -37,10 +37,10 @@ class Coming:
         self._arrival.record()
 
     def text(self, wait: bool = False) -> str:
-        """The sketch, or `COMING` where its values are not here and are not waited for."""
+        """The sketch, with `COMING` for values that are not here and are not waited for."""
         if wait:
             self._arrival.synchronize()
-        return _said(self._form, self._values) if self._arrival.query() else COMING
+        return _said(self._form, self._values) if self._arrival.query() else f"{self._form};{COMING}"
 
 
 Sketch = str | Coming
@@ -98,10 +98,12 @@ def _said(form: str, values: torch.Tensor) -> str:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two sketches differ by no more than rounding."""
+    """Whether two sketches differ by no more than rounding, as far as they are known."""
     if one == other:
         return True
     (form, _, values), (other_form, _, other_values) = one.partition(";"), other.partition(";")
+    if COMING in (values, other_values):
+        return form == other_form
     dtype = getattr(torch, form.partition(" ")[0], None)
     if form != other_form or dtype not in ROUNDING:
         return False
@@ -110,6 +112,11 @@ def alike(one: str, other: str) -> bool:
     except ValueError:
         return False
     return close(mine, theirs, ROUNDING[dtype])
+
+
+def is_complete(sketch: str) -> bool:
+    """Whether all of a sketch is known."""
+    return not sketch.endswith(f";{COMING}")
 
 
 def close(one: Sequence[float], other: Sequence[float], limit: float) -> bool:

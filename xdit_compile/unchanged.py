@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .attributes import VALUES, Seen, held_in, slots_of
+from .in_place import own_class
 from .signature import AROUND, HOOKS, TORCH_STATE, Fingerprint, fingerprint
 from .versions import version_of
 
@@ -70,6 +71,7 @@ class Watch:
         A module has a dozen others, each with a dict of its own, and looking at all of them takes longer than the rest.
         """
         root, rest = modules[0], [vars(each) for each in modules[1:]]
+        self._is(lambda: [getattr(own_class(root), "forward", None)])
         self._is(lambda: [held.get(name) for held, name, _ in attributes])
         self._equals(lambda: [_counted(root)])
         self._is(lambda: map(vars, modules[1:]))
