@@ -34,7 +34,7 @@ def unpack(message: torch.Tensor, likes: Sequence[torch.Tensor]) -> tuple[torch.
     """Contiguous views of a message, of these shapes and dtypes."""
     starts = _starts(likes)
     return tuple(
-        message[start : start + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+        message.narrow(0, start, like.numel() * like.element_size()).view(like.dtype).view(like.shape)
         for start, like in zip(starts, likes, strict=False)
     )
 
