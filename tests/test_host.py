@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -126,7 +125,7 @@ def test_groups_are_made_once_and_anew_after_a_failure() -> None:
     gloo = mock.Mock(**{"name.return_value": "gloo"})
 
     def make() -> dict[str, Any]:
-        made.append(types.SimpleNamespace(_device_types=[torch.device("cpu")], _get_backend=lambda kind: gloo))
+        made.append(mock.Mock(_device_types=[torch.device("cpu")], **{"_get_backend.return_value": gloo}))
         return {"sequence": made[-1]}
 
     groups = Groups(make)
