@@ -128,6 +128,16 @@ class Group(NamedTuple):
     def queue(self) -> str:
         return str(self.number)
 
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    def _get_backend(self, device: torch.device) -> Any:
+        return types.SimpleNamespace(name=lambda: "gloo")
+
+    def size(self) -> int:
+        return len(self.ranks)
+
 
 class Recorder:
     """What one rank does: torch.distributed's functions note here what is asked of them, and nothing moves."""
@@ -157,16 +167,19 @@ class Recorder:
             "batch_isend_irecv": self._batch,
             "P2POp": lambda *given: given,
             "get_backend": lambda group: "gloo",
+            "get_backend_config": lambda group: "cpu:gloo",
         }
         with mock.patch.multiple(dist, **functions):
             yield self
 
-    def _new_group(self, ranks: list[int], timeout: Any, group_desc: str) -> Group:
+    def _new_group(self, ranks: list[int], timeout: Any, backend: str | None, group_desc: str) -> Group:
         self.groups.append(Group(len(self.groups), tuple(ranks), group_desc))
         return self.groups[-1]
 
     def _collective(self, tensor: torch.Tensor, *, group: Group, async_op: bool = False, **_: Any) -> Any:
         work = self.asked(group, ("all",))
+        if not async_op:
+            tensor.mul_(group.size())
         return work if async_op else work.wait()
 
     def _batch(self, operations: Sequence[tuple[Any, torch.Tensor, int, Group]]) -> list[Any]:

@@ -52,6 +52,7 @@ def stages_on(plan: Plan, mesh: Mesh, recorder: Recorder) -> Stages:
         agreement=types.SimpleNamespace(exchange=lambda *_: {}),
         generation=Generation(plan.warmup_steps),
         before_request=lambda do: None,
+        after_request=lambda do: None,
         after_failure=lambda do: None,
     )
     runner = Stages(Weights(nn.Identity()), session)
