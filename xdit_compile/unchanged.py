@@ -31,8 +31,11 @@ class Watch:
     """The fingerprint of a module, and all that it was taken of.
 
     Nothing is described anew to see whether it still holds: what was met is compared with what is there now, by
-    identity, and tensors by form and version. Replaced unseen are plain numbers and texts by equal ones, and torch's
-    own dicts of a module by others with the same entries. A watch keeps alive what it was taken of.
+    identity, weights by where they lie besides, and other tensors by form and version. Lists of one kind are compared
+    at once; what is looked at is kept small, since most of it lies in no cache when a call begins. Unseen are alone:
+    plain numbers and texts replaced by equal ones, torch's own dicts of a module by others of equal content, a whole
+    ``__dict__``, names of children and weights that change while these stay, and another shape of a weight that lies
+    where it lay. A watch keeps alive what it was taken of.
     """
 
     def __init__(self, module: nn.Module):
@@ -74,7 +77,6 @@ class Watch:
         self._is(lambda: [getattr(own_class(root), "forward", None)])
         self._is(lambda: [held.get(name) for held, name, _ in attributes])
         self._equals(lambda: [_counted(root)])
-        self._is(lambda: map(vars, modules[1:]))
         self._equals(lambda: map(len, rest))
         alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for own in rest:
@@ -86,12 +88,12 @@ class Watch:
     def _watch_objects(self, objects: list[Any], first: int, composites: list[Any]) -> None:
         """Watch what modules, objects that come after them, and containers hold, where that can change."""
         held = [vars(each)[name] for each in objects[:first] for name in HOLDERS]
-        held += [*map(vars, objects[first:]), *(each for each in composites if isinstance(each, dict))]
-        self._empty = [each for each in held if not each]
-        filled = [each for each in held if each]
+        own = [*map(vars, objects[first:]), *(each for each in composites if isinstance(each, dict))]
+        self._empty = [each for each in (*held, *own) if not each]
+        filled = [each for each in (*held, *own) if each]
         gathered = [each for each in composites if isinstance(each, GATHERED)]
         loose = [each for each in composites if _is_loose(each)]
-        self._is(lambda: itertools.chain.from_iterable(filled))
+        self._is(lambda: itertools.chain.from_iterable(own))
         self._is(lambda: itertools.chain.from_iterable(map(dict.values, filled)))
         self._is(lambda: itertools.chain.from_iterable(gathered))
         self._is(lambda: itertools.chain.from_iterable(map(parts_of, loose)))
@@ -100,13 +102,13 @@ class Watch:
         self._equals(lambda: map(type, objects))
 
     def _watch_tensors(self, weights: list[torch.Tensor], parts: list[Any]) -> None:
-        """Watch the forms of weights, and form and values of what else hangs there."""
+        """Watch where weights lie, and form and values of what else hangs there."""
         plain = [each for each in parts if isinstance(each, torch.Tensor)]
         arrays = [each for each in parts if isinstance(each, np.ndarray)]
-        tensors = [*weights, *plain]
-        self._equals(lambda: [each.shape for each in tensors])
-        self._equals(lambda: [each.dtype for each in tensors])
-        self._equals(lambda: [each.device for each in tensors])
+        placed = [each for each in weights if type(each) in (torch.Tensor, nn.Parameter)]
+        formed = [*plain, *(each for each in weights if type(each) not in (torch.Tensor, nn.Parameter))]
+        self._equals(lambda: map(torch.Tensor.data_ptr, placed))
+        self._equals(lambda: [(each.shape, each.dtype, each.device) for each in formed])
         self._equals(lambda: [_written(each) for each in plain])
         self._equals(lambda: [(each.shape, each.dtype.str, each.tobytes()) for each in arrays])
 
