@@ -26,6 +26,7 @@ from xdit_compile import Plan
 from xdit_compile.tracing import Flat
 from xdit_compile.valued import by_values
 
+pytestmark = pytest.mark.skipif(pretend.unavailable() is not None, reason=str(pretend.unavailable()))
 TEN = (
     "flux_true_cfg", "sd3_prompted", "pixart", "qwenimage", "wan", "cogvideox", "sana", "hunyuandit", "sdxl", "ltx"
 )  # fmt: skip

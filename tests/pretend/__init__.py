@@ -9,12 +9,17 @@ cannot be taken back.
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
+import shutil
+import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,15 +31,22 @@ BACKENDS = {NAME: f"cpu:gloo,{NAME}:{BACKEND}"}
 """What `torch.distributed.init_process_group` is asked for, by type of device."""
 
 
+def unavailable() -> str | None:
+    """Why there can be no such device here."""
+    return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "the pretend device needs a C++ compiler"
+
+
 @functools.cache
 def extension() -> Any:
-    """The device in C++, compiled if it was not yet."""
+    """The device in C++, compiled once for each state of its source."""
     from torch.utils.cpp_extension import load
 
-    folder = Path(tempfile.gettempdir()) / f"pretend-device-{torch.__version__}"
-    folder.mkdir(exist_ok=True)
     source = Path(__file__).with_name("device.cpp")
-    return load("pretend_device", [str(source)], extra_cflags=["-O1"], build_directory=str(folder))
+    state = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"pretend-device-{os.getuid()}-{state}"
+    folder.mkdir(exist_ok=True)
+    with mock.patch.dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"):
+        return load("pretend_device", [str(source)], extra_cflags=["-O1"], build_directory=str(folder))
 
 
 @functools.cache
