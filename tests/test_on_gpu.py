@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import procs
 import pytest
 import torch
@@ -24,14 +25,23 @@ import xdit_compile.kernels.attention
 from xdit_compile import Plan
 from xdit_compile.devices import backend_for
 from xdit_compile.errors import AgreementError
+<<<<<<< HEAD
 from xdit_compile.kernels.groups import Groups, carrier, complete
+=======
+from xdit_compile.in_place import held
+>>>>>>> proof
 from xdit_compile.kernels.merge import merge
 from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.reference import attention_reference
 from xdit_compile.kernels.registry import PROVIDERS
+<<<<<<< HEAD
 from xdit_compile.mesh import Mesh, connect
 from xdit_compile.seats import Seat, card_of
 from xdit_compile.watchdog import lenient
+=======
+from xdit_compile.memory import release_unused, with_reserve
+from xdit_compile.passes.strips import peak_of
+>>>>>>> proof
 
 pytestmark = [
     pytest.mark.gpu,
@@ -176,6 +186,31 @@ def test_autoencoder_rows_on_one_rank() -> None:
         expected = module.decode(given).sample
         xdit_compile.parallelize(module, Plan(vae="patch", backend="eager"))
         assert difference(module.decode(given).sample, expected) < EXACT
+
+
+REAL_CODER = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_takes_no_more_than_is_counted(dtype: torch.dtype) -> None:
+    """Activations, workspaces of convolutions and what the allocator keeps, at the sizes of real autoencoders."""
+    with torch.device("cuda"):
+        module = diffusers.AutoencoderKL(**REAL_CODER).eval().requires_grad_(False).to(dtype)
+    latent = torch.randn(1, 4, 64, 64, device="cuda", dtype=dtype)
+    xdit_compile.parallelize(module, Plan(vae="patch", vae_memory="1TiB", backend="eager"))
+    module.decode(latent)
+    release_unused(latent.device)
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    module.decode(latent)
+    taken = torch.cuda.max_memory_reserved() - before
+    counted = peak_of(held(module)["decode"].latest().program, latent.device)
+    assert counted / 4 < taken <= with_reserve(counted, latent.device)
 
 
 # ---- several ranks
