@@ -25,23 +25,17 @@ import xdit_compile.kernels.attention
 from xdit_compile import Plan
 from xdit_compile.devices import backend_for
 from xdit_compile.errors import AgreementError
-<<<<<<< HEAD
-from xdit_compile.kernels.groups import Groups, carrier, complete
-=======
 from xdit_compile.in_place import held
->>>>>>> proof
+from xdit_compile.kernels.groups import Groups, carrier, complete
 from xdit_compile.kernels.merge import merge
 from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.reference import attention_reference
 from xdit_compile.kernels.registry import PROVIDERS
-<<<<<<< HEAD
+from xdit_compile.memory import release_unused, with_reserve
 from xdit_compile.mesh import Mesh, connect
+from xdit_compile.passes.strips import peak_of
 from xdit_compile.seats import Seat, card_of
 from xdit_compile.watchdog import lenient
-=======
-from xdit_compile.memory import release_unused, with_reserve
-from xdit_compile.passes.strips import peak_of
->>>>>>> proof
 
 pytestmark = [
     pytest.mark.gpu,
