@@ -41,6 +41,17 @@ def test_sequence_parallel_compares_every_contender_before_it_times_them(tmp_pat
 
 
 @pytest.mark.slow
+def test_host_compares_results_before_it_times_parts(tmp_path: pathlib.Path) -> None:
+    found = run("host.py", "--model", "FLUX", "--backend", "eager", "--rounds", "2", tmp_path=tmp_path)
+    for world, entries in found["models"]["FLUX"].items():
+        module, ours, *theirs = entries
+        assert ours["reads"] == 0 and len(ours["parts"]["signature"]) == 2
+        assert len(theirs) == int(world) - 1
+        for entry in (module, ours, *theirs):
+            assert not entry["failure"] and entry["difference"] <= LARGEST_DIFFERENCE and len(entry["host_ms"]) == 2
+
+
+@pytest.mark.slow
 def test_guidance_compares_both_kinds_with_one_process(tmp_path: pathlib.Path) -> None:
     sizes = ["--hidden", "64", "--blocks", "2", "--tokens", "16"]
     found = run("guidance.py", "--backend", "eager", "--rounds", "2", *sizes, tmp_path=tmp_path)
