@@ -119,6 +119,9 @@ class Drawing:
     def set_progress_bar_config(self, **config: Any) -> None:
         pass
 
+    def to(self, device: str) -> Drawing:
+        return self
+
     def __call__(self) -> Any:
         return next(self.values)
 

@@ -235,7 +235,7 @@ def steps_of(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Te
     ):
         for _ in range(4):
             latents = latents - 0.1 * module(*args, **{**kwargs, "hidden_states": latents})[0]
-            graphs.append(counters["stats"]["unique_graphs"])
+            graphs.append(counters["aot_autograd"]["total"])
     return latents, graphs
 
 
