@@ -335,6 +335,7 @@ def asked_for(shared: Shared, calls: int) -> list[Event]:
         events.append(Begin(next(numbers), group, ("all",), tuple(simulated_members(group))))
         return events[-1].number
 
+    ops = torch.ops.xdit_compile
     for _ in range(calls):
         left: dict[fx.Node, int] = {}
         for node in shared.stale.root.graph.nodes:
@@ -342,9 +343,9 @@ def asked_for(shared: Shared, calls: int) -> list[Event]:
                 events.append(Compute(1))
                 inner = getattr(shared.stale.root, node.target).graph.nodes
                 events.extend(Wait(begin(each)) for each in inner if each.target in SIMULATIONS and each.args[-1])
-            elif node.target is torch.ops.xdit_compile.halo_start.default:
+            elif node.target in (ops.halo_start.default, ops.gather_start.default):
                 left[node] = begin(node)
-            elif node.target is torch.ops.xdit_compile.stale_finish.default and arriving:
+            elif node.target is ops.stale_finish.default and arriving:
                 events.append(Wait(arriving[names[node.args[1].name]]))
         (output,) = shared.stale.root.graph.find_nodes(op="output")
         sent = output.args[0][len(output.args[0]) - len(shared.leaving) :]
