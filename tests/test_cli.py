@@ -151,7 +151,11 @@ def test_one_process_makes_a_picture_and_names_what_it_ignored(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "degree", ["--ulysses_degree", "--tensor_parallel_degree", pytest.param("--ring_degree", marks=pytest.mark.slow)]
+    "degree",
+    [
+        "--ulysses_degree",
+        *(pytest.param(f"--{name}_degree", marks=pytest.mark.slow) for name in ("tensor_parallel", "ring")),
+    ],
 )
 def test_two_processes_make_the_picture_of_one(tmp_path: Path, degree: str):
     split = ["--nproc", "2", degree, "2", "--compare", "--output", "split.png", "--seed", "7"]

@@ -12,7 +12,16 @@ from xdit_compile.plan import Plan
 MESHES = [(2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (2, 2), (2, 3), (3, 2), (8, 1), (1, 8)]
 
 
-ALIKE = {"cogvideox_1_5", "cogvideox_learned", "flux_unguided", "lumina2", "sd3_dual", "zimage"}
+ALIKE = {
+    "cogvideox_1_5",
+    "cogvideox_learned",
+    "flux_unguided",
+    "lumina2",
+    "lumina2_ragged",
+    "mochi",
+    "sd3_dual",
+    "zimage",
+}
 """Models of which a close relative is in the quick run."""
 
 

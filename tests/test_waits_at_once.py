@@ -22,7 +22,7 @@ from xdit_compile import Plan, liveness, mesh, watchdog
 from xdit_compile import session as sessions
 from xdit_compile.agreement import Agreement
 from xdit_compile.backends.registry import find_backend
-from xdit_compile.errors import AgreementError, PeerError
+from xdit_compile.errors import AgreementError, PartitionError, PeerError
 from xdit_compile.kernels import groups as kernel_groups
 from xdit_compile.kernels.groups import Groups, answering
 from xdit_compile.lookout import Lookout
@@ -146,6 +146,16 @@ def test_a_request_ends_when_the_device_is_done_and_its_groups_are_well(
     monkeypatch.setattr(sessions, "finish_device", lambda: setattr(mine.group, "state", "TIMEOUT"))
     with pytest.raises(PeerError, match="a transfer failed .timeout."):
         sessions.Session._arrive(session)
+
+
+@pytest.mark.parametrize(
+    ("own", "told"), [(ValueError("not finite"), "rank 1 stopped"), (PartitionError("cannot be cut"), "cannot be cut")]
+)
+def test_what_was_computed_of_nothing_is_no_cause_and_a_refusal_is(own: Exception, told: str, two: list[Rank]) -> None:
+    mine, _ = two
+    mine.groups.give_up(AgreementError("rank 1 stopped"))
+    session: Any = types.SimpleNamespace(groups=mine.groups, agreement=mine.agreement, _do=list, _after_failure=[])
+    assert str(sessions.Session._stop(session, own)) == told
 
 
 def test_nothing_is_given_up_where_nobody_waits_or_all_is_well(two: list[Rank]) -> None:

@@ -18,7 +18,7 @@ from .agreement import Agreement
 from .backends.base import Backend
 from .devices import current
 from .digest import digest, digest_tensors
-from .errors import AgreementError, PeerError
+from .errors import AgreementError, PartitionError, PeerError, UsageError
 from .generations import Generation
 from .guidance import Branches
 from .kernels.communicators import finish_device
@@ -31,6 +31,9 @@ from .results import found_in
 from .shared_inputs import SharedInputs
 from .sketch import sketch_of
 from .turns import Turns
+
+REFUSALS = (UsageError, PartitionError)
+"""What goes by plan and graph alone, and so is no consequence of values that never came."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +305,7 @@ class Session:
     def _stop(self, error: BaseException) -> BaseException:
         """Say that this rank goes no further, and close its connections, if any rank may wait in one."""
         given_up = self.groups.given_up
-        if given_up is not None and isinstance(error, Exception):
+        if given_up is not None and isinstance(error, Exception) and not isinstance(error, REFUSALS):
             error = given_up
         cause = self.agreement.blame() if isinstance(error, PeerError) else None
         self.agreement.fail(error, cause)
