@@ -28,6 +28,7 @@ import xdit_compile
 from xdit_compile import Plan, XditCompileError
 from xdit_compile.build import place
 from xdit_compile.distrifusion import Shared
+from xdit_compile.generations import Generation
 from xdit_compile.interpret import assemble, bind
 from xdit_compile.kernels.simulate import SIMULATIONS
 from xdit_compile.mesh import Mesh, is_simulated, simulated_members
@@ -366,6 +367,18 @@ def test_what_is_waited_for_stands_behind_nothing_that_is_not(name):
     assert play(once, seconds) == computed + seconds
     assert play(once, seconds, lambda name: "") > 2 * (computed + seconds)
     play(thrice, seconds)
+
+
+@pytest.mark.parametrize(("steps", "waits"), [(2, 4), (3, 2), (None, 2)])
+def test_a_generation_that_is_all_warm_up_waits_in_every_call(steps: int | None, waits: int) -> None:
+    """Schedulers of a higher order have a denoiser called several times in a step, and so do some that correct."""
+    generation, found = Generation(2), []
+    with generation.running(steps):
+        branch = generation.branch(object(), "program", [], dict)
+        for _ in range(4):
+            branch.enter((torch.zeros(1),))
+            found.append(generation.waits(branch))
+    assert found == [True] * waits + [False] * (4 - waits)
 
 
 FAST = {"flux": 3, "pixart": 4, "sana": 2}

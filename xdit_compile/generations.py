@@ -73,13 +73,14 @@ class Generation:
     """The calls of the denoisers of one pipeline from its start to its end; outside of one, nothing is kept.
 
     Args:
-        warmup: steps that a generation has at least.
+        warmup: steps that a generation has at least. One that has no more is exact to its end, however often a
+            scheduler has the denoiser called in a step; in others every call of a branch counts as a step.
     """
 
     def __init__(self, warmup: int = 0) -> None:
         self.warmup = warmup
         self.number = 0
-        self.active = False
+        self.active = self._all_wait = False
         self._branches: dict[tuple[int, Hashable, str], Branch] = {}
         self._values = Recognized()
 
@@ -95,19 +96,19 @@ class Generation:
                 f"warmup_steps={self.warmup} but this generation has {steps} steps; "
                 f"use warmup_steps={steps} for an exact one, or more steps"
             )
-        around = self.active, self._branches, self._values
+        around = self.active, self._all_wait, self._branches, self._values
         self.number += 1
-        self.active, self._branches, self._values = True, {}, Recognized()
+        self.active, self._all_wait, self._branches, self._values = True, steps == self.warmup, {}, Recognized()
         try:
             yield
             for branch in self._branches.values():
                 branch.finish()
         finally:
-            self.active, self._branches, self._values = around
+            self.active, self._all_wait, self._branches, self._values = around
 
     def waits(self, branch: Branch) -> bool:
         """Whether the call that a branch was entered with takes nothing from a call before."""
-        return branch.steps <= self.warmup or branch.mixed or not self.active
+        return branch.steps <= self.warmup or branch.mixed or self._all_wait or not self.active
 
     def branches(self, denoiser: object) -> int:
         """How many branches of a denoiser this generation has had so far."""
