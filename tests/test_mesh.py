@@ -144,6 +144,7 @@ def sleep_on_one(rank):
     time.sleep(60 * rank)
 
 
+@pytest.mark.slow
 def test_procs_ends_ranks_that_are_late():
     begun = time.monotonic()
     with pytest.raises(procs.RankFailed, match="rank 1: did not finish"):

@@ -126,7 +126,7 @@ def test_captions_of_an_evaluation_mix_one_thing_and_two():
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("things", [1, 2])
+@pytest.mark.parametrize("things", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_checker_finds_every_drawn_scene_right(things: int, side: int):
     verdicts = [judge(request, draw(scene, side)) for scene, request in some(150, things)]
     assert all(verdict.right for verdict in verdicts)

@@ -1,7 +1,7 @@
 """The cells that every run of the tests checks, two minutes of them: quick ones, of every plan and many families."""
 
 _BY_PLAN = {
-    "ulysses": ("dit", "sd15", "sd3_inpaint", "stable_audio", "deepfloyd_if"),
+    "ulysses": ("dit", "sd15", "sd3_inpaint", "stable_audio"),
     "ring": ("flux_true_cfg", "cogview3", "kandinsky22_prior"),
     "tensor": ("sd3", "auraflow", "wuerstchen_prior"),
     "cfg": ("sd3", "mochi", "sd15_pag"),
