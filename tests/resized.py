@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_compile.axes import Atom, Axis, Concat, Product, atoms
 from xdit_compile.passes.infer import Frame, Inference
+from xdit_compile.smaller import free_atoms, placeholders
 
 STEPS = (4, 2, 6, 8, 10, 12, 16, 1, 3, 5, -2, -4, -1, -3)
 Sizes = Mapping[int, int]
@@ -45,7 +45,7 @@ def resized(module: nn.Module, args: tuple, kwargs: dict, inference: Inference, 
     used = {axis.size for axis in every_atom(inference)}
     sizes: dict[int, int] = {}
     changed, kept = [], []
-    for atom in (atom for atom in free_atoms(inference) if atom.size not in but):
+    for atom in (atom for atom in free_atoms(inference) if atom.size > 1 and atom.size not in but):
         options = [size for step in STEPS if (size := atom.size + step) > 1 and size not in used]
         tries = ((size, _inputs(args, kwargs, inference, {**sizes, id(atom): size})) for size in options)
         fitting = next((size for size, inputs in tries if _runs(module, inputs)), None)
@@ -67,40 +67,6 @@ def every_atom(inference: Inference) -> Iterator[Atom]:
                     yield from atoms(axis)
 
 
-def free_atoms(inference: Inference) -> list[Atom]:
-    """Atoms of more than one position of which inputs have dims and weights have none.
-
-    Inner factors are the code's own, and an input of which the code reads the values would be another at another size.
-    """
-    found: dict[int, Atom] = {}
-    fixed: set[int] = set()
-    read = {guard.position for guard in inference.program.guards}
-    for given, node in _placeholders(inference):
-        for axis in inference.axes[node][0]:
-            if given.kind == "user":
-                found.update((id(atom), atom) for atom in atoms(axis) if atom.size > 1)
-                fixed.update(map(id, atoms(axis) if given.target in read else inner_atoms(axis)))
-            elif given.kind != "constant":
-                fixed.update(map(id, atoms(axis)))
-    return [atom for key, atom in found.items() if key not in fixed]
-
-
-def inner_atoms(axis: Axis) -> Iterator[Atom]:
-    """Atoms inside an axis that are not the outermost factor there: patches, steps, halves."""
-    if isinstance(axis, Product):
-        yield from inner_atoms(axis.factors[0])
-        for factor in axis.factors[1:]:
-            yield from atoms(factor)
-    elif isinstance(axis, Concat):
-        for part in axis.parts:
-            yield from inner_atoms(part)
-
-
-def _placeholders(inference: Inference) -> Iterator[tuple[Any, fx.Node]]:
-    program = inference.program
-    yield from zip(program.inputs, program.root.graph.find_nodes(op="placeholder"), strict=True)
-
-
 def _runs(module: nn.Module, inputs: tuple[tuple, dict]) -> bool:
     try:
         with torch.no_grad():
@@ -112,7 +78,7 @@ def _runs(module: nn.Module, inputs: tuple[tuple, dict]) -> bool:
 
 def _inputs(args: tuple, kwargs: dict, inference: Inference, sizes: Sizes) -> tuple[tuple, dict]:
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    for given, node in _placeholders(inference):
+    for given, node in placeholders(inference):
         if given.kind == "user":
             at = int(given.target)
             for dim, axis in enumerate(inference.axes[node][0]):
@@ -165,7 +131,7 @@ class _Pairs:
 
 
 def _dims(first: Inference, second: Inference) -> Iterator[tuple[str, Axis, Axis]]:
-    sides = [[(str(given.target), each.axes[node]) for given, node in _placeholders(each)] for each in (first, second)]
+    sides = [[(str(given.target), each.axes[node]) for given, node in placeholders(each)] for each in (first, second)]
     yield from _beside("inputs", *sides)
     if len(first.frames) != len(second.frames):
         raise OtherGraph(f"{len(first.frames)} and {len(second.frames)} calls")

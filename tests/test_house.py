@@ -33,7 +33,7 @@ RUNTIME = (
 COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
 LAYERS = [
     {"xdit_compile.errors"},
-    {"xdit_compile.plan", "xdit_compile.world", "xdit_compile.model_folder"},
+    {"xdit_compile.environment", "xdit_compile.plan", "xdit_compile.world", "xdit_compile.model_folder"},
     {"xdit_compile.devices", "xdit_compile.mesh", "xdit_compile.watchdog"},
     {"xdit_compile.seats"},
     {"xdit_compile.axes", "xdit_compile.shards"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -12,9 +11,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from .environment import defaults
 from .errors import XditCompileError
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def launch(arguments: list[str], nproc: int, debug: bool = False) -> None:
 
     if not debug:
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="xdit-compile-") as folder, _environment(_defaults(nproc, debug)):
+    with tempfile.TemporaryDirectory(prefix="xdit-compile-") as folder, defaults(_wanted(nproc, debug)):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -104,22 +103,12 @@ def end_with_parent(interval_s: float = 1.0) -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
-def _defaults(nproc: int, debug: bool) -> dict[str, str]:
+def _wanted(nproc: int, debug: bool) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = {"OMP_NUM_THREADS": str(max(1, cores // nproc))}
     if not debug:
         wanted |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-    return {name: value for name, value in wanted.items() if name not in os.environ}
-
-
-@contextlib.contextmanager
-def _environment(added: dict[str, str]) -> Iterator[None]:
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+    return wanted
 
 
 def _worker_failed(error: ChildFailedError) -> WorkerFailed:

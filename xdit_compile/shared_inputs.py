@@ -41,11 +41,10 @@ class SharedInputs:
     def sketch(self, leaf: Any) -> Sketch:
         """A sketch of one input; `UNCHANGED` for a tensor that was seen in this request and not written to since."""
         version = version_of(leaf) if type(leaf) is torch.Tensor else None
-        if version is None:
-            return begin_sketch(leaf)
-        if self._seen.get(leaf) == version:
-            return UNCHANGED
-        self._seen[leaf] = version
+        if version is not None:
+            if self._seen.get(leaf) == version:
+                return UNCHANGED
+            self._seen[leaf] = version
         return begin_sketch(leaf)
 
     def first(self, caller: object) -> bool:

@@ -31,36 +31,46 @@ def smaller(inference: Inference, args: tuple, kwargs: dict, ranks: int) -> tupl
         ranks: how many share the call; no fewer positions are left than they are.
     """
     few = FEW * max(1, math.ceil(ranks / FEW))
-    cut = {id(atom): few + atom.size % few for atom in _free(inference) if atom.size >= 2 * few}
-    whole = math.prod(atom.size for atom in _free(inference) if id(atom) in cut)
+    long = [atom for atom in _free(inference) if atom.size >= 2 * few]
+    cut = {id(atom): few + atom.size % few for atom in long}
+    whole = math.prod(atom.size for atom in long)
     if whole < LEAST_GAIN * math.prod(cut.values()):
         return None
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    for given, node in _placeholders(inference):
+    for given, node in placeholders(inference):
         if given.kind == "user":
             leaves[int(given.target)] = _cut(leaves[int(given.target)], inference.axes[node][0], cut)
     return pytree.tree_unflatten(leaves, spec)
 
 
-def _placeholders(inference: Inference) -> Iterator[tuple[Input, fx.Node]]:
+def placeholders(inference: Inference) -> Iterator[tuple[Input, fx.Node]]:
+    """What a program is given, with the node that stands for it."""
     program = inference.program
     yield from zip(program.inputs, program.root.graph.find_nodes(op="placeholder"), strict=True)
 
 
 def _free(inference: Inference) -> list[Atom]:
     """Atoms of inputs and results alike that the caller chose the size of."""
+    made = {id(atom) for axis in _results(inference) for atom in atoms(axis)}
+    return [atom for atom in free_atoms(inference) if id(atom) in made]
+
+
+def free_atoms(inference: Inference) -> list[Atom]:
+    """Atoms of which inputs have dims and weights have none.
+
+    Inner factors are the code's own, and an input of which the code reads the values would be another at another size.
+    """
     found: dict[int, Atom] = {}
     fixed: set[int] = set()
     read = {guard.position for guard in inference.program.guards}
-    for given, node in _placeholders(inference):
+    for given, node in placeholders(inference):
         for axis in inference.axes[node][0]:
             if given.kind == "user":
                 found.update((id(atom), atom) for atom in atoms(axis))
                 fixed.update(map(id, atoms(axis) if given.target in read else _inner(axis)))
             elif given.kind != "constant":
                 fixed.update(map(id, atoms(axis)))
-    made = {id(atom) for axis in _results(inference) for atom in atoms(axis)}
-    return [atom for key, atom in found.items() if key in made and key not in fixed]
+    return [atom for key, atom in found.items() if key not in fixed]
 
 
 def _results(inference: Inference) -> Iterator[Axis]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+
+from .environment import defaults
 
 LENIENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
@@ -14,8 +14,7 @@ LENIENT = {
 }
 
 
-@contextmanager
-def lenient() -> Iterator[None]:
+def lenient() -> AbstractContextManager[None]:
     """Process groups that are made inside end their communicators where a transfer fails, and not the process.
 
     Each group reads these variables when it is made; what the user has set stays.
@@ -32,10 +31,4 @@ def lenient() -> Iterator[None]:
     ``BLOCKING_WAIT`` stays off: the host would wait for every transfer. ``ENABLE_MONITORING`` stays on: it ends a
     process whose watchdog itself hangs, as nothing else can.
     """
-    added = {name: value for name, value in LENIENT.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+    return defaults(LENIENT)
