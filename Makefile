@@ -31,7 +31,7 @@ test-slow: env
 	$(TESTS) -m slow
 
 test-gpu: env
-	$(BIN)/python -m pytest -m gpu tests/test_on_gpu.py
+	$(BIN)/python -m pytest -m gpu tests/test_on_gpu.py tests/test_kernels_on_gpu.py
 
 # Goes on where it was stopped, and runs only what changed; exit code 1 where a pipeline is wrong or crashes. ARGS: --help
 conformance: env

@@ -28,9 +28,15 @@ class Inductor(Backend):
 
     The graphs are functional and flat already, so they go to inductor as they are: ``torch.compile`` would check in
     every call of a structure what is known of the whole program, which took half of its host time.
+
+    Args:
+        mode: a mode of ``torch.compile`` without CUDA graphs.
     """
 
     name = "inductor"
+
+    def __init__(self, mode: str = "default"):
+        self._mode = mode
 
     def unavailable(self) -> str | None:
         if torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -39,7 +45,7 @@ class Inductor(Backend):
 
     def compile(self, root: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
         """The root with every structure compiled when it is first called."""
-        threads, options = compile_threads(), dict[str, Any](OPTIONS)
+        threads, options = compile_threads(), {**torch._inductor.list_mode_options(self._mode), **OPTIONS}
         if threads is not None:
             options["compile_threads"] = threads
         return Sites(root, lambda structure, args: _compiled(structure, args, options))

@@ -11,20 +11,20 @@ BEST_FIRST = ("inductor", "eager")
 """What ``auto`` tries; the last is always available."""
 
 
-def backends() -> dict[str, Backend]:
-    """Every backend that ships."""
-    return {backend.name: backend for backend in (inductor.Inductor(), nexfort.Nexfort(), eager.Eager())}
+def backends(mode: str = "default") -> dict[str, Backend]:
+    """Every backend that ships; inductor in a mode of ``torch.compile``."""
+    return {backend.name: backend for backend in (inductor.Inductor(mode), nexfort.Nexfort(), eager.Eager())}
 
 
-def find_backend(name: str) -> Backend:
+def find_backend(name: str, mode: str = "default") -> Backend:
     """The backend of that name, or the best that can be used here for ``auto``.
 
     Raises:
         ProviderUnavailable: when it is unknown or cannot be used here, with what to do about it.
     """
-    known = backends()
+    known = backends(mode)
     if name == "auto":
-        return next(known[one] for one in BEST_FIRST if known[one].unavailable() is None)
+        name = next(one for one in BEST_FIRST if mode != "default" or known[one].unavailable() is None)
     if name not in known:
         raise ProviderUnavailable(f"backend={name!r} is unknown; choose one of {', '.join(known)}")
     reason = known[name].unavailable()

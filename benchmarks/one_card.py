@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
-from unittest import mock
 
 import click
 import torch
@@ -28,11 +27,9 @@ from torch import nn
 
 import xdit_compile
 from xdit_compile import Plan
-from xdit_compile.backends import inductor
 
 ROOT_MEAN_SQUARE = 5e-2
 """How far bfloat16 results may lie apart, relative to their size."""
-FREE = "xdit_compile, inductor that rounds less"
 
 
 @dataclasses.dataclass
@@ -85,7 +82,7 @@ def inputs(tokens: int, text: int) -> dict[str, Any]:
     }
 
 
-def contenders(model: nn.Module, backends: tuple[str, ...]) -> list[Entry]:
+def contenders(model: nn.Module, backends: tuple[str, ...], modes: tuple[str, ...]) -> list[Entry]:
     """The module itself first."""
     found = [Entry("the module as it is", model)]
     compiled: Any = like(model)
@@ -93,19 +90,10 @@ def contenders(model: nn.Module, backends: tuple[str, ...]) -> list[Entry]:
     found.append(Entry("diffusers compile_repeated_blocks", compiled))
     for backend in backends:
         found.append(Entry(f"xdit_compile, {backend}", xdit_compile.parallelize(like(model), Plan(backend=backend))))
-    if "inductor" in backends:
-        found.append(Entry(FREE, _free(xdit_compile.parallelize(like(model), Plan(backend="inductor")))))
+    for mode in modes:
+        plan = Plan(backend="inductor", compile_mode=mode)
+        found.append(Entry(f"xdit_compile, {mode}", xdit_compile.parallelize(like(model), plan)))
     return found
-
-
-def _free(module: nn.Module) -> Callable[..., Any]:
-    """What the digits that the module would round away cost or save; its result is another one."""
-
-    def call(**given: Any) -> Any:
-        with mock.patch.object(inductor, "OPTIONS", {}):
-            return module(**given)
-
-    return call
 
 
 def step(entry: Entry, given: dict[str, Any]) -> torch.Tensor:
@@ -140,7 +128,7 @@ def prepare(entries: list[Entry], given: dict[str, Any], console: Console) -> No
         entry.peak_gb = (torch.cuda.max_memory_allocated() - before) / 1e9
         entry.difference = ((result - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
         console.print(f"prepared in {entry.first_call_s:.1f} s: {entry.name}, {entry.difference:.1e}", highlight=False)
-        if entry.name != FREE and not entry.difference <= ROOT_MEAN_SQUARE:
+        if not entry.difference <= ROOT_MEAN_SQUARE:
             raise SystemExit(f"{entry.name} is off the module by {entry.difference:.1e}; nothing was timed")
         entry.step_ms, entry.host_ms = [], []
 
@@ -160,6 +148,7 @@ def profiled(entry: Entry, given: dict[str, Any], rows: int) -> str:
 @click.option("--text", default=512, show_default=True, help="Text tokens.")
 @click.option("--rounds", default=15, show_default=True, help="Steps of each contender; all take one in each round.")
 @click.option("--backend", "backends", multiple=True, default=["eager", "inductor"], show_default=True)
+@click.option("--mode", "modes", multiple=True, help="Inductor in this Plan.compile_mode, too; may be repeated.")
 @click.option("--profile", default=0, help="Also print this many rows of a profile of each contender.")
 @click.option("--json", "json_file", type=click.Path(path_type=pathlib.Path), help="Write everything measured here.")
 def main(
@@ -169,6 +158,7 @@ def main(
     text: int,
     rounds: int,
     backends: tuple[str, ...],
+    modes: tuple[str, ...],
     profile: int,
     json_file: pathlib.Path | None,
 ) -> None:
@@ -177,7 +167,7 @@ def main(
         raise click.UsageError("needs a GPU that torch.cuda sees")
     console = Console(width=140)
     given = inputs(tokens, text)
-    entries = contenders(build(double, single), backends)
+    entries = contenders(build(double, single), backends, modes)
     prepare(entries, given, console)
     order = random.Random(0)
     turns = list(entries)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unittest import mock
 
 import pytest
 import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
+from xdit_compile import Plan
 from xdit_compile.backends import registry
 from xdit_compile.backends.base import ByStructure
 from xdit_compile.backends.eager import Eager
 from xdit_compile.backends.inductor import Inductor, compile_threads
 from xdit_compile.backends.sites import Sites
-from xdit_compile.errors import ProviderUnavailable
+from xdit_compile.errors import PlanError, ProviderUnavailable
 from xdit_compile.plan import BACKENDS
 
 
@@ -70,6 +72,20 @@ def test_inductor_gives_the_same_and_keeps_what_it_compiled_for_other_processes(
     (found,) = Inductor().compile(root)(*inputs())
     torch.testing.assert_close(found, expected)
     assert counters["inductor"] and not counters["inductor"]["fxgraph_cache_bypass"]
+
+
+def test_a_mode_reaches_inductor_and_is_refused_elsewhere() -> None:
+    root = root_of_two_calls()
+    (expected,), mode = root(*inputs()), "max-autotune-no-cudagraphs"
+    with mock.patch.object(torch._inductor, "compile", wraps=torch._inductor.compile) as compiling:
+        (found,) = registry.find_backend("inductor", mode).compile(root)(*inputs())
+    torch.testing.assert_close(found, expected)
+    assert compiling.call_args.kwargs["options"]["max_autotune"]
+    assert isinstance(registry.find_backend("auto", mode), Inductor)
+    with pytest.raises(PlanError, match="compile_mode='max-auto.* is inductor's, and backend='eager'; change one"):
+        Plan(compile_mode=mode, backend="eager").check()
+    with pytest.raises(PlanError, match="choose one of default, max-autotune-no-cudagraphs"):
+        Plan(compile_mode="reduce-overhead").check()
 
 
 def test_nexfort_says_how_to_get_it_where_it_is_missing() -> None:

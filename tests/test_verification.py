@@ -62,6 +62,21 @@ def test_a_module_that_rounds_inside_may_round_otherwise(dtype, least, most):
         verify(expected + 0.05 * scale, expected, slack)
 
 
+class Rotated(nn.Module):
+    """Casts in the middle of a module, as of rotated queries."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.bfloat16).float()
+
+
+def test_a_cast_rounds_the_other_way_only_next_to_the_middle():
+    """Of 1 and its neighbour 1 + 2 ** -7 the middle is 1 + 2 ** -8."""
+    for beside, most in ((0.0, 2**-7), (1e-7, 2**-7), (-1e-7, 2**-7), (1e-5, 0.0), (-1e-5, 0.0)):
+        x = torch.full((2, 3), 1 + 2**-8 + beside)
+        program = capture(Rotated(), (x,), {})
+        assert narrow_rounding(program, Rotated(), (x,), {}).greatest == pytest.approx(most, rel=0.01)
+
+
 class Blended(nn.Module):
     """A picture and what its neighbours add to it."""
 

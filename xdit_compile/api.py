@@ -65,7 +65,7 @@ def parallelize(target: Any, plan: Plan | None = None) -> Any:
 
 def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     """What `parallelize` does, with the weights of some components given by name."""
-    backend = find_backend(plan.backend)
+    backend = find_backend(plan.backend, plan.compile_mode)
     coders = dict(autoencoders(target)) if plan.vae != "whole" else {}
     if plan.vae != "whole" and not coders:
         raise UsageError(f"vae={plan.vae!r} but there is no autoencoder here; use vae='whole'")

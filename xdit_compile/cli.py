@@ -169,6 +169,11 @@ def _choice_flags() -> dict[str, Any]:
             "--mesh_order", default=",".join(Plan.mesh_order), help="Degrees from the farthest ranks to the nearest."
         ),
         "backend": click.option("--backend", default=Plan.backend, help="auto, inductor, nexfort or eager."),
+        "compile_mode": click.option(
+            "--compile_mode",
+            default=Plan.compile_mode,
+            help="Inductor's: default, or max-autotune-no-cudagraphs, which compiles for longer.",
+        ),
         "attention": click.option(
             "--attention", default=Plan.attention, help="Attention provider; auto takes the best available."
         ),

@@ -9,6 +9,7 @@ import re
 from .errors import PlanError
 
 BACKENDS = ("auto", "inductor", "nexfort", "eager")
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 ATTENTIONS = ("auto", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash_attn", "yunchang")
 FALLBACKS = ("gather", "error", "unsplit")
 DEGREES = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
@@ -16,6 +17,7 @@ SPLIT_SCHEMES = ("all", "heads", "ffn")
 VAES = ("whole", "patch", "distvae")
 _CHOICES = (
     ("backend", BACKENDS),
+    ("compile_mode", COMPILE_MODES),
     ("attention", ATTENTIONS),
     ("fallback", FALLBACKS),
     ("split_scheme", SPLIT_SCHEMES),
@@ -53,6 +55,9 @@ class Plan:
         mesh_order: the degrees from the farthest ranks to the nearest; those that talk most stand last.
         backend: what runs the rewritten graphs: ``inductor``, ``nexfort`` or ``eager``; ``auto`` takes ``inductor``
             where it can be used and ``eager`` elsewhere.
+        compile_mode: that of ``torch.compile`` for ``inductor``; ``max-autotune-no-cudagraphs`` times several kernels
+            for each matrix product and takes the fastest, which compiles for longer. There is none with CUDA graphs:
+            a graph of one block that serves all of them would copy each block's weights in every call.
         attention: which kernel computes attention; ``auto`` takes the best that is available.
         fallback: ``gather`` runs what cannot be split on gathered tensors and reports it, ``error`` refuses it;
             ``unsplit`` gathers, and runs a denoiser that cannot be captured, as one that keeps state from step to step,
@@ -81,6 +86,7 @@ class Plan:
     keep_weights: bool = False
     mesh_order: tuple[str, ...] = DEGREES
     backend: str = "auto"
+    compile_mode: str = "default"
     attention: str = "auto"
     fallback: str = "gather"
     verify: bool = True
@@ -158,6 +164,8 @@ class Plan:
             found.append(f"max_programs={self.max_programs!r} must be a whole number of at least 1")
         if not isinstance(self.timeout_s, int | float) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
             found.append(f"timeout_s={self.timeout_s!r} must be a positive number of seconds")
+        if not found and self.compile_mode != "default" and self.backend not in ("auto", "inductor"):
+            found.append(f"compile_mode={self.compile_mode!r} is inductor's, and backend={self.backend!r}; change one")
         if not found:
             found += self._patch_problems() + self._vae_problems()
         if not found and world_size is not None and self.world_size != world_size:

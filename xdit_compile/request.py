@@ -250,6 +250,7 @@ def plan_from_flags(**flags: Any) -> Plan:
         split_scheme="all" if flags["split_scheme"] == "row" else flags["split_scheme"],
         mesh_order=tuple(name.strip() for name in flags["mesh_order"].split(",")),
         backend=flags["backend"],
+        compile_mode=flags["compile_mode"],
         attention=flags["attention"],
         vae=flags["vae_provider"] if flags["use_parallel_vae"] else "whole",
         vae_degree=flags["vae_parallel_degree"],
