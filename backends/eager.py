@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from xdit_compile.flatten import flatten
+from xdit_compile.ir.inline_calls import flatten
 
 from .base import Backend
 

@@ -16,9 +16,9 @@ from torch.distributed import distributed_c10d
 from xdit_compile import Plan, generation, parallelize
 from xdit_compile.api import runner_of
 from xdit_compile.backends.base import Backend
-from xdit_compile.deferred import values_of
 from xdit_compile.kernels import collectives
-from xdit_compile.patched import whole_of
+from xdit_compile.runtime.tensors.deferred_tensor import values_of
+from xdit_compile.runtime.tensors.patched_tensor import whole_of
 
 Call = Callable[..., Any]
 

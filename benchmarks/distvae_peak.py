@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from autoencoder import Picture
 
-from xdit_compile.memory import peak_bytes
+from xdit_compile.ir.peak_memory import peak_bytes
 
 
 def distvae_peak(side: int, ranks: int) -> int:

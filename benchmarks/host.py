@@ -37,11 +37,12 @@ from topologies import TOPOLOGIES, Inputs, Topology
 from torch._inductor.output_code import CompiledFxGraph
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xdit_compile import Plan, generation, parallelize, runtime
+from xdit_compile import Plan, generation, parallelize
 from xdit_compile.api import runner_of
 from xdit_compile.kernels import collectives
-from xdit_compile.session import Session
-from xdit_compile.shared_inputs import SharedInputs
+from xdit_compile.runtime import runner as runtime
+from xdit_compile.runtime.session import Session
+from xdit_compile.runtime.shared_inputs import SharedInputs
 
 LIMIT_S = 900
 TOLERANCE = 2e-5

@@ -29,11 +29,11 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile import Plan
-from xdit_compile.build import Analysis, analyse, place
-from xdit_compile.memory import peak_bytes
-from xdit_compile.mesh import Mesh
-from xdit_compile.passes.rows import choose_rows
-from xdit_compile.passes.strips import cut_into, peak_of
+from xdit_compile.compiler import Analysis, analyse, place
+from xdit_compile.distributed.mesh import Mesh
+from xdit_compile.ir.peak_memory import peak_bytes
+from xdit_compile.passes.choose.rows import choose_rows
+from xdit_compile.passes.memory.tile_rows import cut_into, peak_of
 
 MEBI, GIBI = 2**20, 2**30
 RANKS = (1, 2, 4, 8)

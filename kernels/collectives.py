@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from xdit_compile.mesh import is_simulated
+from xdit_compile.distributed.mesh import is_simulated
 
-from .groups import answering, complete, hold, keep_in_order, process_group, settle
+from .process_groups import answering, complete, hold, keep_in_order, process_group, settle
 
 _REDUCTIONS = ("sum", "max")
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xdit_compile.mesh import first_sentence
+from xdit_compile.distributed.mesh import first_sentence
 
 ABORT_SECONDS = 20.0
 """How long communicators that are aborted may take, all together."""

@@ -8,10 +8,10 @@ from contextvars import ContextVar
 
 import torch
 
-from xdit_compile.devices import default_generator
+from xdit_compile.distributed.devices import default_generator
 from xdit_compile.errors import AgreementError
 
-from .groups import keep_in_order
+from .process_groups import keep_in_order
 
 DEFAULT = -1
 """Stands for the default generator of the device that numbers are drawn on."""

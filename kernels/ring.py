@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from .attention import attended, attention, check_mask, empty_output, output_shape, query_of, token_major
-from .groups import answering, carrier, keep_in_order, process_group
-from .merge import Part, merge_into
+from .merge_lse import Part, merge_into
+from .process_groups import answering, carrier, keep_in_order, process_group
 from .reference import accumulation_dtype
 from .registry import choose
 

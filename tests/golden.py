@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from splitting import captured, partition_rows
 from torch import fx
-from zoo_autoencoders import AUTOENCODERS
+from zoo.autoencoders import AUTOENCODERS
 
-from xdit_compile.build import Analysis, place, place_stage, separated
-from xdit_compile.capture import capture
+from xdit_compile.capture.capture import capture
+from xdit_compile.compiler import Analysis, place, place_stage, separated
+from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import XditCompileError
-from xdit_compile.mesh import Mesh
-from xdit_compile.passes.infer import infer
-from xdit_compile.passes.rulebook import rulebook
-from xdit_compile.passes.strips import in_strips
+from xdit_compile.ir.program import Program
+from xdit_compile.passes.axes.infer import infer
+from xdit_compile.passes.memory.tile_rows import in_strips
+from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan import Plan
-from xdit_compile.program import Program
 
 FOLDER = Path(__file__).resolve().parent / "golden_graphs"
 DENOISERS = (

@@ -9,13 +9,13 @@ import torch
 from splitting import Captured
 from torch.utils import _pytree as pytree
 
-from xdit_compile.build import Pipeline, place_stage, separated
-from xdit_compile.containers import Outcome
-from xdit_compile.mesh import Mesh
+from xdit_compile.capture.state.containers import Outcome
+from xdit_compile.compiler import Pipeline, place_stage, separated
+from xdit_compile.distributed.mesh import Mesh
+from xdit_compile.ir.program import Program
+from xdit_compile.ir.results import Template
 from xdit_compile.plan import Plan
-from xdit_compile.program import Program
-from xdit_compile.results import Template
-from xdit_compile.simulated import run_simulated
+from xdit_compile.simulate.mesh import run_simulated
 
 Kept = dict[str | int, torch.Tensor]
 

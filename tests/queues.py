@@ -19,8 +19,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from xdit_compile.kernels.groups import RUNNING, Groups
-from xdit_compile.mesh import Mesh, connect
+from xdit_compile.distributed.mesh import Mesh, connect
+from xdit_compile.kernels.process_groups import RUNNING, Groups
 
 
 class Compute(NamedTuple):

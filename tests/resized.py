@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_compile.axes import Atom, Axis, Concat, Product, atoms
-from xdit_compile.passes.infer import Frame, Inference
-from xdit_compile.smaller import free_atoms, placeholders
+from xdit_compile.ir.axes import Atom, Axis, Concat, Product, atoms
+from xdit_compile.passes.axes.infer import Frame, Inference
+from xdit_compile.runtime.verify.smaller import free_atoms, placeholders
 
 STEPS = (4, 2, 6, 8, 10, 12, 16, 1, 3, 5, -2, -4, -1, -3)
 Sizes = Mapping[int, int]

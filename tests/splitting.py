@@ -8,21 +8,21 @@ import math
 from typing import Any
 
 import torch
-import zoo
-import zoo_more
 from torch import nn
 from torch.utils import _pytree as pytree
+from zoo import more as zoo_more
+from zoo import transformers as zoo
 
-from xdit_compile.build import Analysis, choose_units
-from xdit_compile.capture import capture
-from xdit_compile.mesh import Mesh
-from xdit_compile.passes.infer import Inference, infer
-from xdit_compile.passes.layout import SEQUENCE, Chosen, Layout
-from xdit_compile.passes.program_partition import Partitioned, partition
-from xdit_compile.passes.rows import choose_rows
-from xdit_compile.passes.rulebook import rulebook
+from xdit_compile.capture.capture import capture
+from xdit_compile.compiler import Analysis, choose_units
+from xdit_compile.distributed.mesh import Mesh
+from xdit_compile.passes.axes.infer import Inference, infer
+from xdit_compile.passes.choose.rows import choose_rows
+from xdit_compile.passes.local.layout import SEQUENCE, Chosen, Layout
+from xdit_compile.passes.partition.program import Partitioned, partition
+from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan import Plan
-from xdit_compile.simulated import run_simulated
+from xdit_compile.simulate.mesh import run_simulated
 
 CASES = {**zoo.MODELS, **zoo_more.MORE}
 

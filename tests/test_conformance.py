@@ -32,7 +32,7 @@ from conformance.work import components
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import nn
 
-from xdit_compile.pipelines import denoisers
+from xdit_compile.runtime.diffusers_pipeline import denoisers
 
 GOOD = (Verdict.EXACT, Verdict.REFUSED, Verdict.INAPPLICABLE)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import collections
+import functools
 import re
 import subprocess
 import sys
@@ -12,42 +14,17 @@ import diffusers
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {
-    "xdit_compile": ROOT / "xdit_compile",
-    "xdit_compile.evaluation": ROOT / "xdit_compile" / "evaluation",
-    "xdit_compile.passes": ROOT / "passes",
-    "xdit_compile.kernels": ROOT / "kernels",
-    "xdit_compile.backends": ROOT / "backends",
-}
-CAPTURE = (
-    "results containers versions released samples program flatten memory weights checkpoint tracing values valued "
-    "writes unsupported decompose simplify blocks outline interpret plainly kept_modules by_modules preserve digest "
-    "attributes signature unchanged bound guards capture separate in_place cutting precision"
-)
-RUNTIME = (
-    "simulated sketch calls liveness peers agreement lookout request_facts shared_inputs turns session verification "
-    "programs unsplit later build report dump deferred guidance pipelines empty runtime draws autoencoder "
-    "distvae_provider recognized generations patch_parts patched independence batches messages pipes halves pipefusion "
-    "distrifusion pipeline_report smaller room proving"
-)
-COMMANDS = "request evaluation_request output pipeline_call reference generate evaluate weightless launch cli __main__"
-LAYERS = [
-    {"xdit_compile.errors"},
-    {"xdit_compile.environment", "xdit_compile.plan", "xdit_compile.world", "xdit_compile.model_folder"},
-    {"xdit_compile.devices", "xdit_compile.mesh", "xdit_compile.watchdog"},
-    {"xdit_compile.seats"},
-    {"xdit_compile.axes", "xdit_compile.shards"},
-    {f"xdit_compile.{name}" for name in CAPTURE.split()},
-    {"xdit_compile.kernels"},
-    {"xdit_compile.passes"},
-    {"xdit_compile.backends"},
-    {"xdit_compile.cache"},
-    {f"xdit_compile.{name}" for name in RUNTIME.split()},
-    {"xdit_compile.api"},
-    {"xdit_compile.loading"},
-    {"xdit_compile.evaluation"},
-    {f"xdit_compile.{name}" for name in COMMANDS.split()},
-]
+LINKED = ("passes", "kernels", "backends")
+PACKAGES = [ROOT / "xdit_compile", *(ROOT / name for name in LINKED)]
+FLOORS = (
+    "errors plan distributed ir weights capture.state capture kernels passes.axes passes.local passes.rules "
+    "passes.lowering passes.partition passes.choose passes.stages passes.memory backends compiler simulate reports "
+    "runtime.tensors runtime.verify runtime runtime.methods api loading evaluation cli __main__"
+).split()
+"""Folders, and files that stand alone, from the ground up: each imports from those below alone."""
+LONGEST_CHAIN = 13
+MOST_ENTRIES = 20
+MOST_FILES = 15
 NEUTRAL_CLASSES = {"DiffusionPipeline", "ModelMixin", "AutoModel", "CacheMixin"}
 MODEL_WORDS = re.compile(
     r"\b(transformer_blocks|single_transformer_blocks|to_q|to_k|to_v|to_out|attn1|attn2|norm1|ff_context|pos_embed|"
@@ -55,28 +32,36 @@ MODEL_WORDS = re.compile(
 )
 
 
+@functools.cache
 def sources() -> dict[str, Path]:
     """Every module of the package by its full name."""
-    return {
-        f"{package}.{path.stem}" if path.stem != "__init__" else package: path
-        for package, folder in FOLDERS.items()
-        for path in folder.glob("*.py")
-    }
+    found = {}
+    for folder in PACKAGES:
+        for path in folder.rglob("*.py"):
+            parts = [*([] if folder.name == "xdit_compile" else ["xdit_compile"]), *path.relative_to(ROOT).parts]
+            if not any(parent.is_symlink() for parent in path.parents):
+                names = [*parts[:-1], *([path.stem] if path.stem != "__init__" else [])]
+                found[".".join(names)] = path
+    return found
 
 
-def layer_of(module: str) -> int | None:
-    """The place of a module in the order of imports; the package itself stands outside of it."""
-    if module == "xdit_compile":
+def floor_of(module: str) -> str | None:
+    """The folder of a module, or the module itself where it stands alone; None for what only holds others."""
+    name = module.removeprefix("xdit_compile").removeprefix(".")
+    if name in FLOORS:
+        return name
+    folder = name.rpartition(".")[0]
+    if not name or any(floor.startswith(f"{name}.") for floor in FLOORS):
         return None
-    for place, layer in enumerate(LAYERS):
-        if module in layer or module.rpartition(".")[0] in layer:
-            return place
-    pytest.fail(f"{module} has no place in LAYERS: say where it stands")
+    if folder not in FLOORS:
+        pytest.fail(f"{module} has no place in FLOORS: say where it stands")
+    return folder
 
 
-def imports_of(module: str, path: Path) -> set[str]:
-    """The package's own modules that ``module`` imports, inside functions too."""
-    known = sources()
+@functools.cache
+def imports_of(module: str) -> set[str]:
+    """The package's own modules that ``module`` imports, inside functions and for types alone too."""
+    known, path = sources(), sources()[module]
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -87,23 +72,62 @@ def imports_of(module: str, path: Path) -> set[str]:
             target = ".".join([*base, *([node.module] if node.module else [])])
             inner = {f"{target}.{alias.name}" for alias in node.names}
             found |= inner & set(known) or {target}
-    return {name for name in found if name in known or name in FOLDERS}
+    return {name for name in found if name in known} - {module}
+
+
+def floors() -> dict[str, set[str]]:
+    """What each floor imports from, itself not among them."""
+    found: dict[str, set[str]] = {}
+    for module in sources():
+        here = floor_of(module)
+        if here is not None:
+            found.setdefault(here, set()).update(floor_of(other) or "" for other in imports_of(module))
+    return {here: others - {here, ""} for here, others in found.items()}
 
 
 def test_imports_run_one_way():
-    wrong = []
-    for module, path in sources().items():
-        here = layer_of(module)
-        for other in imports_of(module, path):
-            there = layer_of(other)
-            if here is not None and there is not None and there > here:
-                wrong.append(f"{module} imports {other}")
+    wrong = [
+        f"{module} imports {other}"
+        for module in sources()
+        for other in imports_of(module)
+        if (here := floor_of(module)) and (there := floor_of(other)) and FLOORS.index(there) > FLOORS.index(here)
+    ]
     assert not wrong
+
+
+def test_no_import_is_part_of_a_circle():
+    rest = {module: imports_of(module) for module in sources() if module != "xdit_compile"}
+    while ends := [module for module, others in rest.items() if not others & set(rest)]:
+        for module in ends:
+            del rest[module]
+    assert {module: sorted(others & set(rest)) for module, others in rest.items()} == {}
+
+
+def test_no_chain_of_folders_is_long():
+    graph = floors()
+    alone = {
+        floor for floor in FLOORS if sources().get(f"xdit_compile.{floor}", Path("__init__.py")).stem != "__init__"
+    }
+
+    @functools.cache
+    def depth(floor: str) -> int:
+        return (floor not in alone) + max((depth(other) for other in graph.get(floor, ())), default=0)
+
+    assert max(map(depth, graph)) <= LONGEST_CHAIN
+
+
+def test_folders_are_rooms():
+    for folder in (ROOT / "xdit_compile", ROOT / "passes"):
+        assert len([path for path in folder.iterdir() if path.name != "__pycache__"]) <= MOST_ENTRIES
+    counts = collections.Counter(path.parent for path in sources().values())
+    assert max(counts.values()) <= MOST_FILES
+    public = {"parallelize", "restore", "refresh", "explain", "generation", "from_pretrained", "local_device"}
+    assert not public & {folder.name for folder in counts}
 
 
 def test_the_three_folders_are_imported_only_through_the_package():
     bare = re.compile(r"^\s*(from|import)\s+(passes|kernels|backends)\b", re.MULTILINE)
-    files = [*sources().values(), *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    files = [*sources().values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     assert [str(path) for path in files if bare.search(path.read_text())] == []
 
 
@@ -174,7 +198,7 @@ def test_every_module_and_public_function_says_what_it_does():
 
 def test_importing_the_package_imports_nothing_heavy():
     code = (
-        "import sys, xdit_compile, xdit_compile.cli;"
+        "import sys, xdit_compile, xdit_compile.cli.main;"
         "print(sorted({'torch', 'diffusers', 'numpy', 'scipy', 'torchmetrics'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

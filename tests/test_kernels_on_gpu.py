@@ -18,17 +18,17 @@ import torch.distributed as dist
 
 import xdit_compile
 import xdit_compile.kernels.attention
-import xdit_compile.kernels.stale  # noqa: F401 - registers its op
-from xdit_compile.devices import backend_for
+import xdit_compile.kernels.stale_rows  # noqa: F401 - registers its op
+from xdit_compile.distributed.devices import backend_for
+from xdit_compile.distributed.mesh import Mesh, connect
+from xdit_compile.distributed.seats import Seat, card_of
+from xdit_compile.distributed.watchdog import lenient
 from xdit_compile.errors import AgreementError
-from xdit_compile.kernels.groups import Groups, carrier, complete
-from xdit_compile.kernels.merge import merge
+from xdit_compile.kernels.merge_lse import merge
+from xdit_compile.kernels.process_groups import Groups, carrier, complete
 from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.reference import attention_reference
 from xdit_compile.kernels.registry import PROVIDERS
-from xdit_compile.mesh import Mesh, connect
-from xdit_compile.seats import Seat, card_of
-from xdit_compile.watchdog import lenient
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,16 +14,16 @@ import torch.distributed as dist
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers, whose pipelines run here")
 
-from zoo import Draw
-from zoo_autoencoders import AUTOENCODERS
-from zoo_pipelines import PIPELINES
+from zoo.autoencoders import AUTOENCODERS
+from zoo.pipelines import PIPELINES
+from zoo.transformers import Draw
 
 import xdit_compile
 from xdit_compile import Plan
+from xdit_compile.capture.state.in_place import held
 from xdit_compile.errors import AgreementError
-from xdit_compile.in_place import held
-from xdit_compile.memory import release_unused, with_reserve
-from xdit_compile.passes.strips import peak_of
+from xdit_compile.ir.peak_memory import release_unused, with_reserve
+from xdit_compile.passes.memory.tile_rows import peak_of
 from xdit_compile.plan import COMPILE_MODES
 
 pytestmark = [

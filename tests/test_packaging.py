@@ -60,17 +60,17 @@ def test_there_is_no_nested_python_package_that_the_list_leaves_out():
 
 
 def test_the_embedded_pipeline_ships_whole_and_small(wheel: Path):
-    folder = ROOT / "xdit_compile" / "data" / "demo_pipeline"
-    expected = {f"xdit_compile/data/demo_pipeline/{f.relative_to(folder)}" for f in folder.rglob("*") if f.is_file()}
-    assert "xdit_compile/data/demo_pipeline/model_index.json" in expected
+    folder = ROOT / "xdit_compile" / "cli" / "demo_pipeline"
+    expected = {f"xdit_compile/cli/demo_pipeline/{f.relative_to(folder)}" for f in folder.rglob("*") if f.is_file()}
+    assert "xdit_compile/cli/demo_pipeline/model_index.json" in expected
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < LIMIT
     assert all(f.stat().st_mode & 0o444 == 0o444 for f in folder.rglob("*"))
 
 
 def test_the_features_ship_small_and_readable(wheel: Path):
-    weights = ROOT / "xdit_compile" / "data" / "features.safetensors"
-    assert "xdit_compile/data/features.safetensors" in zipfile.ZipFile(wheel).namelist()
+    weights = ROOT / "xdit_compile" / "evaluation" / "features.safetensors"
+    assert "xdit_compile/evaluation/features.safetensors" in zipfile.ZipFile(wheel).namelist()
     assert weights.stat().st_size < 500_000
     assert weights.stat().st_mode & 0o444 == 0o444
 
@@ -85,7 +85,8 @@ def test_the_installed_wheel_works_from_anywhere(wheel: Path, tmp_path: Path):
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", str(target), str(wheel)]
     subprocess.run(command, check=True, timeout=300)
     code = (
-        "import xdit_compile.kernels.registry, xdit_compile.passes, xdit_compile.backends, xdit_compile.request as r;"
+        "import xdit_compile.kernels.registry, xdit_compile.passes, xdit_compile.backends;"
+        "import xdit_compile.cli.request as r;"
         "print(xdit_compile.__file__, r.find_model(None))"
     )
     environment = {**os.environ, "PYTHONPATH": str(target)}
@@ -95,7 +96,7 @@ def test_the_installed_wheel_works_from_anywhere(wheel: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         str(target / "xdit_compile" / "__init__.py"),
-        str(target / "xdit_compile" / "data" / "demo_pipeline"),
+        str(target / "xdit_compile" / "cli" / "demo_pipeline"),
     ]
 
 

@@ -18,13 +18,13 @@ from conformance.plans import PLANS
 from conformance.runner import Cell, Limits, Store
 from conformance.verdicts import Verdict
 from torch import nn
-from zoo import Draw
-from zoo_pipelines import PIPELINES
+from zoo.pipelines import PIPELINES
+from zoo.transformers import Draw
 
 import xdit_compile
 from xdit_compile import Plan
-from xdit_compile.tracing import Flat
-from xdit_compile.valued import by_values
+from xdit_compile.capture.by_values import by_values
+from xdit_compile.capture.tracing import Flat
 
 pytestmark = pytest.mark.skipif(pretend.unavailable() is not None, reason=str(pretend.unavailable()))
 TEN = (

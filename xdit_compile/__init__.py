@@ -8,8 +8,9 @@ from .errors import XditCompileError
 from .plan import Plan
 
 if TYPE_CHECKING:
+    from xdit_compile.distributed.devices import local_device
+
     from .api import explain, generation, parallelize, refresh, restore
-    from .devices import local_device
     from .loading import from_pretrained
 
 __version__ = "0.1.0"
@@ -37,7 +38,7 @@ def __getattr__(name: str) -> Any:
 
         return loading.from_pretrained
     if name == "local_device":
-        from . import devices
+        from .distributed import devices
 
         return devices.local_device
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

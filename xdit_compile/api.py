@@ -11,30 +11,38 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .autoencoder import RowMethod, Team, restore_rows, row_methods, split_rows
-from .backends.registry import find_backend
-from .build import analyse, place
-from .devices import execution_device, refuse_moved, settle
-from .distrifusion import StaleRunner
-from .distvae_provider import attach_distvae, check_distvae, is_distvae, restore_distvae
+from xdit_compile.backends.registry import find_backend
+from xdit_compile.capture.state.in_place import held, put_back, put_in_place
+from xdit_compile.capture.state.unsupported import refuse_unsupported
+from xdit_compile.distributed.devices import execution_device, refuse_moved, settle
+from xdit_compile.distributed.mesh import TEAM, Mesh
+from xdit_compile.distributed.seats import Seat, compare_seats, join
+from xdit_compile.distributed.world import World
+from xdit_compile.kernels.gather_parameter import gather_whole
+from xdit_compile.kernels.providers import AttentionQuery
+from xdit_compile.kernels.registry import choose
+from xdit_compile.passes.local.layout import TENSOR
+from xdit_compile.reports.pipeline_report import PipelineReport, pipeline_report
+from xdit_compile.reports.report import Report, report
+from xdit_compile.runtime.diffusers_pipeline import (
+    autoencoders,
+    denoisers,
+    follow_modules,
+    restore_call,
+    session_of,
+    wrap_call,
+)
+from xdit_compile.runtime.methods.autoencoder import RowMethod, Team, restore_rows, row_methods, split_rows
+from xdit_compile.runtime.methods.distrifusion import StaleRunner
+from xdit_compile.runtime.methods.distvae import attach_distvae, check_distvae, is_distvae, restore_distvae
+from xdit_compile.runtime.methods.pipefusion import PipelineRunner
+from xdit_compile.runtime.runner import Runner
+from xdit_compile.runtime.session import Session
+from xdit_compile.weights.weights import Weights
+
+from .compiler import analyse, place
 from .errors import UsageError
-from .in_place import held, put_back, put_in_place
-from .kernels.providers import AttentionQuery
-from .kernels.registry import choose
-from .kernels.whole import gather_whole
-from .mesh import TEAM, Mesh
-from .passes.layout import TENSOR
-from .pipefusion import PipelineRunner
-from .pipeline_report import PipelineReport, pipeline_report
-from .pipelines import autoencoders, denoisers, follow_modules, restore_call, session_of, wrap_call
 from .plan import Plan
-from .report import Report, report
-from .runtime import Runner
-from .seats import Seat, compare_seats, join
-from .session import Session
-from .unsupported import refuse_unsupported
-from .weights import Weights
-from .world import World
 
 
 def parallelize(target: Any, plan: Plan | None = None) -> Any:

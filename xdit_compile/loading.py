@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_compile.distributed.devices import resolve
+from xdit_compile.runtime.diffusers_pipeline import is_denoiser
+from xdit_compile.weights.checkpoint import Checkpoint
+from xdit_compile.weights.meta_module import component_class, empty_module
+from xdit_compile.weights.model_folder import pipeline_index
+from xdit_compile.weights.weights import Weights
+
 from .api import attach
-from .checkpoint import Checkpoint
-from .devices import resolve
-from .empty import component_class, empty_module
 from .errors import UsageError, one_line
-from .model_folder import pipeline_index
-from .pipelines import is_denoiser
 from .plan import Plan
-from .weights import Weights
 
 HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "trust_remote_code")
 OWN_PLACEMENT = ("device_map", "quantization_config", "max_memory")

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL
 from loop import Phase
 from parts import save_pipeline
 
-DEFAULT_PIPELINE = Path(__file__).resolve().parents[2] / "xdit_compile" / "data" / "demo_pipeline"
+DEFAULT_PIPELINE = Path(__file__).resolve().parents[2] / "xdit_compile" / "cli" / "demo_pipeline"
 SMOKE_AUTOENCODER = (Phase(64, 8, 20), Phase(128, 4, 5))
 SMOKE_DENOISER = ((Phase(128, 8, 6),), (Phase(128, 8, 4), Phase(256, 2, 2)))
 SMOKE_IMAGES = {128: 64, 256: 8}

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from zoo import Case as Model
-from zoo import Draw
+from zoo.transformers import Case as Model
+from zoo.transformers import Draw
 
 from conformance.case import OneImage, moved
 

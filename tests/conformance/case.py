@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from zoo import Draw
+from zoo.transformers import Draw
 
 REQUESTS = (0, 1)
 _STEPS = "num_inference_steps"

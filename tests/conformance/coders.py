@@ -7,9 +7,9 @@ from typing import Any
 
 import diffusers
 from torch import nn
-from zoo_autoencoders import AUTOENCODERS
-from zoo_call import call as called
-from zoo_call import normal
+from zoo.autoencoders import AUTOENCODERS
+from zoo.call import call as called
+from zoo.call import normal
 
 from conformance.alone import Alone, Coder
 from conformance.parts import drawn

@@ -8,12 +8,12 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from zoo import Draw
-from zoo_call import DIM, HEADS, PROMPT, TEXT, mask, normal, time
-from zoo_call import call as called
-from zoo_more import MORE
-from zoo_unets import controlnet as control_inputs
-from zoo_unets import unet as unet_inputs
+from zoo.call import DIM, HEADS, PROMPT, TEXT, mask, normal, time
+from zoo.call import call as called
+from zoo.more import MORE
+from zoo.transformers import Draw
+from zoo.unets import controlnet as control_inputs
+from zoo.unets import unet as unet_inputs
 
 from conformance.alone import Alone, of_zoo
 from conformance.parts import drawn

@@ -21,8 +21,7 @@ LIBRARIES = ("torch", "diffusers", "transformers")
 @functools.cache
 def sources() -> str:
     """Of everything that all cells depend on."""
-    files = [path for folder in SOURCES for path in sorted((ROOT / folder).glob("*.py"))]
-    files += sorted((ROOT / "xdit_compile" / "evaluation").glob("*.py"))
+    files = [path for folder in SOURCES for path in sorted((ROOT / folder).rglob("*.py"))]
     files += [TESTS / "conformance" / f"{name}.py" for name in JUDGES]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
     return _digest([*(path.read_text() for path in files), *versions])

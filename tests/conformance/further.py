@@ -8,10 +8,10 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from zoo import MODELS, Draw
-from zoo_more import MORE
-from zoo_pipelines import PIPELINES
-from zoo_video import WAN
+from zoo.more import MORE
+from zoo.pipelines import PIPELINES
+from zoo.transformers import MODELS, Draw
+from zoo.video import WAN
 
 from conformance import pictures, texts, videos
 from conformance.case import Case, repeated

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zoo import Draw
-from zoo_pipelines import PIPELINES
+from zoo.pipelines import PIPELINES
+from zoo.transformers import Draw
 
 from conformance.case import Case, repeated
 from conformance.parts import CLIP, IMAGE, known, picture

@@ -16,7 +16,7 @@ from conformance.alone import Alone, Coder
 from conformance.case import REQUESTS, Case, OneImage
 from conformance.compare import Difference, Plain, compare, finite, plain
 from conformance.work import Work, components, counted
-from xdit_compile.pipelines import autoencoders, is_denoiser
+from xdit_compile.runtime.diffusers_pipeline import autoencoders, is_denoiser
 
 ILL = 1e-4
 """A case that magnifies rounding to more than this, of the greatest value, is no measure."""

@@ -10,8 +10,8 @@ import diffusers
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from zoo import Draw, randomise
-from zoo_pipelines import PIPELINES
+from zoo.pipelines import PIPELINES
+from zoo.transformers import Draw, randomise
 
 from conformance.case import Case
 

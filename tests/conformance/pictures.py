@@ -7,9 +7,9 @@ from typing import Any
 
 import diffusers
 from torch import nn
-from zoo import Draw
-from zoo_more import MORE
-from zoo_pipelines import PIPELINES
+from zoo.more import MORE
+from zoo.pipelines import PIPELINES
+from zoo.transformers import Draw
 
 from conformance.case import Case, repeated
 from conformance.parts import IMAGE, MORE_STEPS, V, by_size, drawn, kl, like, lower_right, picture, prompts

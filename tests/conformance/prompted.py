@@ -7,8 +7,8 @@ from typing import Any
 import diffusers
 import torch
 from commands import TINY_PIPELINE
-from zoo import Draw
-from zoo_more import MORE
+from zoo.more import MORE
+from zoo.transformers import Draw
 
 from conformance import texts
 from conformance.case import Case

@@ -6,9 +6,9 @@ from typing import Any
 
 import diffusers
 from torch import nn
-from zoo import MODELS, Draw
-from zoo_more import MORE
-from zoo_pipelines import PIPELINES
+from zoo.more import MORE
+from zoo.pipelines import PIPELINES
+from zoo.transformers import MODELS, Draw
 
 from conformance.case import Case, repeated
 from conformance.parts import V, by_size, drawn, flow, kl, none, prompts

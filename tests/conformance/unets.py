@@ -8,8 +8,8 @@ from typing import Any
 import diffusers
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
 from torch import nn
-from zoo import Draw
-from zoo_more import MORE
+from zoo.more import MORE
+from zoo.transformers import Draw
 
 from conformance import texts
 from conformance.case import Case, repeated

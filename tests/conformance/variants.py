@@ -8,8 +8,8 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from zoo import Draw
-from zoo_more import MORE
+from zoo.more import MORE
+from zoo.transformers import Draw
 
 from conformance import pictures, texts, unets
 from conformance.case import Case

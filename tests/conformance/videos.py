@@ -7,9 +7,9 @@ from typing import Any
 
 import diffusers
 from torch import Tensor, nn
-from zoo import Draw
-from zoo_more import MORE
-from zoo_pipelines import PIPELINES
+from zoo.more import MORE
+from zoo.pipelines import PIPELINES
+from zoo.transformers import Draw
 
 from conformance import texts
 from conformance.case import Case, repeated

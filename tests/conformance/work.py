@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from xdit_compile.pipelines import autoencoders, is_denoiser
+from xdit_compile.runtime.diffusers_pipeline import autoencoders, is_denoiser
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 

@@ -13,15 +13,15 @@ from splitting import partition_all
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xdit_compile.axes import Axis, Product, atoms
-from xdit_compile.capture import TOLERANCE, capture, relative_difference
+from xdit_compile.capture.capture import TOLERANCE, capture, relative_difference
 from xdit_compile.errors import PartitionError, one_line
-from xdit_compile.passes.infer import Inference, infer
-from xdit_compile.passes.rulebook import rulebook
-from xdit_compile.passes.rules import operator_name
+from xdit_compile.ir.axes import Axis, Product, atoms
+from xdit_compile.ir.sharding import Unit
+from xdit_compile.passes.axes.infer import Inference, infer
+from xdit_compile.passes.axes.rule import operator_name
+from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan import Plan
-from xdit_compile.shards import Unit
-from xdit_compile.simulated import run_simulated
+from xdit_compile.simulate.mesh import run_simulated
 
 from .samples import Case
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from xdit_compile.passes.rulebook import rulebook
+from xdit_compile.passes.rules.registry import rulebook
 
 from .splits import Outcome
 

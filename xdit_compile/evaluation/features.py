@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-WEIGHTS = Path(__file__).parents[1] / "data" / "features.safetensors"
+WEIGHTS = Path(__file__).with_name("features.safetensors")
 SIDE = 64
 CHANNELS = (24, 32, 48, 64)
 FEATURES = 64

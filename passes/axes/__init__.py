@@ -1,0 +1,1 @@
+"""Axis inference: what every dim of every tensor means."""

@@ -1,0 +1,120 @@
+"""From the way an axis is used it gets a role: tokens, heads, batch, ffn, channels, rows, columns, frames, hidden."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable
+
+from torch import fx
+
+from xdit_compile.ir.axes import Axis, Concat, atoms
+
+from .infer import Frame, Inference
+from .rule import Typing
+
+PRECEDENCE = (
+    "query tokens",
+    "key tokens",
+    "heads",
+    "head channels",
+    "frames",
+    "rows",
+    "columns",
+    "hidden",
+    "ffn",
+    "channels",
+    "batch",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """An axis in a role, and the first node that uses it so."""
+
+    axis: Axis
+    role: str
+    frame: Frame
+    node: fx.Node
+
+
+def roles(inference: Inference) -> list[Use]:
+    """Every axis that has a role, in the order of `PRECEDENCE`; an axis may have several."""
+    found: dict[tuple[int, str], Use] = {}
+    for frame, node, typing in inference.nodes():
+        for axis, role in (*_attended(typing), *_convolved(typing), *_normalised(node, typing)):
+            if axis.size > 1:
+                found.setdefault((id(axis), role), Use(axis, role, frame, node))
+    taken = {id(atom) for use in found.values() for atom in atoms(use.axis)}
+    for use in (*_feed_forward(inference), *_convolved_channels(inference)):
+        if not taken & {id(atom) for atom in atoms(use.axis)}:
+            found.setdefault((id(use.axis), use.role), use)
+    return sorted(found.values(), key=lambda use: PRECEDENCE.index(use.role))
+
+
+def _attended(typing: Typing) -> Iterable[tuple[Axis, str]]:
+    if "attention" not in typing.facts:
+        return
+    queries, keys = typing.expected[:2]
+    tokens = typing.facts["attention"]["tokens"]
+    yield queries[tokens], "query tokens"
+    yield keys[tokens], "key tokens"
+    yield queries[tokens + 1], "head channels"
+    for dim in range(tokens):
+        yield queries[dim], "heads" if dim == tokens - 1 else "batch"
+
+
+def _convolved(typing: Typing) -> Iterable[tuple[Axis, str]]:
+    """The space that a convolution of more than one position slides over, and the rows and columns that it makes."""
+    if "convolution" not in typing.facts or max(typing.facts["convolution"]["kernel"]) == 1:
+        return
+    for axes in (typing.expected[0], typing.outs[0]):
+        names = ("frames", "rows", "columns")[5 - len(axes) :] if len(axes) > 3 else ("columns",)
+        yield from zip(axes[2:], names, strict=False)
+
+
+def _normalised(node: fx.Node, typing: Typing) -> Iterable[tuple[Axis, str]]:
+    if "layer_norm" in str(node.target):
+        for loop in typing.loops:
+            if loop.kind == "whole":
+                yield typing.expected[0][loop.dims_of(0)[0]], "hidden"
+
+
+def _feed_forward(inference: Inference) -> Iterable[Use]:
+    """Axes that one linear makes and another contracts, on their own or laid end to end with others.
+
+    Not those that convolutions make or contract as well: such a one runs through the whole model.
+    """
+    made: dict[int, Use] = {}
+    contracted: set[int] = set()
+    convolved: set[int] = set()
+    for frame, node, typing in inference.nodes():
+        if "linear" in typing.facts:
+            contracted |= {id(part) for part in end_to_end(typing.expected[0][-1])}
+            for part in end_to_end(typing.outs[0][-1]):
+                made.setdefault(id(part), Use(part, "ffn", frame, node))
+        elif sums_channels(typing):
+            convolved |= {id(part) for axes in (typing.expected, typing.outs) for part in end_to_end(axes[0][1])}
+    return [use for key, use in made.items() if key in contracted - convolved]
+
+
+def _convolved_channels(inference: Inference) -> Iterable[Use]:
+    """Channels that one convolution alone makes and another one alone contracts: those inside a residual block."""
+    made: dict[int, list[Use]] = {}
+    contracted: collections.Counter[int] = collections.Counter()
+    for frame, node, typing in inference.nodes():
+        if sums_channels(typing):
+            contracted.update({id(part) for part in end_to_end(typing.expected[0][1])})
+            for part in {id(part): part for part in end_to_end(typing.outs[0][1])}.values():
+                made.setdefault(id(part), []).append(Use(part, "channels", frame, node))
+    return [uses[0] for key, uses in made.items() if len(uses) == 1 and contracted[key] == 1]
+
+
+def sums_channels(typing: Typing) -> bool:
+    """Whether an operator is a convolution of which every result sums over all channels."""
+    return "convolution" in typing.facts and typing.facts["convolution"]["groups"] == 1
+
+
+def end_to_end(axis: Axis) -> tuple[Axis, ...]:
+    """The parts of a concatenation; any other axis alone."""
+    return axis.parts if isinstance(axis, Concat) else (axis,)

@@ -1,0 +1,213 @@
+"""Axis inference: gives every dim of every tensor of a captured program its meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import fx
+
+from xdit_compile.errors import one_line
+from xdit_compile.ir.axes import Axis, AxisSystem, Concat, Product, resolve
+from xdit_compile.ir.program import Program
+
+from .rule import Rule, RuleBook, Typing, operator_name, tensor_operands, type_opaquely, values
+
+Axes = list[Axis]
+MOST_FOLDED = 65_536
+"""Constants of at most this many elements are followed through the graph."""
+
+
+@dataclasses.dataclass
+class Frame:
+    """One call of a structure, typed by itself: equal structures may mean different things."""
+
+    call: fx.Node
+    graph: fx.Graph
+    axes: dict[fx.Node, list[Axes]]
+    typings: dict[fx.Node, Typing]
+    tables: set[fx.Node]
+    constants: dict[fx.Node, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """An argument of a call: its axes, whether it depends on no input of the user, its value where that is known."""
+
+    axes: Axes
+    table: bool
+    value: torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A node inside a call, as a reader would name it."""
+
+    path: str
+    node: str
+    target: str
+    repeated: bool
+
+    def __str__(self) -> str:
+        return f"{self.path or 'outside the blocks'}: {self.node} ({self.target})"
+
+
+@dataclasses.dataclass
+class Inference:
+    """The axes of a program: those of the root's nodes, and a frame per call."""
+
+    program: Program
+    axes: dict[fx.Node, list[Axes]]
+    frames: list[Frame]
+
+    def nodes(self) -> Iterator[tuple[Frame, fx.Node, Typing]]:
+        """Every typed node, in the order they run."""
+        for frame in self.frames:
+            for node, typing in frame.typings.items():
+                yield frame, node, typing
+
+    def place(self, frame: Frame, node: fx.Node) -> Place:
+        target = operator_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+        return Place(frame.call.meta.get("path", ""), node.name, target, bool(frame.call.meta.get("repeated")))
+
+
+def infer(program: Program, book: RuleBook) -> Inference:
+    """Type every node of ``program``.
+
+    A rule that refuses leaves a boundary and fresh axes, never an error.
+    """
+    system = AxisSystem()
+    axes: dict[fx.Node, list[Axes]] = {}
+    frames = []
+    inputs = {given.name: given for given in program.inputs}
+    tables: set[fx.Node] = set()
+    constants: dict[fx.Node, torch.Tensor] = {}
+    for node in program.root.graph.nodes:
+        if node.op == "placeholder":
+            axes[node] = _fresh(node, system)
+            if inputs[node.name].kind != "user":
+                tables.add(node)
+            if inputs[node.name].kind == "constant":
+                constants[node] = program.constants[str(inputs[node.name].target)]
+        elif node.op == "call_module":
+            graph = getattr(program.root, str(node.target)).graph
+            given = [Given(_of(axes, arg), arg in tables, constants.get(arg)) for arg in node.args]
+            frame = _frame(node, graph, given, system, book)
+            frames.append(frame)
+            axes[node] = [_of(frame.axes, leaf) for leaf in results_of(graph)]
+        elif node.op == "call_function" and node.target is operator.getitem:
+            source, position = node.args
+            axes[node] = [axes[source][position]]
+            if results_of(frames[-1].graph)[position] in frames[-1].tables and frames[-1].call is source:
+                tables.add(node)
+    _freeze(axes, frames)
+    return Inference(program, axes, frames)
+
+
+def _of(axes: dict[fx.Node, list[Axes]], node: object) -> Axes:
+    return axes[node][0] if isinstance(node, fx.Node) else []
+
+
+def results_of(graph: fx.Graph) -> Sequence[object]:
+    """The leaves of a graph's output."""
+    (result,) = next(node for node in reversed(graph.nodes) if node.op == "output").args
+    return result if isinstance(result, tuple | list) else (result,)
+
+
+def _fresh(node: fx.Node, system: AxisSystem) -> list[Axes]:
+    return [[system.atom(size) for size in value.shape] for value in values(node)]
+
+
+def _frame(call: fx.Node, graph: fx.Graph, given: list[Given], system: AxisSystem, book: RuleBook) -> Frame:
+    frame = Frame(call, graph, {}, {}, set(), {})
+    arguments = iter(given)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            argument = next(arguments)
+            frame.axes[node] = [argument.axes]
+            if argument.table:
+                frame.tables.add(node)
+            if argument.value is not None:
+                frame.constants[node] = argument.value
+        elif node.op == "get_attr":
+            frame.axes[node] = _fresh(node, system)
+            frame.tables.add(node)
+        elif node.op == "call_function":
+            _type_call(node, frame, system, book)
+    return frame
+
+
+def _type_call(node: fx.Node, frame: Frame, system: AxisSystem, book: RuleBook) -> None:
+    operands = tensor_operands(node)
+    if all(operand in frame.tables for operand in operands):
+        frame.tables.add(node)
+    if node.target is operator.getitem:
+        frame.axes[node] = [frame.axes[node.args[0]][node.args[1]]]
+        return
+    typing = _typed(node, frame, operands, system, book)
+    _fold(node, frame, operands)
+    frame.typings[node] = typing
+    frame.axes[node] = typing.outs
+
+
+def _fold(node: fx.Node, frame: Frame, operands: list[fx.Node]) -> None:
+    """Compute small values made of known constants: index lists are read by rules."""
+    small = all(value.numel() <= MOST_FOLDED for value in values(node))
+    if operands and small and all(operand in frame.constants for operand in operands):
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), frame.constants.__getitem__)
+        folded = node.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(folded, torch.Tensor):
+            frame.constants[node] = folded
+
+
+def _typed(node: fx.Node, frame: Frame, operands: list[fx.Node], system: AxisSystem, book: RuleBook) -> Typing:
+    def workbench() -> Rule:
+        return Rule(node, [frame.axes[operand][0] for operand in operands], system, frame.tables, frame.constants)
+
+    found, rule, mark = book.find(node.target), workbench(), system.mark()
+    if found is None:
+        type_opaquely(rule, f"no rule for {node.target}")
+        return rule.typing()
+    try:
+        found(rule)
+    except Exception as error:
+        system.rollback(mark)
+        rule = workbench()
+        rule.facts["unread"] = f"{node.target} has arguments that its rule cannot read: {one_line(error)}"
+        type_opaquely(rule, rule.facts["unread"])
+    return rule.typing()
+
+
+class _Interner:
+    """Makes equal axes one object, so that later passes can remember what they know by identity."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, Axis] = {}
+
+    def __call__(self, axis: Axis) -> Axis:
+        return self._intern(resolve(axis))
+
+    def _intern(self, axis: Axis) -> Axis:
+        children = getattr(axis, "factors", None) or getattr(axis, "parts", None)
+        if children is None:
+            return axis
+        inner = tuple(self._intern(child) for child in children)
+        kind = Product if isinstance(axis, Product) else Concat
+        return self._known.setdefault((kind, *map(id, inner)), kind(inner))
+
+
+def _freeze(axes: dict[fx.Node, list[Axes]], frames: list[Frame]) -> None:
+    intern = _Interner()
+
+    def frozen(groups: list[Axes]) -> list[Axes]:
+        return [[intern(axis) for axis in group] for group in groups]
+
+    for table in [axes, *(frame.axes for frame in frames)]:
+        for node in table:
+            table[node] = frozen(table[node])
+    for frame in frames:
+        for typing in frame.typings.values():
+            typing.expected, typing.outs = frozen(typing.expected), frozen(typing.outs)
+            (typing.kept,) = frozen([typing.kept])

@@ -1,0 +1,271 @@
+"""What one operator says about axes: its typing, and the registry of rules that make one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from xdit_compile.ir.axes import Axis, AxisSystem, Conflict
+
+from .windows import Windows
+
+Kind = Literal["map", "copies", "sum", "mean", "whole", "halo", "stats", "keys"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """One index that an operator runs over, and where it stands in operands and results.
+
+    ``kind``: ``map`` (each position by itself), ``copies`` (all are the only one), ``sum`` and ``mean`` (contracted
+    linearly), ``whole`` (needs every position), ``halo`` (needs neighbours), ``stats`` (normalised over), ``keys``
+    (attended over).
+    ``args`` and ``outs`` are ``(operand or result, dim)`` pairs; several dims of one operand mean a regrouping.
+    """
+
+    kind: Kind
+    args: tuple[tuple[int, int], ...]
+    outs: tuple[tuple[int, int], ...]
+
+    def dims_of(self, operand: int) -> list[int]:
+        return [dim for at, dim in self.args if at == operand]
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """A dim on which an operator could not be understood; it is gathered there when it is split."""
+
+    operand: int
+    dim: int
+    reason: str
+
+
+@dataclasses.dataclass
+class Typing:
+    """The axes of one node: what its operands bring, what it expects of them, what it yields, and its loops."""
+
+    operands: list[fx.Node]
+    expected: list[list[Axis]]
+    outs: list[list[Axis]]
+    loops: list[Loop]
+    boundaries: list[Boundary]
+    emit: Callable[[Any], Any] | None = None
+    bias: int | None = None
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kept: list[Axis] = dataclasses.field(default_factory=list)
+    ignored: set[int] = dataclasses.field(default_factory=set)
+
+    def read(self) -> list[int]:
+        """Operands whose values matter."""
+        return [operand for operand in range(len(self.operands)) if operand not in self.ignored]
+
+
+def tensor_operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's arguments, in order, repetitions kept."""
+    return [leaf for leaf in pytree.arg_tree_leaves(*node.args, **node.kwargs) if isinstance(leaf, fx.Node)]
+
+
+def values(node: fx.Node) -> list[torch.Tensor]:
+    """The tensors a node yields."""
+    val = node.meta["val"]
+    return [v for v in (val if isinstance(val, tuple | list) else [val]) if isinstance(v, torch.Tensor)]
+
+
+class Rule:
+    """The workbench on which a rule types one node."""
+
+    def __init__(
+        self,
+        node: fx.Node,
+        actual: Sequence[Sequence[Axis]],
+        system: AxisSystem,
+        tables: Collection[fx.Node] = (),
+        constants: Mapping[fx.Node, torch.Tensor] | None = None,
+    ):
+        self.node = node
+        self.system = system
+        self._tables = tables
+        self._constants = constants or {}
+        self.operands = tensor_operands(node)
+        self.actual = [list(axes) for axes in actual]
+        self.expected = [list(axes) for axes in actual]
+        self.outs: list[list[Axis | None]] = [[None] * value.dim() for value in values(node)]
+        self.loops: list[Loop] = []
+        self.boundaries: list[Boundary] = []
+        self.emit: Callable[[Any], Any] | None = None
+        self.bias: int | None = None
+        self.facts: dict[str, Any] = {}
+        self._kept: list[Axis] = []
+        self._ignored: set[int] = set()
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self.node.args
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """A positional or keyword argument of the node."""
+        return self.node.args[index] if index < len(self.node.args) else self.node.kwargs.get(name, default)
+
+    def named(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operator's schema, wherever this overload has it; ``default`` where not."""
+        names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
+        return self.arg(names.index(name), name, default) if name in names else default
+
+    def is_table(self, operand: int) -> bool:
+        """Whether an operand depends on no input of the user: rows of a position table are not an axis of data."""
+        return self.operands[operand] in self._tables
+
+    def constant(self, operand: int) -> torch.Tensor | None:
+        """The value of an operand that is the same in every call, where it is known."""
+        value = self._constants.get(self.operands[operand])
+        return None if value is None or value.is_meta else value
+
+    def wrapped(self, dim: int) -> int:
+        """A dim of the first operand counted from the front; a tensor without dims may be asked for its only one."""
+        return dim % max(len(self.actual[0]), 1)
+
+    def shape(self, operand: int) -> list[int]:
+        return [axis.size for axis in self.actual[operand]]
+
+    def out_shape(self, result: int = 0) -> list[int]:
+        return list(values(self.node)[result].shape)
+
+    def merge(self, pairs: Iterable[tuple[int, int]], axis: Axis | None = None) -> Axis:
+        """Unify the given dims of operands (and ``axis``); one that refuses becomes a boundary and expects the rest."""
+        for operand, dim in pairs:
+            own = self.actual[operand][dim]
+            if axis is None:
+                axis = own
+                continue
+            try:
+                self.system.unify(axis, own)
+            except Conflict as conflict:
+                self.refuse(operand, dim, str(conflict))
+            self.expected[operand][dim] = axis
+        assert axis is not None
+        return axis
+
+    def refuse(self, operand: int, dim: int, reason: str) -> None:
+        self.boundaries.append(Boundary(operand, dim, reason))
+
+    def loop(
+        self, kind: Kind, args: Iterable[tuple[int, int]], outs: Iterable[tuple[int, int]], axis: Axis | None = None
+    ) -> None:
+        """Record a loop whose operands' dims are made one axis, which its results carry."""
+        args, outs = tuple(args), tuple(outs)
+        if args:
+            axis = self.merge(args, axis)
+        for result, dim in outs:
+            self.outs[result][dim] = axis if axis is not None else self.system.atom(self.out_shape(result)[dim])
+        self.loops.append(Loop(kind, args, outs))
+
+    def look(self, dim: int, windows: Windows, made: Axis | None = None) -> None:
+        """Record that each row of a dim of the result is made from a window of rows of that dim of the first operand.
+
+        ``made`` is the axis of the result; without one it is an axis of its own.
+        """
+        self.outs[0][dim] = made if made is not None else self.system.atom(self.out_shape()[dim])
+        self.loops.append(Loop("halo", ((0, dim),), ((0, dim),)))
+        self.facts.setdefault("windows", {})[dim] = windows
+
+    def add_regrouping(self, in_dims: Sequence[int], out_dims: Sequence[int]) -> None:
+        """Record that neighbouring dims of the first operand were laid out anew as dims of the result."""
+        self.loops.append(Loop("map", tuple((0, dim) for dim in in_dims), tuple((0, dim) for dim in out_dims)))
+
+    def add_copies(self, own: int, dim: int) -> None:
+        """Record that all positions of a dim of the result are the one that a dim of the first operand has."""
+        self.loops.append(Loop("copies", ((0, own),), ((0, dim),)))
+
+    def add_join(self, args: Sequence[tuple[int, int]], outs: Sequence[tuple[int, int]]) -> None:
+        """Record a loop over dims that hold different parts of one axis; the rule has named the results' axes."""
+        self.loops.append(Loop("map", tuple(args), tuple(outs)))
+
+    def ignore(self, operand: int) -> None:
+        """An operand of which only dtype and device matter: it may lie as it likes."""
+        self._ignored.add(operand)
+
+    def keep(self, axis: Axis | None) -> int | None:
+        """Hold on to an axis of which the emission asks the local length; answers with the handle to ask by."""
+        if axis is None:
+            return None
+        self._kept.append(axis)
+        return len(self._kept) - 1
+
+    def opaque(self, operand: int, dim: int, reason: str) -> None:
+        """A dim that must be whole because its meaning ends here."""
+        self.refuse(operand, dim, reason)
+        self.loops.append(Loop("whole", ((operand, dim),), ()))
+
+    def typing(self) -> Typing:
+        outs = [
+            [
+                axis if axis is not None else self.system.atom(size)
+                for axis, size in zip(axes, self.out_shape(k), strict=True)
+            ]
+            for k, axes in enumerate(self.outs)
+        ]
+        return Typing(
+            self.operands,
+            self.expected,
+            outs,
+            self.loops,
+            self.boundaries,
+            self.emit,
+            self.bias,
+            self.facts,
+            self._kept,
+            self._ignored,
+        )
+
+
+RuleFunction = Callable[[Rule], None]
+
+
+class RuleBook:
+    """Which rule types which operator."""
+
+    def __init__(self) -> None:
+        self._rules: dict[str, RuleFunction] = {}
+
+    def rule(self, *names: str) -> Callable[[RuleFunction], RuleFunction]:
+        """Register a function for the ATen operators of these names, whatever the overload."""
+
+        def register(function: RuleFunction) -> RuleFunction:
+            for name in names:
+                if name in self._rules:
+                    raise ValueError(f"two rules for {name}")
+                self._rules[name] = function
+            return function
+
+        return register
+
+    def include(self, other: RuleBook) -> None:
+        for name, function in other._rules.items():
+            self.rule(name)(function)
+
+    def find(self, target: Any) -> RuleFunction | None:
+        """The rule of an operator; operators tagged pointwise by PyTorch need none of their own."""
+        if not isinstance(target, torch._ops.OpOverload):
+            return None
+        found = self._rules.get(operator_name(target))
+        if found is None and torch.Tag.pointwise in target.tags:
+            found = self._rules["pointwise"]
+        return found
+
+
+def operator_name(target: torch._ops.OpOverload) -> str:
+    """``aten.add.Tensor`` is ``add``; operators of other libraries keep their library's name."""
+    namespace, name = target._schema.name.split("::")
+    return name if namespace == "aten" else f"{namespace}.{name}"
+
+
+def type_opaquely(rule: Rule, reason: str) -> None:
+    """Everything whole in, laid out in memory as it was captured, and fresh axes out."""
+    rule.emit = lambda ctx: ctx.as_captured()
+    for operand, axes in enumerate(rule.actual):
+        for dim in range(len(axes)):
+            rule.opaque(operand, dim, reason)

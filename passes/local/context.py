@@ -1,0 +1,158 @@
+"""What a lowering may touch: this rank's graph, the layout, the ledger, and ways to lay values out otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import fx
+
+from xdit_compile.errors import PartitionError
+from xdit_compile.ir.axes import Axis, same
+from xdit_compile.ir.sharding import Sharding
+from xdit_compile.passes.axes.flops import flops
+from xdit_compile.passes.axes.infer import Frame
+from xdit_compile.passes.axes.rule import Typing
+
+from .choose_loop import Choice
+from .layout import PATCH, Layout
+from .ledger import STALE, Gather, Ledger
+from .local_graph import LocalGraph, Value
+from .stale_exchange import Exchange
+
+
+class LoweringContext:
+    """The graph of one call on one rank, as it grows.
+
+    Args:
+        frame: the call, with the axes of its values.
+        place: where a node of it stands, for the ledger.
+    """
+
+    def __init__(self, frame: Frame, layout: Layout, place: Callable[[fx.Node], str]):
+        self.frame, self.layout, self.place = frame, layout, place
+        self.sharding: Sharding = layout.sharding
+        self.local = LocalGraph(layout.sharding, layout.groups, layout.parts)
+        self.ledger = Ledger()
+        self._coerced: dict[tuple, fx.Node] = {}
+
+    def parts(self, name: str) -> int:
+        return self.layout.parts[name]
+
+    def summed(self, value: Value, purpose: str = "partial sum") -> Value:
+        """The value with its partial sums added up."""
+        for name in sorted(value.partial):
+            node = self.local.reduce(value.node, name)
+            self.ledger.collective("all_reduce", purpose, node, value, self.local, self.parts(name))
+            value.node, value.partial = node, value.partial - {name}
+        return value
+
+    def sliced_where_possible(self, value: Value) -> Value:
+        split: dict[str, int] = {}
+        node = value.node
+        for name, dim in self.layout.natural(value.axes).items():
+            node = self.local.slice(node, dim, value.axes[dim], name, [n for n, d in split.items() if d == dim])
+            split[name] = dim
+        return dataclasses.replace(value, node=node, split=split)
+
+    def coerce(
+        self, value: Value, expected: Sequence[Axis], required: Mapping[str, int], node: fx.Node, at: int
+    ) -> fx.Node:
+        """The value laid out so that mesh dimension ``m`` splits its dim ``required[m]`` by the expected axis."""
+        value = self.summed(value)
+        key = (id(value), tuple(sorted(required.items())), tuple(id(expected[d]) for d in required.values()))
+        if key not in self._coerced:
+            self._coerced[key] = self._coerce(value, expected, required, node, at)
+        return self._coerced[key]
+
+    def _coerce(
+        self, value: Value, expected: Sequence[Axis], required: Mapping[str, int], node: fx.Node, at: int
+    ) -> fx.Node:
+        kept = {
+            name: dim
+            for name, dim in value.split.items()
+            if required.get(name) == dim and same(value.axes[dim], expected[dim])
+        }
+        if kept != dict(value.split):
+            value = self._gathered(value, kept, node, at)
+        local, split = value.node, dict(value.split)
+        for name, dim in required.items():
+            if name not in kept:
+                also = [other for other, own in split.items() if own == dim]
+                local = self.local.slice(local, dim, expected[dim], name, also)
+                split[name] = dim
+        return local
+
+    def _gathered(self, value: Value, kept: Mapping[str, int], node: fx.Node, at: int) -> Value:
+        local, split = value.node, dict(value.split)
+        for name in [name for name in split if name not in kept]:
+            dim = split.pop(name)
+            also = [other for other, own in split.items() if own == dim]
+            before = dataclasses.replace(value, split={**split, name: dim})
+            local, _ = self.local.gather(local, dim, value.axes[dim], name, also)
+            sent = self.ledger.collective("all_gather", "gather", local, before, self.local, self.parts(name))
+            self.ledger.gathers.append(
+                Gather(
+                    self.place(node),
+                    "the result" if at < 0 else _reason(self.frame.typings.get(node), at, dim),
+                    tuple(split),
+                    sent,
+                )
+            )
+            if self.layout.refuse_gathers and at >= 0:
+                raise PartitionError(f"would gather: {self.ledger.gathers[-1].reason}")
+        return dataclasses.replace(value, node=local, split=split)
+
+    def count(self, node: fx.Node, typing: Typing, choices: Mapping[str, Choice]) -> None:
+        """Count the work of a node, and how much of it this rank does."""
+        total = flops(node)
+        if not total:
+            return
+        portion = 1.0
+        for name, choice in choices.items():
+            tensor, dim = next(iter(choice.operands.items()), (None, 0))
+            axis = typing.expected[tensor][dim] if tensor is not None else typing.outs[0][choice.results[0]]
+            portion *= self.sharding.length(axis, [name]) / max(axis.size, 1)
+        self.ledger.work(total, portion, tuple(choices))
+
+    def exchange_all(self, dim: int, axis: Axis | None, shape: Sequence[int], dtype: torch.dtype) -> Exchange | None:
+        """How a state of ``shape`` of which every rank wants all comes from them, counted; None where one rank has all.
+
+        Args:
+            dim: the dim that patches split: by ``axis``, or with one row for each where it is None.
+        """
+        if not self.layout.apart:
+            return None
+        split, here = self.sharding.splits[PATCH], self.sharding.index[PATCH]
+        held = [
+            np.arange(rank, rank + 1) if axis is None else split.positions(axis, rank) for rank in range(split.parts)
+        ]
+        found = Exchange.of_all(dim, held, here, self.layout.mesh.behind)
+        self.ledger.sent(STALE if self.layout.stale else "all_gather", "state", found.elements(shape), dtype)
+        return found
+
+    def rows_of_patches(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> tuple[fx.Node, Exchange | None]:
+        """A state of what every patch left, one row of ``shape`` for each, and how others' rows come."""
+        assert self.layout.patches is not None
+        whole = [self.layout.patches.parts, *shape]
+        exchange = self.exchange_all(0, None, whole, dtype)
+        return self.local.state(name, whole, dtype, exchange), exchange
+
+    def put_row(self, state: fx.Node, exchange: Exchange | None, row: fx.Node) -> None:
+        """Put this patch's row, [1, ...], in its place; those of all ranks where they are gathered."""
+        here = self.sharding.index[PATCH]
+        held = np.arange(here, here + 1)
+        if exchange is not None and not self.layout.stale:
+            gather = torch.ops.xdit_compile.all_gather.default
+            row = self.local.call(gather, row, 0, list(exchange.sizes), exchange.group)
+            held = np.arange(len(exchange.sizes))
+        self.local.put(state, row, 0, held)
+
+
+def _reason(typing: Typing | None, operand: int, dim: int) -> str:
+    for boundary in typing.boundaries if typing else ():
+        if (boundary.operand, boundary.dim) == (operand, dim):
+            return boundary.reason
+    return "needs every position"

@@ -1,0 +1,57 @@
+"""Rows of an operand that this rank sees, its own and those of its neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from xdit_compile.kernels.collectives import owned_rows
+from xdit_compile.passes.axes.windows import Windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """The rows ``start`` to ``stop`` of an operand that this rank has before it, for its rows ``first`` to ``last``
+    (one past the last) of the result."""
+
+    windows: Windows
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    @property
+    def missing(self) -> tuple[int, int]:
+        """Rows of padding that the windows reach over before and after those that are there."""
+        if self.last == self.first:
+            return 0, 0
+        windows = slice(self.first, self.last)
+        lowest, highest = int(self.windows.first[windows].min()), int(self.windows.last[windows].max())
+        return max(self.start - lowest, 0), max(highest + 1 - self.stop, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """An exchange of rows: its arguments after the tensor, and what this rank sees then.
+
+    ``needed`` is the same on every rank: whether any asks for rows that are not just its own.
+    """
+
+    dim: int
+    starts: list[int]
+    stops: list[int]
+    sizes: list[int]
+    here: int
+    group: str
+    seen: Seen
+    needed: bool
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the ops of an exchange take, in order."""
+        return self.dim, self.starts, self.stops, self.sizes, self.here, self.group
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """This rank's first row and the one past its last."""
+        return owned_rows(self.sizes, self.here)

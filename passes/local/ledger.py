@@ -1,0 +1,82 @@
+"""What a partitioned graph does beside its arithmetic: gathers, collectives, and who does the work."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from xdit_compile.passes.axes.infer import Place
+
+STALE = "stale_exchange"
+"""The op of what is sent for the next call, while this one goes on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """A split tensor that was made whole, why, and the bytes that leave this rank for it in one call."""
+
+    place: Place
+    reason: str
+    kept: tuple[str, ...]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a local graph."""
+
+    op: str
+    purpose: str
+    elements: int
+    bytes: int
+
+
+@dataclasses.dataclass
+class Ledger:
+    """Gathers, collectives and floating-point operations of one local structure."""
+
+    gathers: list[Gather] = dataclasses.field(default_factory=list)
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    flops: float = 0.0
+    flops_here: float = 0.0
+    flops_replicated: float = 0.0
+    largest_activation: int = 0
+    keys_values: int = 0
+
+    def work(self, total: float, portion: float, split: tuple[str, ...]) -> None:
+        """Count ``total`` operations of which this rank does ``portion``."""
+        self.flops += total
+        self.flops_here += total * portion
+        if not split:
+            self.flops_replicated += total
+
+    def hold(self, size: int) -> None:
+        """Note a tensor of ``size`` bytes."""
+        self.largest_activation = max(self.largest_activation, size)
+
+    def hold_keys(self, size: int) -> None:
+        """Note one attention's keys and values of ``size`` bytes together."""
+        self.keys_values = max(self.keys_values, size)
+
+    def collective(self, op: str, purpose: str, node: Any, value: Any, local: Any, parts: int) -> int:
+        """Count an all-gather or all-reduce of ``value``; returns its bytes."""
+        numel = 1
+        for size in local.sizes(value):
+            numel *= size
+        elements = numel * (parts - 1) if op == "all_gather" else 2 * numel * (parts - 1) // parts
+        return self.sent(op, purpose, elements, value.dtype)
+
+    def sent(self, op: str, purpose: str, elements: int, dtype: Any) -> int:
+        """Count ``elements`` that leave this rank; returns their bytes."""
+        self.collectives.append(Collective(op, purpose, elements, elements * dtype.itemsize))
+        return elements * dtype.itemsize
+
+    def add(self, other: Ledger) -> None:
+        """Count another structure's call too."""
+        self.gathers += other.gathers
+        self.collectives += other.collectives
+        self.flops += other.flops
+        self.flops_here += other.flops_here
+        self.flops_replicated += other.flops_replicated
+        self.largest_activation = max(self.largest_activation, other.largest_activation)
+        self.keys_values = max(self.keys_values, other.keys_values)

@@ -1,0 +1,1 @@
+"""Operators that need other ranks: attention, convolutions, norms, small linears."""

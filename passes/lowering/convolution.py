@@ -1,0 +1,125 @@
+"""Convolutions over split rows: neighbours' rows are fetched, and only the true edges of the image are padded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+import xdit_compile.kernels.put_rows  # noqa: F401  (registers the op that the graph calls)
+from xdit_compile.passes.axes.rule import Typing
+from xdit_compile.passes.local.choose_loop import Choice, choose_all, required, yielded
+from xdit_compile.passes.local.context import LoweringContext
+from xdit_compile.passes.local.halo import ask, fetch
+from xdit_compile.passes.local.halo_window import Seen
+from xdit_compile.passes.local.layout import PATCH
+from xdit_compile.passes.local.local_graph import Value, aten
+
+
+def lower(part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+    """The convolution on this rank's shards, or None where nothing of it is split.
+
+    Rows that it slides over bring their neighbours' rows; split channels are a partial sum, whose bias is added once;
+    a depthwise convolution has as many groups as this rank has channels.
+    """
+    choices = choose_all(typing, operands, part.sharding.splits)
+    if not choices:
+        return None
+    shape = typing.facts["convolution"]
+    tensors = [
+        part.coerce(value, typing.expected[at], required(choices, at), node, at) for at, value in enumerate(operands)
+    ]
+    overlapped = _overlapped(part, node, typing, tensors, choices)
+    if overlapped is not None:
+        return [overlapped]
+    tensors[0], seen = fetch(part, typing, tensors[0], choices)
+    tensors[0], padding = _padded(part, typing, tensors[0], seen, shape["padding"])
+    part.count(node, typing, choices)
+    summed = frozenset(name for name, choice in choices.items() if choice.loop.kind == "sum")
+    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, yielded(choices, 0), summed)
+    sizes = part.local.sizes(value)
+    given = part.local.sizes(Value(tensors[0], typing.expected[0], value.dtype, required(choices, 0)))
+    if 0 in sizes or any(size == 0 for dim, size in enumerate(given) if dim not in seen):
+        value.node = part.local.call(aten.new_zeros.default, tensors[0], sizes)
+    else:
+        groups = sizes[1] if typing.facts.get("depthwise") else shape["groups"]
+        value.node = _call(part, node, tensors[:2] if summed else tensors, padding, groups)
+    if summed and len(tensors) > 2:
+        value = part.summed(value)
+        column = part.local.call(aten.reshape.default, tensors[2], [-1, *[1] * (len(sizes) - 2)])
+        value.node = part.local.call(aten.add.Tensor, value.node, column)
+    return [value]
+
+
+def _overlapped(
+    part: LoweringContext, node: fx.Node, typing: Typing, tensors: list[fx.Node], choices: Mapping[str, Choice]
+) -> Value | None:
+    """A convolution of the rows that are here while those of other ranks are on their way; None where it has to wait.
+
+    The rows next to other ranks come out wrong at first, as if zeros followed, and are put right when theirs are there.
+    Nothing is copied but a few rows.
+    """
+    halos = [name for name, choice in choices.items() if choice.loop.kind == "halo"]
+    summed = any(choice.loop.kind == "sum" for choice in choices.values())
+    if part.layout.sparing or len(halos) != 1 or halos[0] == PATCH or summed or typing.facts.get("depthwise"):
+        return None
+    shape, dim = typing.facts["convolution"], choices[halos[0]].operands[0]
+    reach = (shape["kernel"][dim - 2] - 1) * shape["dilation"][dim - 2] + 1
+    edge = shape["padding"][dim - 2]
+    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, yielded(choices, 0))
+    sizes = part.local.sizes(value)
+    given = part.sharding.sizes(typing.expected[0], required(choices, 0))
+    if shape["stride"][dim - 2] != 1 or 2 * edge != reach - 1 or not edge or 0 in sizes or 0 in given:
+        return None
+    if given[dim] != sizes[dim] or given[dim] < 2 * edge or not _same_ends(part, typing, halos[0], choices):
+        return None
+    request = ask(part, typing, halos[0], choices)
+    part.count(node, typing, choices)
+    call, halo = part.local.call, torch.ops.xdit_compile
+    arriving = call(halo.halo_start.default, tensors[0], *request.arguments)
+    value.node = _call(part, node, tensors, list(shape["padding"]), shape["groups"])
+    left = [0 if k == dim - 2 else amount for k, amount in enumerate(shape["padding"])]
+    own, rows, at = request.own, given[dim], 0
+    for above in (True, False):
+        count = own[0] - request.seen.start if above else request.seen.stop - own[1]
+        if count:
+            near = (0, 2 * edge) if above else (rows - 2 * edge, rows)
+            here = call(aten.slice.Tensor, tensors[0], dim, *near)
+            place = (dim, at, count, above, edge - count)
+            inputs = call(halo.halo_finish.default, arriving, here, *place, request.group)
+            at += count * math.prod(given[:dim] + given[dim + 1 :])
+            right = _call(part, node, [inputs, *tensors[1:]], left, shape["groups"])
+            call(halo.put_rows.default, value.node, right, dim, 0 if above else rows - edge)
+    return value
+
+
+def _same_ends(part: LoweringContext, typing: Typing, name: str, choices: Mapping[str, Choice]) -> bool:
+    split, choice = part.sharding.splits[name], choices[name]
+    given, made = typing.expected[0][choice.operands[0]], typing.outs[0][choice.results[0]]
+    return split.ends(given) == split.ends(made)
+
+
+def _padded(
+    part: LoweringContext, typing: Typing, inputs: fx.Node, seen: Mapping[int, Seen], padding: Sequence[int]
+) -> tuple[fx.Node, list[int]]:
+    """The input padded where this rank has a true edge of the image, and what padding is left to the operator."""
+    rank, left = len(typing.expected[0]), list(padding)
+    amounts = [0, 0] * rank
+    for dim, rows in seen.items():
+        left[dim - 2] = 0
+        amounts[2 * (rank - 1 - dim) : 2 * (rank - dim)] = rows.missing
+    if any(amounts):
+        inputs = part.local.call(aten.constant_pad_nd.default, inputs, amounts, 0.0)
+    return inputs, left
+
+
+def _call(part: LoweringContext, node: fx.Node, tensors: list[fx.Node], padding: list[int], groups: int) -> fx.Node:
+    stride, dilation = (node.args[at] if len(node.args) > at else [1] for at in (3, 5))
+    bias = tensors[2] if len(tensors) > 2 else None
+    if "convolution" in str(node.target):
+        tail = (node.args[6], node.args[7], groups)
+        return part.local.call(node.target, *tensors[:2], bias, stride, padding, dilation, *tail)
+    target = node.target.overloadpacket.default  # type: ignore[union-attr]
+    return part.local.call(target, *tensors[:2], bias, stride, padding, dilation, groups)

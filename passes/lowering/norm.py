@@ -1,0 +1,304 @@
+"""Norms over split dims: statistics of all ranks joined by one small exchange, or whole groups by themselves.
+
+Where ranks do not wait for one another, the others' statistics are those of the step before, corrected by how much this
+rank's own have changed since (DistriFusion, arXiv:2402.19481, section 4.3).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import fx
+
+import xdit_compile.kernels.scale_shift  # noqa: F401  (registers the op that the graphs call)
+from xdit_compile.ir.axes import Atom, Axis, same
+from xdit_compile.ir.sharding import Split
+from xdit_compile.passes.axes.rule import Typing, operator_name
+from xdit_compile.passes.local.choose_loop import choose_all, yielded
+from xdit_compile.passes.local.context import LoweringContext
+from xdit_compile.passes.local.layout import PATCH
+from xdit_compile.passes.local.local_graph import Value, aten
+
+ROOT_MEAN_SQUARE = ("rms_norm", "_fused_rms_norm")
+CENTRED = ("layer_norm", "native_layer_norm")
+PIECES = 16
+"""Of which statistics are taken one after the other where memory is spared."""
+
+
+def lower(part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+    """The norm on this rank's positions, or None where no normalised dim is split or another way is needed."""
+    name = operator_name(node.target)  # type: ignore[arg-type]
+    if name == "group_norm":
+        return _Grouped(part, node, typing, operands).emit()
+    return _Trailing(part, node, typing, operands).emit(centred=name in CENTRED)
+
+
+class _Grouped:
+    """A group norm of which this rank holds whole groups, or some positions of each."""
+
+    def __init__(self, part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]):
+        self.part, self.node, self.typing, self.operands = part, node, typing, operands
+        self.given, self.axes = part.summed(operands[0]), typing.expected[0]
+        self.size = self.axes[1].size // node.args[1]  # type: ignore[operator]
+        kept = {name: dim for name, dim in self.given.split.items() if same(self.given.axes[dim], self.axes[dim])}
+        self.channels = [name for name, dim in kept.items() if dim == 1]
+        self.space = {name: dim for name, dim in kept.items() if dim > 1}
+
+    def emit(self) -> list[Value] | None:
+        splits = self.part.sharding.splits
+        if any(not _are_whole(splits[name], self.axes[1], self.size) for name in self.channels) or len(self.space) > 1:
+            return None
+        if not self.channels and not self.space:
+            return None
+        others = {n: split for n, split in splits.items() if n not in self.channels and n not in self.space}
+        choices = choose_all(self.typing, self.operands, others)
+        split = {**yielded(choices, 0), **dict.fromkeys(self.channels, 1), **self.space}
+        tensors = [self.part.coerce(self.given, self.axes, split, self.node, 0)]
+        for at, value in enumerate(self.operands[1:], 1):
+            required = dict.fromkeys(self.channels, 0)
+            tensors.append(self.part.coerce(value, self.typing.expected[at], required, self.node, at))
+        value = Value(tensors[0], self.typing.outs[0], self.given.dtype, split)
+        sizes = self.part.local.sizes(value)
+        places = [self.typing.facts["norm"].get(name) for name in ("weight", "bias")]
+        affine = [None if at is None else tensors[at] for at in places]
+        if self.space:
+            value.node = self._over_space(tensors[0], affine, sizes)
+        elif 0 in sizes:
+            value.node = self.part.local.call(aten.new_zeros.default, tensors[0], sizes)
+        else:
+            groups = sizes[1] // self.size
+            value.node = self.part.local.call(self.node.target, tensors[0], groups, *affine, self._epsilon())
+        return [value]
+
+    def _epsilon(self) -> float:
+        given = self.node.args[4] if len(self.node.args) > 4 else self.node.kwargs.get("eps", 1e-5)
+        return float(given)  # type: ignore[arg-type]
+
+    def _over_space(self, inputs: fx.Node, affine: list[fx.Node | None], sizes: list[int]) -> fx.Node:
+        """Statistics of every group from the positions of all ranks, float32 at least."""
+        ((name, dim),) = self.space.items()
+        call, dtype = self.part.local.call, self.given.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        split, groups = self.part.sharding.splits[name], sizes[1] // self.size
+        rest = self.size * math.prod(size for at, size in enumerate(sizes) if at > 1 and at != dim)
+        counts = [split.length(self.axes[dim], index) * rest for index in range(split.parts)]
+        view = [sizes[0], groups, counts[self.part.sharding.index[name]]]
+        flat = call(aten.reshape.default, inputs, view)
+        pieces = PIECES if self.part.layout.sparing else 1
+        own = moments_in_pieces(call, flat, view[2], dtype, wide, pieces)
+        statistics = self._kept if name == PATCH and self.part.layout.apart else self._merged
+        mean, variance = statistics(own, name, counts, sizes[0], groups, wide)
+        affine = [_cast(self.part, factor, dtype, wide) if factor is not None else None for factor in affine]
+        scale, shift = columns(call, sizes, groups, (mean, variance), affine, self._epsilon())
+        return call(torch.ops.xdit_compile.scale_shift.default, inputs, scale, shift)
+
+    def _merged(
+        self, own: tuple[fx.Node, fx.Node], name: str, counts: list[int], batch: int, groups: int, wide: torch.dtype
+    ) -> tuple[fx.Node, fx.Node]:
+        return _merge(self.part, own, 2, name, counts, batch * groups, wide)
+
+    def _kept(
+        self, own: tuple[fx.Node, fx.Node], name: str, counts: list[int], batch: int, groups: int, wide: torch.dtype
+    ) -> tuple[fx.Node, fx.Node]:
+        """Mean and biased variance from what ranks keep: mean and mean of squares of each one's positions."""
+        call, here, total = self.part.local.call, self.part.sharding.index[name], sum(counts)
+        mean, variance = own[0], call(aten.div.Scalar, own[1], max(counts[here], 1))
+        squares = call(aten.add.Tensor, variance, call(aten.mul.Tensor, mean, mean))
+        row = call(aten.unsqueeze.default, call(aten.cat.default, [mean, squares], 2), 0)
+        state, exchange = self.part.rows_of_patches(f"{self.node.name}_moments", [batch, groups, 2], wide)
+        if not self.part.layout.stale:
+            self.part.put_row(state, exchange, row)
+            return self._merged(own, name, counts, batch, groups, wide)
+        weights = torch.tensor(counts, dtype=wide).div(total).reshape(-1, 1, 1, 1)
+        weighted = call(aten.mul.Tensor, state, self.part.local.constant(weights))
+        before = call(aten.sum.dim_IntList, weighted, [0], True)
+        changed = call(aten.sub.Tensor, row, call(aten.slice.Tensor, state, 0, here, here + 1))
+        moments_ = call(aten.squeeze.dim, call(aten.add.Tensor, before, changed), 0)
+        self.part.put_row(state, exchange, row)
+        mean, squares = (call(aten.slice.Tensor, moments_, 2, at, at + 1) for at in range(2))
+        corrected = call(aten.sub.Tensor, squares, call(aten.mul.Tensor, mean, mean))
+        return mean, call(aten.where.self, call(aten.lt.Scalar, corrected, 0), variance, corrected)
+
+
+def columns(
+    call: Callable[..., fx.Node],
+    sizes: Sequence[int],
+    groups: int,
+    statistics: tuple[fx.Node, fx.Node],
+    affine: Sequence[fx.Node | None],
+    epsilon: float,
+) -> tuple[fx.Node, fx.Node]:
+    """What a group norm of known statistics multiplies every channel by and adds to it: [batch, channels, 1, ...].
+
+    Args:
+        sizes: the shape of what is normalised.
+        statistics: mean and biased variance, [batch, groups, 1].
+        affine: weight and bias of every channel, or none, of the dtype of the statistics.
+    """
+    (mean, variance), (weight, bias) = statistics, affine
+    scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, epsilon))
+    each = [sizes[0], groups, sizes[1] // groups]
+    mean, scale = (
+        call(aten.reshape.default, call(aten.expand.default, statistic, each), list(sizes[:2]))
+        for statistic in (mean, scale)
+    )
+    if weight is not None:
+        scale = call(aten.mul.Tensor, scale, weight)
+    shift = call(aten.neg.default, call(aten.mul.Tensor, mean, scale))
+    if bias is not None:
+        shift = call(aten.add.Tensor, shift, bias)
+    column = [sizes[0], sizes[1], *[1] * (len(sizes) - 2)]
+    return call(aten.reshape.default, scale, column), call(aten.reshape.default, shift, column)
+
+
+def _are_whole(split: Split, axis: Axis, size: int) -> bool:
+    """Whether every rank holds whole groups of ``size`` neighbours, in order."""
+    held = [split.positions(axis, index) for index in range(split.parts)]
+    return all(
+        len(positions) % size == 0
+        and np.array_equal(
+            positions, np.repeat(positions[::size], size) + np.tile(np.arange(size), len(positions) // size)
+        )
+        and not (positions[::size] % size).any()
+        for positions in held
+    )
+
+
+class _Trailing:
+    """A norm over trailing dims, of which some are split.
+
+    Statistics are float32, or float64 where the input is, as PyTorch's own kernels have them.
+    """
+
+    def __init__(self, part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]):
+        self.part, self.node, self.typing, self.operands = part, node, typing, operands
+        self.given, self.axes = part.summed(operands[0]), typing.expected[0]
+        self.first = len(self.axes) - len(node.args[1])  # type: ignore[arg-type]
+        self.dims = list(range(self.first, len(self.axes)))
+        self.over = {
+            name: dim
+            for name, dim in self.given.split.items()
+            if dim >= self.first and same(self.given.axes[dim], self.axes[dim])
+        }
+        self.wide = torch.promote_types(self.given.dtype, torch.float32)
+
+    def emit(self, centred: bool) -> list[Value] | None:
+        if not self.over or centred and len(self.over) > 1:
+            return None
+        part, call, dtype = self.part, self.part.local.call, self.given.dtype
+        others = {name: split for name, split in part.sharding.splits.items() if name not in self.over}
+        choices = choose_all(self.typing, self.operands, others)
+        outer = yielded(choices, 0)
+        split = {**outer, **self.over}
+        inputs = _cast(part, part.coerce(self.given, self.axes, split, self.node, 0), dtype, self.wide)
+        mean, variance = self._merged(inputs, outer) if centred else (None, self._mean_square(inputs, outer))
+        epsilon = self._epsilon(1e-5, 4) if centred else self._epsilon(torch.finfo(dtype).eps, 3)
+        scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, epsilon))
+        result = inputs if mean is None else call(aten.sub.Tensor, inputs, mean)
+        result = call(aten.mul.Tensor, result, scale)
+        for name, at in self.typing.facts["norm"].items():
+            apply = aten.mul.Tensor if name == "weight" else aten.add.Tensor
+            required = {over: dim - self.first for over, dim in self.over.items()}
+            factor = part.coerce(self.operands[at], self.typing.expected[at], required, self.node, at)
+            result = call(apply, result, _cast(part, factor, self.operands[at].dtype, self.wide))
+        found = [Value(_cast(part, result, self.wide, dtype), self.typing.outs[0], dtype, split)]
+        statistics = [scale] if mean is None else [mean, scale]
+        for axes, statistic in zip(self.typing.outs[1:], statistics, strict=False):
+            found.append(Value(statistic, axes, self.wide, outer))
+        return found
+
+    def _mean_square(self, inputs: fx.Node, outer: dict[str, int]) -> fx.Node:
+        call = self.part.local.call
+        squares = call(aten.sum.dim_IntList, call(aten.mul.Tensor, inputs, inputs), self.dims, True)
+        total = self.part.summed(self._statistic(squares, outer, frozenset(self.over)), "norm statistics")
+        return call(aten.div.Scalar, total.node, math.prod(axis.size for axis in self.axes[self.first :]))
+
+    def _merged(self, inputs: fx.Node, outer: dict[str, int]) -> tuple[fx.Node, fx.Node]:
+        ((name, dim),) = self.over.items()
+        rest = math.prod(axis.size for at, axis in enumerate(self.axes) if at >= self.first and at != dim)
+        split = self.part.sharding.splits[name]
+        counts = [split.length(self.axes[dim], index) * rest for index in range(split.parts)]
+        rows = math.prod(self.part.local.sizes(self._statistic(inputs, outer, frozenset())))
+        own = moments(self.part.local.call, inputs, self.dims, counts[self.part.sharding.index[name]])
+        return _merge(self.part, own, self.dims[-1], name, counts, rows, self.wide)
+
+    def _statistic(self, node: fx.Node, outer: dict[str, int], partial: frozenset[str]) -> Value:
+        axes = [*self.axes[: self.first], *(Atom(1, 0) for _ in self.dims)]
+        return Value(node, axes, self.wide, outer, partial)
+
+    def _epsilon(self, default: float, at: int) -> float:
+        given = self.node.args[at] if len(self.node.args) > at else self.node.kwargs.get("eps")
+        return default if given is None else float(given)  # type: ignore[arg-type]
+
+
+def _merge(
+    part: LoweringContext,
+    own: tuple[fx.Node, fx.Node],
+    last: int,
+    name: str,
+    counts: list[int],
+    rows: int,
+    dtype: torch.dtype,
+) -> tuple[fx.Node, fx.Node]:
+    """Mean and variance of positions that lie on several ranks, with size 1 at ``last`` and other dims they were over.
+
+    Ranks exchange their mean and sum of squared deviations (Chan, Golub and LeVeque, 1979); plain sums of squares would
+    lose digits where the mean is large.
+
+    Args:
+        own: mean and sum of squared deviations of this rank's positions, of ``dtype``.
+        name: the mesh dimension over which they lie, with ``counts`` of them on each rank.
+        rows: how many statistics there are.
+    """
+    call, parts, total = part.local.call, len(counts), sum(counts)
+    packed = call(aten.cat.default, list(own), last)
+    arrived = call(torch.ops.xdit_compile.all_gather.default, packed, last, [2] * parts, part.local.group(name))
+    part.ledger.sent("all_gather", "norm statistics", 2 * rows * (parts - 1), dtype)
+    means, squares = (call(aten.slice.Tensor, arrived, last, at, 2 * parts, 2) for at in range(2))
+    weights = part.local.constant(torch.tensor(counts, dtype=dtype))
+    mean = call(aten.sum.dim_IntList, call(aten.mul.Tensor, means, weights), [last], True)
+    mean = call(aten.div.Scalar, mean, total)
+    apart = call(aten.sub.Tensor, means, mean)
+    apart = call(aten.mul.Tensor, call(aten.mul.Tensor, apart, apart), weights)
+    summed = call(aten.sum.dim_IntList, call(aten.add.Tensor, squares, apart), [last], True)
+    return mean, call(aten.div.Scalar, summed, total)
+
+
+def moments(call: Callable[..., fx.Node], inputs: fx.Node, dims: list[int], count: int) -> tuple[fx.Node, fx.Node]:
+    """Mean and sum of squared deviations of ``count`` positions, over trailing ``dims`` kept with size 1."""
+    if count == 0:
+        none = call(aten.sum.dim_IntList, inputs, dims, True)
+        return none, none
+    found = call(aten.var_mean.correction, inputs, dims, correction=0, keepdim=True)
+    variance, mean = (call(operator.getitem, found, at) for at in range(2))
+    return mean, call(aten.mul.Scalar, variance, count)
+
+
+def moments_in_pieces(
+    call: Callable[..., fx.Node], inputs: fx.Node, count: int, dtype: torch.dtype, wide: torch.dtype, pieces: int
+) -> tuple[fx.Node, fx.Node]:
+    """The same over the last of three dims, a piece of it at a time where ``inputs`` must be copied into ``wide``."""
+    if dtype == wide:
+        return moments(call, inputs, [2], count)
+    bounds = sorted({count * at // pieces for at in range(pieces + 1)})
+    mean = squares = None
+    for start, stop in zip(bounds, bounds[1:] or bounds, strict=False):
+        piece = inputs if stop - start == count else call(aten.slice.Tensor, inputs, 2, start, stop)
+        found = moments(call, call(aten._to_copy.default, piece, dtype=wide), [2], stop - start)
+        if mean is None or squares is None:
+            mean, squares = found
+            continue
+        apart = call(aten.sub.Tensor, found[0], mean)
+        mean = call(aten.add.Tensor, mean, call(aten.mul.Scalar, apart, (stop - start) / stop))
+        apart = call(aten.mul.Scalar, call(aten.mul.Tensor, apart, apart), start * (stop - start) / stop)
+        squares = call(aten.add.Tensor, call(aten.add.Tensor, squares, found[1]), apart)
+    assert mean is not None and squares is not None
+    return mean, squares
+
+
+def _cast(part: LoweringContext, value: fx.Node, dtype: torch.dtype, wanted: torch.dtype) -> fx.Node:
+    return value if dtype == wanted else part.local.call(aten._to_copy.default, value, dtype=wanted)

@@ -1,0 +1,58 @@
+"""Linears of few rows (time steps, modulations): each rank computes some columns, and all gather the small result.
+
+Their weights are a good part of some denoisers, while their results are so small that gathering them costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import fx
+
+from xdit_compile.ir.sharding import share
+from xdit_compile.passes.axes.flops import flops, portion
+from xdit_compile.passes.axes.rule import Typing, operator_name
+from xdit_compile.passes.local.choose_loop import choose_all, required, yielded
+from xdit_compile.passes.local.context import LoweringContext
+from xdit_compile.passes.local.layout import TENSOR
+from xdit_compile.passes.local.local_graph import Value, aten
+
+SMALL = 1 / 16
+"""A result of at most this share of its weight's elements is small."""
+
+
+def has_few_rows(node: fx.Node) -> bool:
+    """Whether a node is a linear whose result is small beside its weight, and not empty."""
+    if not isinstance(node.target, torch._ops.OpOverload) or operator_name(node.target) != "linear":
+        return False
+    weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+    return bool(0 < node.meta["val"].numel() <= SMALL * weight.numel())
+
+
+def lower(part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+    """The linear by columns, or None where the tensor ranks have no part in it or split it in another way."""
+    choices = choose_all(typing, operands, part.sharding.splits)
+    if TENSOR not in part.sharding.splits or TENSOR in choices or not has_few_rows(node):
+        return None
+    tensors = [
+        part.coerce(value, typing.expected[at], required(choices, at), node, at) for at, value in enumerate(operands)
+    ]
+    local, parts, columns = part.local, part.parts(TENSOR), typing.outs[0][-1].size
+    bounds = [share(columns, parts, index) for index in range(parts)]
+    own = np.arange(*bounds[part.sharding.index[TENSOR]])
+    weights = [local.cut(tensor, 0, own, columns, TENSOR) for tensor in tensors[1:]]
+    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, yielded(choices, 0))
+    rows = local.sizes(value)[:-1]
+    if len(own) and 0 not in rows:
+        mine = local.call(aten.linear.default, tensors[0], *weights)
+    else:
+        mine = local.call(aten.new_zeros.default, tensors[0], [*rows, len(own)])
+    sizes = [stop - start for start, stop in bounds]
+    gather = torch.ops.xdit_compile.all_gather.default
+    value.node = local.call(gather, mine, len(rows), sizes, part.layout.groups[TENSOR])
+    part.ledger.sent("all_gather", "columns", math.prod(rows) * len(own) * (parts - 1), value.dtype)
+    total = math.prod(axis.size for axis in typing.outs[0])
+    part.ledger.work(flops(node), portion(len(own) * math.prod(rows), total), (TENSOR, *choices))
+    return [value]

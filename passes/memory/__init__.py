@@ -1,0 +1,1 @@
+"""Programs that take less memory at a time."""

@@ -1,0 +1,191 @@
+"""The partitioner: rewrites a program whose axes are known into what one rank runs.
+
+It knows neither models nor methods. For every operator and every mesh dimension it splits the loop along which the
+operands already lie; slices what is whole, gathers what lies otherwise, sums what was contracted.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from xdit_compile.errors import PartitionError
+from xdit_compile.passes.axes.infer import Frame
+from xdit_compile.passes.axes.rule import Typing, values
+from xdit_compile.passes.local.choose_loop import Choice, choose_all, feasible, required, yielded
+from xdit_compile.passes.local.context import LoweringContext
+from xdit_compile.passes.local.emit import Emission
+from xdit_compile.passes.local.halo import fetch
+from xdit_compile.passes.local.layout import PATCH, Layout
+from xdit_compile.passes.local.ledger import Ledger
+from xdit_compile.passes.local.local_graph import State, Value, aten
+from xdit_compile.passes.lowering import convolution, norm, small_linear, stale_attention
+
+LOWERINGS = {
+    "attention": stale_attention.lower,
+    "convolution": convolution.lower,
+    "linear": small_linear.lower,
+    "norm": norm.lower,
+}
+"""What runs operators that need more than one of their loops split, by the fact that their rules state."""
+
+
+@dataclasses.dataclass
+class LocalStructure:
+    """What one rank runs for one structure, and what each result is."""
+
+    module: fx.GraphModule
+    results: list[Value | None]
+    ledger: Ledger
+    states: Sequence[State]
+
+
+class FramePartitioner(LoweringContext):
+    """Partitions the graph of one call."""
+
+    def __init__(self, frame: Frame, layout: Layout, given: Sequence[Value], wanted: set[fx.Node], place: Any):
+        super().__init__(frame, layout, place)
+        self.env: dict[fx.Node, list[Value]] = {}
+        self.wanted = wanted
+        self._given = iter(given)
+
+    def run(self, results: Sequence[Any], requests: Sequence[Sequence[str]]) -> LocalStructure:
+        """Partition every node; ``requests`` names the forms in which each result is wanted, in order."""
+        for node in self.frame.graph.nodes:
+            if node.op == "placeholder":
+                given = next(self._given)
+                local = self.local.graph.placeholder(node.name)
+                self.env[node] = [dataclasses.replace(given, node=local)]
+            elif node.op == "get_attr":
+                self._constant(node)
+            elif node.op == "call_function" and node.target is operator.getitem:
+                self.env[node] = [self.env[node.args[0]][node.args[1]]]
+            elif node.op == "call_function":
+                self.env[node] = self._visit(node)
+        finals = [
+            self._result(leaf, form, len(forms) == 1)
+            for leaf, forms in zip(results, requests, strict=True)
+            for form in forms
+        ]
+        module = self.local.finish([final.node if final is not None else None for final in finals])
+        return LocalStructure(module, finals, self.ledger, self.local.states)
+
+    def _constant(self, node: fx.Node) -> None:
+        value = self.layout.attribute(self.frame, str(node.target))
+        local = self.local.constant(value)
+        self.env[node] = [Value(local, self.frame.axes[node][0], value.dtype)]
+
+    def _result(self, leaf: fx.Node, form: str, only: bool) -> Value | None:
+        """A result in one form; None where a split value was wanted whole and is given split as well."""
+        value = self.summed(self.env[leaf][0])
+        if form == "gathered":
+            lies = self.layout.natural(value.axes) if self.layout.one_patch else {}
+            patch = {name: dim for name, dim in lies.items() if name == PATCH}
+            whole = self.coerce(value, value.axes, patch, leaf, -1)
+            return dataclasses.replace(value, node=whole, split=patch)
+        if form == "split" and value.replicated:
+            return self.sliced_where_possible(value)
+        return value if form == "split" or value.replicated or only else None
+
+    def _visit(self, node: fx.Node) -> list[Value]:
+        typing = self.frame.typings[node]
+        operands = [self.env[operand][0] for operand in typing.operands]
+        whole = node in self.wanted and all(operands[at].replicated for at in typing.read())
+        try:
+            lowered = None if whole else self._special(node, typing, operands)
+            if lowered is not None:
+                return lowered
+            choices = {} if whole else choose_all(typing, operands, self.sharding.splits)
+            return self.emit(node, typing, operands, choices)
+        except PartitionError as error:
+            raise PartitionError(f"{self.place(node)} {error}") from None
+
+    def _special(self, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+        found = next((lower for fact, lower in LOWERINGS.items() if fact in typing.facts), None)
+        return found(self, node, typing, operands) if found is not None else None
+
+    def emit(self, node: fx.Node, typing: Typing, operands: list[Value], choices: Mapping[str, Choice]) -> list[Value]:
+        """Call the operator on this rank with the chosen loops split."""
+        apart = self._summed_over_patches(typing)
+        if apart is not None:
+            return self._patch_by_patch(node, typing, operands, {**choices, PATCH: apart})
+        locals_ = []
+        for at, value in enumerate(operands):
+            if at in typing.ignored:
+                locals_.append(value.node)
+                continue
+            locals_.append(self.coerce(value, typing.expected[at], required(choices, at), node, at))
+        outs = [yielded(choices, k) for k in range(len(typing.outs))]
+        summed = [name for name, choice in choices.items() if choice.loop.kind in ("sum", "mean")]
+        if "windows" in typing.facts:
+            locals_[0], seen = fetch(self, typing, locals_[0], choices)
+        else:
+            seen = {}
+        context = Emission(self, node, typing, locals_, choices, outs, seen)
+        self.count(node, typing, choices)
+        result = context.run(summed)
+        return self._values(node, typing, result, outs, summed)
+
+    def _values(
+        self, node: fx.Node, typing: Typing, result: fx.Node, outs: list[dict[str, int]], summed: list[str]
+    ) -> list[Value]:
+        tensors = values(node)
+        several = isinstance(node.meta["val"], tuple | list)
+        found = []
+        for k, tensor in enumerate(tensors):
+            local = self.local.call(operator.getitem, result, k) if several else result
+            value = Value(local, typing.outs[k], tensor.dtype, outs[k], frozenset(summed))
+            sizes = self.local.sizes(value)
+            local.meta["shape"] = (node.name, sizes)
+            self.ledger.hold(math.prod(sizes) * tensor.dtype.itemsize)
+            found.append(value)
+        if PATCH in summed:
+            found = [self._kept_sum(node, k, value) for k, value in enumerate(found)]
+        if typing.bias is not None and summed:
+            found = [self._biased(node, typing, value) for value in found]
+        return found
+
+    def _summed_over_patches(self, typing: Typing) -> Choice | None:
+        """The sum over tokens of which each patch must leave its own part, where all patches are computed at once."""
+        patches = self.layout.patches
+        if patches is None or PATCH in self.sharding.splits:
+            return None
+        loops = (loop for loop in typing.loops if loop.kind in ("sum", "mean"))
+        return next((choice for loop in loops if (choice := feasible(typing, loop, patches)) is not None), None)
+
+    def _patch_by_patch(
+        self, node: fx.Node, typing: Typing, operands: list[Value], choices: Mapping[str, Choice]
+    ) -> list[Value]:
+        """One call for each patch, made as the program of that patch makes it; the last one has the sum of all."""
+        patches, found = self.layout.patches, []
+        assert patches is not None
+        for patch in range(patches.parts):
+            layout = self.layout.keeping(patches, patch)
+            one = copy.copy(self)
+            one.layout, one.sharding, one._coerced = layout, layout.sharding, {}
+            one.local = copy.copy(self.local)
+            one.local.sharding = layout.sharding
+            found = one.emit(node, typing, operands, choices)
+        return found
+
+    def _kept_sum(self, node: fx.Node, at: int, value: Value) -> Value:
+        """The sum of what every patch left, this one's put in its place."""
+        assert self.layout.patches is not None
+        part = self.local.call(aten.unsqueeze.default, value.node, 0)
+        rows = self.rows_of_patches(f"{node.name}_sum_{at}", self.local.sizes(value), value.dtype)
+        self.put_row(*rows, part)
+        total = self.local.call(aten.sum.dim_IntList, rows[0], [0])
+        return dataclasses.replace(value, node=total, partial=value.partial - {PATCH})
+
+    def _biased(self, node: fx.Node, typing: Typing, value: Value) -> Value:
+        total = self.summed(value)
+        bias = self.env[typing.operands[typing.bias]][0]  # type: ignore[index]
+        column = {name: len(bias.axes) - 1 for name, dim in total.split.items() if dim == len(total.axes) - 1}
+        local = self.coerce(bias, typing.expected[typing.bias], column, node, typing.bias)  # type: ignore[index]
+        return dataclasses.replace(total, node=self.local.call(aten.add.Tensor, total.node, local))

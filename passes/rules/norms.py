@@ -1,0 +1,71 @@
+"""Rules of operators that relate every position of a dim to the others: norms, softmax, sorting, running sums."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from xdit_compile.ir.axes import Atom, resolve
+from xdit_compile.passes.axes.rule import Rule, RuleBook
+
+BOOK = RuleBook()
+
+
+def _over(rule: Rule, whole: set[int], kind: str = "whole") -> None:
+    """Dims in ``whole`` are needed in full and kept; the others are looped over."""
+    for dim in range(len(rule.actual[0])):
+        outs = [(k, dim) for k in range(len(rule.outs)) if len(rule.outs[k]) == len(rule.actual[0])]
+        rule.loop(kind if dim in whole else "map", [(0, dim)], outs)  # type: ignore[arg-type]
+
+
+@BOOK.rule("layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm")
+def trailing_norm(rule: Rule) -> None:
+    rule.facts["norm"] = _affine(rule)
+    rank, count = len(rule.actual[0]), len(rule.arg(1, "normalized_shape"))
+    for dim in range(rank - count):
+        rule.loop("map", [(0, dim)], [(result, dim) for result in range(len(rule.outs))])
+    for dim in range(rank - count, rank):
+        scales = [(operand, dim - (rank - count)) for operand in range(1, len(rule.operands))]
+        rule.loop("whole", [(0, dim), *scales], [(0, dim)])
+
+
+def _affine(rule: Rule) -> dict[str, int]:
+    """Which operands are the weight and the bias: either may be there without the other."""
+    given = [name for name in ("weight", "bias") if isinstance(rule.named(name), fx.Node)]
+    return {name: operand for operand, name in enumerate(given, 1)}
+
+
+@BOOK.rule("group_norm")
+def group_norm(rule: Rule) -> None:
+    rule.facts["norm"] = _affine(rule)
+    rank = len(rule.actual[0])
+    _grouped(rule, rule.shape(0)[1] // rule.arg(1, "num_groups"))
+    rule.loop("map", [(0, 0)], [(0, 0)])
+    rule.loop("whole", [(operand, 1 if operand == 0 else 0) for operand in range(len(rule.operands))], [(0, 1)])
+    for dim in range(2, rank):
+        rule.loop("stats", [(0, dim)], [(0, dim)])
+
+
+def _grouped(rule: Rule, size: int) -> None:
+    """Make channels of which nothing else is known a product of groups and what is in one."""
+    channels = resolve(rule.actual[0][1])
+    if isinstance(channels, Atom) and 1 < size < channels.size:
+        rule.system.split(channels, size)
+
+
+@BOOK.rule(
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "_safe_softmax"
+)
+def along(rule: Rule) -> None:
+    dim = rule.arg(1, "dim", -1)
+    _over(rule, {rule.wrapped(dim)})
+
+
+@BOOK.rule("topk")
+def topk(rule: Rule) -> None:
+    rank = len(rule.actual[0])
+    chosen = rule.wrapped(rule.arg(2, "dim", -1))
+    for dim in range(rank):
+        if dim == chosen:
+            rule.loop("whole", [(0, dim)], [])
+        else:
+            rule.loop("map", [(0, dim)], [(0, dim), (1, dim)])

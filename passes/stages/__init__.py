@@ -1,0 +1,1 @@
+"""PipeFusion: patches, and stages that they flow through."""

@@ -1,0 +1,1 @@
+"""Tiny models of diffusers, with the calls that their pipelines make."""

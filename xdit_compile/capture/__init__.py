@@ -1,0 +1,1 @@
+"""From a module and a call of it to a program that was seen to agree."""

@@ -1,0 +1,1 @@
+"""What hangs on a module, and whether a call of it is the one that was captured."""

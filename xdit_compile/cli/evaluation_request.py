@@ -1,0 +1,155 @@
+"""What one ``evaluate`` command asks for, and every reason against it that can be seen beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from xdit_compile.errors import UsageError, one_line
+
+from .request import PipelineRequest
+
+FEATURES = ("scenes", "inception")
+DEFAULT_COUNT = 32
+GREATEST_COUNT = 4096
+INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+KEPT = "images/reference.json"
+"""Says, in an output folder, what the pictures of one process beside it were asked for with."""
+_NEEDED = ("torchmetrics", "scipy")
+_OF_THE_PLAN = ("plan", "output", "images", "reference", "features", "debug", "download_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationRequest(PipelineRequest):
+    """Pictures to make twice, without and with the plan, and how to compare them."""
+
+    prompts: str | None = None
+    num_prompts: int | None = None
+    batch_size: int = 4
+    features: str = "scenes"
+    images: bool = False
+    reference: str | None = None
+    output: str = "evaluation"
+
+    counts: ClassVar[tuple[str, ...]] = (*PipelineRequest.counts, "num_prompts", "batch_size")
+
+    def _more_checks(self) -> list[Callable[[], None]]:
+        return [
+            self._check_prompts,
+            self._check_features,
+            self._check_output,
+            self._check_reference,
+            self._check_offload,
+            check_installed,
+        ]
+
+    def _check_offload(self) -> None:
+        if self.enable_sequential_cpu_offload and self.plan.world_size == 1:
+            raise UsageError("--enable_sequential_cpu_offload leaves nothing to compare: the plan runs a whole graph")
+
+    def _check_prompts(self) -> None:
+        if self.prompts is not None:
+            read_prompts(self.prompts)
+        elif (self.num_prompts or 0) > GREATEST_COUNT:
+            raise UsageError(
+                f"--num_prompts {self.num_prompts} is too many; at most {GREATEST_COUNT}, or give --prompts"
+            )
+
+    def _check_features(self) -> None:
+        if self.features not in FEATURES:
+            raise UsageError(f"--features {self.features} is unknown; choose one of {', '.join(FEATURES)}")
+        if self.features == "inception":
+            check_inception()
+
+    def _check_reference(self) -> None:
+        if self.reference is not None:
+            kept, asked = read_kept(self.reference), self.asked
+            other = [name for name in asked if kept.get(name) != asked[name]]
+            if other:
+                raise UsageError(
+                    f"--reference {self.reference} holds pictures of another {other[0]}: {kept.get(other[0])}; "
+                    "give the same flags as there, or leave it out"
+                )
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All that the pictures of one process depend on."""
+        fields = dataclasses.asdict(self)
+        found = {name: fields[name] for name in fields if name not in _OF_THE_PLAN}
+        return {**found, "prompts": read_prompts(self.prompts) if self.prompts else None}
+
+    def _check_output(self) -> None:
+        folder = Path(self.output)
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--output {self.output} is a file; name a folder")
+        if not folder.parent.is_dir():
+            raise UsageError(f"--output {self.output}: folder {folder.parent} does not exist; make it first")
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts in a file, one a line; empty lines do not count.
+
+    Raises:
+        UsageError: the file cannot be read, or holds none.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"--prompts {path} cannot be read: {one_line(error)}") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UsageError(f"--prompts {path} holds no prompt; write one a line")
+    return found
+
+
+def read_kept(folder: str) -> dict[str, Any]:
+    """What the pictures of one process that an earlier evaluation left in ``folder`` were asked for with.
+
+    Raises:
+        UsageError: the folder holds none.
+    """
+    file = Path(folder) / KEPT
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--reference {folder} holds no pictures of one process ({file.name} is missing or broken); name the "
+            "--output of an evaluation with --images"
+        ) from error
+    return found
+
+
+def check_installed() -> None:
+    """See that the libraries of the measures are there.
+
+    Raises:
+        UsageError: saying what to install.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"evaluate needs {' and '.join(missing)}; pip install 'xdit-compile[evaluate]'")
+
+
+def check_inception() -> None:
+    """See that torch-fidelity and its Inception weights are on this machine: nothing is fetched.
+
+    Raises:
+        UsageError: saying what to install, and where the weights belong.
+    """
+    file = inception_file()
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise UsageError("--features inception needs torch-fidelity; pip install torch-fidelity, or take scenes")
+    if not file.is_file():
+        raise UsageError(f"--features inception needs {file.name} of torch-fidelity in {file.parent}; or take scenes")
+
+
+def inception_file() -> Path:
+    """Where torch-fidelity keeps its Inception weights: the folder of ``torch.hub``."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = Path(os.environ.get("TORCH_HOME", Path(cache) / "torch")).expanduser()
+    return home / "hub" / "checkpoints" / INCEPTION_WEIGHTS

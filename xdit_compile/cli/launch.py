@@ -1,0 +1,145 @@
+"""Starting the processes of one command on this machine through PyTorch's elastic launcher."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from xdit_compile.distributed.environment import defaults
+from xdit_compile.errors import XditCompileError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+ENDED_BY = {
+    signal.SIGKILL: "see that there is memory enough, and start again",
+    signal.SIGABRT: "NCCL's watchdog does that where a transfer between ranks failed, or took longer than the plan's "
+    "timeout_s, and so does a library that finds itself broken; look at what the first rank that failed printed, and "
+    "start again, with --debug to see more",
+    signal.SIGSEGV: "a library crashed; start again with --debug, and look at what it printed",
+    signal.SIGBUS: "see that there is room in shared memory (/dev/shm; --shm-size of a container) and on the disk that "
+    "the weights are read from, and start again",
+}
+"""What to do about a process that a signal ended."""
+
+
+class WorkerFailed(XditCompileError):
+    """A process that this command started has failed; carries the exit code that process would have given."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def launch(arguments: list[str], nproc: int, debug: bool = False) -> None:
+    """Run ``python -m xdit_compile ARGUMENTS`` in ``nproc`` processes and wait for all of them.
+
+    The first process to fail ends the others. Each process gets its share of the cores unless OMP_NUM_THREADS is set.
+
+    Raises:
+        WorkerFailed: naming the rank that failed first and what it said.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if not debug:
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="xdit-compile-") as folder, defaults(_wanted(nproc, debug)):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=f"xdit-compile-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-P", "-m", "xdit_compile", *arguments)
+        except ChildFailedError as error:
+            raise _worker_failed(error) from None
+
+
+def report_failure(error: BaseException, exit_code: int, message: str) -> None:
+    """Leave a failure where the launcher that started this process looks for it."""
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        return
+    now = time.time()
+    extra = {
+        "py_callstack": traceback.format_exc(),
+        "timestamp": str(int(now)),
+        "time": now,
+        "text": message,
+        "exit_code": exit_code,
+        "on_purpose": isinstance(error, XditCompileError),
+    }
+    with open(path, "w") as file:
+        json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+
+
+def end_with_parent(interval_s: float = 1.0) -> None:
+    """End this process soon after the one that started it is gone, whatever the main thread waits for."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(interval_s)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def _wanted(nproc: int, debug: bool) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores // nproc))}
+    if not debug:
+        wanted |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    return wanted
+
+
+def _worker_failed(error: ChildFailedError) -> WorkerFailed:
+    rank, failure = min(error.failures.items(), key=lambda item: _blame(item[1]))
+    extra = _extra(failure)
+    if extra:
+        return WorkerFailed(f"rank {rank}: {extra['text']}", int(extra["exit_code"]))
+    if failure.exitcode < 0:
+        return WorkerFailed(f"rank {rank} was killed by {_name(-failure.exitcode)}; {_advice(-failure.exitcode)}", 1)
+    return WorkerFailed(f"rank {rank} ended with exit code {failure.exitcode}; start again with --debug", 1)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
+def _advice(number: int) -> str:
+    return next((text for one, text in ENDED_BY.items() if one == number), "something outside ended it; start again")
+
+
+def _blame(failure: ProcessFailure) -> tuple[int, float]:
+    """Order failures by how likely each is the cause.
+
+    A rank that dies without a word makes its peers fail later; a watchdog ends those that wait for one that failed.
+    """
+    extra = _extra(failure)
+    if extra:
+        return (1 if extra["on_purpose"] else 2, extra["time"])
+    return ({-signal.SIGABRT: 3, -signal.SIGTERM: 4}.get(failure.exitcode, 0), 0.0)
+
+
+def _extra(failure: ProcessFailure) -> dict[str, Any]:
+    message: Any = failure.message
+    return message["extraInfo"] if isinstance(message, dict) else {}

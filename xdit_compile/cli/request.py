@@ -1,0 +1,265 @@
+"""What a command asks for, and every reason against it that can be seen before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from xdit_compile.distributed.world import World
+from xdit_compile.errors import UsageError
+from xdit_compile.plan import Plan
+from xdit_compile.weights.model_folder import check_parts, check_size
+
+DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+DEVICES = ("auto", "cpu", "cuda")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".mp4", ".gif")
+OUTPUT_TYPES = {"pil": SUFFIXES, "latent": (".safetensors",)}
+"""What a pipeline may return, and the files it is written to: pictures, or latents that no autoencoder decoded."""
+DEMO_PIPELINE = Path(__file__).parent / "demo_pipeline"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineRequest:
+    """What every command that runs a pipeline asks for. ``None`` leaves a value to the pipeline's own default."""
+
+    plan: Plan = dataclasses.field(default_factory=Plan)
+    model: str | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    max_sequence_length: int | None = None
+    use_resolution_binning: bool | None = None
+    seed: int = 42
+    dtype: str = "auto"
+    device: str = "auto"
+    debug: bool = False
+    download_dir: str | None = None
+    trust_remote_code: bool = False
+    enable_model_cpu_offload: bool = False
+    enable_sequential_cpu_offload: bool = False
+
+    counts: ClassVar[tuple[str, ...]] = ("height", "width", "num_inference_steps", "max_sequence_length")
+    """Fields that must be at least 1."""
+
+    def to_json(self) -> str:
+        """The request as one line, for the processes that a launcher starts."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The request that ``to_json`` wrote."""
+        fields = json.loads(text)
+        return cls(plan=Plan(**_tuples(fields.pop("plan"))), **_tuples(fields))
+
+    @property
+    def binning(self) -> bool | None:
+        """Whether the pipeline may work at the nearest of its own sizes and resize: not with a size that was asked for,
+        unless that was asked for too."""
+        asked = self.height is not None or self.width is not None
+        return False if self.use_resolution_binning is None and asked else self.use_resolution_binning
+
+    def check(self, world: World | None, nproc: int | None = None, weights: bool = True) -> None:
+        """Look at everything that needs no model; without a ``world`` any number of processes will do.
+
+        Args:
+            weights: whether the command reads the model's weights.
+
+        Raises:
+            UsageError: naming every problem at once.
+        """
+        found = [*_world_problems(self.plan, world, nproc), *self._number_problems(), *self._choice_problems()]
+        found += self._offload_problems()
+        for check in (lambda: self._check_model(weights), *self._more_checks()):
+            try:
+                check()
+            except UsageError as error:
+                found.append(str(error))
+        if found:
+            raise UsageError("; ".join(found))
+
+    def _more_checks(self) -> list[Callable[[], None]]:
+        return []
+
+    def _number_problems(self) -> list[str]:
+        found = []
+        for name in self.counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"--{name} {value} must be at least 1")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            found.append(f"--guidance_scale {self.guidance_scale} must be a finite number")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"--seed {self.seed} must lie between 0 and 2**63 - 1")
+        return found
+
+    def _choice_problems(self) -> list[str]:
+        found = []
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            found.append(f"--dtype {self.dtype} is unknown; choose one of auto, {', '.join(DTYPES)}")
+        if self.device not in DEVICES:
+            found.append(f"--device {self.device} is unknown; choose one of {', '.join(DEVICES)}")
+        return found
+
+    def _offload_problems(self) -> list[str]:
+        found = []
+        if self.enable_model_cpu_offload and self.enable_sequential_cpu_offload:
+            found.append("--enable_model_cpu_offload and --enable_sequential_cpu_offload exclude each other; give one")
+        if self.enable_sequential_cpu_offload and self.plan.world_size > 1:
+            found.append(
+                "--enable_sequential_cpu_offload brings one layer at a time, but a split graph takes all weights at "
+                "once; give --enable_model_cpu_offload or --tensor_parallel_degree instead"
+            )
+        if self.enable_model_cpu_offload and self.plan.tensor > 1:
+            found.append(
+                f"--enable_model_cpu_offload moves whole models, but with --tensor_parallel_degree {self.plan.tensor} "
+                "a rank holds slices; leave one of them out"
+            )
+        return found
+
+    def _check_model(self, weights: bool) -> None:
+        """A folder is looked into; what an id of the Hub stands for is seen when it is fetched."""
+        if (folder := Path(find_model(self.model))).is_dir():
+            check_parts(folder, weights)
+            sides = [side if side is None or side > 0 else None for side in (self.height, self.width)]
+            check_size(folder, sides[0], sides[1], bool(self.binning))
+
+
+@dataclasses.dataclass(frozen=True)
+class Request(PipelineRequest):
+    """One picture or video to make."""
+
+    prompt: tuple[str, ...] = ("a large red star in the center on a striped mint background",)
+    num_frames: int | None = None
+    fps: int = 8
+    num_images_per_prompt: int | None = None
+    output: str | None = None
+    output_type: str = "pil"
+    compare: bool = False
+
+    counts: ClassVar[tuple[str, ...]] = (*PipelineRequest.counts, "num_frames", "fps", "num_images_per_prompt")
+
+    def _more_checks(self) -> list[Callable[[], None]]:
+        return [self._check_prompt, self._check_output]
+
+    @property
+    def seeds(self) -> int | list[int]:
+        """One seed an image, counted up from ``seed``, so that how images are shared out changes none of them."""
+        count = len(self.prompt) * (self.num_images_per_prompt or 1)
+        return self.seed if count == 1 else [self.seed + image for image in range(count)]
+
+    def _check_prompt(self) -> None:
+        if not self.prompt:
+            raise UsageError("--prompt is missing; say what to show")
+
+    @property
+    def file(self) -> str:
+        """The file to write."""
+        return self.output or f"out{OUTPUT_TYPES.get(self.output_type, SUFFIXES)[0]}"
+
+    def _check_output(self) -> None:
+        if self.output_type not in OUTPUT_TYPES:
+            raise UsageError(f"--output_type {self.output_type} is unknown; choose one of {', '.join(OUTPUT_TYPES)}")
+        path, suffixes = Path(self.file), OUTPUT_TYPES[self.output_type]
+        if path.suffix.lower() not in suffixes:
+            what = f" with --output_type {self.output_type}" if suffixes != SUFFIXES else ""
+            raise UsageError(f"--output {self.output} must end in one of {', '.join(suffixes)}{what}")
+        if path.is_dir():
+            raise UsageError(f"--output {self.file} is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise UsageError(f"--output {self.file}: folder {path.parent} does not exist; make it first")
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as they were before JSON, which has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def find_model(name: str | None) -> str:
+    """The folder or Hub id to load: the embedded pipeline where none is named.
+
+    Raises:
+        UsageError: ``name`` is neither a folder in diffusers format nor of the form ``org/name``.
+    """
+    if name is None:
+        if not (DEMO_PIPELINE / "model_index.json").is_file():
+            raise UsageError("the embedded pipeline is missing; install again, or give --model FOLDER_OR_ID")
+        return str(DEMO_PIPELINE)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UsageError(f"--model {name} has no model_index.json; give a pipeline folder in diffusers format")
+        return str(folder)
+    if folder.exists() or not _HUB_ID.fullmatch(name) or folder.parent.is_dir():
+        raise UsageError(f"--model {name} is no folder; give a pipeline folder in diffusers format or an id ORG/NAME")
+    return name
+
+
+def check_inputs(path: str | None) -> None:
+    """See that a file of example inputs exists.
+
+    Raises:
+        UsageError: it does not; says how to make one.
+    """
+    if path is not None and not Path(path).is_file():
+        raise UsageError(f"--inputs {path} does not exist; torch.save({{'args': (...), 'kwargs': {{...}}}}, {path!r})")
+
+
+def _world_problems(plan: Plan, world: World | None, nproc: int | None) -> list[str]:
+    if world is None:
+        return plan.problems()
+    if nproc is not None and nproc < 1:
+        return [*plan.problems(), f"--nproc {nproc} must be at least 1"]
+    if nproc is not None and world.launched:
+        return [*plan.problems(), f"{world.size} processes are already launched; leave out --nproc {nproc}"]
+    return plan.problems(nproc or world.size)
+
+
+_DEGREES = {
+    "ulysses": "ulysses_degree",
+    "ring": "ring_degree",
+    "data": "data_parallel_degree",
+    "tensor": "tensor_parallel_degree",
+    "pipefusion": "pipefusion_parallel_degree",
+    "distrifusion": "distrifusion_parallel_degree",
+    "patches": "num_pipeline_patch",
+    "warmup_steps": "warmup_steps",
+}
+
+
+def plan_from_flags(**flags: Any) -> Plan:
+    """A plan from the command line's flags, which have xDiT's names and spellings."""
+    return Plan(
+        **{field: flags[name] for field, name in _DEGREES.items()},
+        stage_layers=_numbers(flags["attn_layer_num_for_pp"]),
+        cfg=2 if flags["use_cfg_parallel"] else 1,
+        split_scheme="all" if flags["split_scheme"] == "row" else flags["split_scheme"],
+        mesh_order=tuple(name.strip() for name in flags["mesh_order"].split(",")),
+        backend=flags["backend"],
+        compile_mode=flags["compile_mode"],
+        attention=flags["attention"],
+        vae=flags["vae_provider"] if flags["use_parallel_vae"] else "whole",
+        vae_degree=flags["vae_parallel_degree"],
+        vae_memory=flags["vae_memory"],
+    )
+
+
+def _numbers(text: str | None) -> tuple[Any, ...] | None:
+    """Whole numbers of a list such as ``10,9``; what is none is left as text, for the plan to refuse."""
+    if text is None:
+        return None
+    return tuple(int(each) if each.strip().isdigit() else each for each in text.replace(" ", ",").split(",") if each)

@@ -1,0 +1,1 @@
+"""Ranks: who they are, where they compute, and what they tell one another."""

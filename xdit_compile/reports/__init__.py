@@ -1,0 +1,1 @@
+"""What people read of all this: `explain`, and dumps of passes."""

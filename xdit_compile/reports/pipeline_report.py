@@ -1,0 +1,106 @@
+"""What ``explain`` answers with for a pipeline: the blocks, weights, states and transfers of every stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from xdit_compile.compiler import Analysis, Pipeline, place_stage, separated
+from xdit_compile.distributed.mesh import Mesh
+from xdit_compile.plan import Plan
+
+from .report import printed
+
+
+@dataclasses.dataclass(frozen=True)
+class StageEntry:
+    """One stage, on the first of its ranks: repeated blocks, elements of parameters, and bytes.
+
+    ``states`` stay on the rank from step to step, for one branch of guidance; ``sent`` leaves it in one call after the
+    warm-up, all patches together.
+    """
+
+    stage: int
+    blocks: int
+    parameters: int
+    states: int
+    sent: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineReport:
+    """How a plan cuts one call of a module into stages and patches.
+
+    ``patches`` are the positions of each patch along the dim of the first result that is cut; ``shared`` counts the
+    elements of parameters that several stages hold, because they come before or after the blocks.
+    """
+
+    captured_by: str
+    patches: tuple[int, ...]
+    stages: tuple[StageEntry, ...]
+    parameters: int
+    shared: int
+
+    def __str__(self) -> str:
+        return printed(_rendered(self))
+
+    __repr__ = __str__
+
+
+def pipeline_report(analysis: Analysis, plan: Plan) -> PipelineReport:
+    """Sum up the stages of a plan.
+
+    Raises:
+        PartitionError: as `place_stage` does.
+    """
+    analysis = separated(analysis, plan)
+    ranks = Mesh.simulated(plan, 0).peers("pipefusion")
+    stages = [place_stage(analysis, plan, Mesh.simulated(plan, rank), {}) for rank in ranks]
+    held = [_parameters(stage) for stage in stages]
+    everything = {
+        name: math.prod(whole.shape) for stage in stages for name, (_, whole) in stage.taken("parameter").items()
+    }
+    several = [name for name in everything if sum(name in one for one in held) > 1]
+    entries = [
+        StageEntry(
+            stage.stage,
+            sum(bool(call.meta.get("repeated")) for call in stage.full.program.calls()),
+            sum(own.values()),
+            _states(stage),
+            sum(tensor.numel() * tensor.element_size() for patch in stage.patches for tensor in patch.sent),
+        )
+        for stage, own in zip(stages, held, strict=True)
+    ]
+    sizes = tuple(len(positions) for positions in stages[0].results[0].positions)
+    return PipelineReport(
+        analysis.program.how, sizes, tuple(entries), sum(everything.values()), sum(everything[name] for name in several)
+    )
+
+
+def _parameters(stage: Pipeline) -> dict[str | int, int]:
+    taken = stage.taken("parameter")
+    return {name: math.prod(given.sizes(whole.shape)) for name, (given, whole) in taken.items()}
+
+
+def _states(stage: Pipeline) -> int:
+    return sum(like.numel() * like.element_size() for _, like in stage.taken("state").values())
+
+
+def _rendered(found: PipelineReport) -> list[Any]:
+    from rich.table import Table
+
+    sizes = ", ".join(map(str, found.patches))
+    head = (
+        f"{len(found.stages)} stages, {len(found.patches)} patches of {sizes} rows; captured by {found.captured_by}; "
+        f"{found.parameters:,} parameters, {found.shared:,} of them on several stages"
+    )
+    table = Table(title="stages", title_justify="left")
+    for column in ("stage", "blocks", "parameters", "MiB of states a branch", "MiB sent a call"):
+        table.add_column(column, justify="right")
+    for entry in found.stages:
+        table.add_row(
+            str(entry.stage), str(entry.blocks), f"{entry.parameters:,}", f"{entry.states / 2**20:.2f}",
+            f"{entry.sent / 2**20:.2f}",
+        )  # fmt: skip
+    return [head, table]

@@ -1,0 +1,1 @@
+"""Methods that need more than a rewritten graph, and the autoencoder."""

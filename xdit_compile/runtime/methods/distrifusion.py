@@ -1,0 +1,124 @@
+"""Runs a denoiser on ranks that share its tokens and do not wait for one another (DistriFusion, arXiv:2402.19481).
+
+The first steps of a generation exchange keys, values and rows before they are used. Later ones take what other ranks
+sent during the step before, and send their own while they go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from xdit_compile.capture.interpret import bind, run_outcome
+from xdit_compile.compiler import Analysis, place
+from xdit_compile.ir.peak_memory import if_room
+from xdit_compile.ir.precision import precision_for
+from xdit_compile.ir.program import Program
+from xdit_compile.passes.local.layout import PATCH
+from xdit_compile.passes.stages.choose_patches import stepping
+from xdit_compile.reports.dump import dump
+from xdit_compile.runtime.generation import Branch, States
+from xdit_compile.runtime.prepared import Prepared
+from xdit_compile.runtime.runner import Computing, Runner, device_of
+from xdit_compile.weights.weights import Weights
+
+Run = Callable[..., tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shared(Prepared):
+    """What one signature runs on this rank: with exchanges that it waits for, and with those of the step before.
+
+    Args:
+        stale: the program that waits for nothing, and ``run_stale`` what runs it.
+        leaving: names of what it sends, after its results.
+        stepping: positions among the flat inputs of those that may change from step to step, and ``varying`` of those
+            among them that do.
+    """
+
+    stale: Program
+    run_stale: Run
+    leaving: tuple[str, ...]
+    stepping: frozenset[int]
+    varying: tuple[int, ...]
+
+    @property
+    def programs(self) -> Sequence[Program]:
+        return [self.program, self.stale]
+
+    def constants(self, leaves: list[Any]) -> list[torch.Tensor]:
+        """The inputs that tell branches of guidance apart."""
+        tensors = [(at, leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        return [leaf for at, leaf in tensors if leaf.ndim > 1 and at not in self.stepping]
+
+    def states(self, device: torch.device) -> States:
+        """Empty states, and nothing on its way for them."""
+        placeholders = self.stale.root.graph.find_nodes(op="placeholder")
+        pairs = zip(self.stale.inputs, (node.meta["val"] for node in placeholders), strict=True)
+        kept = {given.target: like for given, like in pairs if given.kind in ("state", "arriving")}
+        return {name: torch.zeros(like.shape, dtype=like.dtype, device=device) for name, like in kept.items()}
+
+    def at_once(self, weights: Weights, leaves: list[Any], states: States) -> tuple[torch.Tensor, ...]:
+        """A call that waits for other ranks."""
+        return self.run(*bind(self.program, weights, leaves, states))
+
+    def on(self, weights: Weights, leaves: list[Any], states: States) -> tuple[torch.Tensor, ...]:
+        """A call that goes on with what other ranks left, and leaves its own."""
+        found = self.run_stale(*bind(self.stale, weights, leaves, states))
+        results = len(found) - len(self.leaving)
+        states.update(zip(self.leaving, found[results:], strict=True))
+        return found[:results]
+
+
+class StaleRunner(Runner):
+    """Called in place of ``module.forward``; waits for other ranks in the first steps of a generation alone."""
+
+    cuts_calls = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.generation = self.session.generation
+
+    def _computing(self, prepared: Prepared, leaves: list[Any]) -> Computing:
+        assert isinstance(prepared, Shared)
+        device = device_of(leaves)
+        branch = self.generation.branch(self, prepared, prepared.constants(leaves), lambda: prepared.states(device))
+        branch.enter(tuple(leaves[at] for at in prepared.varying))
+        way = prepared.at_once if self.generation.waits(branch) else prepared.on
+        return lambda given: way(self.weights, given, branch.states)
+
+    def _compared(self, prepared: Prepared, compute: Computing, leaves: list[Any]) -> Computing:
+        """What other ranks left is a step old: in the place of its result the unsplit program's is compared."""
+        if self._is_compared(prepared):
+            args, kwargs = pytree.tree_unflatten(leaves, prepared.program.in_spec)
+            with precision_for(prepared.made):
+                expected = self._expected(prepared, leaves)
+                own = functools.partial(run_outcome, prepared.analysis.program, self.module, args, kwargs)
+                found = None if expected is None else if_room(own, device_of(leaves))
+            self._verify_later(prepared, leaves, found, expected if found is not None else None)
+        return compute
+
+    def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
+        fresh, stale = (place(analysis, self.plan, self.mesh, stale=late) for late in (False, True))
+        for each in (fresh, stale):
+            each.program.root.to(device)
+        dump(analysis, stale, self.mesh.rank)
+        first, second = (self.backend.compile(each.program.root) for each in (fresh, stale))
+        users = {given.name: int(given.target) for given in analysis.program.inputs if given.kind == "user"}
+        some, varying = ([users[n] for n in names] for names in stepping(analysis.inference, analysis.units[PATCH]))
+        ways = fresh.program, first, stale.program, second
+        return Shared(analysis, *ways, stale.leaving, frozenset(some), tuple(varying))
+
+    def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Waiting for other ranks, going on with what that left, and with what this left: the same, the step is."""
+        assert isinstance(prepared, Shared)
+        branch = Branch(lambda: prepared.states(device_of(leaves)))
+        yield prepared.at_once(self.weights, leaves, branch.states)
+        for _ in range(2):
+            yield prepared.on(self.weights, leaves, branch.states)
+        branch.finish()

@@ -1,0 +1,340 @@
+"""Runs a denoiser as a pipeline of stages through which patches flow (PipeFusion, arXiv:2405.14430).
+
+The first steps of a generation compute all tokens at once, one stage after the other. Every later call answers at once:
+its result comes in patches, which the first stage gets from the last as they are done, so that the next step begins
+before this one has ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from xdit_compile.capture.interpret import assemble, bind
+from xdit_compile.capture.state.containers import Outcome
+from xdit_compile.capture.state.signature import Signature
+from xdit_compile.compiler import Analysis, Lie, Pipeline, place_stage, separated
+from xdit_compile.distributed.devices import finish
+from xdit_compile.ir.program import Program
+from xdit_compile.passes.local.layout import BATCH
+from xdit_compile.passes.stages.assign_stages import Stage
+from xdit_compile.runtime.cfg_branches import Call, alone
+from xdit_compile.runtime.generation import Branch
+from xdit_compile.runtime.prepared import Prepared
+from xdit_compile.runtime.runner import Runner, device_of
+from xdit_compile.runtime.tensors.patched_tensor import Cut, Part, PatchedTensor, whole_of
+from xdit_compile.weights.weights import Weights
+
+from .cfg_pipelines import Halves
+from .stage_channel import Arriving, Pipe
+
+Run = Callable[..., tuple[Any, ...]]
+Kept = dict[str | int, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flow(Prepared):
+    """What one signature runs on this rank: its stage of the program of all tokens, and of that of each patch."""
+
+    pipeline: Pipeline
+    common: Run
+    runs: tuple[Run, ...]
+    inputs: dict[int, Cut]
+    results: tuple[Cut, ...]
+
+    @property
+    def programs(self) -> Sequence[Program]:
+        return self.pipeline.programs
+
+    @property
+    def patches(self) -> range:
+        """The patches, by number."""
+        return range(len(self.pipeline.patches))
+
+    def likes(self, patch: int) -> list[torch.Tensor]:
+        """Tensors of the shapes and dtypes of the results of one patch, on the meta device."""
+        return [lie.likes[patch] for lie in self.pipeline.results]
+
+    def constants(self, leaves: list[Any]) -> list[torch.Tensor]:
+        """The inputs that tell branches of guidance apart: neither the time of a step nor what every patch has its
+        own part of."""
+        stepping = {at for at, cut in self.inputs.items() if all(len(each) for each in cut.positions)}
+        tensors = [(at, leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        return [leaf for at, leaf in tensors if leaf.ndim > 1 and at not in stepping]
+
+    def kept(self, weights: Weights, leaves: list[Any], branch: Branch) -> Kept:
+        """What the programs of patches take beside inputs that vary: states, and what all patches need alike."""
+        found = self.common(*bind(self.pipeline.common, weights, leaves))
+        return {**branch.states, **dict(zip(self.pipeline.shared, found, strict=True))}
+
+    def states(self, device: torch.device) -> Kept:
+        """Empty states of the kinds that the programs keep."""
+        likes = {name: like for name, (_, like) in self.pipeline.taken("state").items()}
+        return {name: torch.zeros(like.shape, dtype=like.dtype, device=device) for name, like in likes.items()}
+
+
+class _Drains:
+    """Says once a generation what it costs that something between two steps needs all patches."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._generation, self._said = 0, False
+
+    def took(self, begin: float) -> None:
+        """What began then is over, when the device is done; it is waited for until the cost was said."""
+        if not self._said:
+            finish()
+        self.seconds += time.perf_counter() - begin
+
+    def between(self, generation: int) -> None:
+        """Another call of a generation, by its number, begins."""
+        if generation != self._generation:
+            self._generation, self._said = generation, False
+        elif self.seconds and not self._said:
+            self._said = True
+            warnings.warn(
+                f"all patches were read between two steps, which waited {self.seconds:.2f} s for the whole pipeline: "
+                "a callback that reads latents does that, or a scheduler that needs all of them",
+                stacklevel=2,
+            )
+        self.seconds = 0.0
+
+
+class PipelineRunner(Runner):
+    """Called in place of ``module.forward``; results come in patches once the warm-up is over."""
+
+    compares_later = False  # stages hold their own weights alone
+    cuts_calls = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.generation = self.session.generation
+        self.collected = 0
+        self._drains = _Drains()
+        self.taken: list[Program] = []
+        self.places: dict[str, int] = {}
+        self.halves = Halves(self.mesh)
+        self.stage, self.last = self.mesh.coordinate("pipefusion"), self.mesh.size("pipefusion") - 1
+        self.pipe = Pipe(self.mesh) if self.last else None
+        self.stages = self.mesh.peers("pipefusion")
+        self.session.after_failure(self._reset)
+
+    def _reset(self) -> None:
+        self.halves.reset()
+        if self.pipe is not None:
+            self.pipe.reset()
+
+    def _run(self, args: tuple, kwargs: dict) -> Outcome:
+        flow, leaves = self._known(args, kwargs)
+        assert isinstance(flow, Flow)
+        device = device_of(leaves)
+        branch = self.generation.branch(self, flow, flow.constants(leaves), lambda: flow.states(device))
+        branch.enter(tuple(leaves[at] for at in flow.pipeline.varying))
+        fresh = self.generation.waits(branch)
+        if self.halves.count > 1 and self.generation.active and not flow.analysis.units.get(BATCH):
+            return assemble(flow.program, tuple(self._on_one_half(flow, leaves, branch, fresh)))
+        tensors = self._at_once(flow, leaves, branch) if fresh else self._in_patches(flow, leaves, branch)
+        return assemble(flow.program, tuple(tensors))
+
+    def _on_one_half(self, flow: Flow, leaves: list[Any], branch: Branch, fresh: bool) -> list[PatchedTensor]:
+        """A branch of guidance that one pipeline computes, while the others compute theirs; results in patches on all.
+
+        Raises:
+            XditCompileError: the generation has no other branch.
+        """
+        if branch.steps > 1 and self.generation.branches(self) == 1:
+            unshared = None if flow.batch is None else flow.batch.unshared
+            raise alone(self.plan.cfg, Call(self.module, self.name, leaves, unshared))
+        self.halves.turn()
+        given = [part for leaf in leaves if isinstance(leaf, PatchedTensor) for part in leaf.parts]
+        branch.settle(tuple(part for part in given if part.here))
+        device, half = device_of(leaves), branch.index % self.halves.count
+        if half != self.halves.here:
+            return self._patched(flow, [self._taken(flow, at, device, half) for at in flow.patches], device)
+        if not fresh:
+            return self._in_patches(flow, leaves, branch, shared=True)
+        found = self._stage_at_once(flow, leaves, branch)
+        done: list[Sequence[torch.Tensor]] = [()] * len(flow.patches)
+        if self.stage == self.last:
+            done = [[cut.take(each, at) for each, cut in zip(found, flow.results, strict=True)] for at in flow.patches]
+            for results in done:
+                self._give(results, shared=True)
+        return self._patched(flow, self._elsewhere(flow, device) or _here(done), device)
+
+    def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
+        args, kwargs = pytree.tree_map(whole_of, (args, kwargs))
+        return super()._prepare(key, args, kwargs, [whole_of(leaf) for leaf in leaves])
+
+    def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
+        analysis = separated(analysis, self.plan)
+        pipeline = place_stage(analysis, self.plan, self.mesh, self.places)
+        if not any(given.kind == "parameter" for program in pipeline.programs for given in program.inputs):
+            warnings.warn(
+                f"stage {self.stage} of {self.last + 1} holds no parameters, so that other ranks hold them all; "
+                "use fewer stages, or say with stage_layers which blocks each has",
+                stacklevel=2,
+            )
+        stages = (pipeline.full, *pipeline.patches)
+        roots = [pipeline.common.root, *(stage.program.root for stage in stages)]
+        common, *runs = (self.backend.compile(root.to(device)) for root in roots)
+        known: dict[tuple, tuple[torch.Tensor, ...]] = {}
+        inputs = {at: self._cut(lie, known) for at, lie in pipeline.inputs.items()}
+        results = tuple(self._cut(lie, known) for lie in pipeline.results)
+        return Flow(analysis, pipeline.full.program, runs[0], pipeline, common, tuple(runs), inputs, results)
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.taken.clear()
+
+    def _release(self, prepared: Prepared) -> None:
+        self.taken += prepared.programs
+        self.weights.release(self.taken)
+        self.weights.release_others(self.taken)
+
+    def _cut(self, lie: Lie, known: dict[tuple, tuple[torch.Tensor, ...]]) -> Cut:
+        positions = known.setdefault(
+            lie.positions, tuple(torch.tensor(each, dtype=torch.long) for each in lie.positions)
+        )
+        return Cut(positions, lie.back, self._collect)
+
+    def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """All tokens at once, and patch by patch with what that left: the same, because the step is."""
+        assert isinstance(prepared, Flow)
+        branch = Branch(lambda: prepared.states(device_of(leaves)))
+        self._compile(prepared, leaves, branch)
+        yield tuple(self._at_once(prepared, leaves, branch))
+        yield tuple(map(whole_of, self._in_patches(prepared, leaves, branch)))
+        self._drains.seconds = 0.0
+
+    def _compile(self, flow: Flow, leaves: list[Any], branch: Branch) -> None:
+        """Run every program of this stage once on nothing, so that all stages compile at the same time."""
+        device, common = device_of(leaves), flow.kept(self.weights, leaves, branch)
+        for at, stage in enumerate((flow.pipeline.full, *flow.pipeline.patches)):
+            patches: Kept = {k: cut.take(leaves[k], max(at - 1, 0)) for k, cut in flow.inputs.items()}
+            received = [torch.zeros_like(like, device=device) for like in stage.received]
+            flow.runs[at](*bind(stage.program, self.weights, leaves, {**common, **patches}), *received)
+
+    def _at_once(self, flow: Flow, leaves: list[Any], branch: Branch) -> list[torch.Tensor]:
+        """All tokens, stage after stage; the results on every rank."""
+        found, device = self._stage_at_once(flow, leaves, branch), device_of(leaves)
+        if self.pipe is None:
+            return list(found)
+        if self.stage < self.last:
+            likes = [lie.likes for lie in flow.pipeline.results]
+            found = [cut.empty(parts, device) for cut, parts in zip(flow.results, likes, strict=True)]
+        return [self.pipe.broadcast(tensor, self.last) for tensor in found]
+
+    def _stage_at_once(self, flow: Flow, leaves: list[Any], branch: Branch) -> Sequence[torch.Tensor]:
+        """This stage of all tokens; the last one has the results."""
+        leaves = [whole_of(leaf) for leaf in leaves]
+        device, stage = device_of(leaves), flow.pipeline.full
+        self._turn()
+        received: Sequence[torch.Tensor] = ()
+        if self.pipe is not None and self.stage:
+            received = self.pipe.receive(stage.received, device, self.stages[self.stage - 1]).wait()
+        found: Sequence[torch.Tensor] = flow.runs[0](
+            *bind(stage.program, self.weights, leaves, branch.states), *received
+        )
+        if self.pipe is not None and self.stage < self.last:
+            self.pipe.send(found, self.stages[self.stage + 1])
+        return found
+
+    def _in_patches(
+        self, flow: Flow, leaves: list[Any], branch: Branch, shared: bool = False
+    ) -> list[PatchedTensor]:  # fmt: skip
+        """Patch after patch, with the keys and values that other patches left; ``shared`` with other pipelines."""
+        self._drains.between(self.generation.number)
+        self._turn()
+        device = device_of(leaves)
+        given = {at: self._patches(leaves[at], cut) for at, cut in flow.inputs.items()}
+        arriving = [self._asked(stage, device) for stage in flow.pipeline.patches]
+        parts = self._elsewhere(flow, device)
+        common = flow.kept(self.weights, leaves, branch)
+        done: list[Sequence[torch.Tensor]] = []
+        for at, stage in enumerate(flow.pipeline.patches):
+            wanted = {int(each.target) for each in stage.program.inputs if each.kind == "patch"}
+            kept = dict(common)
+            kept.update((target, given[target][at].value()) for target in wanted)
+            tensors = bind(stage.program, self.weights, leaves, kept)
+            found = flow.runs[at + 1](*tensors, *arriving[at]())
+            if self.pipe is not None and self.stage < self.last:
+                self.pipe.send(found, self.stages[self.stage + 1])
+            else:
+                self._give(found, shared)
+            done.append(found)
+        return self._patched(flow, parts or _here(done), device)
+
+    def _give(self, found: Sequence[torch.Tensor], shared: bool) -> None:
+        """Send the results of a patch from the last stage to where they are needed."""
+        if self.pipe is not None:
+            self.pipe.send(found, self.stages[0])
+        if shared:
+            self.halves.give(found)
+
+    def _patched(self, flow: Flow, parts: list[list[Part]], device: torch.device) -> list[PatchedTensor]:
+        return [PatchedTensor([part[k] for part in parts], cut, device) for k, cut in enumerate(flow.results)]
+
+    def _turn(self) -> None:
+        if self.pipe is not None:
+            self.pipe.turn()
+
+    def _asked(self, stage: Stage, device: torch.device) -> Callable[[], Sequence[torch.Tensor]]:
+        if self.pipe is None or not self.stage:
+            return tuple
+        return self.pipe.receive(stage.received, device, self.stages[self.stage - 1]).wait
+
+    def _elsewhere(self, flow: Flow, device: torch.device) -> list[list[Part]]:
+        """The results patch by patch where the last stage is another: on their way to the first, to none between.
+
+        They are asked for before anything is computed, so that the last stage can send each as it is done.
+        """
+        if self.pipe is None or self.stage == self.last:
+            return []
+        if self.stage:
+            return [[Part(like) for like in flow.likes(at)] for at in flow.patches]
+        source = self.stages[self.last]
+        return [_coming(self.pipe.receive(flow.likes(at), device, source), flow.likes(at)) for at in flow.patches]
+
+    def _taken(self, flow: Flow, at: int, device: torch.device, half: int) -> list[Part]:
+        """The results of a patch that another pipeline computes: on their way to the first and last stage here."""
+        if self.stage in (0, self.last):
+            return _coming(self.halves.take(flow.likes(at), device, half), flow.likes(at))
+        return [Part(like) for like in flow.likes(at)]
+
+    def _patches(self, leaf: torch.Tensor, cut: Cut) -> list[Part]:
+        """An input patch by patch."""
+        if isinstance(leaf, PatchedTensor) and leaf.cut.positions is cut.positions and leaf.cut.back == cut.back:
+            return leaf.parts
+        whole = whole_of(leaf)
+        return [Part.of(cut.take(whole, at)) for at in range(len(cut.positions))]
+
+    def _collect(self, tensor: PatchedTensor) -> torch.Tensor:
+        """All patches on every rank, from the last stage, which computes every one."""
+        self.collected += 1
+        begin = time.perf_counter()
+        self.session.agreement.exchange("a read of all patches", None)
+        if self.pipe is None or self.stage == self.last:
+            whole = tensor.cut.join([part.value() for part in tensor.parts])
+        else:
+            whole = tensor.cut.empty([part.like for part in tensor.parts], tensor.device)
+        whole = whole if self.pipe is None else self.pipe.broadcast(whole, self.last)
+        self._drains.took(begin)
+        return whole
+
+
+def _here(done: Sequence[Sequence[torch.Tensor]]) -> list[list[Part]]:
+    return [[Part.of(tensor) for tensor in found] for found in done]
+
+
+def _coming(arriving: Arriving, likes: Sequence[torch.Tensor]) -> list[Part]:
+    return [Part(like, make=_item(arriving, k)) for k, like in enumerate(likes)]
+
+
+def _item(arriving: Arriving, at: int) -> Callable[[], torch.Tensor]:
+    return lambda: arriving.wait()[at]

@@ -1,0 +1,156 @@
+"""Compares what runs in a module's place with the module itself; a smaller call where there is no memory for that."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from xdit_compile.backends.base import Backend
+from xdit_compile.backends.eager import Eager
+from xdit_compile.capture.capture import first_line
+from xdit_compile.capture.interpret import assemble
+from xdit_compile.capture.state.containers import Outcome
+from xdit_compile.capture.state.in_place import as_it_was
+from xdit_compile.capture.state.module_snapshot import same_random_numbers
+from xdit_compile.compiler import Analysis, analyse
+from xdit_compile.distributed.agreement import Agreement
+from xdit_compile.distributed.mesh import Mesh
+from xdit_compile.errors import StateError
+from xdit_compile.ir.digest import digest, digest_program
+from xdit_compile.ir.peak_memory import if_room
+from xdit_compile.ir.precision import precision_for
+from xdit_compile.passes.axes.infer import Inference
+from xdit_compile.passes.local.layout import Chosen
+from xdit_compile.plan import Plan
+from xdit_compile.runtime.verify.room import has_room
+from xdit_compile.runtime.verify.smaller import smaller
+from xdit_compile.runtime.verify.verification import Difference, Slack, narrow_rounding, verify, verify_later
+from xdit_compile.weights.weights import Weights
+
+from .data_parallel import Batch
+from .prepared import Prepared
+
+logger = logging.getLogger("xdit_compile")
+
+
+class Proving:
+    """The part of a runner that compares; what ranks go on to after it, all have said."""
+
+    module: nn.Module
+    name: str
+    weights: Weights
+    plan: Plan
+    mesh: Mesh
+    backend: Backend
+    _agreement: Agreement
+    _trace_only: bool
+    _choose: Callable[[Inference, Plan], Chosen]
+    _own_outcome: Callable[[tuple, dict], Outcome]
+    _release_all: Callable[[], None]
+    _placed: Callable[[Analysis, torch.device], Prepared]
+    _found: Callable[[Prepared, list[Any]], Iterator[tuple[torch.Tensor, ...]]]
+
+    def _has_room(self, own: Callable[..., Any], args: tuple, kwargs: dict) -> bool:
+        """Whether every rank has the memory for the module itself to run, as far as can be known."""
+        device = device_of(pytree.tree_leaves((args, kwargs)))
+        with as_it_was(self.module):
+            enough = self.weights.partial or has_room(self.module, own, args, kwargs, device)
+        return not self._agreement.any("room for the module itself", not enough)
+
+    def _proven(self, prepared: Prepared, own: Callable[..., Any], leaves: list[Any]) -> Prepared:
+        """What runs a call, compared with the module itself, or of a smaller call where there is no memory for that."""
+        rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1
+        if not self.plan.verify or self._trace_only or (prepared.room and not rewritten):
+            return prepared
+        if self._agreement.any("whole weights", self.weights.partial):
+            return prepared
+        if prepared.room and self._verify(prepared, leaves):
+            return prepared
+        why = self._rehearsed(prepared, own, leaves)
+        if why:
+            warnings.warn(
+                f"the first call of {self.name} was not compared with the module itself, for which there is no memory "
+                f"on a rank, nor was a smaller one: {why}; compare results at a smaller size yourself",
+                stacklevel=2,
+            )
+        else:
+            logger.info("of %s a smaller call was compared, for want of memory for the module itself", self.name)
+        return dataclasses.replace(prepared, room=False)
+
+    def _verify(self, prepared: Prepared, leaves: list[Any]) -> bool:
+        """Compare a call with the module itself; False where a rank has not the memory to run that."""
+        with precision_for(prepared.made):
+            expected = self._expected(prepared, leaves)
+            if self._agreement.any("what the module itself gives", expected is None):
+                return False
+            slack = self._slack(prepared, leaves)
+            for found in self._found(prepared, leaves):
+                verify(assemble(prepared.whole, found), expected, slack)
+        self._agreement.agree("its verdict", {})
+        return True
+
+    def _rehearsed(self, prepared: Prepared, own: Callable[..., Any], leaves: list[Any]) -> str:
+        """Compare a smaller call, uncompiled; why it could not be, where it could not."""
+        if prepared.shared is not None:
+            return "ranks run calls of other samples each"
+        args, kwargs = pytree.tree_unflatten(leaves, prepared.whole.in_spec)
+        call = smaller(prepared.analysis.inference, args, kwargs, self.mesh.world_size)
+        if call is None:
+            return "its inputs name no axis that could be shorter"
+        small, why = self._small(own, *call)
+        if self._agreement.any("a smaller call", small is None) or small is None:
+            return why or "another rank could not run it"
+        graph = digest([digest_program(small.analysis.program), small.analysis.units])
+        self._agreement.agree("its smaller graph", {"smaller graph": graph})
+        return "" if self._verify(small, pytree.tree_leaves(call)) else "there is no memory for that either"
+
+    def _small(self, own: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[Prepared | None, str]:
+        """What runs a smaller call, uncompiled, or why the module does not take it.
+
+        Raises:
+            StateError: the module keeps something from call to call.
+        """
+        compiler, self.backend = self.backend, Eager()
+        try:
+            with as_it_was(self.module):
+                analysis = analyse(self.module, self.plan, args, kwargs, forward=own, choose=self._choose)
+            small = self._placed(analysis, device_of(pytree.tree_leaves((args, kwargs))))
+            return dataclasses.replace(small, batch=Batch(analysis)), ""
+        except StateError:
+            raise
+        except Exception as error:  # noqa: BLE001 - any refusal of the module's own code
+            return None, first_line(error)
+        finally:
+            self.backend = compiler
+
+    def _expected(self, prepared: Prepared, leaves: list[Any]) -> Outcome | None:
+        """What the module itself does with the inputs of a call, which stay as they are; None without the memory."""
+        if prepared.whole.outcome.form.written:
+            leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, prepared.whole.in_spec)
+        with same_random_numbers():
+            return if_room(lambda: self._own_outcome(args, kwargs), device_of(leaves))
+
+    def _verify_later(self, prepared: Prepared, leaves: list[Any], found: Any, expected: Any) -> None:
+        if expected is not None:
+            verify_later(found, expected, self.name, self._slack(prepared, leaves))
+        self._release_all()
+
+    def _slack(self, prepared: Prepared, leaves: list[Any]) -> Slack:
+        args, kwargs = pytree.tree_unflatten(leaves, prepared.whole.in_spec)
+        rounding = functools.partial(narrow_rounding, prepared.whole, self.module, args, kwargs)
+        return lambda: if_room(rounding, device_of(leaves)) or Difference()
+
+
+def device_of(leaves: list[Any]) -> torch.device:
+    """Where the largest input lies; index lists that the passes made must lie there too."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return max(tensors, key=torch.Tensor.numel).device if tensors else torch.device("cpu")

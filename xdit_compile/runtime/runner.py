@@ -1,0 +1,354 @@
+"""Stands in for a module's forward: finds or makes the program for a call, and runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from xdit_compile.capture.interpret import assemble, bind
+from xdit_compile.capture.state.containers import Outcome, leave, observed
+from xdit_compile.capture.state.in_place import as_it_was, found_method, refuse_lost
+from xdit_compile.capture.state.signature import Fingerprint, Signature, fingerprint, kept, signature
+from xdit_compile.capture.state.unchanged import Watch
+from xdit_compile.capture.state.unsupported import moves_weights, refuse_draws, refuse_unsupported
+from xdit_compile.compiler import Analysis, analyse, choose_units, place
+from xdit_compile.errors import CaptureError, NoRoomError
+from xdit_compile.ir.digest import digest, digest_program, digest_shapes
+from xdit_compile.ir.precision import precision_for
+from xdit_compile.passes.axes.infer import Inference
+from xdit_compile.passes.local.layout import BATCH, Chosen
+from xdit_compile.passes.memory.tile_rows import in_strips
+from xdit_compile.plan import Plan
+from xdit_compile.reports.dump import dump
+from xdit_compile.runtime.tensors.deferred_tensor import Deferred, values_of
+from xdit_compile.runtime.verify.later_call import LaterCall
+from xdit_compile.weights.weights import Gather, Weights
+
+from .cfg_branches import Call, unshared_images
+from .data_parallel import Batch, Batches
+from .prepared import Prepared
+from .programs import Programs
+from .proving import Proving, device_of
+from .session import Place, Session
+from .unsplit import Changing, RunsWhole, Unsplit
+
+Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
+"""From the flat inputs of a call to the tensors of its result."""
+
+
+class Runner(Proving):
+    """Called in place of ``module.forward``.
+
+    A call whose signature is known runs at once; another is captured, partitioned, compiled and, with ``plan.verify``,
+    compared with the module itself. Values of guards that changed make a new program too. Of more programs than
+    ``plan.max_programs`` the one that was not used for the longest time is dropped.
+
+    Args:
+        weights: of the module.
+        session: what the ranks share.
+        name: what the module is called in messages.
+        place: what graphs are made for, where that is not the session's own.
+        computation: what to compute in place of the module's ``forward``: another method of it.
+        choose: says what of a program is split.
+        gather: whether results are made whole; without it each rank has its part of them.
+        budget: bytes beside weights that this rank may take; convolutions run in strips where that takes it.
+        trace_only: the module itself never runs, neither to be captured nor to be compared with, as its memory might
+            not be there.
+    """
+
+    compares_later = True
+    cuts_calls = True
+    """Whether a rank may run a call of some of the samples in place of its part of the whole one."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        session: Session,
+        name: str = "module",
+        *,
+        place: Place | None = None,
+        computation: Callable[..., Any] | None = None,
+        choose: Callable[[Inference, Plan], Chosen] = choose_units,
+        gather: bool = True,
+        budget: int | None = None,
+        trace_only: bool = False,
+    ):
+        self.weights, self.module, self.name = weights, weights.module, name
+        self.session = session
+        place = place or session.place
+        self.plan, self.mesh, self.backend = place.plan, place.mesh, place.backend
+        self._is_denoiser = place is session.place
+        self._guided = self._is_denoiser and session.branches.active
+        self._given = computation
+        self._choose, self._gather, self._budget, self._trace_only = choose, gather, budget, trace_only
+        self.prepared: Programs[Prepared] = Programs(self.plan.max_programs)
+        self.unsplit = Unsplit(name)
+        self._compares = self.compares_later and self._is_denoiser and self.plan.verify
+        self._unreleased: list[Prepared] = []
+        self._changing = Changing()
+        self._later = LaterCall()
+        self._watch: Watch | None = None
+        self._agreement = session.agreement
+        self._batches = Batches(self.plan, self.mesh, session.agreement, self.cuts_calls)
+        self._branches = session.branches
+        session.before_request(self.renew)
+        session.after_request(self._unwatch)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.session.call():
+            try:
+                outcome = self._run(*self._arrived(args, kwargs))
+            except RunsWhole:
+                return self._run_whole(args, kwargs)
+            leave(outcome, (args, kwargs))
+            return outcome.result
+
+    @property
+    def _computation(self) -> Callable[..., Any]:
+        return self._given or found_method(self.module, "forward")
+
+    def _run_whole(self, args: tuple, kwargs: dict) -> Any:
+        """The module's own result; what it leaves in containers it leaves in the caller's."""
+        arrived = self._arrived(args, kwargs)
+        outcome = self._own_outcome(*arrived)
+        if arrived[0] is not args:
+            leave(outcome, (args, kwargs))
+        return outcome.result
+
+    def _own_outcome(self, args: tuple, kwargs: dict) -> Outcome:
+        own = self._computation
+        with as_it_was(self.module):
+            return observed(own, args, kwargs)
+
+    def _run(self, args: tuple, kwargs: dict) -> Outcome:
+        prepared, leaves = self._known(args, kwargs)
+        compute = self._compared(prepared, self._computing_part(prepared, leaves), leaves)
+        if self._guided:
+            if prepared.batch is None or prepared.batch.over != BATCH:
+                return self._deferred(prepared, leaves, compute)
+            self._branches.shared += 1
+        return assemble(prepared.whole, compute(leaves))
+
+    def renew(self) -> None:
+        """Notice what changed without a word since the last request; to be called when one begins.
+
+        Raises:
+            UsageError: calls of the module come here no more.
+        """
+        refuse_lost(self.module, self.name)
+        if self.session.in_request:
+            self._unwatch()
+        self._changing.begin()
+        self._release_all()
+        self.weights.renew()
+
+    def recover(self, gather: Gather) -> None:
+        """Give the module its weights back, once all ranks have come to gather the same ones.
+
+        Raises:
+            AgreementError: a rank has other ones, or does not come.
+            UsageError: the values of some are nowhere.
+        """
+        if self.plan.tensor > 1 or self.plan.pipefusion > 1:
+            self._agreement.agree("restore", {"set of released weights": digest(self.weights.to_gather())})
+        self.weights.recover(gather)
+
+    def refresh(self) -> None:
+        """Forget slices of weights, and programs, which may hold values that the module keeps outside of parameters.
+
+        Raises:
+            UsageError: weights were released and cannot be had again.
+        """
+        self.weights.refresh()
+        self.prepared.clear()
+        self.unsplit.clear()
+
+    def _computing(self, prepared: Prepared, leaves: list[Any]) -> Computing:
+        """How the results of this call come from its inputs, now or later."""
+        return lambda given: prepared.run(*bind(prepared.program, self.weights, given))
+
+    def _computing_part(self, prepared: Prepared, leaves: list[Any]) -> Computing:
+        """The same, where this rank may run a part of the call."""
+        shared = prepared.shared
+        if shared is None:
+            return self._computing(prepared, leaves)
+        own = self._computing(prepared, shared.taken(leaves))
+        return lambda given: shared.gathered(own(shared.taken(given)))
+
+    def _compared(self, prepared: Prepared, compute: Computing, leaves: list[Any]) -> Computing:
+        """The same, compared with the module itself if this is the later call that is."""
+        if not self._is_compared(prepared):
+            return compute
+
+        def compared(given: list[Any]) -> tuple[torch.Tensor, ...]:
+            with precision_for(prepared.made):
+                expected = self._expected(prepared, given)
+                found = compute(given)
+            self._verify_later(prepared, given, assemble(prepared.whole, found), expected)
+            return found
+
+        return compared
+
+    def _is_compared(self, prepared: Prepared) -> bool:
+        due = self._compares and prepared.room and self._later.due(prepared, self.session.steps)
+        return due and not self.weights.partial
+
+    def _known(self, args: tuple, kwargs: dict) -> tuple[Prepared, list[Any]]:
+        """What runs a call of this signature, made if need be, and the flat inputs to run it with."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        inputs, first = self.session.inputs, self.session.in_request and self.session.inputs.first(self)
+        leaves = inputs.agreed(leaves) if first else inputs.known(leaves)
+        key = signature(self.module, args, kwargs, self._watched())
+        whole, known = self.unsplit.covers(key), self.prepared.find(key, leaves)
+        which = "whole" if whole else "new" if known is None else known[0]
+        self.session.announce(f"{self.name} {which}", leaves)
+        if whole:
+            raise RunsWhole
+        if known is not None:
+            return known[1], leaves
+        self._unwatch()
+        leaves = leaves if first else inputs.agreed(leaves)
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        kept(key.modules)
+        prepared = self._prepare(key, args, kwargs, leaves)
+        left = dataclasses.replace(key, modules=kept(fingerprint(self.module)))
+        self.prepared.add(prepared, key, left)
+        return prepared, leaves
+
+    def _watched(self) -> Fingerprint:
+        """The fingerprint of the module as it is now; taken once, for as long as nothing is seen to have changed."""
+        if self._watch is None or not self._watch.same():
+            self._watch = Watch(self.module)
+            self._watch.fingerprint = self.prepared.described(self._watch.fingerprint)
+        self.weights.bindings.of_state(self._watch)
+        return self._watch.fingerprint
+
+    def _unwatch(self) -> None:
+        """The module is about to change, or a request is over: look at all of it when it is called again."""
+        self._watch = None
+        self.weights.bindings.of_state(None)
+
+    def _arrived(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The inputs with the values of those that another denoiser has not computed yet."""
+        if not self._guided:
+            return args, kwargs
+        if any(isinstance(leaf, Deferred) and not leaf.settled for leaf in pytree.tree_leaves((args, kwargs))):
+            self._branches.flush(asking=self.module)
+        return pytree.tree_map(values_of, (args, kwargs))
+
+    def _deferred(self, prepared: Prepared, leaves: list[Any], compute: Computing) -> Outcome:
+        """One branch of guidance: its inputs are kept as they are now, its results come with the other branches'."""
+        device = device_of(leaves)
+        kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        likes = [torch.empty(fake.shape, dtype=fake.dtype, device=device) for fake in prepared.made]
+        call = Call(self.module, self.name, kept, None if prepared.batch is None else prepared.batch.unshared)
+        return assemble(prepared.whole, tuple(self._branches.call(call, lambda: compute(kept), likes)))
+
+    def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
+        shapes = {"plan": digest([self.plan]), "input shape": digest_shapes(leaves)}
+        self._agreement.agree("a new program", shapes)
+        own = self._computation
+        analysis, room = self._analysed(key, own, args, kwargs)
+        self._agreement.agree("its graph", {"graph": digest([digest_program(analysis.program), analysis.units])})
+        batch = self._shared(analysis, own, args, kwargs, room)
+        prepared = self._placed(batch.analysis, device_of(leaves))
+        prepared = self._proven(dataclasses.replace(prepared, batch=batch, room=room), own, leaves)
+        self._settle(prepared)
+        return prepared
+
+    def _analysed(
+        self, key: Signature, own: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> tuple[Analysis, bool]:  # fmt: skip
+        """The captured call, and whether every rank had the memory to run the module for that.
+
+        Raises:
+            RunsWhole: a rank cannot capture it, and the plan says what to do then.
+        """
+        runs = not self._trace_only and self._has_room(own, args, kwargs)
+        analysis, failed = self._attempt(key, own, args, kwargs, runs)
+        if runs and self._agreement.any("memory for the module itself", isinstance(failed, NoRoomError)):
+            runs = False
+            analysis, failed = self._attempt(key, own, args, kwargs, runs)
+        if self.plan.fallback == "unsplit" and self._agreement.any("a refused capture", failed is not None):
+            gone = self.weights.partial and not moves_weights(self.module)
+            if not self._agreement.any("whole weights", gone):
+                self.unsplit.add(key, failed or CaptureError("another rank could not capture it"))
+                raise RunsWhole
+        if analysis is None:
+            raise failed or CaptureError("not captured")
+        return analysis, runs
+
+    def _attempt(
+        self, key: Signature, own: Callable[..., Any], args: tuple, kwargs: dict, runs: bool
+    ) -> tuple[Analysis | None, CaptureError | None]:  # fmt: skip
+        """The captured call, or why there is none; without ``runs`` it is recorded and not compared."""
+        try:
+            refuse_unsupported(self.module, self.name)
+            self._changing.note(key)
+            with as_it_was(self.module):
+                analysis = analyse(
+                    self.module, self.plan, args, kwargs, forward=own, check=self.plan.verify,
+                    choose=self._choose, run=runs,
+                )  # fmt: skip
+            if self._is_denoiser and self.mesh.world_size > 1:
+                refuse_draws(analysis.program)
+        except CaptureError as error:
+            return None, error
+        return analysis, None
+
+    def _shared(
+        self, analysis: Analysis, own: Callable[..., Any], args: tuple, kwargs: dict, room: bool
+    ) -> Batch:  # fmt: skip
+        """How ranks share the batch of a call.
+
+        Raises:
+            UsageError: there are data ranks, and they have none to share.
+        """
+        if not self._is_denoiser:
+            return Batch(analysis)
+        with as_it_was(self.module):
+            batch = self._batches.of(self.module, own, analysis, (args, kwargs), self.weights.partial or not room)
+        if self.plan.data > 1 and not batch.over:
+            raise unshared_images(self.plan.data, self.name, batch.unshared)
+        return batch
+
+    def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
+        partitioned = place(analysis, self.plan, self.mesh, self._gather)
+        if self._budget is not None:
+            cut = in_strips(partitioned.program, self._budget, device)
+            partitioned = dataclasses.replace(partitioned, program=cut)
+        partitioned.program.root.to(device)
+        dump(analysis, partitioned, self.mesh.rank)
+        return Prepared(analysis, partitioned.program, self.backend.compile(partitioned.program.root))
+
+    def _settle(self, prepared: Prepared) -> None:
+        """Bring the weights that programs need, and release what they leave, now or after the later comparison."""
+        for program in prepared.programs:
+            self.weights.load(program)
+        if not self.plan.keep_weights:
+            self._unreleased.append(prepared)
+            later = self._compares and prepared.room and self.session.steps > 1
+            if not later or self.weights.partial:
+                self._release_all()
+        self._agreement.agree("its weights", {})
+
+    def _release_all(self) -> None:
+        """Release the weights that programs leave, after the last time that the module itself runs."""
+        if self._unreleased:
+            self._unwatch()
+            before = kept(fingerprint(self.module))
+            for prepared in self._unreleased:
+                self._release(prepared)
+            self._unreleased.clear()
+            self.prepared.follow(before, kept(fingerprint(self.module)))
+
+    def _release(self, prepared: Prepared) -> None:
+        self.weights.release(prepared.programs)
+
+    def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The results of a call, for every way in which it can be computed."""
+        yield tuple(self._computing_part(prepared, leaves)(leaves))

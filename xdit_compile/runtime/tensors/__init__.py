@@ -1,0 +1,1 @@
+"""Tensors whose values are on their way, elsewhere, or not computed yet."""

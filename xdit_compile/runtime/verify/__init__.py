@@ -1,0 +1,1 @@
+"""Whether what runs gives what the module itself gives."""

@@ -1,0 +1,1 @@
+"""A module's tensors: whole, in slices, or still in files."""
