@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from axes.test_rules import Call, Function, table
 from splitting import Captured, run_split
-from test_rules import Call, Function, table
 from torch import nn
 
 from xdit_compile.capture.capture import capture

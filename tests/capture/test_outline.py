@@ -7,10 +7,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from test_capture import RUNGS, assert_same, assert_well_formed
 from torch import nn
 from zoo.transformers import MODELS
 
+from capture.test_capture import RUNGS, assert_same, assert_well_formed
 from xdit_compile.capture.by_values import by_values
 from xdit_compile.capture.capture import capture
 from xdit_compile.capture.decompose import clean, functionalized, lower, stays_whole

@@ -20,7 +20,7 @@ operator itself (2e-5 of the greatest value in float32, integers and truth value
 first samples are tried with one operand split and the others whole, laid out in memory otherwise (transposed, channels
 last), written in place and with `out=` (all on 3 ranks), and operators of any shape with dims of no and of one
 position. Operators that take no tensor (`ones`, `arange`) have nothing to split and are not counted.
-`tests/test_op_samples.py` runs a selection of it; marked slow, all of it.
+`tests/kernels/test_op_samples.py` runs a selection of it; marked slow, all of it.
 """
 
 

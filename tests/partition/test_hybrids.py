@@ -10,9 +10,9 @@ import procs
 import pytest
 import torch
 from hybrids import Simulated
+from methods.test_pipefusion import REFUSED, again, generate
 from splitting import captured, worst_difference
 from stale_reference import difference
-from test_pipefusion import REFUSED, again, generate
 from torch.utils import _pytree as pytree
 from zoo.pipelines import PIPELINES
 from zoo.transformers import MODELS

@@ -7,8 +7,8 @@ import math
 import procs
 import pytest
 import torch
+from runtime.test_runtime import run_model
 from splitting import Captured, captured, partition_all, run_split, worst_difference
-from test_runtime import run_model
 from torch import nn
 from zoo import transformers as zoo
 

@@ -8,8 +8,8 @@ import diffusers
 import procs
 import pytest
 import torch
+from methods.test_autoencoders import difference, typed
 from splitting import partition_rows
-from test_autoencoders import difference, typed
 from zoo.autoencoders import AUTOENCODERS, run
 
 import xdit_compile

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from test_signature import CHANGES, Holder, counting
+from capture.test_signature import CHANGES, Holder, counting
 from torch import fx, nn
 from torch.distributed import distributed_c10d
 from torch.utils import _pytree as pytree

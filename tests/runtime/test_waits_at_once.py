@@ -13,11 +13,11 @@ from typing import Any
 import ahead
 import pair
 import pytest
-import test_ranks_that_differ as ranks
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 
+from runtime import test_ranks_that_differ as ranks
 from xdit_compile import Plan
 from xdit_compile.backends.registry import find_backend
 from xdit_compile.distributed import liveness, mesh, watchdog
