@@ -49,7 +49,7 @@ TOLERANCE = 2e-5
 REFERENCE = "the module as it is"
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "signature": [(runtime.Runner, "_watched"), (runtime, "signature")],
-    "guards": [(runtime.Prepared, "fits")],
+    "guards": [(runtime.CompiledCall, "fits")],
     "binding": [(runtime, "bind")],
     "agreeing": [(Session, "announce"), (SharedInputs, "known")],
     "collectives": [(collectives, name) for name in ("process_group", "complete", "hold", "settle")],

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xdit_compile.ir.program import Piece
+from xdit_compile.ir.program import WeightSlice
 from xdit_compile.weights.weights import place
 
 from .process_groups import answering, carrier, process_group
 
 
-def gather_whole(group: str, shape: torch.Size, pieces: tuple[Piece, ...], value: torch.Tensor) -> torch.Tensor:
+def gather_whole(group: str, shape: torch.Size, pieces: tuple[WeightSlice, ...], value: torch.Tensor) -> torch.Tensor:
     """Gather the slices of one parameter.
 
     Args:

@@ -96,7 +96,7 @@ class Lie:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline:
+class StagePrograms:
     """What one rank runs of a denoiser that is cut into stages and patches.
 
     Args:
@@ -144,7 +144,7 @@ def separated(analysis: Analysis, plan: Plan) -> Analysis:
     return analysis
 
 
-def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, int]) -> Pipeline:
+def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, int]) -> StagePrograms:
     """The stage of one rank of ``mesh``.
 
     Args:
@@ -177,7 +177,7 @@ def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, in
                 raise PartitionError(f"pipefusion cannot cut this denoiser into {split.parts} patches: {reason}")
     own = tuple(cut(each, stages, names, count)[stage] for each in patches)
     wanted = dict.fromkeys(str(each.target) for one in own for each in one.program.inputs if each.kind == "shared")
-    return Pipeline(
+    return StagePrograms(
         stage,
         cut(full.program, stages, names, count)[stage],
         only(full.program, [full.wholes[name] for name in wanted]),

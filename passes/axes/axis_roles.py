@@ -11,7 +11,7 @@ from torch import fx
 from xdit_compile.ir.axes import Axis, Concat, atoms
 
 from .infer import Frame, Inference
-from .rule import Typing
+from .rule import OpAxes
 
 PRECEDENCE = (
     "query tokens",
@@ -41,8 +41,8 @@ class Use:
 def roles(inference: Inference) -> list[Use]:
     """Every axis that has a role, in the order of `PRECEDENCE`; an axis may have several."""
     found: dict[tuple[int, str], Use] = {}
-    for frame, node, typing in inference.nodes():
-        for axis, role in (*_attended(typing), *_convolved(typing), *_normalised(node, typing)):
+    for frame, node, op_axes in inference.nodes():
+        for axis, role in (*_attended(op_axes), *_convolved(op_axes), *_normalised(node, op_axes)):
             if axis.size > 1:
                 found.setdefault((id(axis), role), Use(axis, role, frame, node))
     taken = {id(atom) for use in found.values() for atom in atoms(use.axis)}
@@ -52,11 +52,11 @@ def roles(inference: Inference) -> list[Use]:
     return sorted(found.values(), key=lambda use: PRECEDENCE.index(use.role))
 
 
-def _attended(typing: Typing) -> Iterable[tuple[Axis, str]]:
-    if "attention" not in typing.facts:
+def _attended(op_axes: OpAxes) -> Iterable[tuple[Axis, str]]:
+    if "attention" not in op_axes.facts:
         return
-    queries, keys = typing.expected[:2]
-    tokens = typing.facts["attention"]["tokens"]
+    queries, keys = op_axes.operand_axes[:2]
+    tokens = op_axes.facts["attention"]["tokens"]
     yield queries[tokens], "query tokens"
     yield keys[tokens], "key tokens"
     yield queries[tokens + 1], "head channels"
@@ -64,20 +64,20 @@ def _attended(typing: Typing) -> Iterable[tuple[Axis, str]]:
         yield queries[dim], "heads" if dim == tokens - 1 else "batch"
 
 
-def _convolved(typing: Typing) -> Iterable[tuple[Axis, str]]:
+def _convolved(op_axes: OpAxes) -> Iterable[tuple[Axis, str]]:
     """The space that a convolution of more than one position slides over, and the rows and columns that it makes."""
-    if "convolution" not in typing.facts or max(typing.facts["convolution"]["kernel"]) == 1:
+    if "convolution" not in op_axes.facts or max(op_axes.facts["convolution"]["kernel"]) == 1:
         return
-    for axes in (typing.expected[0], typing.outs[0]):
+    for axes in (op_axes.operand_axes[0], op_axes.result_axes[0]):
         names = ("frames", "rows", "columns")[5 - len(axes) :] if len(axes) > 3 else ("columns",)
         yield from zip(axes[2:], names, strict=False)
 
 
-def _normalised(node: fx.Node, typing: Typing) -> Iterable[tuple[Axis, str]]:
+def _normalised(node: fx.Node, op_axes: OpAxes) -> Iterable[tuple[Axis, str]]:
     if "layer_norm" in str(node.target):
-        for loop in typing.loops:
+        for loop in op_axes.loops:
             if loop.kind == "whole":
-                yield typing.expected[0][loop.dims_of(0)[0]], "hidden"
+                yield op_axes.operand_axes[0][loop.dims_of(0)[0]], "hidden"
 
 
 def _feed_forward(inference: Inference) -> Iterable[Use]:
@@ -88,13 +88,15 @@ def _feed_forward(inference: Inference) -> Iterable[Use]:
     made: dict[int, Use] = {}
     contracted: set[int] = set()
     convolved: set[int] = set()
-    for frame, node, typing in inference.nodes():
-        if "linear" in typing.facts:
-            contracted |= {id(part) for part in end_to_end(typing.expected[0][-1])}
-            for part in end_to_end(typing.outs[0][-1]):
+    for frame, node, op_axes in inference.nodes():
+        if "linear" in op_axes.facts:
+            contracted |= {id(part) for part in end_to_end(op_axes.operand_axes[0][-1])}
+            for part in end_to_end(op_axes.result_axes[0][-1]):
                 made.setdefault(id(part), Use(part, "ffn", frame, node))
-        elif sums_channels(typing):
-            convolved |= {id(part) for axes in (typing.expected, typing.outs) for part in end_to_end(axes[0][1])}
+        elif sums_channels(op_axes):
+            convolved |= {
+                id(part) for axes in (op_axes.operand_axes, op_axes.result_axes) for part in end_to_end(axes[0][1])
+            }
     return [use for key, use in made.items() if key in contracted - convolved]
 
 
@@ -102,17 +104,17 @@ def _convolved_channels(inference: Inference) -> Iterable[Use]:
     """Channels that one convolution alone makes and another one alone contracts: those inside a residual block."""
     made: dict[int, list[Use]] = {}
     contracted: collections.Counter[int] = collections.Counter()
-    for frame, node, typing in inference.nodes():
-        if sums_channels(typing):
-            contracted.update({id(part) for part in end_to_end(typing.expected[0][1])})
-            for part in {id(part): part for part in end_to_end(typing.outs[0][1])}.values():
+    for frame, node, op_axes in inference.nodes():
+        if sums_channels(op_axes):
+            contracted.update({id(part) for part in end_to_end(op_axes.operand_axes[0][1])})
+            for part in {id(part): part for part in end_to_end(op_axes.result_axes[0][1])}.values():
                 made.setdefault(id(part), []).append(Use(part, "channels", frame, node))
     return [uses[0] for key, uses in made.items() if len(uses) == 1 and contracted[key] == 1]
 
 
-def sums_channels(typing: Typing) -> bool:
+def sums_channels(op_axes: OpAxes) -> bool:
     """Whether an operator is a convolution of which every result sums over all channels."""
-    return "convolution" in typing.facts and typing.facts["convolution"]["groups"] == 1
+    return "convolution" in op_axes.facts and op_axes.facts["convolution"]["groups"] == 1
 
 
 def end_to_end(axis: Axis) -> tuple[Axis, ...]:

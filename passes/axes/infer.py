@@ -13,7 +13,7 @@ from xdit_compile.errors import one_line
 from xdit_compile.ir.axes import Axis, AxisSystem, Concat, Product, resolve
 from xdit_compile.ir.program import Program
 
-from .rule import Rule, RuleBook, Typing, operator_name, tensor_operands, type_opaquely, values
+from .rule import OpAxes, Rule, RuleBook, operator_name, tensor_operands, type_opaquely, values
 
 Axes = list[Axis]
 MOST_FOLDED = 65_536
@@ -27,7 +27,7 @@ class Frame:
     call: fx.Node
     graph: fx.Graph
     axes: dict[fx.Node, list[Axes]]
-    typings: dict[fx.Node, Typing]
+    op_axes: dict[fx.Node, OpAxes]
     tables: set[fx.Node]
     constants: dict[fx.Node, torch.Tensor]
 
@@ -62,11 +62,11 @@ class Inference:
     axes: dict[fx.Node, list[Axes]]
     frames: list[Frame]
 
-    def nodes(self) -> Iterator[tuple[Frame, fx.Node, Typing]]:
+    def nodes(self) -> Iterator[tuple[Frame, fx.Node, OpAxes]]:
         """Every typed node, in the order they run."""
         for frame in self.frames:
-            for node, typing in frame.typings.items():
-                yield frame, node, typing
+            for node, op_axes in frame.op_axes.items():
+                yield frame, node, op_axes
 
     def place(self, frame: Frame, node: fx.Node) -> Place:
         target = operator_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
@@ -146,10 +146,10 @@ def _type_call(node: fx.Node, frame: Frame, system: AxisSystem, book: RuleBook) 
     if node.target is operator.getitem:
         frame.axes[node] = [frame.axes[node.args[0]][node.args[1]]]
         return
-    typing = _typed(node, frame, operands, system, book)
+    op_axes = _typed(node, frame, operands, system, book)
     _fold(node, frame, operands)
-    frame.typings[node] = typing
-    frame.axes[node] = typing.outs
+    frame.op_axes[node] = op_axes
+    frame.axes[node] = op_axes.result_axes
 
 
 def _fold(node: fx.Node, frame: Frame, operands: list[fx.Node]) -> None:
@@ -162,14 +162,14 @@ def _fold(node: fx.Node, frame: Frame, operands: list[fx.Node]) -> None:
             frame.constants[node] = folded
 
 
-def _typed(node: fx.Node, frame: Frame, operands: list[fx.Node], system: AxisSystem, book: RuleBook) -> Typing:
+def _typed(node: fx.Node, frame: Frame, operands: list[fx.Node], system: AxisSystem, book: RuleBook) -> OpAxes:
     def workbench() -> Rule:
         return Rule(node, [frame.axes[operand][0] for operand in operands], system, frame.tables, frame.constants)
 
     found, rule, mark = book.find(node.target), workbench(), system.mark()
     if found is None:
         type_opaquely(rule, f"no rule for {node.target}")
-        return rule.typing()
+        return rule.op_axes()
     try:
         found(rule)
     except Exception as error:
@@ -177,7 +177,7 @@ def _typed(node: fx.Node, frame: Frame, operands: list[fx.Node], system: AxisSys
         rule = workbench()
         rule.facts["unread"] = f"{node.target} has arguments that its rule cannot read: {one_line(error)}"
         type_opaquely(rule, rule.facts["unread"])
-    return rule.typing()
+    return rule.op_axes()
 
 
 class _Interner:
@@ -208,6 +208,6 @@ def _freeze(axes: dict[fx.Node, list[Axes]], frames: list[Frame]) -> None:
         for node in table:
             table[node] = frozen(table[node])
     for frame in frames:
-        for typing in frame.typings.values():
-            typing.expected, typing.outs = frozen(typing.expected), frozen(typing.outs)
-            (typing.kept,) = frozen([typing.kept])
+        for op_axes in frame.op_axes.values():
+            op_axes.operand_axes, op_axes.result_axes = frozen(op_axes.operand_axes), frozen(op_axes.result_axes)
+            (op_axes.kept,) = frozen([op_axes.kept])

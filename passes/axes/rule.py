@@ -1,4 +1,4 @@
-"""What one operator says about axes: its typing, and the registry of rules that make one."""
+"""What one operator says about axes: its loops, what they make of its dims, and the registry of rules that make one."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Boundary:
 
 
 @dataclasses.dataclass
-class Typing:
+class OpAxes:
     """The axes of one node: what its operands bring, what it expects of them, what it yields, and its loops."""
 
     operands: list[fx.Node]
-    expected: list[list[Axis]]
-    outs: list[list[Axis]]
+    operand_axes: list[list[Axis]]
+    result_axes: list[list[Axis]]
     loops: list[Loop]
     boundaries: list[Boundary]
     emit: Callable[[Any], Any] | None = None
@@ -92,8 +92,8 @@ class Rule:
         self._constants = constants or {}
         self.operands = tensor_operands(node)
         self.actual = [list(axes) for axes in actual]
-        self.expected = [list(axes) for axes in actual]
-        self.outs: list[list[Axis | None]] = [[None] * value.dim() for value in values(node)]
+        self.operand_axes = [list(axes) for axes in actual]
+        self.result_axes: list[list[Axis | None]] = [[None] * value.dim() for value in values(node)]
         self.loops: list[Loop] = []
         self.boundaries: list[Boundary] = []
         self.emit: Callable[[Any], Any] | None = None
@@ -145,7 +145,7 @@ class Rule:
                 self.system.unify(axis, own)
             except Conflict as conflict:
                 self.refuse(operand, dim, str(conflict))
-            self.expected[operand][dim] = axis
+            self.operand_axes[operand][dim] = axis
         assert axis is not None
         return axis
 
@@ -160,7 +160,7 @@ class Rule:
         if args:
             axis = self.merge(args, axis)
         for result, dim in outs:
-            self.outs[result][dim] = axis if axis is not None else self.system.atom(self.out_shape(result)[dim])
+            self.result_axes[result][dim] = axis if axis is not None else self.system.atom(self.out_shape(result)[dim])
         self.loops.append(Loop(kind, args, outs))
 
     def look(self, dim: int, windows: Windows, made: Axis | None = None) -> None:
@@ -168,7 +168,7 @@ class Rule:
 
         ``made`` is the axis of the result; without one it is an axis of its own.
         """
-        self.outs[0][dim] = made if made is not None else self.system.atom(self.out_shape()[dim])
+        self.result_axes[0][dim] = made if made is not None else self.system.atom(self.out_shape()[dim])
         self.loops.append(Loop("halo", ((0, dim),), ((0, dim),)))
         self.facts.setdefault("windows", {})[dim] = windows
 
@@ -200,17 +200,17 @@ class Rule:
         self.refuse(operand, dim, reason)
         self.loops.append(Loop("whole", ((operand, dim),), ()))
 
-    def typing(self) -> Typing:
+    def op_axes(self) -> OpAxes:
         outs = [
             [
                 axis if axis is not None else self.system.atom(size)
                 for axis, size in zip(axes, self.out_shape(k), strict=True)
             ]
-            for k, axes in enumerate(self.outs)
+            for k, axes in enumerate(self.result_axes)
         ]
-        return Typing(
+        return OpAxes(
             self.operands,
-            self.expected,
+            self.operand_axes,
             outs,
             self.loops,
             self.boundaries,

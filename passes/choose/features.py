@@ -10,7 +10,7 @@ from xdit_compile.ir.axes import Axis, Concat, Product, atoms
 from xdit_compile.ir.sharding import Split, Unit
 from xdit_compile.passes.axes.axis_roles import end_to_end, roles, sums_channels
 from xdit_compile.passes.axes.infer import Inference
-from xdit_compile.passes.axes.rule import Typing
+from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.local.layout import TENSOR
 from xdit_compile.passes.lowering.small_linear import has_few_rows
 from xdit_compile.plan import Plan
@@ -38,7 +38,7 @@ def choose_features(inference: Inference, plan: Plan) -> Units:
                 if unit.size > 1:
                     found.setdefault(id(unit), (unit,))
     _check_degree(plan, [_size(unit) for unit in found.values()])
-    linears = [typing for _, _, typing in inference.nodes() if "linear" in typing.facts or sums_channels(typing)]
+    linears = [op_axes for _, _, op_axes in inference.nodes() if "linear" in op_axes.facts or sums_channels(op_axes)]
     return tuple(_summable(linears, _unchained(linears, _disjoint(found.values())), plan.tensor))
 
 
@@ -74,11 +74,11 @@ def _disjoint(units: Iterable[Unit]) -> list[Unit]:
     return kept
 
 
-def _unchained(linears: Iterable[Typing], units: Iterable[Unit]) -> list[Unit]:
+def _unchained(linears: Iterable[OpAxes], units: Iterable[Unit]) -> list[Unit]:
     """Units of which no linear contracts one to make another: splitting both would add a sum and save nothing."""
     partners: dict[int, set[int]] = {}
-    for typing in linears:
-        made, contracted = ({id(_outermost(part)) for part in end_to_end(axis)} for axis in _ends(typing))
+    for op_axes in linears:
+        made, contracted = ({id(_outermost(part)) for part in end_to_end(axis)} for axis in _ends(op_axes))
         for one, others in ((made, contracted), (contracted, made)):
             for axis in one:
                 partners.setdefault(axis, set()).update(others)
@@ -89,18 +89,18 @@ def _unchained(linears: Iterable[Typing], units: Iterable[Unit]) -> list[Unit]:
     return list(kept.values())
 
 
-def _ends(typing: Typing) -> tuple[Axis, Axis]:
+def _ends(op_axes: OpAxes) -> tuple[Axis, Axis]:
     """What a linear or a convolution makes and what it contracts."""
-    dim = -1 if "linear" in typing.facts else 1
-    return typing.outs[0][dim], typing.expected[0][dim]
+    dim = -1 if "linear" in op_axes.facts else 1
+    return op_axes.result_axes[0][dim], op_axes.operand_axes[0][dim]
 
 
-def _summable(linears: Iterable[Typing], units: list[Unit], parts: int) -> list[Unit]:
+def _summable(linears: Iterable[OpAxes], units: list[Unit], parts: int) -> list[Unit]:
     """Units without those that a linear contracts end to end with something that is not split.
 
     A contraction is a partial sum only where every part is split: another would be counted once by each rank.
     """
-    joined = [axis for typing in linears if isinstance(axis := _ends(typing)[1], Concat)]
+    joined = [axis for op_axes in linears if isinstance(axis := _ends(op_axes)[1], Concat)]
     while True:
         split = Split(TENSOR, parts, units)
         wrong = {

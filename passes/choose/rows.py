@@ -54,11 +54,11 @@ def spatial_axes(inference: Inference) -> list[Axis]:
 
 
 def _looked_at(inference: Inference) -> Iterator[Axis]:
-    for _, _, typing in inference.nodes():
-        for loop in typing.loops:
+    for _, _, op_axes in inference.nodes():
+        for loop in op_axes.loops:
             if loop.kind == "halo":
                 operand, dim = loop.args[0]
-                yield typing.expected[operand][dim]
+                yield op_axes.operand_axes[operand][dim]
 
 
 def _unit(axis: Axis) -> tuple[Axis, ...]:

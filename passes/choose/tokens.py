@@ -14,7 +14,7 @@ from xdit_compile.ir.axes import Axis, Concat, Product, atoms
 from xdit_compile.ir.sharding import Split, Unit
 from xdit_compile.passes.axes.flops import flops, portion
 from xdit_compile.passes.axes.infer import Inference
-from xdit_compile.passes.axes.rule import Typing
+from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.local.layout import MEMBERS, PATCH, SEQUENCE, Layout
 from xdit_compile.passes.local.ledger import STALE, Ledger
 from xdit_compile.passes.partition.program import partition
@@ -77,21 +77,21 @@ def token_axes(inference: Inference) -> list[Axis]:
     """The query tokens of every attention, costliest first; after them what products of activations are summed over."""
     attended: dict[int, tuple[Axis, float]] = {}
     contracted: dict[int, tuple[Axis, float]] = {}
-    for frame, node, typing in inference.nodes():
+    for frame, node, op_axes in inference.nodes():
         work = flops(node)
-        if "attention" in typing.facts:
-            _add(attended, _attended(typing), work)
-        elif work and not any(operand in frame.tables for operand in typing.operands):
-            for loop in typing.loops:
+        if "attention" in op_axes.facts:
+            _add(attended, _attended(op_axes), work)
+        elif work and not any(operand in frame.tables for operand in op_axes.operands):
+            for loop in op_axes.loops:
                 if loop.kind == "sum":
                     operand, dim = loop.args[0]
-                    _add(contracted, typing.expected[operand][dim], work)
+                    _add(contracted, op_axes.operand_axes[operand][dim], work)
     return [*_heaviest(attended), *_heaviest({key: pair for key, pair in contracted.items() if key not in attended})]
 
 
-def _attended(typing: Typing) -> Axis:
+def _attended(op_axes: OpAxes) -> Axis:
     """The query tokens of an attention, with the key tokens where queries attend to themselves among others."""
-    queries, keys = (typing.expected[at][typing.facts["attention"]["tokens"]] for at in (0, 1))
+    queries, keys = (op_axes.operand_axes[at][op_axes.facts["attention"]["tokens"]] for at in (0, 1))
     among = {id(part) for part in _segments(queries)}
     return keys if among < {id(part) for part in _segments(keys)} else queries
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from xdit_compile.ir.axes import Axis, same
 from xdit_compile.ir.sharding import Split
-from xdit_compile.passes.axes.rule import Loop, Typing
+from xdit_compile.passes.axes.rule import Loop, OpAxes
 
 from .local_graph import Value
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ShardedLoop:
     """A loop that is split, and the dim on which it stands in each operand and result."""
 
     loop: Loop
@@ -24,12 +24,12 @@ class Choice:
     results: dict[int, int]
 
 
-def required(choices: Mapping[str, Choice], operand: int) -> dict[str, int]:
+def required(choices: Mapping[str, ShardedLoop], operand: int) -> dict[str, int]:
     """The dim of an operand that each mesh dimension splits, once these loops are chosen."""
     return {name: choice.operands[operand] for name, choice in choices.items() if operand in choice.operands}
 
 
-def yielded(choices: Mapping[str, Choice], result: int) -> dict[str, int]:
+def yielded(choices: Mapping[str, ShardedLoop], result: int) -> dict[str, int]:
     """The dim of a result that each mesh dimension splits."""
     return {name: choice.results[result] for name, choice in choices.items() if result in choice.results}
 
@@ -37,49 +37,51 @@ def yielded(choices: Mapping[str, Choice], result: int) -> dict[str, int]:
 RUNS_SPLIT = ("map", "copies", "sum", "mean", "halo")
 
 
-def feasible(typing: Typing, loop: Loop, split: Split) -> Choice | None:
+def feasible(op_axes: OpAxes, loop: Loop, split: Split) -> ShardedLoop | None:
     """How ``loop`` looks when it is split: on exactly one dim per operand and result; None when it cannot be."""
     if loop.kind not in RUNS_SPLIT:
         return None
-    operands = _dims(typing.expected, loop.args, split)
-    results = _dims(typing.outs, loop.outs, split)
+    operands = _dims(op_axes.operand_axes, loop.args, split)
+    results = _dims(op_axes.result_axes, loop.outs, split)
     if operands is None or results is None or (loop.kind in ("map", "copies", "halo") and not results):
         return None
     if len(loop.dims_of(0)) > 1 or len(loop.outs) > 1 and loop.outs[0][0] == loop.outs[1][0]:
-        if not _same_cut(typing, loop, split, operands[0], results[0]):
+        if not _same_cut(op_axes, loop, split, operands[0], results[0]):
             return None
-    if loop.kind == "copies" and not _together(typing, operands, results, split):
+    if loop.kind == "copies" and not _together(op_axes, operands, results, split):
         return None
-    if loop.kind == "halo" and not _in_order(typing, operands, results, split):
+    if loop.kind == "halo" and not _in_order(op_axes, operands, results, split):
         return None
-    if loop.kind == "map" and _takes_cuts_apart(typing, loop, split):
+    if loop.kind == "map" and _takes_cuts_apart(op_axes, loop, split):
         return None
-    return Choice(loop, operands, results)
+    return ShardedLoop(loop, operands, results)
 
 
-def _together(typing: Typing, operands: Mapping[int, int], results: Mapping[int, int], split: Split) -> bool:
+def _together(op_axes: OpAxes, operands: Mapping[int, int], results: Mapping[int, int], split: Split) -> bool:
     """Whether the rank that has a position has all its copies."""
-    one, copies = typing.expected[0][operands[0]], typing.outs[0][results[0]]
+    one, copies = op_axes.operand_axes[0][operands[0]], op_axes.result_axes[0][results[0]]
     ranks = range(split.parts)
     return all(split.length(copies, rank) == copies.size * split.length(one, rank) for rank in ranks)
 
 
-def _in_order(typing: Typing, operands: Mapping[int, int], results: Mapping[int, int], split: Split) -> bool:
+def _in_order(op_axes: OpAxes, operands: Mapping[int, int], results: Mapping[int, int], split: Split) -> bool:
     """Whether ranks hold neighbouring positions in rank order, before and after: then they know who has the halo."""
-    given, made = typing.expected[0][operands[0]], typing.outs[0][results[0]]
+    given, made = op_axes.operand_axes[0][operands[0]], op_axes.result_axes[0][results[0]]
     return split.ends(given) is not None and split.ends(made) is not None
 
 
-def _takes_cuts_apart(typing: Typing, loop: Loop, split: Split) -> bool:
+def _takes_cuts_apart(op_axes: OpAxes, loop: Loop, split: Split) -> bool:
     """Whether a loop joins or cuts a concatenation that lies by the rows of its whole, not by those of its parts."""
-    axes = [typing.expected[at][dim] for at, dim in loop.args] + [typing.outs[at][dim] for at, dim in loop.outs]
+    axes = [op_axes.operand_axes[at][dim] for at, dim in loop.args] + [
+        op_axes.result_axes[at][dim] for at, dim in loop.outs
+    ]
     return any(split.cuts_whole(axis) for axis in axes) and any(not same(axes[0], axis) for axis in axes)
 
 
-def _same_cut(typing: Typing, loop: Loop, split: Split, operand_dim: int, result_dim: int) -> bool:
+def _same_cut(op_axes: OpAxes, loop: Loop, split: Split, operand_dim: int, result_dim: int) -> bool:
     """Whether a regrouping finds on every rank, in the same order, the positions that its result should hold there."""
-    before = [(typing.expected[0][dim], dim == operand_dim) for dim in loop.dims_of(0)]
-    after = [(typing.outs[0][dim], dim == result_dim) for _, dim in loop.outs]
+    before = [(op_axes.operand_axes[0][dim], dim == operand_dim) for dim in loop.dims_of(0)]
+    after = [(op_axes.result_axes[0][dim], dim == result_dim) for _, dim in loop.outs]
     return all(
         np.array_equal(_flat_positions(before, split, index), _flat_positions(after, split, index))
         for index in range(split.parts)
@@ -106,19 +108,19 @@ def _dims(axes: Sequence[Sequence], pairs: Sequence[tuple[int, int]], split: Spl
     return found
 
 
-def choose(typing: Typing, operands: Sequence[Value], split: Split) -> Choice | None:
+def choose(op_axes: OpAxes, operands: Sequence[Value], split: Split) -> ShardedLoop | None:
     """The feasible loop along which most of the operands already lies; a loop that costs nothing where none does."""
-    best: Choice | None = None
+    best: ShardedLoop | None = None
     most = -1
-    for loop in typing.loops:
-        choice = feasible(typing, loop, split)
+    for loop in op_axes.loops:
+        choice = feasible(op_axes, loop, split)
         if choice is None:
             continue
         lying = sum(
             math.prod(axis.size for axis in operands[operand].axes)
             for operand, dim in choice.operands.items()
             if operands[operand].split.get(split.dim) == dim
-            and same(operands[operand].axes[dim], typing.expected[operand][dim])
+            and same(operands[operand].axes[dim], op_axes.operand_axes[operand][dim])
         )
         if lying == 0 and loop.kind != "map":
             continue
@@ -127,6 +129,6 @@ def choose(typing: Typing, operands: Sequence[Value], split: Split) -> Choice | 
     return best
 
 
-def choose_all(typing: Typing, operands: Sequence[Value], splits: Mapping[str, Split]) -> dict[str, Choice]:
+def choose_all(op_axes: OpAxes, operands: Sequence[Value], splits: Mapping[str, Split]) -> dict[str, ShardedLoop]:
     """`choose` for every mesh dimension; those along which nothing is split are left out."""
-    return {name: chosen for name, split in splits.items() if (chosen := choose(typing, operands, split)) is not None}
+    return {name: chosen for name, split in splits.items() if (chosen := choose(op_axes, operands, split)) is not None}

@@ -14,9 +14,9 @@ from xdit_compile.ir.axes import Axis, same
 from xdit_compile.ir.sharding import Sharding
 from xdit_compile.passes.axes.flops import flops
 from xdit_compile.passes.axes.infer import Frame
-from xdit_compile.passes.axes.rule import Typing
+from xdit_compile.passes.axes.rule import OpAxes
 
-from .choose_loop import Choice
+from .choose_loop import ShardedLoop
 from .layout import PATCH, Layout
 from .ledger import STALE, Gather, Ledger
 from .local_graph import LocalGraph, Value
@@ -36,7 +36,7 @@ class LoweringContext:
         self.sharding: Sharding = layout.sharding
         self.local = LocalGraph(layout.sharding, layout.groups, layout.parts)
         self.ledger = Ledger()
-        self._coerced: dict[tuple, fx.Node] = {}
+        self._redistributed: dict[tuple, fx.Node] = {}
 
     def parts(self, name: str) -> int:
         return self.layout.parts[name]
@@ -57,17 +57,17 @@ class LoweringContext:
             split[name] = dim
         return dataclasses.replace(value, node=node, split=split)
 
-    def coerce(
+    def redistribute(
         self, value: Value, expected: Sequence[Axis], required: Mapping[str, int], node: fx.Node, at: int
     ) -> fx.Node:
         """The value laid out so that mesh dimension ``m`` splits its dim ``required[m]`` by the expected axis."""
         value = self.summed(value)
         key = (id(value), tuple(sorted(required.items())), tuple(id(expected[d]) for d in required.values()))
-        if key not in self._coerced:
-            self._coerced[key] = self._coerce(value, expected, required, node, at)
-        return self._coerced[key]
+        if key not in self._redistributed:
+            self._redistributed[key] = self._redistribute(value, expected, required, node, at)
+        return self._redistributed[key]
 
-    def _coerce(
+    def _redistribute(
         self, value: Value, expected: Sequence[Axis], required: Mapping[str, int], node: fx.Node, at: int
     ) -> fx.Node:
         kept = {
@@ -96,7 +96,7 @@ class LoweringContext:
             self.ledger.gathers.append(
                 Gather(
                     self.place(node),
-                    "the result" if at < 0 else _reason(self.frame.typings.get(node), at, dim),
+                    "the result" if at < 0 else _reason(self.frame.op_axes.get(node), at, dim),
                     tuple(split),
                     sent,
                 )
@@ -105,7 +105,7 @@ class LoweringContext:
                 raise PartitionError(f"would gather: {self.ledger.gathers[-1].reason}")
         return dataclasses.replace(value, node=local, split=split)
 
-    def count(self, node: fx.Node, typing: Typing, choices: Mapping[str, Choice]) -> None:
+    def count(self, node: fx.Node, op_axes: OpAxes, choices: Mapping[str, ShardedLoop]) -> None:
         """Count the work of a node, and how much of it this rank does."""
         total = flops(node)
         if not total:
@@ -113,7 +113,9 @@ class LoweringContext:
         portion = 1.0
         for name, choice in choices.items():
             tensor, dim = next(iter(choice.operands.items()), (None, 0))
-            axis = typing.expected[tensor][dim] if tensor is not None else typing.outs[0][choice.results[0]]
+            axis = (
+                op_axes.operand_axes[tensor][dim] if tensor is not None else op_axes.result_axes[0][choice.results[0]]
+            )
             portion *= self.sharding.length(axis, [name]) / max(axis.size, 1)
         self.ledger.work(total, portion, tuple(choices))
 
@@ -151,8 +153,8 @@ class LoweringContext:
         self.local.put(state, row, 0, held)
 
 
-def _reason(typing: Typing | None, operand: int, dim: int) -> str:
-    for boundary in typing.boundaries if typing else ():
+def _reason(op_axes: OpAxes | None, operand: int, dim: int) -> str:
+    for boundary in op_axes.boundaries if op_axes else ():
         if (boundary.operand, boundary.dim) == (operand, dim):
             return boundary.reason
     return "needs every position"

@@ -12,11 +12,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from xdit_compile.errors import PartitionError
-from xdit_compile.passes.axes.rule import Typing
+from xdit_compile.passes.axes.rule import OpAxes
 
-from .choose_loop import Choice, required
+from .choose_loop import ShardedLoop, required
 from .context import LoweringContext
-from .halo_window import Seen
+from .halo_window import HaloWindow
 from .local_graph import aten
 
 
@@ -29,16 +29,16 @@ class Emission:
         self,
         partitioner: LoweringContext,
         node: fx.Node,
-        typing: Typing,
+        op_axes: OpAxes,
         operands: list[fx.Node],
-        choices: Mapping[str, Choice],
+        choices: Mapping[str, ShardedLoop],
         outs: list[dict[str, int]],
-        seen: Mapping[int, Seen],
+        seen: Mapping[int, HaloWindow],
     ):
         self.seen = seen
         self._partitioner = partitioner
         self.node = node
-        self.typing = typing
+        self.op_axes = op_axes
         self._operands = operands
         self._choices = choices
         self._outs = outs
@@ -62,14 +62,14 @@ class Emission:
         if handle is None:
             return 0
         names = [name for name, own in required(self._choices, operand).items() if own == dim]
-        return self._partitioner.sharding.length(self.typing.kept[handle], names)
+        return self._partitioner.sharding.length(self.op_axes.kept[handle], names)
 
     def operand_sizes(self, at: int) -> list[int]:
-        return self._partitioner.sharding.sizes(self.typing.expected[at], required(self._choices, at))
+        return self._partitioner.sharding.sizes(self.op_axes.operand_axes[at], required(self._choices, at))
 
     def out_sizes(self, result: int) -> list[int]:
         """The local shape of a result."""
-        return self._partitioner.sharding.sizes(self.typing.outs[result], self._outs[result])
+        return self._partitioner.sharding.sizes(self.op_axes.result_axes[result], self._outs[result])
 
     def same(self, **changed: Any) -> fx.Node:
         """The node's own call with its operands on this rank."""
@@ -86,7 +86,7 @@ class Emission:
         return self.same()
 
     def _laid(self, at: int) -> fx.Node:
-        node, captured = self._operands[at], self.typing.operands[at].meta["val"]
+        node, captured = self._operands[at], self.op_axes.operands[at].meta["val"]
         if captured.is_contiguous():
             return self.call(aten.contiguous.default, node)
         order = sorted(range(captured.dim()), key=lambda dim: -captured.stride(dim))
@@ -103,15 +103,15 @@ class Emission:
         kinds = {self._choices[name].loop.kind for name in summed}
         if "mean" in kinds:
             return self._mean()
-        if summed and self.typing.bias is not None:
+        if summed and self.op_axes.bias is not None:
             return self._unbiased()
-        return self.typing.emit(self) if self.typing.emit is not None else self.same()
+        return self.op_axes.emit(self) if self.op_axes.emit is not None else self.same()
 
     def _mean(self) -> fx.Node:
         """A mean over split positions is a sum of what is here over the number of all, in a range that holds it."""
-        contracted = [dim for loop in self.typing.loops if loop.kind == "mean" for dim in loop.dims_of(0)]
-        count = math.prod(self.typing.expected[0][dim].size for dim in contracted)
-        keep = len(self.typing.outs[0]) == len(self.typing.expected[0])
+        contracted = [dim for loop in self.op_axes.loops if loop.kind == "mean" for dim in loop.dims_of(0)]
+        count = math.prod(self.op_axes.operand_axes[0][dim].size for dim in contracted)
+        keep = len(self.op_axes.result_axes[0]) == len(self.op_axes.operand_axes[0])
         dtype = self.node.meta["val"].dtype
         wide = torch.promote_types(dtype, torch.float32)
         total = self.call(aten.sum.dim_IntList, self.operand(0), contracted, keep, dtype=wide)

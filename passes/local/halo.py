@@ -13,12 +13,12 @@ from torch import fx
 
 from xdit_compile.ir.sharding import Split
 from xdit_compile.kernels.collectives import rows_sent
-from xdit_compile.passes.axes.rule import Typing
+from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.axes.windows import Windows
 
-from .choose_loop import Choice, feasible, required
+from .choose_loop import ShardedLoop, feasible, required
 from .context import LoweringContext
-from .halo_window import Request, Seen
+from .halo_window import HaloWindow, Request
 from .layout import PATCH
 from .ledger import STALE
 from .local_graph import aten
@@ -26,37 +26,37 @@ from .stale_exchange import Exchange
 
 
 def fetch(
-    part: LoweringContext, typing: Typing, inputs: fx.Node, choices: Mapping[str, Choice]
-) -> tuple[fx.Node, dict[int, Seen]]:
+    part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]
+) -> tuple[fx.Node, dict[int, HaloWindow]]:
     """The first operand with the rows that this rank's windows reach over, and what they are, by dim."""
     seen = {}
-    keep_rows(part, typing, inputs, choices)
+    keep_rows(part, op_axes, inputs, choices)
     for name, choice in choices.items():
         if choice.loop.kind == "halo":
-            inputs, seen[choice.operands[0]] = _fetch(part, typing, inputs, name, choices)
+            inputs, seen[choice.operands[0]] = _fetch(part, op_axes, inputs, name, choices)
     return inputs, seen
 
 
 def _fetch(
-    part: LoweringContext, typing: Typing, inputs: fx.Node, name: str, choices: Mapping[str, Choice]
-) -> tuple[fx.Node, Seen]:
+    part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, name: str, choices: Mapping[str, ShardedLoop]
+) -> tuple[fx.Node, HaloWindow]:
     if name == PATCH and not part.layout.apart:
-        return _left(part, typing, inputs, choices)
-    request = ask(part, typing, name, choices)
+        return _left(part, op_axes, inputs, choices)
+    request = ask(part, op_axes, name, choices)
     if name == PATCH:
-        return _kept(part, typing, inputs, choices, request), request.seen
+        return _kept(part, op_axes, inputs, choices, request), request.seen
     if request.needed:
         inputs = part.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.arguments)
     return inputs, request.seen
 
 
 def _left(
-    part: LoweringContext, typing: Typing, inputs: fx.Node, choices: Mapping[str, Choice]
-) -> tuple[fx.Node, Seen]:
+    part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]
+) -> tuple[fx.Node, HaloWindow]:
     """This patch's rows and those that other patches left there, as far as its windows reach."""
-    request = _wanted(part.sharding.splits[PATCH], part.sharding.index[PATCH], typing, choices[PATCH])
+    request = _wanted(part.sharding.splits[PATCH], part.sharding.index[PATCH], op_axes, choices[PATCH])
     if request.needed:
-        state = _state(part, typing, choices)
+        state = _state(part, op_axes, choices)
         part.local.put(state, inputs, request.dim, np.arange(*request.own))
         rows = part.local.call(aten.slice.Tensor, state, request.dim, request.seen.start, request.seen.stop)
         inputs = part.local.call(aten.clone.default, rows)
@@ -64,7 +64,7 @@ def _left(
 
 
 def _kept(
-    part: LoweringContext, typing: Typing, inputs: fx.Node, choices: Mapping[str, Choice], request: Request
+    part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop], request: Request
 ) -> fx.Node:
     """This rank's rows and those of others that its windows reach over, as they are or as the last call left them."""
     if not request.needed:
@@ -72,7 +72,7 @@ def _kept(
     own, seen = request.own, request.seen
     first = min(own[0], seen.start) if seen.stop > seen.start else own[0]
     last = max(own[1], seen.stop) if seen.stop > seen.start else own[1]
-    state = _state(part, typing, choices, last - first, Exchange.of_rows(request, first, part.layout.mesh.behind))
+    state = _state(part, op_axes, choices, last - first, Exchange.of_rows(request, first, part.layout.mesh.behind))
     part.local.put(state, inputs, request.dim, np.arange(own[0] - first, own[1] - first))
     if part.layout.stale:
         rows = part.local.call(aten.slice.Tensor, state, request.dim, seen.start - first, seen.stop - first)
@@ -82,55 +82,55 @@ def _kept(
     return rows
 
 
-def keep_rows(part: LoweringContext, typing: Typing, inputs: fx.Node, choices: Mapping[str, Choice]) -> None:
+def keep_rows(part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]) -> None:
     """Where all patches are computed at once, keep what the windows of each will want of the others'."""
     patches = part.layout.patches
     if patches is None or PATCH in part.sharding.splits:
         return
-    for loop in typing.loops:
-        choice = feasible(typing, loop, patches) if loop.kind == "halo" else None
-        if choice is not None and (request := _wanted(patches, 0, typing, choice)).needed:
-            part.local.put(_state(part, typing, choices), inputs, request.dim, np.arange(sum(request.sizes)))
+    for loop in op_axes.loops:
+        choice = feasible(op_axes, loop, patches) if loop.kind == "halo" else None
+        if choice is not None and (request := _wanted(patches, 0, op_axes, choice)).needed:
+            part.local.put(_state(part, op_axes, choices), inputs, request.dim, np.arange(sum(request.sizes)))
 
 
 def _state(
     part: LoweringContext,
-    typing: Typing,
-    choices: Mapping[str, Choice],
+    op_axes: OpAxes,
+    choices: Mapping[str, ShardedLoop],
     rows: int | None = None,
     exchange: Exchange | None = None,
 ) -> fx.Node:
     """Room for the rows of all patches, or for so many of them that come from other ranks."""
     others = {name: choice for name, choice in choices.items() if name != PATCH}
-    shape = part.sharding.sizes(typing.expected[0], required(others, 0))
-    operand, name = typing.operands[0], ""
+    shape = part.sharding.sizes(op_axes.operand_axes[0], required(others, 0))
+    operand, name = op_axes.operands[0], ""
     if exchange is not None and rows is not None:
         shape[exchange.dim], name = rows, "_" + "_".join(map(str, (*exchange.starts, *exchange.stops)))
     return part.local.state(f"{operand.name}_rows{name}", shape, operand.meta["val"].dtype, exchange)
 
 
-def ask(part: LoweringContext, typing: Typing, name: str, choices: Mapping[str, Choice]) -> Request:
+def ask(part: LoweringContext, op_axes: OpAxes, name: str, choices: Mapping[str, ShardedLoop]) -> Request:
     """Which rows every rank wants of the first operand, counted in the ledger."""
-    found = _wanted(part.sharding.splits[name], part.sharding.index[name], typing, choices[name])
+    found = _wanted(part.sharding.splits[name], part.sharding.index[name], op_axes, choices[name])
     if found.needed:
-        shard = part.sharding.sizes(typing.expected[0], required(choices, 0))
+        shard = part.sharding.sizes(op_axes.operand_axes[0], required(choices, 0))
         rows = sum(stop - start for start, stop in rows_sent(found.starts, found.stops, found.sizes, found.here))
         numel = rows * math.prod(shard[: found.dim] + shard[found.dim + 1 :])
         op = STALE if name == PATCH and part.layout.stale else "halo_exchange"
-        part.ledger.sent(op, "halo", numel, typing.operands[0].meta["val"].dtype)
+        part.ledger.sent(op, "halo", numel, op_axes.operands[0].meta["val"].dtype)
     return dataclasses.replace(found, group=part.local.group(name))
 
 
-def _wanted(split: Split, here: int, typing: Typing, choice: Choice) -> Request:
+def _wanted(split: Split, here: int, op_axes: OpAxes, choice: ShardedLoop) -> Request:
     dim, out = choice.operands[0], choice.results[0]
-    windows: Windows = typing.facts["windows"][dim]
-    made, given = split.ends(typing.outs[0][out]), split.ends(typing.expected[0][dim])
+    windows: Windows = op_axes.facts["windows"][dim]
+    made, given = split.ends(op_axes.result_axes[0][out]), split.ends(op_axes.operand_axes[0][dim])
     assert made is not None and given is not None
     wanted = [windows.rows(start, stop) for start, stop in zip((0, *made), made, strict=False)]
     owned = list(zip((0, *given), given, strict=False))
     starts, stops = ([rows[k] for rows in wanted] for k in range(2))
     sizes = [stop - start for start, stop in owned]
-    seen = Seen(windows, *wanted[here], (0, *made)[here], made[here])
+    seen = HaloWindow(windows, *wanted[here], (0, *made)[here], made[here])
     needed = any(rows != own for rows, own in zip(wanted, owned, strict=True))
     return Request(dim, starts, stops, sizes, here, "", seen, needed)
 
@@ -144,6 +144,6 @@ def moved(ctx: Any, fill: float = 0.0) -> fx.Node:
         node = ctx.take(node, dim, sources[inside] - seen.start, seen.stop - seen.start)
         amounts = [int(np.argmax(inside)), int(np.argmax(inside[::-1]))] if inside.any() else [len(sources), 0]
         if any(amounts):
-            behind = [0, 0] * (len(ctx.typing.expected[0]) - 1 - dim)
+            behind = [0, 0] * (len(ctx.op_axes.operand_axes[0]) - 1 - dim)
             node = ctx.call(aten.constant_pad_nd.default, node, [*behind, *amounts], fill)
     return node

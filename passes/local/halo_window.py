@@ -10,7 +10,7 @@ from xdit_compile.passes.axes.windows import Windows
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class HaloWindow:
     """The rows ``start`` to ``stop`` of an operand that this rank has before it, for its rows ``first`` to ``last``
     (one past the last) of the result."""
 
@@ -43,7 +43,7 @@ class Request:
     sizes: list[int]
     here: int
     group: str
-    seen: Seen
+    seen: HaloWindow
     needed: bool
 
     @property

@@ -14,7 +14,7 @@ import xdit_compile.kernels.collectives  # noqa: F401  (registers the ops that t
 import xdit_compile.kernels.put_rows  # noqa: F401  (registers put_rows)
 from xdit_compile.errors import PartitionError
 from xdit_compile.ir.axes import Axis
-from xdit_compile.ir.program import Piece
+from xdit_compile.ir.program import WeightSlice
 from xdit_compile.ir.sharding import Sharding
 
 from .stale_exchange import Exchange, runs
@@ -128,7 +128,7 @@ class LocalGraph:
         """What a rank of mesh dimension ``name`` takes of one dim of ``size``."""
         taken = self.take(node, dim, positions, size)
         if taken is not node:
-            taken.meta[SLICE] = (node, name, Piece(dim, runs(positions)))
+            taken.meta[SLICE] = (node, name, WeightSlice(dim, runs(positions)))
         return taken
 
     def gather(self, node: fx.Node, dim: int, axis: Axis, name: str, also: Sequence[str]) -> tuple[fx.Node, list[int]]:

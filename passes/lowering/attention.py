@@ -23,8 +23,8 @@ import xdit_compile.kernels.ring  # noqa: F401  (registers the op)
 from xdit_compile.ir.axes import Axis
 from xdit_compile.ir.sharding import share
 from xdit_compile.passes.axes.flops import flops, portion
-from xdit_compile.passes.axes.rule import Typing
-from xdit_compile.passes.local.choose_loop import Choice, choose_all, required
+from xdit_compile.passes.axes.rule import OpAxes
+from xdit_compile.passes.local.choose_loop import ShardedLoop, choose_all, required
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.layout import SEQUENCE
 from xdit_compile.passes.local.local_graph import Value, aten
@@ -32,29 +32,29 @@ from xdit_compile.passes.local.local_graph import Value, aten
 ops = torch.ops.xdit_compile
 
 
-def lower(part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+def lower(part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
     """What this rank runs for one attention, or None where every operand is whole."""
-    choices = choose_all(typing, operands, part.sharding.splits)
+    choices = choose_all(op_axes, operands, part.sharding.splits)
     if not choices:
-        elements = sum(math.prod(axis.size for axis in axes) for axes in typing.expected[1:3])
+        elements = sum(math.prod(axis.size for axis in axes) for axes in op_axes.operand_axes[1:3])
         part.ledger.hold_keys(elements * node.meta["val"].dtype.itemsize)
         return None
-    made = Exchanged if exchanges(part, typing, operands, choices) else LocalAttention
-    return made(part, node, typing, operands, choices).emit()
+    made = Exchanged if exchanges(part, op_axes, operands, choices) else LocalAttention
+    return made(part, node, op_axes, operands, choices).emit()
 
 
-def exchanges(part: LoweringContext, typing: Typing, operands: list[Value], choices: dict[str, Choice]) -> bool:
+def exchanges(part: LoweringContext, op_axes: OpAxes, operands: list[Value], choices: dict[str, ShardedLoop]) -> bool:
     """Whether sequence ranks hold parts of the queries and of the keys, so that they exchange tokens for heads."""
-    tokens = typing.facts["attention"]["tokens"]
+    tokens = op_axes.facts["attention"]["tokens"]
     if SEQUENCE not in choices or choices[SEQUENCE].operands.get(0) != tokens:
         return False
-    keys_split = part.sharding.splits[SEQUENCE].splits(typing.expected[1][tokens])
-    return keys_split and operands[1].split.get(SEQUENCE) == tokens and _one_to_one(typing)
+    keys_split = part.sharding.splits[SEQUENCE].splits(op_axes.operand_axes[1][tokens])
+    return keys_split and operands[1].split.get(SEQUENCE) == tokens and _one_to_one(op_axes)
 
 
-def _one_to_one(typing: Typing) -> bool:
+def _one_to_one(op_axes: OpAxes) -> bool:
     """Whether no batch entry and no value head is broadcast: those are not exchanged."""
-    queries, keys, values = ([axis.size for axis in axes[:-2]] for axes in typing.expected[:3])
+    queries, keys, values = ([axis.size for axis in axes[:-2]] for axes in op_axes.operand_axes[:3])
     whole_groups = not queries or queries[-1] % keys[-1] == 0
     return queries[:-1] == keys[:-1] and keys == values and whole_groups
 
@@ -63,10 +63,15 @@ class LocalAttention:
     """Attention in which no token meets another rank's: other batch entries, or queries over replicated keys."""
 
     def __init__(
-        self, part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value], choices: dict[str, Choice]
+        self,
+        part: LoweringContext,
+        node: fx.Node,
+        op_axes: OpAxes,
+        operands: list[Value],
+        choices: dict[str, ShardedLoop],
     ):
-        self.part, self.node, self.typing, self.operands, self.choices = part, node, typing, operands, choices
-        self.facts: dict[str, Any] = typing.facts["attention"]
+        self.part, self.node, self.op_axes, self.operands, self.choices = part, node, op_axes, operands, choices
+        self.facts: dict[str, Any] = op_axes.facts["attention"]
         self.local = part.local
 
     def emit(self) -> list[Value]:
@@ -85,10 +90,10 @@ class LocalAttention:
             self.facts["enable_gqa"],
             self.provider(),
         )
-        self.part.count(self.node, self.typing, self.choices)
+        self.part.count(self.node, self.op_axes, self.choices)
         keys, values_ = (self._held(at) for at in (1, 2))
         self.part.ledger.hold_keys((keys + values_) * self.node.meta["val"].dtype.itemsize)
-        return [Value(result, self.typing.outs[0], self.node.meta["val"].dtype, self.results())]
+        return [Value(result, self.op_axes.result_axes[0], self.node.meta["val"].dtype, self.results())]
 
     def results(self) -> dict[str, int]:
         """The dim of the result that each mesh dimension splits."""
@@ -99,16 +104,18 @@ class LocalAttention:
 
     def _held(self, at: int) -> int:
         """Elements of an operand on this rank."""
-        return math.prod(self.part.sharding.sizes(self.typing.expected[at], required(self.choices, at)))
+        return math.prod(self.part.sharding.sizes(self.op_axes.operand_axes[at], required(self.choices, at)))
 
     def coerced(self, at: int) -> fx.Node:
         """An operand on this rank."""
-        return self.part.coerce(self.operands[at], self.typing.expected[at], required(self.choices, at), self.node, at)
+        return self.part.redistribute(
+            self.operands[at], self.op_axes.operand_axes[at], required(self.choices, at), self.node, at
+        )
 
     def _causal_rows(self, names: Sequence[str]) -> fx.Node:
         tokens = self.facts["tokens"]
-        rows = self.part.sharding.positions(self.typing.expected[0][tokens], names)
-        columns = np.arange(self.typing.expected[1][tokens].size)
+        rows = self.part.sharding.positions(self.op_axes.operand_axes[0][tokens], names)
+        columns = np.arange(self.op_axes.operand_axes[1][tokens].size)
         return self.local.constant(torch.from_numpy(columns[None, :] <= rows[:, None]))
 
 
@@ -142,14 +149,19 @@ class Exchanged(LocalAttention):
     """Attention whose keys lie on all ranks."""
 
     def __init__(
-        self, part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value], choices: dict[str, Choice]
+        self,
+        part: LoweringContext,
+        node: fx.Node,
+        op_axes: OpAxes,
+        operands: list[Value],
+        choices: dict[str, ShardedLoop],
     ):
-        super().__init__(part, node, typing, operands, choices)
+        super().__init__(part, node, op_axes, operands, choices)
         mesh = part.layout.mesh
         self.ulysses, self.ring = mesh.size("ulysses"), mesh.size("ring")
         self.u, self.r = mesh.coordinate("ulysses"), mesh.coordinate("ring")
         ranks, tokens = range(part.parts(SEQUENCE)), self.facts["tokens"]
-        self.query_axis, self.key_axis = typing.expected[0][tokens], typing.expected[1][tokens]
+        self.query_axis, self.key_axis = op_axes.operand_axes[0][tokens], op_axes.operand_axes[1][tokens]
         self.query_lengths, self.key_lengths = (
             [len(self.held(axis, index)) for index in ranks] for axis in (self.query_axis, self.key_axis)
         )
@@ -166,9 +178,9 @@ class Exchanged(LocalAttention):
 
     def sizes(self, at: int) -> list[int]:
         """The shape of an operand as what splits other dims than tokens leaves it."""
-        return self.part.sharding.sizes(self.typing.expected[at], required(self._others(), at))
+        return self.part.sharding.sizes(self.op_axes.operand_axes[at], required(self._others(), at))
 
-    def _others(self) -> dict[str, Choice]:
+    def _others(self) -> dict[str, ShardedLoop]:
         return {name: choice for name, choice in self.choices.items() if name not in self.along}
 
     def members(self, ring: int) -> list[int]:
@@ -197,10 +209,12 @@ class Exchanged(LocalAttention):
             raise ValueError(f"{self.node.name}: attention with dropout cannot be split")
         tokens = self.facts["tokens"]
         q, k, v = (
-            self.part.coerce(self.operands[at], self.typing.expected[at], self._required(at, tokens), self.node, at)
+            self.part.redistribute(
+                self.operands[at], self.op_axes.operand_axes[at], self._required(at, tokens), self.node, at
+            )
             for at in range(3)
         )
-        if len(self.typing.expected[0]) == 2:
+        if len(self.op_axes.operand_axes[0]) == 2:
             q, k, v = (self.local.call(aten.unsqueeze.default, x, 0) for x in (q, k, v))
         if self.ulysses > 1:
             q, k, v = self._rows_to_heads(q, k, v) if self.regular else self._to_heads(q, k, v)
@@ -208,10 +222,10 @@ class Exchanged(LocalAttention):
         result = self._attend(q, k, v)
         if self.ulysses > 1:
             result = self._rows_to_tokens(result) if self.regular else self._to_tokens(result)
-        if len(self.typing.expected[0]) == 2:
+        if len(self.op_axes.operand_axes[0]) == 2:
             result = self.local.call(aten.squeeze.dim, result, 0)
         self._count()
-        return [Value(result, self.typing.outs[0], self.dtype, self.results())]
+        return [Value(result, self.op_axes.result_axes[0], self.dtype, self.results())]
 
     def _required(self, at: int, tokens: int) -> dict[str, int]:
         return {**required(self._others(), at), **dict.fromkeys(self.along, tokens)}
@@ -220,7 +234,9 @@ class Exchanged(LocalAttention):
         total = flops(self.node)
         rows = portion(sum(self.query_lengths[i] for i in self.members(self.r)), self.query_axis.size)
         mine = portion(self.heads(self.u).query_count, self.query_heads)
-        others = portion(math.prod(self.sizes(0)[:-2]), math.prod(axis.size for axis in self.typing.expected[0][:-2]))
+        others = portion(
+            math.prod(self.sizes(0)[:-2]), math.prod(axis.size for axis in self.op_axes.operand_axes[0][:-2])
+        )
         self.part.ledger.work(total, rows * mine * others, tuple(self.choices))
         tokens = len(self.attended(self.r))
         heads = self.heads(self.u).key_count if self.ulysses > 1 else self.key_heads
@@ -376,14 +392,14 @@ class Exchanged(LocalAttention):
         at = self.facts["mask"]
         if at is None:
             return None
-        mask = self.part.coerce(
-            self.operands[at], self.typing.expected[at], required(self._others(), at), self.node, at
+        mask = self.part.redistribute(
+            self.operands[at], self.op_axes.operand_axes[at], required(self._others(), at), self.node, at
         )
         shape = self.sizes(at)
         wanted = {-1: columns, -2: rows, -3: np.arange(*self.heads(self.u).queries) if self.ulysses > 1 else None}
         for back, positions in wanted.items():
             if positions is not None and len(shape) >= -back and shape[back] > 1:
                 mask = self.local.take(mask, len(shape) + back, positions, shape[back])
-        if len(self.typing.expected[0]) == 2 and len(shape) > 2:
+        if len(self.op_axes.operand_axes[0]) == 2 and len(shape) > 2:
             raise ValueError(f"{self.node.name}: a mask of more dims than its queries")
         return mask

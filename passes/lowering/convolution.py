@@ -9,42 +9,43 @@ import torch
 from torch import fx
 
 import xdit_compile.kernels.put_rows  # noqa: F401  (registers the op that the graph calls)
-from xdit_compile.passes.axes.rule import Typing
-from xdit_compile.passes.local.choose_loop import Choice, choose_all, required, yielded
+from xdit_compile.passes.axes.rule import OpAxes
+from xdit_compile.passes.local.choose_loop import ShardedLoop, choose_all, required, yielded
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.halo import ask, fetch
-from xdit_compile.passes.local.halo_window import Seen
+from xdit_compile.passes.local.halo_window import HaloWindow
 from xdit_compile.passes.local.layout import PATCH
 from xdit_compile.passes.local.local_graph import Value, aten
 
 
-def lower(part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+def lower(part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
     """The convolution on this rank's shards, or None where nothing of it is split.
 
     Rows that it slides over bring their neighbours' rows; split channels are a partial sum, whose bias is added once;
     a depthwise convolution has as many groups as this rank has channels.
     """
-    choices = choose_all(typing, operands, part.sharding.splits)
+    choices = choose_all(op_axes, operands, part.sharding.splits)
     if not choices:
         return None
-    shape = typing.facts["convolution"]
+    shape = op_axes.facts["convolution"]
     tensors = [
-        part.coerce(value, typing.expected[at], required(choices, at), node, at) for at, value in enumerate(operands)
+        part.redistribute(value, op_axes.operand_axes[at], required(choices, at), node, at)
+        for at, value in enumerate(operands)
     ]
-    overlapped = _overlapped(part, node, typing, tensors, choices)
+    overlapped = _overlapped(part, node, op_axes, tensors, choices)
     if overlapped is not None:
         return [overlapped]
-    tensors[0], seen = fetch(part, typing, tensors[0], choices)
-    tensors[0], padding = _padded(part, typing, tensors[0], seen, shape["padding"])
-    part.count(node, typing, choices)
+    tensors[0], seen = fetch(part, op_axes, tensors[0], choices)
+    tensors[0], padding = _padded(part, op_axes, tensors[0], seen, shape["padding"])
+    part.count(node, op_axes, choices)
     summed = frozenset(name for name, choice in choices.items() if choice.loop.kind == "sum")
-    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, yielded(choices, 0), summed)
+    value = Value(tensors[0], op_axes.result_axes[0], node.meta["val"].dtype, yielded(choices, 0), summed)
     sizes = part.local.sizes(value)
-    given = part.local.sizes(Value(tensors[0], typing.expected[0], value.dtype, required(choices, 0)))
+    given = part.local.sizes(Value(tensors[0], op_axes.operand_axes[0], value.dtype, required(choices, 0)))
     if 0 in sizes or any(size == 0 for dim, size in enumerate(given) if dim not in seen):
         value.node = part.local.call(aten.new_zeros.default, tensors[0], sizes)
     else:
-        groups = sizes[1] if typing.facts.get("depthwise") else shape["groups"]
+        groups = sizes[1] if op_axes.facts.get("depthwise") else shape["groups"]
         value.node = _call(part, node, tensors[:2] if summed else tensors, padding, groups)
     if summed and len(tensors) > 2:
         value = part.summed(value)
@@ -54,7 +55,7 @@ def lower(part: LoweringContext, node: fx.Node, typing: Typing, operands: list[V
 
 
 def _overlapped(
-    part: LoweringContext, node: fx.Node, typing: Typing, tensors: list[fx.Node], choices: Mapping[str, Choice]
+    part: LoweringContext, node: fx.Node, op_axes: OpAxes, tensors: list[fx.Node], choices: Mapping[str, ShardedLoop]
 ) -> Value | None:
     """A convolution of the rows that are here while those of other ranks are on their way; None where it has to wait.
 
@@ -63,20 +64,20 @@ def _overlapped(
     """
     halos = [name for name, choice in choices.items() if choice.loop.kind == "halo"]
     summed = any(choice.loop.kind == "sum" for choice in choices.values())
-    if part.layout.sparing or len(halos) != 1 or halos[0] == PATCH or summed or typing.facts.get("depthwise"):
+    if part.layout.sparing or len(halos) != 1 or halos[0] == PATCH or summed or op_axes.facts.get("depthwise"):
         return None
-    shape, dim = typing.facts["convolution"], choices[halos[0]].operands[0]
+    shape, dim = op_axes.facts["convolution"], choices[halos[0]].operands[0]
     reach = (shape["kernel"][dim - 2] - 1) * shape["dilation"][dim - 2] + 1
     edge = shape["padding"][dim - 2]
-    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, yielded(choices, 0))
+    value = Value(tensors[0], op_axes.result_axes[0], node.meta["val"].dtype, yielded(choices, 0))
     sizes = part.local.sizes(value)
-    given = part.sharding.sizes(typing.expected[0], required(choices, 0))
+    given = part.sharding.sizes(op_axes.operand_axes[0], required(choices, 0))
     if shape["stride"][dim - 2] != 1 or 2 * edge != reach - 1 or not edge or 0 in sizes or 0 in given:
         return None
-    if given[dim] != sizes[dim] or given[dim] < 2 * edge or not _same_ends(part, typing, halos[0], choices):
+    if given[dim] != sizes[dim] or given[dim] < 2 * edge or not _same_ends(part, op_axes, halos[0], choices):
         return None
-    request = ask(part, typing, halos[0], choices)
-    part.count(node, typing, choices)
+    request = ask(part, op_axes, halos[0], choices)
+    part.count(node, op_axes, choices)
     call, halo = part.local.call, torch.ops.xdit_compile
     arriving = call(halo.halo_start.default, tensors[0], *request.arguments)
     value.node = _call(part, node, tensors, list(shape["padding"]), shape["groups"])
@@ -95,17 +96,17 @@ def _overlapped(
     return value
 
 
-def _same_ends(part: LoweringContext, typing: Typing, name: str, choices: Mapping[str, Choice]) -> bool:
+def _same_ends(part: LoweringContext, op_axes: OpAxes, name: str, choices: Mapping[str, ShardedLoop]) -> bool:
     split, choice = part.sharding.splits[name], choices[name]
-    given, made = typing.expected[0][choice.operands[0]], typing.outs[0][choice.results[0]]
+    given, made = op_axes.operand_axes[0][choice.operands[0]], op_axes.result_axes[0][choice.results[0]]
     return split.ends(given) == split.ends(made)
 
 
 def _padded(
-    part: LoweringContext, typing: Typing, inputs: fx.Node, seen: Mapping[int, Seen], padding: Sequence[int]
+    part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, seen: Mapping[int, HaloWindow], padding: Sequence[int]
 ) -> tuple[fx.Node, list[int]]:
     """The input padded where this rank has a true edge of the image, and what padding is left to the operator."""
-    rank, left = len(typing.expected[0]), list(padding)
+    rank, left = len(op_axes.operand_axes[0]), list(padding)
     amounts = [0, 0] * rank
     for dim, rows in seen.items():
         left[dim - 2] = 0

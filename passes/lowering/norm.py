@@ -17,7 +17,7 @@ from torch import fx
 import xdit_compile.kernels.scale_shift  # noqa: F401  (registers the op that the graphs call)
 from xdit_compile.ir.axes import Atom, Axis, same
 from xdit_compile.ir.sharding import Split
-from xdit_compile.passes.axes.rule import Typing, operator_name
+from xdit_compile.passes.axes.rule import OpAxes, operator_name
 from xdit_compile.passes.local.choose_loop import choose_all, yielded
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.layout import PATCH
@@ -29,20 +29,20 @@ PIECES = 16
 """Of which statistics are taken one after the other where memory is spared."""
 
 
-def lower(part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+def lower(part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
     """The norm on this rank's positions, or None where no normalised dim is split or another way is needed."""
     name = operator_name(node.target)  # type: ignore[arg-type]
     if name == "group_norm":
-        return _Grouped(part, node, typing, operands).emit()
-    return _Trailing(part, node, typing, operands).emit(centred=name in CENTRED)
+        return _Grouped(part, node, op_axes, operands).emit()
+    return _Trailing(part, node, op_axes, operands).emit(centred=name in CENTRED)
 
 
 class _Grouped:
     """A group norm of which this rank holds whole groups, or some positions of each."""
 
-    def __init__(self, part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]):
-        self.part, self.node, self.typing, self.operands = part, node, typing, operands
-        self.given, self.axes = part.summed(operands[0]), typing.expected[0]
+    def __init__(self, part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]):
+        self.part, self.node, self.op_axes, self.operands = part, node, op_axes, operands
+        self.given, self.axes = part.summed(operands[0]), op_axes.operand_axes[0]
         self.size = self.axes[1].size // node.args[1]  # type: ignore[operator]
         kept = {name: dim for name, dim in self.given.split.items() if same(self.given.axes[dim], self.axes[dim])}
         self.channels = [name for name, dim in kept.items() if dim == 1]
@@ -55,15 +55,15 @@ class _Grouped:
         if not self.channels and not self.space:
             return None
         others = {n: split for n, split in splits.items() if n not in self.channels and n not in self.space}
-        choices = choose_all(self.typing, self.operands, others)
+        choices = choose_all(self.op_axes, self.operands, others)
         split = {**yielded(choices, 0), **dict.fromkeys(self.channels, 1), **self.space}
-        tensors = [self.part.coerce(self.given, self.axes, split, self.node, 0)]
+        tensors = [self.part.redistribute(self.given, self.axes, split, self.node, 0)]
         for at, value in enumerate(self.operands[1:], 1):
             required = dict.fromkeys(self.channels, 0)
-            tensors.append(self.part.coerce(value, self.typing.expected[at], required, self.node, at))
-        value = Value(tensors[0], self.typing.outs[0], self.given.dtype, split)
+            tensors.append(self.part.redistribute(value, self.op_axes.operand_axes[at], required, self.node, at))
+        value = Value(tensors[0], self.op_axes.result_axes[0], self.given.dtype, split)
         sizes = self.part.local.sizes(value)
-        places = [self.typing.facts["norm"].get(name) for name in ("weight", "bias")]
+        places = [self.op_axes.facts["norm"].get(name) for name in ("weight", "bias")]
         affine = [None if at is None else tensors[at] for at in places]
         if self.space:
             value.node = self._over_space(tensors[0], affine, sizes)
@@ -174,9 +174,9 @@ class _Trailing:
     Statistics are float32, or float64 where the input is, as PyTorch's own kernels have them.
     """
 
-    def __init__(self, part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]):
-        self.part, self.node, self.typing, self.operands = part, node, typing, operands
-        self.given, self.axes = part.summed(operands[0]), typing.expected[0]
+    def __init__(self, part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]):
+        self.part, self.node, self.op_axes, self.operands = part, node, op_axes, operands
+        self.given, self.axes = part.summed(operands[0]), op_axes.operand_axes[0]
         self.first = len(self.axes) - len(node.args[1])  # type: ignore[arg-type]
         self.dims = list(range(self.first, len(self.axes)))
         self.over = {
@@ -191,23 +191,23 @@ class _Trailing:
             return None
         part, call, dtype = self.part, self.part.local.call, self.given.dtype
         others = {name: split for name, split in part.sharding.splits.items() if name not in self.over}
-        choices = choose_all(self.typing, self.operands, others)
+        choices = choose_all(self.op_axes, self.operands, others)
         outer = yielded(choices, 0)
         split = {**outer, **self.over}
-        inputs = _cast(part, part.coerce(self.given, self.axes, split, self.node, 0), dtype, self.wide)
+        inputs = _cast(part, part.redistribute(self.given, self.axes, split, self.node, 0), dtype, self.wide)
         mean, variance = self._merged(inputs, outer) if centred else (None, self._mean_square(inputs, outer))
         epsilon = self._epsilon(1e-5, 4) if centred else self._epsilon(torch.finfo(dtype).eps, 3)
         scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, epsilon))
         result = inputs if mean is None else call(aten.sub.Tensor, inputs, mean)
         result = call(aten.mul.Tensor, result, scale)
-        for name, at in self.typing.facts["norm"].items():
+        for name, at in self.op_axes.facts["norm"].items():
             apply = aten.mul.Tensor if name == "weight" else aten.add.Tensor
             required = {over: dim - self.first for over, dim in self.over.items()}
-            factor = part.coerce(self.operands[at], self.typing.expected[at], required, self.node, at)
+            factor = part.redistribute(self.operands[at], self.op_axes.operand_axes[at], required, self.node, at)
             result = call(apply, result, _cast(part, factor, self.operands[at].dtype, self.wide))
-        found = [Value(_cast(part, result, self.wide, dtype), self.typing.outs[0], dtype, split)]
+        found = [Value(_cast(part, result, self.wide, dtype), self.op_axes.result_axes[0], dtype, split)]
         statistics = [scale] if mean is None else [mean, scale]
-        for axes, statistic in zip(self.typing.outs[1:], statistics, strict=False):
+        for axes, statistic in zip(self.op_axes.result_axes[1:], statistics, strict=False):
             found.append(Value(statistic, axes, self.wide, outer))
         return found
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from xdit_compile.ir.sharding import share
 from xdit_compile.passes.axes.flops import flops, portion
-from xdit_compile.passes.axes.rule import Typing, operator_name
+from xdit_compile.passes.axes.rule import OpAxes, operator_name
 from xdit_compile.passes.local.choose_loop import choose_all, required, yielded
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.layout import TENSOR
@@ -31,19 +31,20 @@ def has_few_rows(node: fx.Node) -> bool:
     return bool(0 < node.meta["val"].numel() <= SMALL * weight.numel())
 
 
-def lower(part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+def lower(part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
     """The linear by columns, or None where the tensor ranks have no part in it or split it in another way."""
-    choices = choose_all(typing, operands, part.sharding.splits)
+    choices = choose_all(op_axes, operands, part.sharding.splits)
     if TENSOR not in part.sharding.splits or TENSOR in choices or not has_few_rows(node):
         return None
     tensors = [
-        part.coerce(value, typing.expected[at], required(choices, at), node, at) for at, value in enumerate(operands)
+        part.redistribute(value, op_axes.operand_axes[at], required(choices, at), node, at)
+        for at, value in enumerate(operands)
     ]
-    local, parts, columns = part.local, part.parts(TENSOR), typing.outs[0][-1].size
+    local, parts, columns = part.local, part.parts(TENSOR), op_axes.result_axes[0][-1].size
     bounds = [share(columns, parts, index) for index in range(parts)]
     own = np.arange(*bounds[part.sharding.index[TENSOR]])
     weights = [local.cut(tensor, 0, own, columns, TENSOR) for tensor in tensors[1:]]
-    value = Value(tensors[0], typing.outs[0], node.meta["val"].dtype, yielded(choices, 0))
+    value = Value(tensors[0], op_axes.result_axes[0], node.meta["val"].dtype, yielded(choices, 0))
     rows = local.sizes(value)[:-1]
     if len(own) and 0 not in rows:
         mine = local.call(aten.linear.default, tensors[0], *weights)
@@ -53,6 +54,6 @@ def lower(part: LoweringContext, node: fx.Node, typing: Typing, operands: list[V
     gather = torch.ops.xdit_compile.all_gather.default
     value.node = local.call(gather, mine, len(rows), sizes, part.layout.groups[TENSOR])
     part.ledger.sent("all_gather", "columns", math.prod(rows) * len(own) * (parts - 1), value.dtype)
-    total = math.prod(axis.size for axis in typing.outs[0])
+    total = math.prod(axis.size for axis in op_axes.result_axes[0])
     part.ledger.work(flops(node), portion(len(own) * math.prod(rows), total), (TENSOR, *choices))
     return [value]

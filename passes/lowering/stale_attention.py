@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from torch import fx
 
-from xdit_compile.passes.axes.rule import Typing
+from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.local.choose_loop import choose_all, required
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.layout import PATCH, SEQUENCE
@@ -26,16 +26,16 @@ from .attention import Exchanged, LocalAttention, exchanges
 KEYS, VALUES = 1, 2
 
 
-def lower(part: LoweringContext, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
+def lower(part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
     """What this rank runs for one attention, with what it keeps where its keys are cut into patches."""
-    patches, tokens = part.layout.patches, typing.facts["attention"]["tokens"]
-    if patches is None or not all(patches.splits(typing.expected[at][tokens]) for at in (0, KEYS)):
-        return attention.lower(part, node, typing, operands)
+    patches, tokens = part.layout.patches, op_axes.facts["attention"]["tokens"]
+    if patches is None or not all(patches.splits(op_axes.operand_axes[at][tokens]) for at in (0, KEYS)):
+        return attention.lower(part, node, op_axes, operands)
     if part.layout.apart and any(operands[at].split.get(PATCH) != tokens for at in (KEYS, VALUES)):
-        return attention.lower(part, node, typing, operands)
-    choices = choose_all(typing, operands, part.sharding.splits)
-    kept = _KeptExchanged if exchanges(part, typing, operands, choices) else _Kept
-    return kept(part, node, typing, operands, choices).emit()
+        return attention.lower(part, node, op_axes, operands)
+    choices = choose_all(op_axes, operands, part.sharding.splits)
+    kept = _KeptExchanged if exchanges(part, op_axes, operands, choices) else _Kept
+    return kept(part, node, op_axes, operands, choices).emit()
 
 
 class _Kept(LocalAttention):
@@ -50,10 +50,10 @@ class _Kept(LocalAttention):
         """An operand on this rank; keys and values of all patches, once those of this one are in their place."""
         if at not in (KEYS, VALUES):
             return super().coerced(at)
-        tokens, axes = self.facts["tokens"], self.typing.expected[at]
+        tokens, axes = self.facts["tokens"], self.op_axes.operand_axes[at]
         wanted = required(self.choices, at)
         here = {PATCH: tokens, **wanted} if PATCH in self.part.sharding.splits else wanted
-        rows = self.part.coerce(self.operands[at], axes, here, self.node, at)
+        rows = self.part.redistribute(self.operands[at], axes, here, self.node, at)
         shape = self.part.sharding.sizes(axes, wanted)
         names = [name for name, dim in here.items() if dim == tokens]
         held = self.part.sharding.positions(axes[tokens], names)

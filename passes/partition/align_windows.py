@@ -23,13 +23,13 @@ def follow(inference: Inference, layout: Layout) -> Layout:
 
 
 def _followed(inference: Inference, split: Split) -> Split:
-    for _, _, typing in inference.nodes():
-        windows = typing.facts.get("windows", {})
-        for loop in typing.loops:
+    for _, _, op_axes in inference.nodes():
+        windows = op_axes.facts.get("windows", {})
+        for loop in op_axes.loops:
             if loop.kind != "halo":
                 continue
             ((_, dim),), ((_, out),) = loop.args, loop.outs
-            given, made = typing.expected[0][dim], typing.outs[0][out]
+            given, made = op_axes.operand_axes[0][dim], op_axes.result_axes[0][out]
             if made.size == 1 or not split.splits(given) or split.splits(made):
                 continue
             ends = split.ends(given)

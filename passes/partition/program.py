@@ -20,7 +20,7 @@ from xdit_compile.passes.local.local_graph import LocalGraph, State, Value
 from .align_windows import follow
 from .replicate_masks import wants_whole
 from .shard_weights import keep_slices
-from .structure import FramePartitioner, LocalStructure
+from .structure import LocalStructure, StructurePartitioner
 
 
 @dataclasses.dataclass
@@ -288,7 +288,7 @@ class _ProgramPartitioner:
         )
         if key not in self.known:
             layout = self.layout.alone() if key[-1] else self.layout
-            partitioner = FramePartitioner(frame, layout, given, wanted, lambda n: self.inference.place(frame, n))
+            partitioner = StructurePartitioner(frame, layout, given, wanted, lambda n: self.inference.place(frame, n))
             structure = partitioner.run(results, requests)
             count = sum(1 for name, _ in self.known.values() if name.startswith(str(frame.call.target)))
             self.known[key] = (f"{frame.call.target}_{count}" if count else str(frame.call.target), structure)
@@ -320,10 +320,10 @@ class Fingerprint:
         shapes: list[tuple] = []
         for node in frame.graph.find_nodes(op="placeholder"):
             shapes.append(tuple(self._describe(axis) for axis in frame.axes[node][0]))
-        for typing in frame.typings.values():
-            for axes in (*typing.expected, *typing.outs, typing.kept):
+        for op_axes in frame.op_axes.values():
+            for axes in (*op_axes.operand_axes, *op_axes.result_axes, op_axes.kept):
                 shapes.append(tuple(self._describe(axis) for axis in axes))
-            shapes.append((*typing.loops, typing.facts.get("slice")))
+            shapes.append((*op_axes.loops, op_axes.facts.get("slice")))
         return tuple(shapes)
 
     def _describe(self, axis: Axis) -> tuple:

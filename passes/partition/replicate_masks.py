@@ -17,11 +17,11 @@ def wants_whole(frame: Frame, wanted_results: list[fx.Node]) -> set[fx.Node]:
     """
     wanted = set(wanted_results)
     for node in reversed(frame.graph.nodes):
-        typing = frame.typings.get(node)
-        if typing is not None and typing.facts.get("attention", {}).get("mask") is not None:
-            wanted.add(typing.operands[typing.facts["attention"]["mask"]])
+        op_axes = frame.op_axes.get(node)
+        if op_axes is not None and op_axes.facts.get("attention", {}).get("mask") is not None:
+            wanted.add(op_axes.operands[op_axes.facts["attention"]["mask"]])
         if node in wanted and node.op == "call_function" and not flops(node):
             operands = tensor_operands(node)
-            read = typing.read() if typing is not None else range(len(operands))
+            read = op_axes.read() if op_axes is not None else range(len(operands))
             wanted.update(operands[at] for at in read)
     return wanted

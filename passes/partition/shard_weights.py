@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from xdit_compile.ir.program import Input, Piece, Program
+from xdit_compile.ir.program import Input, Program, WeightSlice
 from xdit_compile.passes.local.local_graph import SLICE
 
 Use = tuple[str, int]
@@ -31,7 +31,7 @@ def keep_slices(program: Program, name: str) -> Program:
         if (slices := list(_slices(formal, name)))
     }
     _drop_where_calls_differ(found, actuals, weights)
-    pieces: dict[str, tuple[Piece, ...]] = {}
+    pieces: dict[str, tuple[WeightSlice, ...]] = {}
     for use, slices in found.items():
         for actual in actuals[use]:
             pieces[actual.name] = _pieces(slices)
@@ -60,7 +60,7 @@ def _reached(users: list[fx.Node]) -> list[fx.Node]:
     return [*users, *(joined for user in users for joined in user.users)]
 
 
-def _pieces(slices: list[fx.Node]) -> tuple[Piece, ...]:
+def _pieces(slices: list[fx.Node]) -> tuple[WeightSlice, ...]:
     return tuple(node.meta[SLICE][2] for node in slices)
 
 

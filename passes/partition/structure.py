@@ -17,8 +17,8 @@ from torch import fx
 
 from xdit_compile.errors import PartitionError
 from xdit_compile.passes.axes.infer import Frame
-from xdit_compile.passes.axes.rule import Typing, values
-from xdit_compile.passes.local.choose_loop import Choice, choose_all, feasible, required, yielded
+from xdit_compile.passes.axes.rule import OpAxes, values
+from xdit_compile.passes.local.choose_loop import ShardedLoop, choose_all, feasible, required, yielded
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.emit import Emission
 from xdit_compile.passes.local.halo import fetch
@@ -46,7 +46,7 @@ class LocalStructure:
     states: Sequence[State]
 
 
-class FramePartitioner(LoweringContext):
+class StructurePartitioner(LoweringContext):
     """Partitions the graph of one call."""
 
     def __init__(self, frame: Frame, layout: Layout, given: Sequence[Value], wanted: set[fx.Node], place: Any):
@@ -87,80 +87,82 @@ class FramePartitioner(LoweringContext):
         if form == "gathered":
             lies = self.layout.natural(value.axes) if self.layout.one_patch else {}
             patch = {name: dim for name, dim in lies.items() if name == PATCH}
-            whole = self.coerce(value, value.axes, patch, leaf, -1)
+            whole = self.redistribute(value, value.axes, patch, leaf, -1)
             return dataclasses.replace(value, node=whole, split=patch)
         if form == "split" and value.replicated:
             return self.sliced_where_possible(value)
         return value if form == "split" or value.replicated or only else None
 
     def _visit(self, node: fx.Node) -> list[Value]:
-        typing = self.frame.typings[node]
-        operands = [self.env[operand][0] for operand in typing.operands]
-        whole = node in self.wanted and all(operands[at].replicated for at in typing.read())
+        op_axes = self.frame.op_axes[node]
+        operands = [self.env[operand][0] for operand in op_axes.operands]
+        whole = node in self.wanted and all(operands[at].replicated for at in op_axes.read())
         try:
-            lowered = None if whole else self._special(node, typing, operands)
+            lowered = None if whole else self._special(node, op_axes, operands)
             if lowered is not None:
                 return lowered
-            choices = {} if whole else choose_all(typing, operands, self.sharding.splits)
-            return self.emit(node, typing, operands, choices)
+            choices = {} if whole else choose_all(op_axes, operands, self.sharding.splits)
+            return self.emit(node, op_axes, operands, choices)
         except PartitionError as error:
             raise PartitionError(f"{self.place(node)} {error}") from None
 
-    def _special(self, node: fx.Node, typing: Typing, operands: list[Value]) -> list[Value] | None:
-        found = next((lower for fact, lower in LOWERINGS.items() if fact in typing.facts), None)
-        return found(self, node, typing, operands) if found is not None else None
+    def _special(self, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
+        found = next((lower for fact, lower in LOWERINGS.items() if fact in op_axes.facts), None)
+        return found(self, node, op_axes, operands) if found is not None else None
 
-    def emit(self, node: fx.Node, typing: Typing, operands: list[Value], choices: Mapping[str, Choice]) -> list[Value]:
+    def emit(
+        self, node: fx.Node, op_axes: OpAxes, operands: list[Value], choices: Mapping[str, ShardedLoop]
+    ) -> list[Value]:
         """Call the operator on this rank with the chosen loops split."""
-        apart = self._summed_over_patches(typing)
+        apart = self._summed_over_patches(op_axes)
         if apart is not None:
-            return self._patch_by_patch(node, typing, operands, {**choices, PATCH: apart})
+            return self._patch_by_patch(node, op_axes, operands, {**choices, PATCH: apart})
         locals_ = []
         for at, value in enumerate(operands):
-            if at in typing.ignored:
+            if at in op_axes.ignored:
                 locals_.append(value.node)
                 continue
-            locals_.append(self.coerce(value, typing.expected[at], required(choices, at), node, at))
-        outs = [yielded(choices, k) for k in range(len(typing.outs))]
+            locals_.append(self.redistribute(value, op_axes.operand_axes[at], required(choices, at), node, at))
+        outs = [yielded(choices, k) for k in range(len(op_axes.result_axes))]
         summed = [name for name, choice in choices.items() if choice.loop.kind in ("sum", "mean")]
-        if "windows" in typing.facts:
-            locals_[0], seen = fetch(self, typing, locals_[0], choices)
+        if "windows" in op_axes.facts:
+            locals_[0], seen = fetch(self, op_axes, locals_[0], choices)
         else:
             seen = {}
-        context = Emission(self, node, typing, locals_, choices, outs, seen)
-        self.count(node, typing, choices)
+        context = Emission(self, node, op_axes, locals_, choices, outs, seen)
+        self.count(node, op_axes, choices)
         result = context.run(summed)
-        return self._values(node, typing, result, outs, summed)
+        return self._values(node, op_axes, result, outs, summed)
 
     def _values(
-        self, node: fx.Node, typing: Typing, result: fx.Node, outs: list[dict[str, int]], summed: list[str]
+        self, node: fx.Node, op_axes: OpAxes, result: fx.Node, outs: list[dict[str, int]], summed: list[str]
     ) -> list[Value]:
         tensors = values(node)
         several = isinstance(node.meta["val"], tuple | list)
         found = []
         for k, tensor in enumerate(tensors):
             local = self.local.call(operator.getitem, result, k) if several else result
-            value = Value(local, typing.outs[k], tensor.dtype, outs[k], frozenset(summed))
+            value = Value(local, op_axes.result_axes[k], tensor.dtype, outs[k], frozenset(summed))
             sizes = self.local.sizes(value)
             local.meta["shape"] = (node.name, sizes)
             self.ledger.hold(math.prod(sizes) * tensor.dtype.itemsize)
             found.append(value)
         if PATCH in summed:
             found = [self._kept_sum(node, k, value) for k, value in enumerate(found)]
-        if typing.bias is not None and summed:
-            found = [self._biased(node, typing, value) for value in found]
+        if op_axes.bias is not None and summed:
+            found = [self._biased(node, op_axes, value) for value in found]
         return found
 
-    def _summed_over_patches(self, typing: Typing) -> Choice | None:
+    def _summed_over_patches(self, op_axes: OpAxes) -> ShardedLoop | None:
         """The sum over tokens of which each patch must leave its own part, where all patches are computed at once."""
         patches = self.layout.patches
         if patches is None or PATCH in self.sharding.splits:
             return None
-        loops = (loop for loop in typing.loops if loop.kind in ("sum", "mean"))
-        return next((choice for loop in loops if (choice := feasible(typing, loop, patches)) is not None), None)
+        loops = (loop for loop in op_axes.loops if loop.kind in ("sum", "mean"))
+        return next((choice for loop in loops if (choice := feasible(op_axes, loop, patches)) is not None), None)
 
     def _patch_by_patch(
-        self, node: fx.Node, typing: Typing, operands: list[Value], choices: Mapping[str, Choice]
+        self, node: fx.Node, op_axes: OpAxes, operands: list[Value], choices: Mapping[str, ShardedLoop]
     ) -> list[Value]:
         """One call for each patch, made as the program of that patch makes it; the last one has the sum of all."""
         patches, found = self.layout.patches, []
@@ -168,10 +170,10 @@ class FramePartitioner(LoweringContext):
         for patch in range(patches.parts):
             layout = self.layout.keeping(patches, patch)
             one = copy.copy(self)
-            one.layout, one.sharding, one._coerced = layout, layout.sharding, {}
+            one.layout, one.sharding, one._redistributed = layout, layout.sharding, {}
             one.local = copy.copy(self.local)
             one.local.sharding = layout.sharding
-            found = one.emit(node, typing, operands, choices)
+            found = one.emit(node, op_axes, operands, choices)
         return found
 
     def _kept_sum(self, node: fx.Node, at: int, value: Value) -> Value:
@@ -183,9 +185,9 @@ class FramePartitioner(LoweringContext):
         total = self.local.call(aten.sum.dim_IntList, rows[0], [0])
         return dataclasses.replace(value, node=total, partial=value.partial - {PATCH})
 
-    def _biased(self, node: fx.Node, typing: Typing, value: Value) -> Value:
+    def _biased(self, node: fx.Node, op_axes: OpAxes, value: Value) -> Value:
         total = self.summed(value)
-        bias = self.env[typing.operands[typing.bias]][0]  # type: ignore[index]
+        bias = self.env[op_axes.operands[op_axes.bias]][0]  # type: ignore[index]
         column = {name: len(bias.axes) - 1 for name, dim in total.split.items() if dim == len(total.axes) - 1}
-        local = self.coerce(bias, typing.expected[typing.bias], column, node, typing.bias)  # type: ignore[index]
+        local = self.redistribute(bias, op_axes.operand_axes[op_axes.bias], column, node, op_axes.bias)  # type: ignore[index]
         return dataclasses.replace(total, node=self.local.call(aten.add.Tensor, total.node, local))

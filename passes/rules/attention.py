@@ -64,5 +64,5 @@ def _grouped_heads(rule: Rule, dim: int, masked: list[tuple[int, int]]) -> None:
         for operand in range(3):
             rule.opaque(operand, dim, str(conflict))
         return
-    rule.outs[0][dim] = rule.actual[0][dim]
+    rule.result_axes[0][dim] = rule.actual[0][dim]
     rule.add_join([(0, dim), (1, dim), (2, dim), *masked], [(0, dim)])

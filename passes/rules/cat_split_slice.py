@@ -33,7 +33,7 @@ def cat(rule: Rule) -> None:
         if other != dim:
             rule.loop("map", [(k, other) for k in joined], [(0, other)])
     parts = [rule.actual[k][dim] for k in joined if rule.shape(k)[dim]]
-    rule.outs[0][dim] = Concat(parts) if len(parts) != 1 else parts[0]
+    rule.result_axes[0][dim] = Concat(parts) if len(parts) != 1 else parts[0]
     filled = [k for k in joined if rule.shape(k)[dim]]
     rule.add_join([(k, dim) for k in filled], [(0, dim)])
     if len(filled) < len(rule.operands) and filled:
@@ -124,7 +124,7 @@ def _every(rule: Rule, dim: int, start: int, step: int) -> None:
     except Conflict:
         _pick(rule, dim, np.arange(start, rule.shape(0)[dim], step))
         return
-    rule.outs[0][dim] = outer
+    rule.result_axes[0][dim] = outer
     rule.add_join([(0, dim)], [(0, dim)])
     rule.emit = lambda ctx: ctx.call(ctx.aten.slice.Tensor, ctx.operand(0), dim, start, 2**63 - 1, step)
 
@@ -133,7 +133,7 @@ def _every(rule: Rule, dim: int, start: int, step: int) -> None:
 def split(rule: Rule) -> None:
     rank = len(rule.actual[0])
     dim = rule.arg(2, "dim", 0) % rank
-    count = len(rule.outs)
+    count = len(rule.result_axes)
     sizes = [rule.out_shape(k)[dim] for k in range(count)]
     for other in range(rank):
         if other != dim:
@@ -154,7 +154,7 @@ def split(rule: Rule) -> None:
             rule.opaque(0, dim, str(conflict))
             return
         for k, part in enumerate(parts):
-            rule.outs[k][dim] = part
+            rule.result_axes[k][dim] = part
         rule.add_join([(0, dim)], [(k, dim) for k in range(count)])
     rule.emit = lambda ctx: ctx.call(
         ctx.aten.split_with_sizes.default, ctx.operand(0), [ctx.out_sizes(k)[dim] for k in range(count)], dim
@@ -164,7 +164,7 @@ def split(rule: Rule) -> None:
 @BOOK.rule("unbind")
 def unbind(rule: Rule) -> None:
     gone = rule.arg(1, "dim", 0) % len(rule.actual[0])
-    _take_one(rule, gone, len(rule.outs))
+    _take_one(rule, gone, len(rule.result_axes))
 
 
 @BOOK.rule("select")
@@ -203,7 +203,7 @@ def slice_scatter(rule: Rule) -> None:
         rule.opaque(0, dim, str(conflict))
         rule.opaque(1, dim, str(conflict))
         return
-    rule.outs[0][dim] = axis
+    rule.result_axes[0][dim] = axis
     rule.add_join([(0, dim), (1, dim)], [(0, dim)])
 
     handle = rule.keep(begin)

@@ -101,7 +101,7 @@ def patches(rule: Rule, dim: int, kernel: int) -> None:
     except Conflict as conflict:
         rule.opaque(0, dim, str(conflict))
         return
-    rule.outs[0][dim] = outer
+    rule.result_axes[0][dim] = outer
     rule.add_join([(0, dim)], [(0, dim)])
 
 

@@ -152,7 +152,7 @@ def _anything(rule: Rule) -> None:
     for operand in range(len(rule.operands)):
         rule.ignore(operand)
     if operator_name(rule.node.target).endswith("_like"):
-        rule.outs[0] = list(rule.actual[0])
+        rule.result_axes[0] = list(rule.actual[0])
 
 
 @BOOK.rule("arange", "linspace", "scalar_tensor", "rand", "randn", "randint", "randperm", "eye", "logspace")

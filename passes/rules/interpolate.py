@@ -31,7 +31,7 @@ def nearest(rule: Rule) -> None:
         if size == out and scales.get(dim, 1) == 1:
             rule.loop("map", [(0, dim)], [(0, dim)])
         elif out % size == 0 and scales.get(dim, out // size) == out // size:
-            rule.outs[0][dim] = Product((rule.actual[0][dim], rule.system.atom(out // size)))
+            rule.result_axes[0][dim] = Product((rule.actual[0][dim], rule.system.atom(out // size)))
             rule.add_join([(0, dim)], [(0, dim)])
         else:
             rule.look(dim, Windows.moved(_copied(rule, dim, scales.get(dim)), size))
@@ -137,4 +137,4 @@ def pixel_shuffle(rule: Rule) -> None:
     rule.opaque(0, rank - 3, "channels become positions")
     for dim in (rank - 2, rank - 1):
         rule.add_join([(0, dim)], [(0, dim)])
-        rule.outs[0][dim] = Product((rule.actual[0][dim], rule.system.atom(factor)))
+        rule.result_axes[0][dim] = Product((rule.actual[0][dim], rule.system.atom(factor)))

@@ -129,7 +129,7 @@ def _reduce(rule: Rule, kind: str) -> None:
             rule.loop(kind, [(0, dim)], [])  # type: ignore[arg-type]
             out += keep
         else:
-            rule.loop("map", [(0, dim)], [(k, out) for k in range(len(rule.outs))])
+            rule.loop("map", [(0, dim)], [(k, out) for k in range(len(rule.result_axes))])
             out += 1
 
 

@@ -13,7 +13,7 @@ BOOK = RuleBook()
 def _over(rule: Rule, whole: set[int], kind: str = "whole") -> None:
     """Dims in ``whole`` are needed in full and kept; the others are looped over."""
     for dim in range(len(rule.actual[0])):
-        outs = [(k, dim) for k in range(len(rule.outs)) if len(rule.outs[k]) == len(rule.actual[0])]
+        outs = [(k, dim) for k in range(len(rule.result_axes)) if len(rule.result_axes[k]) == len(rule.actual[0])]
         rule.loop(kind if dim in whole else "map", [(0, dim)], outs)  # type: ignore[arg-type]
 
 
@@ -22,7 +22,7 @@ def trailing_norm(rule: Rule) -> None:
     rule.facts["norm"] = _affine(rule)
     rank, count = len(rule.actual[0]), len(rule.arg(1, "normalized_shape"))
     for dim in range(rank - count):
-        rule.loop("map", [(0, dim)], [(result, dim) for result in range(len(rule.outs))])
+        rule.loop("map", [(0, dim)], [(result, dim) for result in range(len(rule.result_axes))])
     for dim in range(rank - count, rank):
         scales = [(operand, dim - (rank - count)) for operand in range(1, len(rule.operands))]
         rule.loop("whole", [(0, dim), *scales], [(0, dim)])

@@ -22,7 +22,7 @@ def broadcast(rule: Rule) -> None:
             own = dim - (rank - len(axes))
             if own >= 0 and axes[own].size == shape[dim]:
                 users.append((operand, own))
-        rule.loop("map", users, [(result, dim) for result in range(len(rule.outs))])
+        rule.loop("map", users, [(result, dim) for result in range(len(rule.result_axes))])
 
 
 @BOOK.rule("view_as_real")

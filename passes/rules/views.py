@@ -69,7 +69,7 @@ def view(rule: Rule) -> None:
                 rule.opaque(0, dim, f"view {before} to {after}: {conflict}")
             continue
         for dim, axis in zip(out_dims, axes, strict=True):
-            rule.outs[0][dim] = axis
+            rule.result_axes[0][dim] = axis
         rule.add_regrouping(in_dims, out_dims)
     _keep_ones(rule, before, after)
 
@@ -149,7 +149,7 @@ def repeat(rule: Rule) -> None:
         axis = rule.actual[0][own]
         rule.loop("map", [(0, own)], [(0, dim)])
         if count != 1:
-            rule.outs[0][dim] = _tiled(rule, count, axis)
+            rule.result_axes[0][dim] = _tiled(rule, count, axis)
 
 
 def _tiled(rule: Rule, count: int, axis: Any) -> Any:
@@ -169,7 +169,7 @@ def repeat_interleave(rule: Rule) -> None:
     for dim, axis in enumerate(rule.actual[0]):
         rule.loop("map", [(0, dim)], [(0, dim)])
         if dim == which:
-            rule.outs[0][dim] = Product((axis, rule.system.atom(count)))
+            rule.result_axes[0][dim] = Product((axis, rule.system.atom(count)))
     rule.emit = lambda ctx: ctx.same(output_size=None)
 
 

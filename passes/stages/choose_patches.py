@@ -86,16 +86,16 @@ def _with_copies(inference: Inference, split: Split) -> Iterator[Split]:
 def _held_alone(inference: Inference, split: Split) -> dict[Axis, int]:
     """The axes of positions of the picture that are picked out and of their copies, with the patch that has them."""
     found: dict[Axis, int] = {}
-    for _, _, typing in inference.nodes():
-        for loop in typing.loops:
+    for _, _, op_axes in inference.nodes():
+        for loop in op_axes.loops:
             if loop.kind not in ("halo", "copies"):
                 continue
             ((_, dim),), ((_, to),) = loop.args, loop.outs
-            given, made = typing.expected[0][dim], typing.outs[0][to]
+            given, made = op_axes.operand_axes[0][dim], op_axes.result_axes[0][to]
             if loop.kind == "copies" and given in found:
                 found[made] = found[given]
             elif loop.kind == "halo" and split.splits(given) and made.size == 1:
-                row, _ = typing.facts["windows"][dim].rows(0, 1)
+                row, _ = op_axes.facts["windows"][dim].rows(0, 1)
                 found[made] = next(at for at in range(split.parts) if row in split.positions(given, at))
     return found
 

@@ -16,10 +16,10 @@ from xdit_compile.passes.rules.registry import rulebook
 def attentions(inference: Inference) -> list[tuple[str, Axis, Axis, Axis]]:
     """Path, batch, query tokens and key tokens of every attention."""
     found = []
-    for frame, _, typing in inference.nodes():
-        if "attention" in typing.facts:
-            tokens = typing.facts["attention"]["tokens"]
-            q, k = typing.expected[0], typing.expected[1]
+    for frame, _, op_axes in inference.nodes():
+        if "attention" in op_axes.facts:
+            tokens = op_axes.facts["attention"]["tokens"]
+            q, k = op_axes.operand_axes[0], op_axes.operand_axes[1]
             found.append((frame.call.meta["path"], q[0], q[tokens], k[tokens]))
     return found
 
@@ -79,10 +79,10 @@ def test_latte_alternates_space_and_time() -> None:
 
 def test_sana_contracts_its_tokens() -> None:
     contracted = [
-        typing.expected[loop.args[0][0]][loop.args[0][1]]
-        for frame, node, typing in captured("sana").inference.nodes()
-        for loop in typing.loops
-        if loop.kind == "sum" and len(loop.args) == 2 and not any(o in frame.tables for o in typing.operands)
+        op_axes.operand_axes[loop.args[0][0]][loop.args[0][1]]
+        for frame, node, op_axes in captured("sana").inference.nodes()
+        for loop in op_axes.loops
+        if loop.kind == "sum" and len(loop.args) == 2 and not any(o in frame.tables for o in op_axes.operands)
     ]
     assert any(sizes(axis) == (7, 11) for axis in contracted)
 
@@ -98,10 +98,13 @@ def test_a_conflict_on_one_dim_keeps_the_others() -> None:
             return x.view(2, 15, 3, 4).sum(-1).sum(-1) + pairs.sum(-1)
 
     inference = inferred(Clash(), torch.randn(2, 15, 12))
-    refused = [(node, typing) for _, node, typing in inference.nodes() if typing.boundaries]
-    ((_, typing),) = refused
-    assert [boundary.dim for boundary in typing.boundaries] == [2]
-    assert typing.outs[0][0] is typing.expected[0][0] and typing.outs[0][1] is typing.expected[0][1]
+    refused = [(node, op_axes) for _, node, op_axes in inference.nodes() if op_axes.boundaries]
+    ((_, op_axes),) = refused
+    assert [boundary.dim for boundary in op_axes.boundaries] == [2]
+    assert (
+        op_axes.result_axes[0][0] is op_axes.operand_axes[0][0]
+        and op_axes.result_axes[0][1] is op_axes.operand_axes[0][1]
+    )
 
 
 def test_overlapping_rows_of_a_position_table_are_not_one_axis() -> None:
@@ -135,7 +138,7 @@ def test_an_operator_without_a_rule_is_a_boundary_with_a_reason() -> None:
             return torch.linalg.inv(x) + x
 
     inference = inferred(Odd(), torch.eye(4) * 2)
-    reasons = {boundary.reason for _, _, typing in inference.nodes() for boundary in typing.boundaries}
+    reasons = {boundary.reason for _, _, op_axes in inference.nodes() for boundary in op_axes.boundaries}
     assert any(reason.startswith("no rule for aten.") for reason in reasons)
 
 

@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from zoo.transformers import MODELS
 
-from xdit_compile.capture.capture import LADDER, capture, compare, relative_difference
+from xdit_compile.capture.capture import CAPTURE_METHODS, capture, compare, relative_difference
 from xdit_compile.capture.interpret import run_outcome, run_program
 from xdit_compile.errors import CaptureError
 from xdit_compile.ir.program import Program
 
-RUNGS = dict(LADDER)
+RUNGS = dict(CAPTURE_METHODS)
 
 
 def only(*names: str) -> Any:

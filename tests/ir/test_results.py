@@ -17,7 +17,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from xdit_compile.capture.capture import LADDER, capture
+from xdit_compile.capture.capture import CAPTURE_METHODS, capture
 from xdit_compile.capture.interpret import run_program
 from xdit_compile.errors import CaptureError
 from xdit_compile.ir.results import Template, replaced, tensors_of
@@ -195,10 +195,10 @@ class Encoder(nn.Module):
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters)), Output(x + 1, None)
 
 
-@pytest.mark.parametrize("how", [name for name, _ in LADDER])
+@pytest.mark.parametrize("how", [name for name, _ in CAPTURE_METHODS])
 def test_every_way_of_capture_returns_objects_with_their_tensors(how: str) -> None:
     module, x = Encoder().eval(), torch.randn(2, 4)
-    program = capture(module, (x,), {}, ladder=tuple(rung for rung in LADDER if rung[0] == how))
+    program = capture(module, (x,), {}, ladder=tuple(rung for rung in CAPTURE_METHODS if rung[0] == how))
     for given in (x, x + 1):
         with torch.no_grad():
             (expected, other), (found, second) = module(given), run_program(program, module, (given,), {})

@@ -24,7 +24,7 @@ from xdit_compile.capture.interpret import bind
 from xdit_compile.capture.state import unchanged
 from xdit_compile.capture.state.unchanged import Watch
 from xdit_compile.errors import AgreementError
-from xdit_compile.ir.program import Input, Piece, Program
+from xdit_compile.ir.program import Input, Program, WeightSlice
 from xdit_compile.ir.results import Template
 from xdit_compile.kernels import providers
 from xdit_compile.kernels.process_groups import Groups, process_group
@@ -239,7 +239,7 @@ def test_what_changes_between_two_calls_of_a_request_is_followed() -> None:
 @torch.no_grad()
 def test_slices_are_bound_until_the_tensor_is_written_to_or_replaced() -> None:
     module = nn.Linear(2, 4)
-    weights, given = Weights(module), Input("w", "parameter", "weight", (Piece(0, ((1, 3),)),))
+    weights, given = Weights(module), Input("w", "parameter", "weight", (WeightSlice(0, ((1, 3),)),))
     graph = fx.Graph()
     graph.output((graph.placeholder("w"),))
     program = Program(fx.GraphModule({}, graph), (given,), {}, pytree.tree_structure(()), Template.of(()))

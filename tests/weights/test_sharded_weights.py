@@ -20,12 +20,12 @@ import xdit_compile
 from xdit_compile.api import runner_of
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import UsageError
-from xdit_compile.ir.program import Input, Piece
+from xdit_compile.ir.program import Input, WeightSlice
 from xdit_compile.plan import Plan
 from xdit_compile.weights.checkpoint import Checkpoint
 from xdit_compile.weights.weights import Weights, cut, place
 
-PIECES = (Piece(1, ((0, 2), (5, 6))), Piece(0, ((1, 3),)))
+PIECES = (WeightSlice(1, ((0, 2), (5, 6))), WeightSlice(0, ((1, 3),)))
 
 
 def present(module: nn.Module) -> int:
@@ -258,7 +258,7 @@ def test_a_checkpoint_reads_pieces(folder: Path) -> None:
     checkpoint = Checkpoint(folder / "transformer")
     linears = {name: value for name, value in load_file(weights_file(folder)).items() if value.dim() == 2}
     name, whole = max(linears.items(), key=lambda item: item[1].numel())
-    pieces = (Piece(1, ((0, 2), (3, 4))), Piece(0, ((1, 3),)))
+    pieces = (WeightSlice(1, ((0, 2), (3, 4))), WeightSlice(0, ((1, 3),)))
     assert torch.equal(checkpoint.read(name, pieces), cut(whole, pieces))
     assert torch.equal(checkpoint.read(name), whole)
 

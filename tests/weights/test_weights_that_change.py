@@ -26,12 +26,12 @@ import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.capture.capture import capture
 from xdit_compile.errors import AgreementError, CaptureError, UsageError
-from xdit_compile.ir.program import Input, Piece
+from xdit_compile.ir.program import Input, WeightSlice
 from xdit_compile.ir.versions import version_of
 from xdit_compile.weights.released import Refusals, released
 from xdit_compile.weights.weights import Weights
 
-HALF = (Piece(0, ((0, 2),)),)
+HALF = (WeightSlice(0, ((0, 2),)),)
 TENSOR = Plan(tensor=2, backend="eager")
 KEEPING = Plan(tensor=2, backend="eager", keep_weights=True)
 

@@ -32,7 +32,7 @@ from .tracing import Flat, Trace, by_dynamo, by_export
 
 Rung = Callable[[Flat], Trace]
 
-LADDER: tuple[tuple[str, Rung], ...] = (
+CAPTURE_METHODS: tuple[tuple[str, Rung], ...] = (
     ("values", by_values),
     ("export", by_export),
     ("dynamo", by_dynamo),
@@ -56,7 +56,7 @@ def capture(
     check: bool = True,
     run: bool = True,
     forward: Callable[..., Any] | None = None,
-    ladder: tuple[tuple[str, Rung], ...] = LADDER,
+    ladder: tuple[tuple[str, Rung], ...] = CAPTURE_METHODS,
 ) -> Program:
     """Record what a module computes of its inputs as a functional ATen program.
 

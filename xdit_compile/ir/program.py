@@ -15,7 +15,7 @@ from .results import Template
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class WeightSlice:
     """The positions that are kept of one dim, as runs of ``(start, stop)`` in order."""
 
     dim: int
@@ -50,7 +50,7 @@ class Input:
     name: str
     kind: Kind
     target: str | int
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[WeightSlice, ...] = ()
 
     def sizes(self, whole: Sequence[int]) -> list[int]:
         """The shape that is taken of a tensor of shape ``whole``."""

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from xdit_compile.compiler import Analysis, Pipeline, place_stage, separated
+from xdit_compile.compiler import Analysis, StagePrograms, place_stage, separated
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.plan import Plan
 
@@ -78,12 +78,12 @@ def pipeline_report(analysis: Analysis, plan: Plan) -> PipelineReport:
     )
 
 
-def _parameters(stage: Pipeline) -> dict[str | int, int]:
+def _parameters(stage: StagePrograms) -> dict[str | int, int]:
     taken = stage.taken("parameter")
     return {name: math.prod(given.sizes(whole.shape)) for name, (given, whole) in taken.items()}
 
 
-def _states(stage: Pipeline) -> int:
+def _states(stage: StagePrograms) -> int:
     return sum(like.numel() * like.element_size() for _, like in stage.taken("state").values())
 
 

@@ -115,8 +115,8 @@ OUTPUT = "the result"
 def _boundaries(inference: Inference) -> tuple[BoundaryEntry, ...]:
     return tuple(
         BoundaryEntry(inference.place(frame, node), boundary.dim, boundary.reason)
-        for frame, node, typing in inference.nodes()
-        for boundary in typing.boundaries
+        for frame, node, op_axes in inference.nodes()
+        for boundary in op_axes.boundaries
     )
 
 

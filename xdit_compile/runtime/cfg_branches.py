@@ -70,7 +70,7 @@ class _Waiting:
     source: Source
 
 
-class Branches:
+class GuidanceScheduler:
     """The calls of one pipeline that wait for one another.
 
     Over the latest generation ``shared`` counts the calls that ranks shared, by splitting their batch or by computing

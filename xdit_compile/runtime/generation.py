@@ -19,7 +19,7 @@ States = dict[str | int, torch.Tensor]
 
 
 @dataclasses.dataclass
-class Branch:
+class BranchState:
     """One branch of guidance: the calls of a denoiser that differ in nothing but the step.
 
     Args:
@@ -81,7 +81,7 @@ class Generation:
         self.warmup = warmup
         self.number = 0
         self.active = self._all_wait = False
-        self._branches: dict[tuple[int, Hashable, str], Branch] = {}
+        self._branches: dict[tuple[int, Hashable, str], BranchState] = {}
         self._values = Recognized()
 
     @contextmanager
@@ -106,7 +106,7 @@ class Generation:
         finally:
             self.active, self._all_wait, self._branches, self._values = around
 
-    def waits(self, branch: Branch) -> bool:
+    def waits(self, branch: BranchState) -> bool:
         """Whether the call that a branch was entered with takes nothing from a call before."""
         return branch.steps <= self.warmup or branch.mixed or self._all_wait or not self.active
 
@@ -116,7 +116,7 @@ class Generation:
 
     def branch(
         self, denoiser: object, program: Hashable, constants: list[torch.Tensor], fresh: Callable[[], States]
-    ) -> Branch:
+    ) -> BranchState:
         """The branch of a call, by what does not change from step to step.
 
         Args:
@@ -126,8 +126,8 @@ class Generation:
             fresh: makes the states that a new branch begins with.
         """
         if not self.active:
-            return Branch(fresh)
+            return BranchState(fresh)
         key = (id(denoiser), program, " ".join(map(self._values.name, constants)))
         if key not in self._branches:
-            self._branches[key] = Branch(fresh, self.branches(denoiser))
+            self._branches[key] = BranchState(fresh, self.branches(denoiser))
         return self._branches[key]

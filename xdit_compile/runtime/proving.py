@@ -35,8 +35,8 @@ from xdit_compile.runtime.verify.smaller import smaller
 from xdit_compile.runtime.verify.verification import Difference, Slack, narrow_rounding, verify, verify_later
 from xdit_compile.weights.weights import Weights
 
+from .compiled_call import CompiledCall
 from .data_parallel import Batch
-from .prepared import Prepared
 
 logger = logging.getLogger("xdit_compile")
 
@@ -55,8 +55,8 @@ class Proving:
     _choose: Callable[[Inference, Plan], Chosen]
     _own_outcome: Callable[[tuple, dict], Outcome]
     _release_all: Callable[[], None]
-    _placed: Callable[[Analysis, torch.device], Prepared]
-    _found: Callable[[Prepared, list[Any]], Iterator[tuple[torch.Tensor, ...]]]
+    _placed: Callable[[Analysis, torch.device], CompiledCall]
+    _found: Callable[[CompiledCall, list[Any]], Iterator[tuple[torch.Tensor, ...]]]
 
     def _has_room(self, own: Callable[..., Any], args: tuple, kwargs: dict) -> bool:
         """Whether every rank has the memory for the module itself to run, as far as can be known."""
@@ -65,7 +65,7 @@ class Proving:
             enough = self.weights.partial or has_room(self.module, own, args, kwargs, device)
         return not self._agreement.any("room for the module itself", not enough)
 
-    def _proven(self, prepared: Prepared, own: Callable[..., Any], leaves: list[Any]) -> Prepared:
+    def _proven(self, prepared: CompiledCall, own: Callable[..., Any], leaves: list[Any]) -> CompiledCall:
         """What runs a call, compared with the module itself, or of a smaller call where there is no memory for that."""
         rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1
         if not self.plan.verify or self._trace_only or (prepared.room and not rewritten):
@@ -85,7 +85,7 @@ class Proving:
             logger.info("of %s a smaller call was compared, for want of memory for the module itself", self.name)
         return dataclasses.replace(prepared, room=False)
 
-    def _verify(self, prepared: Prepared, leaves: list[Any]) -> bool:
+    def _verify(self, prepared: CompiledCall, leaves: list[Any]) -> bool:
         """Compare a call with the module itself; False where a rank has not the memory to run that."""
         with precision_for(prepared.made):
             expected = self._expected(prepared, leaves)
@@ -97,7 +97,7 @@ class Proving:
         self._agreement.agree("its verdict", {})
         return True
 
-    def _rehearsed(self, prepared: Prepared, own: Callable[..., Any], leaves: list[Any]) -> str:
+    def _rehearsed(self, prepared: CompiledCall, own: Callable[..., Any], leaves: list[Any]) -> str:
         """Compare a smaller call, uncompiled; why it could not be, where it could not."""
         if prepared.shared is not None:
             return "ranks run calls of other samples each"
@@ -112,7 +112,7 @@ class Proving:
         self._agreement.agree("its smaller graph", {"smaller graph": graph})
         return "" if self._verify(small, pytree.tree_leaves(call)) else "there is no memory for that either"
 
-    def _small(self, own: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[Prepared | None, str]:
+    def _small(self, own: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[CompiledCall | None, str]:
         """What runs a smaller call, uncompiled, or why the module does not take it.
 
         Raises:
@@ -131,7 +131,7 @@ class Proving:
         finally:
             self.backend = compiler
 
-    def _expected(self, prepared: Prepared, leaves: list[Any]) -> Outcome | None:
+    def _expected(self, prepared: CompiledCall, leaves: list[Any]) -> Outcome | None:
         """What the module itself does with the inputs of a call, which stay as they are; None without the memory."""
         if prepared.whole.outcome.form.written:
             leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -139,12 +139,12 @@ class Proving:
         with same_random_numbers():
             return if_room(lambda: self._own_outcome(args, kwargs), device_of(leaves))
 
-    def _verify_later(self, prepared: Prepared, leaves: list[Any], found: Any, expected: Any) -> None:
+    def _verify_later(self, prepared: CompiledCall, leaves: list[Any], found: Any, expected: Any) -> None:
         if expected is not None:
             verify_later(found, expected, self.name, self._slack(prepared, leaves))
         self._release_all()
 
-    def _slack(self, prepared: Prepared, leaves: list[Any]) -> Slack:
+    def _slack(self, prepared: CompiledCall, leaves: list[Any]) -> Slack:
         args, kwargs = pytree.tree_unflatten(leaves, prepared.whole.in_spec)
         rounding = functools.partial(narrow_rounding, prepared.whole, self.module, args, kwargs)
         return lambda: if_room(rounding, device_of(leaves)) or Difference()

@@ -29,8 +29,8 @@ from xdit_compile.runtime.verify.later_call import LaterCall
 from xdit_compile.weights.weights import Gather, Weights
 
 from .cfg_branches import Call, unshared_images
+from .compiled_call import CompiledCall
 from .data_parallel import Batch, Batches
-from .prepared import Prepared
 from .programs import Programs
 from .proving import Proving, device_of
 from .session import Place, Session
@@ -85,10 +85,10 @@ class Runner(Proving):
         self._guided = self._is_denoiser and session.branches.active
         self._given = computation
         self._choose, self._gather, self._budget, self._trace_only = choose, gather, budget, trace_only
-        self.prepared: Programs[Prepared] = Programs(self.plan.max_programs)
+        self.prepared: Programs[CompiledCall] = Programs(self.plan.max_programs)
         self.unsplit = Unsplit(name)
         self._compares = self.compares_later and self._is_denoiser and self.plan.verify
-        self._unreleased: list[Prepared] = []
+        self._unreleased: list[CompiledCall] = []
         self._changing = Changing()
         self._later = LaterCall()
         self._watch: Watch | None = None
@@ -167,11 +167,11 @@ class Runner(Proving):
         self.prepared.clear()
         self.unsplit.clear()
 
-    def _computing(self, prepared: Prepared, leaves: list[Any]) -> Computing:
+    def _computing(self, prepared: CompiledCall, leaves: list[Any]) -> Computing:
         """How the results of this call come from its inputs, now or later."""
         return lambda given: prepared.run(*bind(prepared.program, self.weights, given))
 
-    def _computing_part(self, prepared: Prepared, leaves: list[Any]) -> Computing:
+    def _computing_part(self, prepared: CompiledCall, leaves: list[Any]) -> Computing:
         """The same, where this rank may run a part of the call."""
         shared = prepared.shared
         if shared is None:
@@ -179,7 +179,7 @@ class Runner(Proving):
         own = self._computing(prepared, shared.taken(leaves))
         return lambda given: shared.gathered(own(shared.taken(given)))
 
-    def _compared(self, prepared: Prepared, compute: Computing, leaves: list[Any]) -> Computing:
+    def _compared(self, prepared: CompiledCall, compute: Computing, leaves: list[Any]) -> Computing:
         """The same, compared with the module itself if this is the later call that is."""
         if not self._is_compared(prepared):
             return compute
@@ -193,11 +193,11 @@ class Runner(Proving):
 
         return compared
 
-    def _is_compared(self, prepared: Prepared) -> bool:
+    def _is_compared(self, prepared: CompiledCall) -> bool:
         due = self._compares and prepared.room and self._later.due(prepared, self.session.steps)
         return due and not self.weights.partial
 
-    def _known(self, args: tuple, kwargs: dict) -> tuple[Prepared, list[Any]]:
+    def _known(self, args: tuple, kwargs: dict) -> tuple[CompiledCall, list[Any]]:
         """What runs a call of this signature, made if need be, and the flat inputs to run it with."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         inputs, first = self.session.inputs, self.session.in_request and self.session.inputs.first(self)
@@ -240,7 +240,7 @@ class Runner(Proving):
             self._branches.flush(asking=self.module)
         return pytree.tree_map(values_of, (args, kwargs))
 
-    def _deferred(self, prepared: Prepared, leaves: list[Any], compute: Computing) -> Outcome:
+    def _deferred(self, prepared: CompiledCall, leaves: list[Any], compute: Computing) -> Outcome:
         """One branch of guidance: its inputs are kept as they are now, its results come with the other branches'."""
         device = device_of(leaves)
         kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -248,7 +248,7 @@ class Runner(Proving):
         call = Call(self.module, self.name, kept, None if prepared.batch is None else prepared.batch.unshared)
         return assemble(prepared.whole, tuple(self._branches.call(call, lambda: compute(kept), likes)))
 
-    def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
+    def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> CompiledCall:
         shapes = {"plan": digest([self.plan]), "input shape": digest_shapes(leaves)}
         self._agreement.agree("a new program", shapes)
         own = self._computation
@@ -316,16 +316,16 @@ class Runner(Proving):
             raise unshared_images(self.plan.data, self.name, batch.unshared)
         return batch
 
-    def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
+    def _placed(self, analysis: Analysis, device: torch.device) -> CompiledCall:
         partitioned = place(analysis, self.plan, self.mesh, self._gather)
         if self._budget is not None:
             cut = in_strips(partitioned.program, self._budget, device)
             partitioned = dataclasses.replace(partitioned, program=cut)
         partitioned.program.root.to(device)
         dump(analysis, partitioned, self.mesh.rank)
-        return Prepared(analysis, partitioned.program, self.backend.compile(partitioned.program.root))
+        return CompiledCall(analysis, partitioned.program, self.backend.compile(partitioned.program.root))
 
-    def _settle(self, prepared: Prepared) -> None:
+    def _settle(self, prepared: CompiledCall) -> None:
         """Bring the weights that programs need, and release what they leave, now or after the later comparison."""
         for program in prepared.programs:
             self.weights.load(program)
@@ -346,9 +346,9 @@ class Runner(Proving):
             self._unreleased.clear()
             self.prepared.follow(before, kept(fingerprint(self.module)))
 
-    def _release(self, prepared: Prepared) -> None:
+    def _release(self, prepared: CompiledCall) -> None:
         self.weights.release(prepared.programs)
 
-    def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _found(self, prepared: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """The results of a call, for every way in which it can be computed."""
         yield tuple(self._computing_part(prepared, leaves)(leaves))

@@ -27,7 +27,7 @@ from xdit_compile.kernels.communicators import finish_device
 from xdit_compile.kernels.process_groups import Groups
 from xdit_compile.plan import Plan
 
-from .cfg_branches import Branches
+from .cfg_branches import GuidanceScheduler
 from .generation import Generation
 from .lookout import Lookout
 from .request_facts import facts_of, share_random_state
@@ -77,7 +77,7 @@ class Session:
         self.agreement.exchange("new connections", None)
         self.groups.open()
         self._lookout = Lookout(self.agreement, self.groups)
-        self.branches = Branches(mesh, self.call)
+        self.branches = GuidanceScheduler(mesh, self.call)
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
         self.inputs = SharedInputs(self.agreement, mesh.group(mesh.names))
         self._turns = Turns(self.agreement)

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from xdit_compile.errors import UsageError, one_line
-from xdit_compile.ir.program import Piece
+from xdit_compile.ir.program import WeightSlice
 
 from .weights import cut
 
@@ -64,7 +64,7 @@ class Checkpoint:
         if wrong:
             raise UsageError(f"{self.folder} does not fit its config.json: {_some(wrong)}")
 
-    def read(self, name: str, pieces: tuple[Piece, ...] = ()) -> torch.Tensor:
+    def read(self, name: str, pieces: tuple[WeightSlice, ...] = ()) -> torch.Tensor:
         """One tensor, or pieces of it, in memory of its own; the file is mapped, so only what is taken is read.
 
         Raises:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from xdit_compile.errors import UsageError
-from xdit_compile.ir.program import Input, Piece, Program
+from xdit_compile.ir.program import Input, Program, WeightSlice
 from xdit_compile.ir.versions import version_of
 
 from .bindings import Bindings
@@ -19,9 +19,9 @@ from .released import Refusals, Released, refuse_released, released
 from .samples import Sample, Samples
 
 MOST_NAMED = 3
-Pieces = tuple[Piece, ...]
+Pieces = tuple[WeightSlice, ...]
 Key = tuple[str, Pieces]
-NOTHING = (Piece(0, ()),)
+NOTHING = (WeightSlice(0, ()),)
 """The pieces of a parameter of which this rank keeps none."""
 Gather = Callable[[torch.Size, Pieces, torch.Tensor], torch.Tensor]
 State = tuple[int, int, int | None]
@@ -355,7 +355,7 @@ def _lost(names: list[str]) -> str:
     )
 
 
-def cut(whole: torch.Tensor, pieces: Iterable[Piece]) -> torch.Tensor:
+def cut(whole: torch.Tensor, pieces: Iterable[WeightSlice]) -> torch.Tensor:
     """Pieces of a tensor in memory of their own."""
     with torch.inference_mode(False), torch.no_grad():
         value = whole.detach()
@@ -364,7 +364,7 @@ def cut(whole: torch.Tensor, pieces: Iterable[Piece]) -> torch.Tensor:
         return value.clone(memory_format=torch.contiguous_format)
 
 
-def place(whole: torch.Tensor, pieces: tuple[Piece, ...], value: torch.Tensor) -> None:
+def place(whole: torch.Tensor, pieces: tuple[WeightSlice, ...], value: torch.Tensor) -> None:
     """Write what `cut` took back to where it came from."""
     if not value.numel():
         return

@@ -19,9 +19,9 @@ from xdit_compile.capture.state.module_snapshot import preserved
 from xdit_compile.errors import CaptureError, UsageError
 from xdit_compile.ir.peak_memory import release_unused
 from xdit_compile.passes.choose.rows import choose_rows
+from xdit_compile.runtime.compiled_call import CompiledCall
 from xdit_compile.runtime.diffusers_pipeline import CODING
 from xdit_compile.runtime.draws import DrawingRunner, unmoved
-from xdit_compile.runtime.prepared import Prepared
 from xdit_compile.runtime.proving import device_of
 from xdit_compile.runtime.runner import Runner
 from xdit_compile.runtime.session import Place, Session
@@ -99,7 +99,7 @@ class RowMethod:
             runner.refresh()
         self._rehearsed.clear()
 
-    def latest(self) -> Prepared | None:
+    def latest(self) -> CompiledCall | None:
         """What ran last among the programs of this method, the largest inputs first."""
         for runner in (*self._trusting.values(), self._checked):
             if runner.prepared:

@@ -15,7 +15,7 @@ from xdit_compile.distributed.mesh import Mesh
 from .stage_channel import Arriving, Pipe
 
 
-class Halves:
+class CfgPipelines:
     """This rank's place among the pipelines of a mesh; with two ``cfg`` ranks each is half of it."""
 
     def __init__(self, mesh: Mesh):

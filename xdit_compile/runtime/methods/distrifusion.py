@@ -22,8 +22,8 @@ from xdit_compile.ir.program import Program
 from xdit_compile.passes.local.layout import PATCH
 from xdit_compile.passes.stages.choose_patches import stepping
 from xdit_compile.reports.dump import dump
-from xdit_compile.runtime.generation import Branch, States
-from xdit_compile.runtime.prepared import Prepared
+from xdit_compile.runtime.compiled_call import CompiledCall
+from xdit_compile.runtime.generation import BranchState, States
 from xdit_compile.runtime.runner import Computing, Runner, device_of
 from xdit_compile.weights.weights import Weights
 
@@ -31,7 +31,7 @@ Run = Callable[..., tuple[Any, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Shared(Prepared):
+class Shared(CompiledCall):
     """What one signature runs on this rank: with exchanges that it waits for, and with those of the step before.
 
     Args:
@@ -84,7 +84,7 @@ class StaleRunner(Runner):
         super().__init__(*args, **kwargs)
         self.generation = self.session.generation
 
-    def _computing(self, prepared: Prepared, leaves: list[Any]) -> Computing:
+    def _computing(self, prepared: CompiledCall, leaves: list[Any]) -> Computing:
         assert isinstance(prepared, Shared)
         device = device_of(leaves)
         branch = self.generation.branch(self, prepared, prepared.constants(leaves), lambda: prepared.states(device))
@@ -92,7 +92,7 @@ class StaleRunner(Runner):
         way = prepared.at_once if self.generation.waits(branch) else prepared.on
         return lambda given: way(self.weights, given, branch.states)
 
-    def _compared(self, prepared: Prepared, compute: Computing, leaves: list[Any]) -> Computing:
+    def _compared(self, prepared: CompiledCall, compute: Computing, leaves: list[Any]) -> Computing:
         """What other ranks left is a step old: in the place of its result the unsplit program's is compared."""
         if self._is_compared(prepared):
             args, kwargs = pytree.tree_unflatten(leaves, prepared.program.in_spec)
@@ -103,7 +103,7 @@ class StaleRunner(Runner):
             self._verify_later(prepared, leaves, found, expected if found is not None else None)
         return compute
 
-    def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
+    def _placed(self, analysis: Analysis, device: torch.device) -> CompiledCall:
         fresh, stale = (place(analysis, self.plan, self.mesh, stale=late) for late in (False, True))
         for each in (fresh, stale):
             each.program.root.to(device)
@@ -114,10 +114,10 @@ class StaleRunner(Runner):
         ways = fresh.program, first, stale.program, second
         return Shared(analysis, *ways, stale.leaving, frozenset(some), tuple(varying))
 
-    def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _found(self, prepared: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Waiting for other ranks, going on with what that left, and with what this left: the same, the step is."""
         assert isinstance(prepared, Shared)
-        branch = Branch(lambda: prepared.states(device_of(leaves)))
+        branch = BranchState(lambda: prepared.states(device_of(leaves)))
         yield prepared.at_once(self.weights, leaves, branch.states)
         for _ in range(2):
             yield prepared.on(self.weights, leaves, branch.states)

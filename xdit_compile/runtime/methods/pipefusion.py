@@ -19,19 +19,19 @@ from torch.utils import _pytree as pytree
 from xdit_compile.capture.interpret import assemble, bind
 from xdit_compile.capture.state.containers import Outcome
 from xdit_compile.capture.state.signature import Signature
-from xdit_compile.compiler import Analysis, Lie, Pipeline, place_stage, separated
+from xdit_compile.compiler import Analysis, Lie, StagePrograms, place_stage, separated
 from xdit_compile.distributed.devices import finish
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.local.layout import BATCH
 from xdit_compile.passes.stages.assign_stages import Stage
 from xdit_compile.runtime.cfg_branches import Call, alone
-from xdit_compile.runtime.generation import Branch
-from xdit_compile.runtime.prepared import Prepared
+from xdit_compile.runtime.compiled_call import CompiledCall
+from xdit_compile.runtime.generation import BranchState
 from xdit_compile.runtime.runner import Runner, device_of
 from xdit_compile.runtime.tensors.patched_tensor import Cut, Part, PatchedTensor, whole_of
 from xdit_compile.weights.weights import Weights
 
-from .cfg_pipelines import Halves
+from .cfg_pipelines import CfgPipelines
 from .stage_channel import Arriving, Pipe
 
 Run = Callable[..., tuple[Any, ...]]
@@ -39,10 +39,10 @@ Kept = dict[str | int, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Flow(Prepared):
+class Flow(CompiledCall):
     """What one signature runs on this rank: its stage of the program of all tokens, and of that of each patch."""
 
-    pipeline: Pipeline
+    pipeline: StagePrograms
     common: Run
     runs: tuple[Run, ...]
     inputs: dict[int, Cut]
@@ -68,7 +68,7 @@ class Flow(Prepared):
         tensors = [(at, leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         return [leaf for at, leaf in tensors if leaf.ndim > 1 and at not in stepping]
 
-    def kept(self, weights: Weights, leaves: list[Any], branch: Branch) -> Kept:
+    def kept(self, weights: Weights, leaves: list[Any], branch: BranchState) -> Kept:
         """What the programs of patches take beside inputs that vary: states, and what all patches need alike."""
         found = self.common(*bind(self.pipeline.common, weights, leaves))
         return {**branch.states, **dict(zip(self.pipeline.shared, found, strict=True))}
@@ -119,7 +119,7 @@ class PipelineRunner(Runner):
         self._drains = _Drains()
         self.taken: list[Program] = []
         self.places: dict[str, int] = {}
-        self.halves = Halves(self.mesh)
+        self.halves = CfgPipelines(self.mesh)
         self.stage, self.last = self.mesh.coordinate("pipefusion"), self.mesh.size("pipefusion") - 1
         self.pipe = Pipe(self.mesh) if self.last else None
         self.stages = self.mesh.peers("pipefusion")
@@ -142,7 +142,7 @@ class PipelineRunner(Runner):
         tensors = self._at_once(flow, leaves, branch) if fresh else self._in_patches(flow, leaves, branch)
         return assemble(flow.program, tuple(tensors))
 
-    def _on_one_half(self, flow: Flow, leaves: list[Any], branch: Branch, fresh: bool) -> list[PatchedTensor]:
+    def _on_one_half(self, flow: Flow, leaves: list[Any], branch: BranchState, fresh: bool) -> list[PatchedTensor]:
         """A branch of guidance that one pipeline computes, while the others compute theirs; results in patches on all.
 
         Raises:
@@ -167,11 +167,11 @@ class PipelineRunner(Runner):
                 self._give(results, shared=True)
         return self._patched(flow, self._elsewhere(flow, device) or _here(done), device)
 
-    def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> Prepared:
+    def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> CompiledCall:
         args, kwargs = pytree.tree_map(whole_of, (args, kwargs))
         return super()._prepare(key, args, kwargs, [whole_of(leaf) for leaf in leaves])
 
-    def _placed(self, analysis: Analysis, device: torch.device) -> Prepared:
+    def _placed(self, analysis: Analysis, device: torch.device) -> CompiledCall:
         analysis = separated(analysis, self.plan)
         pipeline = place_stage(analysis, self.plan, self.mesh, self.places)
         if not any(given.kind == "parameter" for program in pipeline.programs for given in program.inputs):
@@ -192,7 +192,7 @@ class PipelineRunner(Runner):
         super().refresh()
         self.taken.clear()
 
-    def _release(self, prepared: Prepared) -> None:
+    def _release(self, prepared: CompiledCall) -> None:
         self.taken += prepared.programs
         self.weights.release(self.taken)
         self.weights.release_others(self.taken)
@@ -203,16 +203,16 @@ class PipelineRunner(Runner):
         )
         return Cut(positions, lie.back, self._collect)
 
-    def _found(self, prepared: Prepared, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _found(self, prepared: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """All tokens at once, and patch by patch with what that left: the same, because the step is."""
         assert isinstance(prepared, Flow)
-        branch = Branch(lambda: prepared.states(device_of(leaves)))
+        branch = BranchState(lambda: prepared.states(device_of(leaves)))
         self._compile(prepared, leaves, branch)
         yield tuple(self._at_once(prepared, leaves, branch))
         yield tuple(map(whole_of, self._in_patches(prepared, leaves, branch)))
         self._drains.seconds = 0.0
 
-    def _compile(self, flow: Flow, leaves: list[Any], branch: Branch) -> None:
+    def _compile(self, flow: Flow, leaves: list[Any], branch: BranchState) -> None:
         """Run every program of this stage once on nothing, so that all stages compile at the same time."""
         device, common = device_of(leaves), flow.kept(self.weights, leaves, branch)
         for at, stage in enumerate((flow.pipeline.full, *flow.pipeline.patches)):
@@ -220,7 +220,7 @@ class PipelineRunner(Runner):
             received = [torch.zeros_like(like, device=device) for like in stage.received]
             flow.runs[at](*bind(stage.program, self.weights, leaves, {**common, **patches}), *received)
 
-    def _at_once(self, flow: Flow, leaves: list[Any], branch: Branch) -> list[torch.Tensor]:
+    def _at_once(self, flow: Flow, leaves: list[Any], branch: BranchState) -> list[torch.Tensor]:
         """All tokens, stage after stage; the results on every rank."""
         found, device = self._stage_at_once(flow, leaves, branch), device_of(leaves)
         if self.pipe is None:
@@ -230,7 +230,7 @@ class PipelineRunner(Runner):
             found = [cut.empty(parts, device) for cut, parts in zip(flow.results, likes, strict=True)]
         return [self.pipe.broadcast(tensor, self.last) for tensor in found]
 
-    def _stage_at_once(self, flow: Flow, leaves: list[Any], branch: Branch) -> Sequence[torch.Tensor]:
+    def _stage_at_once(self, flow: Flow, leaves: list[Any], branch: BranchState) -> Sequence[torch.Tensor]:
         """This stage of all tokens; the last one has the results."""
         leaves = [whole_of(leaf) for leaf in leaves]
         device, stage = device_of(leaves), flow.pipeline.full
@@ -246,7 +246,7 @@ class PipelineRunner(Runner):
         return found
 
     def _in_patches(
-        self, flow: Flow, leaves: list[Any], branch: Branch, shared: bool = False
+        self, flow: Flow, leaves: list[Any], branch: BranchState, shared: bool = False
     ) -> list[PatchedTensor]:  # fmt: skip
         """Patch after patch, with the keys and values that other patches left; ``shared`` with other pipelines."""
         self._drains.between(self.generation.number)

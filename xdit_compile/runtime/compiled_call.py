@@ -17,7 +17,7 @@ from .data_parallel import Batch, SharedCall
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prepared:
+class CompiledCall:
     """What one signature runs on this rank.
 
     Args:
