@@ -10,7 +10,7 @@ from splitting import Captured
 from torch.utils import _pytree as pytree
 
 from xdit_compile.capture.state.containers import Outcome
-from xdit_compile.compiler import Pipeline, place_stage, separated
+from xdit_compile.compiler import StagePrograms, place_stage, separated
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.results import Template
@@ -63,7 +63,7 @@ class Simulated:
         return run_simulated(plain, self.model.module, args, kwargs, kept=kept)
 
 
-def _states(pipeline: Pipeline) -> Kept:
+def _states(pipeline: StagePrograms) -> Kept:
     likes = {name: like for name, (_, like) in pipeline.taken("state").items()}
     return {name: torch.full(like.shape, torch.nan, dtype=like.dtype) for name, like in likes.items()}
 

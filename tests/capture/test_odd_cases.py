@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from axes.test_rules import Call, Function, table
 from splitting import Captured, run_split
 from torch import nn
 
+from tests.axes.test_rules import Call, Function, table
 from xdit_compile.capture.capture import capture
 from xdit_compile.ir.axes import atoms
 from xdit_compile.passes.axes.infer import infer

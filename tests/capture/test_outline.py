@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from zoo.transformers import MODELS
 
-from capture.test_capture import RUNGS, assert_same, assert_well_formed
+from tests.capture.test_capture import RUNGS, assert_same, assert_well_formed
 from xdit_compile.capture.by_values import by_values
 from xdit_compile.capture.capture import capture
 from xdit_compile.capture.decompose import clean, functionalized, lower, stays_whole

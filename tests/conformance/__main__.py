@@ -6,9 +6,6 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from conformance import digests
 from conformance.document import document
 from conformance.plans import PLANS
@@ -16,6 +13,8 @@ from conformance.runner import Cell, Limits, Store, cells, run
 from conformance.shares import shares
 from conformance.table import show
 from conformance.verdicts import Answer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 FOLDER = digests.ROOT / ".conformance"
 

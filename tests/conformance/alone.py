@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from conformance.case import OneImage, moved
 from torch import nn
 from zoo.transformers import Case as Model
 from zoo.transformers import Draw
-
-from conformance.case import OneImage, moved
 
 Change = dict[int, int] | Any
 """Of an argument: lengths by dimension that it is cut to, or another value."""

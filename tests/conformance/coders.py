@@ -6,13 +6,12 @@ from functools import partial
 from typing import Any
 
 import diffusers
+from conformance.alone import Alone, Coder
+from conformance.parts import drawn
 from torch import nn
 from zoo.autoencoders import AUTOENCODERS
 from zoo.call import call as called
 from zoo.call import normal
-
-from conformance.alone import Alone, Coder
-from conformance.parts import drawn
 
 _WAN = {"latents_mean": [0.1] * 6, "latents_std": [0.9] * 6}
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import diffusers
 import torch
+from conformance.alone import Alone, of_zoo
+from conformance.parts import drawn
 from torch import nn
 from zoo.call import DIM, HEADS, PROMPT, TEXT, mask, normal, time
 from zoo.call import call as called
@@ -14,9 +16,6 @@ from zoo.more import MORE
 from zoo.transformers import Draw
 from zoo.unets import controlnet as control_inputs
 from zoo.unets import unet as unet_inputs
-
-from conformance.alone import Alone, of_zoo
-from conformance.parts import drawn
 
 IMAGE = {"hidden_states": {2: 10}}
 """An image of 10 of 14 rows."""

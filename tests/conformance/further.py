@@ -7,15 +7,14 @@ from typing import Any
 
 import diffusers
 import torch
+from conformance import pictures, texts, videos
+from conformance.case import Case, repeated
+from conformance.parts import MORE_STEPS, by_size, drawn, flow, kl, like, lower_right, none, photo, picture, prompts
 from torch import nn
 from zoo.more import MORE
 from zoo.pipelines import PIPELINES
 from zoo.transformers import MODELS, Draw
 from zoo.video import WAN
-
-from conformance import pictures, texts, videos
-from conformance.case import Case, repeated
-from conformance.parts import MORE_STEPS, by_size, drawn, flow, kl, like, lower_right, none, photo, picture, prompts
 
 SMALL = ({"height": 64, "width": 96}, {"height": 64, "width": 64})
 CLIPS = ({"height": 64, "width": 96}, {"height": 64, "width": 64})

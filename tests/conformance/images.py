@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from zoo.pipelines import PIPELINES
-from zoo.transformers import Draw
-
 from conformance.case import Case, repeated
 from conformance.parts import CLIP, IMAGE, known, picture
+from zoo.pipelines import PIPELINES
+from zoo.transformers import Draw
 
 
 def _controlled(d: Draw, request: int) -> dict:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils import _pytree as pytree
-
 from conformance.alone import Alone, Coder
 from conformance.case import REQUESTS, Case, OneImage
 from conformance.compare import Difference, Plain, compare, finite, plain
 from conformance.work import Work, components, counted
+from torch import nn
+from torch.utils import _pytree as pytree
+
 from xdit_compile.runtime.diffusers_pipeline import autoencoders, is_denoiser
 
 ILL = 1e-4

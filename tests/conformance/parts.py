@@ -9,11 +9,10 @@ from typing import Any
 import diffusers
 import PIL.Image
 import torch
+from conformance.case import Case
 from torch import Tensor, nn
 from zoo.pipelines import PIPELINES
 from zoo.transformers import Draw, randomise
-
-from conformance.case import Case
 
 V = "v_prediction"
 FLOW = "flow_prediction"

@@ -6,13 +6,12 @@ from functools import partial
 from typing import Any
 
 import diffusers
+from conformance.case import Case, repeated
+from conformance.parts import IMAGE, MORE_STEPS, V, by_size, drawn, kl, like, lower_right, picture, prompts
 from torch import nn
 from zoo.more import MORE
 from zoo.pipelines import PIPELINES
 from zoo.transformers import Draw
-
-from conformance.case import Case, repeated
-from conformance.parts import IMAGE, MORE_STEPS, V, by_size, drawn, kl, like, lower_right, picture, prompts
 
 
 def _pooled(d: Draw, size: dict[str, int]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from conformance.observe import Reference
+
 from xdit_compile import Plan
 
 PLANS: dict[str, dict[str, Any]] = {

@@ -7,12 +7,11 @@ from typing import Any
 import diffusers
 import torch
 from commands import TINY_PIPELINE
-from zoo.more import MORE
-from zoo.transformers import Draw
-
 from conformance import texts
 from conformance.case import Case
 from conformance.parts import IMAGE, drawn, euler, flow, kl, like
+from zoo.more import MORE
+from zoo.transformers import Draw
 
 
 def _sd3() -> Any:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import collections
 from collections.abc import Mapping
 
-from rich.console import Console
-from rich.table import Table
-
 from conformance.runner import Cell
 from conformance.verdicts import Answer, Verdict
+from rich.console import Console
+from rich.table import Table
 
 _COLOURS = {
     Verdict.EXACT: "green", Verdict.INAPPLICABLE: "dim", Verdict.REFUSED: "yellow", Verdict.REPLICATED: "cyan",

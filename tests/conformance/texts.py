@@ -7,9 +7,8 @@ from typing import Any
 
 import transformers
 from commands import TINY_PIPELINE
-from torch import nn
-
 from conformance.parts import drawn
+from torch import nn
 
 PROMPTS = ("a photo of a red fox in the snow", "two cats and a dog on a green sofa by the window")
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+from conformance.case import Case, repeated
+from conformance.parts import V, by_size, drawn, flow, kl, none, prompts
 from torch import nn
 from zoo.more import MORE
 from zoo.pipelines import PIPELINES
 from zoo.transformers import MODELS, Draw
-
-from conformance.case import Case, repeated
-from conformance.parts import V, by_size, drawn, flow, kl, none, prompts
 
 TEXT = none("text_encoder", "tokenizer")
 

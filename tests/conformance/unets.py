@@ -6,14 +6,13 @@ from functools import partial
 from typing import Any
 
 import diffusers
+from conformance import texts
+from conformance.case import Case, repeated
+from conformance.parts import IMAGE, V, by_size, drawn, euler, kl, like, none, picture, prompts
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
 from torch import nn
 from zoo.more import MORE
 from zoo.transformers import Draw
-
-from conformance import texts
-from conformance.case import Case, repeated
-from conformance.parts import IMAGE, V, by_size, drawn, euler, kl, like, none, picture, prompts
 
 _SQUARE = ({"height": 64, "width": 64}, {"height": 96, "width": 64})
 

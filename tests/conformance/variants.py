@@ -7,13 +7,12 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import nn
-from zoo.more import MORE
-from zoo.transformers import Draw
-
 from conformance import pictures, texts, unets
 from conformance.case import Case
 from conformance.parts import MORE_STEPS, V, by_size, drawn, euler, kl, like, lower_right, none, photo, picture, prompts
+from torch import nn
+from zoo.more import MORE
+from zoo.transformers import Draw
 
 SMALL = ({"height": 64, "width": 96}, {"height": 64, "width": 64})
 FRAMES = 4

@@ -6,14 +6,13 @@ from functools import partial
 from typing import Any
 
 import diffusers
+from conformance import texts
+from conformance.case import Case, repeated
+from conformance.parts import CLIP, V, by_size, drawn, euler, flow, kl, like, none, photo, picture, prompts
 from torch import Tensor, nn
 from zoo.more import MORE
 from zoo.pipelines import PIPELINES
 from zoo.transformers import Draw
-
-from conformance import texts
-from conformance.case import Case, repeated
-from conformance.parts import CLIP, V, by_size, drawn, euler, flow, kl, like, none, photo, picture, prompts
 
 TEXT = none("text_encoder", "tokenizer")
 TEXTS = none("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")

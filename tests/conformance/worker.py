@@ -19,10 +19,6 @@ from typing import Any
 import pretend
 import torch
 import torch.distributed as dist
-from torch import nn
-from tqdm import tqdm
-
-import xdit_compile
 from conformance.case import REQUESTS, OneImage
 from conformance.cases import CASES
 from conformance.compare import TOLERANCE, Difference, compare, plain
@@ -31,6 +27,10 @@ from conformance.plans import images_of, nothing_to_split, plan_of, section_of
 from conformance.verdicts import Answer, Verdict
 from conformance.work import components, counted
 from conformance.work import share as work_share
+from torch import nn
+from tqdm import tqdm
+
+import xdit_compile
 from xdit_compile.errors import AgreementError, VerificationError, XditCompileError, one_line
 
 MAGNIFIED = 4.0

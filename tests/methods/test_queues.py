@@ -13,7 +13,7 @@ import torch
 from queues import Begin, Compute, Event, Recorder, Stuck, play, recorded
 from torch import fx, nn
 
-from xdit_compile.compiler import Lie, Pipeline
+from xdit_compile.compiler import Lie, StagePrograms
 from xdit_compile.distributed.mesh import TEAM, Mesh, channels
 from xdit_compile.distributed.messages import ALIGNED, length, pack, unpack
 from xdit_compile.ir.program import Input
@@ -74,7 +74,7 @@ def stages_on(plan: Plan, mesh: Mesh, recorder: Recorder) -> Stages:
     lie = Lie(2, positions, tensors((1, ROWS, 4)) * count)
     full, patches = stage(ROWS * count, "user"), tuple(stage(ROWS, "patch") for _ in range(count))
     common: Any = types.SimpleNamespace(inputs=(), root=empty)
-    pipeline = Pipeline(runner.stage, full, common, (), patches, (0,), {0: lie}, (lie,))
+    pipeline = StagePrograms(runner.stage, full, common, (), patches, (0,), {0: lie}, (lie,))
     cut = runner._cut(lie, {})
     runs = tuple(functools.partial(run, rows) for rows in (ROWS * count, *[ROWS] * count))
     analysis: Any = types.SimpleNamespace(units={})

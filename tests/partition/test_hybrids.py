@@ -10,7 +10,6 @@ import procs
 import pytest
 import torch
 from hybrids import Simulated
-from methods.test_pipefusion import REFUSED, again, generate
 from splitting import captured, worst_difference
 from stale_reference import difference
 from torch.utils import _pytree as pytree
@@ -18,6 +17,7 @@ from zoo.pipelines import PIPELINES
 from zoo.transformers import MODELS
 
 import xdit_compile
+from tests.methods.test_pipefusion import REFUSED, again, generate
 from xdit_compile import Plan, XditCompileError
 from xdit_compile.api import runner_of
 from xdit_compile.distributed.mesh import Mesh

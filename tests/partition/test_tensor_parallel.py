@@ -7,12 +7,12 @@ import math
 import procs
 import pytest
 import torch
-from runtime.test_runtime import run_model
 from splitting import Captured, captured, partition_all, run_split, worst_difference
 from torch import nn
 from zoo import transformers as zoo
 
 import xdit_compile
+from tests.runtime.test_runtime import run_model
 from xdit_compile.capture.capture import capture, relative_difference
 from xdit_compile.compiler import choose_units
 from xdit_compile.errors import PlanError

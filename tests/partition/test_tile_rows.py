@@ -8,11 +8,11 @@ import diffusers
 import procs
 import pytest
 import torch
-from methods.test_autoencoders import difference, typed
 from splitting import partition_rows
 from zoo.autoencoders import AUTOENCODERS, run
 
 import xdit_compile
+from tests.methods.test_autoencoders import difference, typed
 from xdit_compile import Plan
 from xdit_compile.capture.capture import capture
 from xdit_compile.capture.state.in_place import held

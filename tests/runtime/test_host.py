@@ -11,7 +11,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from capture.test_signature import CHANGES, Holder, counting
 from torch import fx, nn
 from torch.distributed import distributed_c10d
 from torch.utils import _pytree as pytree
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import transformers as zoo
 
 import xdit_compile
+from tests.capture.test_signature import CHANGES, Holder, counting
 from xdit_compile import Plan
 from xdit_compile.capture.interpret import bind
 from xdit_compile.capture.state import unchanged

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 
-from runtime import test_ranks_that_differ as ranks
+from tests.runtime import test_ranks_that_differ as ranks
 from xdit_compile import Plan
 from xdit_compile.backends.registry import find_backend
 from xdit_compile.distributed import liveness, mesh, watchdog

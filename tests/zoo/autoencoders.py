@@ -7,7 +7,6 @@ from typing import Any
 
 import diffusers
 from torch import Tensor, nn
-
 from zoo.transformers import Draw, randomise
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from zoo.autoencoders import _KL, _LTX, Autoencoder
 from zoo.transformers import Draw
 

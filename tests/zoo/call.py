@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
 from zoo.transformers import Case, Draw, Inputs, image_ids
 
 TEXT, DIM, POOLED, HEADS = 13, 28, 22, 5

@@ -10,7 +10,6 @@ import diffusers
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import nn
-
 from zoo import transformers as zoo
 from zoo.call import DIM, HEADS, LATENT, PACKED, POOLED, PROMPT, SIZES, TEXT, case, fixed, mask, normal, step, time
 from zoo.recent import RECENT

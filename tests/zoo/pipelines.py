@@ -11,7 +11,6 @@ import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
-
 from zoo.more import MORE
 from zoo.transformers import MODELS, Draw, randomise
 

@@ -14,7 +14,6 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-
 from zoo.transformers import (
     Draw,
     Inputs,

@@ -7,7 +7,6 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor, nn
-
 from zoo.call import DIM, HEADS, LATENT, POOLED, PROMPT, TEXT, case, fixed, mask, normal, rows, step, time
 from zoo.transformers import Draw, image_ids
 

@@ -9,7 +9,6 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-
 from zoo.transformers import Case, Draw, Inputs
 
 # ---- inputs

@@ -13,7 +13,6 @@ from diffusers.models.embeddings import (
     get_3d_rotary_pos_embed_allegro,
 )
 from torch import Tensor, nn
-
 from zoo.call import CLIP, DIM, HEADS, POOLED, PROMPT, TEXT, case, fixed, mask, normal, step, time
 from zoo.transformers import Draw
 

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from xdit_compile.kernels import (
-    ring,  # noqa: F401 - they register the ops
-)
+from xdit_compile.kernels import collectives, ring  # noqa: F401 - they register the ops
 from xdit_compile.kernels.attention import token_major
 from xdit_compile.kernels.collectives import halo_sent
 from xdit_compile.kernels.reference import attention_reference

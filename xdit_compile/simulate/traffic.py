@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from xdit_compile.kernels import (
-    ring,  # noqa: F401 - they register the ops
-)
+from xdit_compile.kernels import collectives, ring  # noqa: F401 - they register the ops
 from xdit_compile.kernels.collectives import rows_sent
 
 
