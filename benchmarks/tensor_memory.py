@@ -24,9 +24,10 @@ from torch import nn
 
 from xdit_compile import Plan
 from xdit_compile.capture.capture import capture
-from xdit_compile.compiler import Analysis, choose_units, place
+from xdit_compile.compiler import Analysis, place
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.passes.axes.infer import infer
+from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.rules.registry import rulebook
 
 LISTED = 6

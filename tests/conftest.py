@@ -10,6 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Tests run beside one another, and small tensors gain nothing from threads."""
+    """Tests run beside one another, and small tensors gain nothing from threads. Every pass is checked."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["XDIT_COMPILE_CHECK"] = "1"
     torch.set_num_threads(1)

@@ -10,10 +10,11 @@ from splitting import Captured
 from torch.utils import _pytree as pytree
 
 from xdit_compile.capture.state.containers import Outcome
-from xdit_compile.compiler import StagePrograms, place_stage, separated
+from xdit_compile.compiler import place_stage, separated
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.results import Template
+from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan
 from xdit_compile.simulate.mesh import run_simulated
 

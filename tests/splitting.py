@@ -14,10 +14,11 @@ from zoo import more as zoo_more
 from zoo import transformers as zoo
 
 from xdit_compile.capture.capture import capture
-from xdit_compile.compiler import Analysis, choose_units
+from xdit_compile.compiler import Analysis
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.passes.axes.infer import Inference, infer
 from xdit_compile.passes.choose.rows import choose_rows
+from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.local.layout import SEQUENCE, Chosen, Layout
 from xdit_compile.passes.partition.program import Partitioned, partition
 from xdit_compile.passes.rules.registry import rulebook

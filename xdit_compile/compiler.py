@@ -1,32 +1,39 @@
-"""From a module and one call of it to what this rank runs: capture, infer, choose, partition."""
+"""From one call of a module to what this rank runs: the passes in order, and the loop that runs them."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import nn
 
+from xdit_compile.backends.base import Backend
 from xdit_compile.capture.capture import capture
 from xdit_compile.distributed.mesh import Mesh
-from xdit_compile.ir.axes import Axis
-from xdit_compile.ir.program import Input, Kind, Program
-from xdit_compile.ir.sharding import Split
+from xdit_compile.ir.program import Program
+from xdit_compile.ir.verify_program import verify_program
 from xdit_compile.passes.axes.infer import Inference, infer
-from xdit_compile.passes.choose.batch import choose_batch
-from xdit_compile.passes.choose.features import choose_features
-from xdit_compile.passes.choose.tokens import choose_tokens
-from xdit_compile.passes.local.layout import PATCH, SEQUENCE, TENSOR, Chosen, Layout
+from xdit_compile.passes.axes.verify_axes import verify_axes
+from xdit_compile.passes.choose.units import choose_units
+from xdit_compile.passes.local.layout import Chosen, Layout
+from xdit_compile.passes.memory.tile_rows import in_strips
 from xdit_compile.passes.partition.program import Partitioned, partition
 from xdit_compile.passes.rules.registry import rulebook
-from xdit_compile.passes.stages.assign_stages import Stage, assign, cut, everywhere, only
-from xdit_compile.passes.stages.choose_patches import choose_patches, cuts, one_patch, varying
+from xdit_compile.passes.stages.choose_patches import cuts, varying
 from xdit_compile.passes.stages.split_step_invariant import separate
+from xdit_compile.passes.stages.stage_programs import PatchPrograms, StagePrograms, cut_stages, partition_patches
 
-from .errors import PartitionError
+from .errors import UsageError
 from .plan import Plan
+
+CHECK = "XDIT_COMPILE_CHECK"
+"""Environment variable with which programs are looked at after every pass, as tests do."""
+Run = Callable[..., tuple[Any, ...]]
+Each = TypeVar("Each")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,40 +45,240 @@ class Analysis:
     units: Chosen
 
 
-def analyse(
-    module: nn.Module, plan: Plan, args: tuple, kwargs: dict, *, forward: Callable[..., Any] | None = None,
-    check: bool = True, choose: Callable[[Inference, Plan], Chosen] | None = None, run: bool = True,
-) -> Analysis:  # fmt: skip
-    """Capture one call of a module, name its axes and choose what to split.
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a module, and how it is captured.
 
     Args:
-        choose: in place of `choose_units`.
         forward, check, run: see `capture`.
+    """
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    forward: Callable[..., Any] | None = None
+    check: bool = True
+    run: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """A call on its way from a module to what one rank runs.
+
+    The first fields say what is wanted; passes fill in the others, each what its name says.
+
+    Args:
+        plan: what is split, and over how many.
+        call: what is captured; None once it is.
+        choose: says what of a program is split.
+        mesh: whose rank the programs are for.
+        gather: whether results are made whole; without it each rank has its part of them.
+        budget: bytes beside weights that this rank may take; convolutions run in strips where that takes it.
+        places: the stages of blocks, by their paths, of programs of the same module that were placed before.
+        backend: what compiles.
+        device: where what is compiled lies.
+        partitioned: this rank's programs by name: ``call``, or with DistriFusion ``waiting`` and ``stale``.
+        runs: what computes each program.
+        seconds: what each pass took.
+    """
+
+    plan: Plan
+    call: Call | None = None
+    choose: Callable[[Inference, Plan], Chosen] = choose_units
+    mesh: Mesh | None = None
+    gather: bool = True
+    budget: int | None = None
+    places: dict[str, int] = dataclasses.field(default_factory=dict)
+    backend: Backend | None = None
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    program: Program | None = None
+    inference: Inference | None = None
+    units: Chosen | None = None
+    partitioned: Mapping[str, Partitioned] = dataclasses.field(default_factory=dict)
+    patches: PatchPrograms | None = None
+    stages: StagePrograms | None = None
+    runs: Mapping[str, Run] = dataclasses.field(default_factory=dict)
+    seconds: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def analysis(self) -> Analysis:
+        """What the passes up to ``choose_units`` found."""
+        assert self.program is not None and self.inference is not None and self.units is not None
+        return Analysis(self.program, self.inference, self.units)
+
+    @property
+    def programs(self) -> dict[str, Program]:
+        """All programs of the latest pass, by name."""
+        if self.stages is not None:
+            stages = {"full": self.stages.full, **_numbered(self.stages.patches)}
+            return {"common": self.stages.common} | {name: stage.program for name, stage in stages.items()}
+        if self.patches is not None:
+            return {"full": self.patches.full.program, **_numbered(self.patches.patches)}
+        if self.partitioned:
+            return {name: each.program for name, each in self.partitioned.items()}
+        return {} if self.program is None else {"captured": self.program}
+
+
+def _numbered(patches: Sequence[Each]) -> dict[str, Each]:
+    return {f"patch_{at}": patch for at, patch in enumerate(patches)}
+
+
+def _capture(state: Compilation) -> Compilation:
+    assert state.call is not None
+    call = state.call
+    program = capture(call.module, call.args, call.kwargs, forward=call.forward, check=call.check, run=call.run)
+    return dataclasses.replace(state, program=program, call=None)
+
+
+def _infer_axes(state: Compilation) -> Compilation:
+    assert state.program is not None
+    return dataclasses.replace(state, inference=infer(state.program, rulebook()))
+
+
+def _choose_units(state: Compilation) -> Compilation:
+    assert state.inference is not None
+    return dataclasses.replace(state, units=state.choose(state.inference, state.plan))
+
+
+def _split_step_invariant(state: Compilation) -> Compilation:
+    analysis = separated(state.analysis, state.plan)
+    return dataclasses.replace(state, program=analysis.program, inference=analysis.inference, units=analysis.units)
+
+
+def _partition(state: Compilation) -> Compilation:
+    assert state.mesh is not None
+    analysis, plan = state.analysis, state.plan
+    if plan.patch_count > 1:
+        patches = partition_patches(analysis.inference, analysis.units, plan, state.mesh)
+        return dataclasses.replace(state, patches=patches)
+    ways = {"waiting": False, "stale": True} if plan.distrifusion > 1 else {"call": False}
+    found = {name: place(analysis, plan, state.mesh, state.gather, late) for name, late in ways.items()}
+    return dataclasses.replace(state, partitioned=found)
+
+
+def _assign_stages(state: Compilation) -> Compilation:
+    assert state.patches is not None and state.mesh is not None
+    stages = cut_stages(state.patches, state.analysis.inference, state.plan, state.mesh, state.places)
+    return dataclasses.replace(state, stages=stages)
+
+
+def _tile_rows(state: Compilation) -> Compilation:
+    assert state.budget is not None
+    cut = {
+        name: dataclasses.replace(each, program=in_strips(each.program, state.budget, state.device))
+        for name, each in state.partitioned.items()
+    }
+    return dataclasses.replace(state, partitioned=cut)
+
+
+def _compile(state: Compilation) -> Compilation:
+    assert state.backend is not None
+    roots = {name: program.root.to(state.device) for name, program in state.programs.items()}
+    return dataclasses.replace(state, runs={name: state.backend.compile(root) for name, root in roots.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A step from a module to what runs: a function of the state, and when there is anything for it to do."""
+
+    name: str
+    run: Callable[[Compilation], Compilation]
+    wanted: Callable[[Compilation], bool] = lambda state: True
+
+
+PASSES = (
+    Pass("capture", _capture),
+    Pass("infer_axes", _infer_axes),
+    Pass("choose_units", _choose_units),
+    Pass("split_step_invariant", _split_step_invariant, lambda state: state.plan.patch_count > 1),
+    Pass("partition", _partition),
+    Pass("assign_stages", _assign_stages, lambda state: state.patches is not None),
+    Pass("tile_rows", _tile_rows, lambda state: state.budget is not None),
+    Pass("compile", _compile),
+)
+"""Everything that happens to a call, in this order."""
+Observer = Callable[[str, Compilation], None]
+
+
+def run_passes(
+    state: Compilation, *, after: str | None = None, until: str | None = None, observers: Sequence[Observer] = ()
+) -> Compilation:
+    """Run passes, each timed and, where ``XDIT_COMPILE_CHECK`` is set, looked at.
+
+    Args:
+        after: name of the last pass that ran before; from the first for None.
+        until: name of the pass to stop after; to the last for None.
+        observers: told of each pass, and of the state that it left.
+
+    Raises:
+        UsageError: no pass has that name.
+        BrokenProgramError: a pass left a program that is not well formed.
+    """
+    first = 0 if after is None else _position(after) + 1
+    last = len(PASSES) - 1 if until is None else _position(until)
+    for each in PASSES[first : last + 1]:
+        if each.wanted(state):
+            begin = time.perf_counter()
+            state = each.run(state)
+            taken = (each.name, time.perf_counter() - begin)
+            state = dataclasses.replace(state, seconds=(*state.seconds, taken))
+            if os.environ.get(CHECK):
+                check(state)
+            for observer in observers:
+                observer(each.name, state)
+    return state
+
+
+def _position(name: str) -> int:
+    names = [each.name for each in PASSES]
+    if name not in names:
+        raise UsageError(f"there is no pass {name!r}; choose one of {', '.join(names)}")
+    return names.index(name)
+
+
+def check(state: Compilation) -> None:
+    """Look at all programs of a state.
+
+    Raises:
+        BrokenProgramError: one is not well formed.
+    """
+    cut = {} if state.stages is None else {"full": state.stages.full, **_numbered(state.stages.patches)}
+    for name, program in state.programs.items():
+        received = len(cut[name].received) if name in cut else 0
+        verify_program(program, name, metadata=name == "captured", received=received)
+    if state.inference is not None:
+        verify_axes(state.inference)
+
+
+def analyse(
+    module: nn.Module, plan: Plan, args: tuple, kwargs: dict, *, forward: Callable[..., Any] | None = None,
+    check: bool = True, choose: Callable[[Inference, Plan], Chosen] = choose_units, run: bool = True,
+    observers: Sequence[Observer] = (),
+) -> Analysis:  # fmt: skip
+    """The passes that are the same on every rank: capture one call of a module, name its axes, choose what to split.
 
     Raises:
         CaptureError: when no capture agrees with the module.
     """
-    program = capture(module, args, kwargs, forward=forward, check=check, run=run)
-    inference = infer(program, rulebook())
-    return Analysis(program, inference, (choose or choose_units)(inference, plan))
+    call = Call(module, args, kwargs, forward, check, run)
+    return run_passes(Compilation(plan, call, choose), until="choose_units", observers=observers).analysis
 
 
-def choose_units(inference: Inference, plan: Plan) -> Chosen:
-    """What each kind of parallelism in the plan splits; a batch of one is not split, its calls are shared instead.
+def compiled(
+    analysis: Analysis, plan: Plan, mesh: Mesh, *, until: str | None = None, observers: Sequence[Observer] = (),
+    **wanted: Any,
+) -> Compilation:  # fmt: skip
+    """The passes for one rank of ``mesh``.
 
-    Of a plan with patches ranks share the tokens of each patch: what that splits follows from the patches.
+    Args:
+        wanted: further fields of `Compilation`.
+
+    Raises:
+        PartitionError: where something cannot be split and may not be gathered.
     """
-    return {
-        **choose_batch(inference, plan.data, plan.cfg),
-        PATCH: choose_tokens(inference, plan, PATCH),
-        SEQUENCE: choose_tokens(inference, plan) if plan.patch_count == 1 else (),
-        TENSOR: choose_features(inference, plan),
-    }
-
-
-def choose_within_batch(inference: Inference, plan: Plan) -> Chosen:
-    """The same for a call that is one rank's part of a batch."""
-    return choose_units(inference, dataclasses.replace(plan, data=1, cfg=1))
+    known = {"program": analysis.program, "inference": analysis.inference, "units": analysis.units}
+    state = Compilation(plan, mesh=mesh, **known, **wanted)  # type: ignore[arg-type]
+    return run_passes(state, after="choose_units", until=until, observers=observers)
 
 
 def place(analysis: Analysis, plan: Plan, mesh: Mesh, gather: bool = True, stale: bool = False) -> Partitioned:
@@ -86,51 +293,14 @@ def place(analysis: Analysis, plan: Plan, mesh: Mesh, gather: bool = True, stale
     return partition(analysis.inference, dataclasses.replace(layout, stale=stale), gather)
 
 
-@dataclasses.dataclass(frozen=True)
-class Lie:
-    """How patches lie in a tensor: the positions of each along the dim that is ``back`` from the end."""
+def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, int]) -> StagePrograms:
+    """The stage of one rank of ``mesh``, of a call with what stays the same in calls of its own.
 
-    back: int
-    positions: tuple[tuple[int, ...], ...]
-    likes: tuple[torch.Tensor, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class StagePrograms:
-    """What one rank runs of a denoiser that is cut into stages and patches.
-
-    Args:
-        stage: this rank's stage.
-        full: its part of the program that computes all tokens at once.
-        common: computes what its patches need alike: the values named in ``shared``.
-        patches: its part of the program of each patch.
-        varying: positions among the flat inputs of those that change from step to step as the result does.
-        inputs: how the patches lie in each input that is cut, by its position among the flat inputs.
-        results: the same for each result, with the shapes of its patches.
+    Raises:
+        PartitionError: patches that need all others at once, or stages that the blocks do not fill.
     """
-
-    stage: int
-    full: Stage
-    common: Program
-    shared: tuple[str, ...]
-    patches: tuple[Stage, ...]
-    varying: tuple[int, ...]
-    inputs: Mapping[int, Lie]
-    results: tuple[Lie, ...]
-
-    @property
-    def programs(self) -> list[Program]:
-        """All that the rank runs."""
-        return [self.full.program, self.common, *(patch.program for patch in self.patches)]
-
-    def taken(self, kind: Kind) -> dict[str | int, tuple[Input, torch.Tensor]]:
-        """The inputs of one kind that programs take, by target, each with a tensor of its whole shape."""
-        return {
-            given.target: (given, node.meta["val"])
-            for program in self.programs
-            for given, node in zip(program.inputs, program.root.graph.find_nodes(op="placeholder"), strict=False)
-            if given.kind == kind
-        }
+    patches = partition_patches(analysis.inference, analysis.units, plan, mesh)
+    return cut_stages(patches, analysis.inference, plan, mesh, places)
 
 
 def separated(analysis: Analysis, plan: Plan) -> Analysis:
@@ -142,58 +312,3 @@ def separated(analysis: Analysis, plan: Plan) -> Analysis:
             inference = infer(program, rulebook())
             return Analysis(program, inference, choose_units(inference, plan))
     return analysis
-
-
-def place_stage(analysis: Analysis, plan: Plan, mesh: Mesh, places: dict[str, int]) -> StagePrograms:
-    """The stage of one rank of ``mesh``.
-
-    Args:
-        places: the stages of blocks, by their paths, of programs of the same module that were placed before; those of
-            this one are added.
-
-    Raises:
-        PartitionError: patches that need all others at once, or stages that the blocks do not fill.
-    """
-    inference, count = analysis.inference, plan.pipefusion
-    split = choose_patches(inference, plan)
-    names = varying(inference, split)
-    stages = assign(inference, names, count, plan.stage_layers, places)
-    layout = Layout.of(plan, mesh, {**analysis.units, SEQUENCE: split.units})
-    stage = mesh.coordinate("pipefusion")
-    full = partition(inference, layout.keeping(split, None), shared=everywhere(inference, names))
-    patches = [one_patch(inference, layout, split, at).program for at in range(split.parts)]
-    users = {given.name: int(given.target) for given in analysis.program.inputs if given.kind == "user"}
-    placeholders = analysis.program.root.graph.find_nodes(op="placeholder")
-    given = {
-        users[node.name]: _lie(inference.axes[node][0], node, split) for node in placeholders if node.name in users
-    }
-    (output,) = analysis.program.root.graph.find_nodes(op="output")
-    results = [_lie(inference.axes[leaf][0], leaf, split) for leaf in output.args[0]]
-    for at, patch in enumerate(patches):
-        (output,) = patch.root.graph.find_nodes(op="output")
-        for leaf, lie in zip(output.args[0], results, strict=True):
-            if lie is None or leaf.meta["val"].shape != lie.likes[at].shape:
-                reason = "a result is not cut as the input is"
-                raise PartitionError(f"pipefusion cannot cut this denoiser into {split.parts} patches: {reason}")
-    own = tuple(cut(each, stages, names, count)[stage] for each in patches)
-    wanted = dict.fromkeys(str(each.target) for one in own for each in one.program.inputs if each.kind == "shared")
-    return StagePrograms(
-        stage,
-        cut(full.program, stages, names, count)[stage],
-        only(full.program, [full.wholes[name] for name in wanted]),
-        tuple(wanted),
-        own,
-        tuple(users[name] for name in names),
-        {at: lie for at, lie in given.items() if lie is not None},
-        tuple(lie for lie in results if lie is not None),
-    )
-
-
-def _lie(axes: Sequence[Axis], node: fx.Node, split: Split) -> Lie | None:
-    dim = next((dim for dim, axis in enumerate(axes) if split.splits(axis)), None)
-    if dim is None:
-        return None
-    held = tuple(tuple(map(int, split.positions(axes[dim], at))) for at in range(split.parts))
-    sizes, dtype = [axis.size for axis in axes], node.meta["val"].dtype
-    likes = [torch.empty([*sizes[:dim], len(each), *sizes[dim + 1 :]], dtype=dtype, device="meta") for each in held]
-    return Lie(len(axes) - dim, held, tuple(likes))

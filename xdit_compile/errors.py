@@ -64,6 +64,10 @@ class PartitionError(XditCompileError):
     """A graph that the partitioner cannot split and may not gather."""
 
 
+class BrokenProgramError(XditCompileError):
+    """A pass left a program that is not well formed: a fault of this package."""
+
+
 class VerificationError(XditCompileError):
     """The partitioned program gave other numbers than the module itself."""
 

@@ -13,12 +13,12 @@ import torch
 from queues import Begin, Compute, Event, Recorder, Stuck, play, recorded
 from torch import fx, nn
 
-from xdit_compile.compiler import Lie, StagePrograms
 from xdit_compile.distributed.mesh import TEAM, Mesh, channels
 from xdit_compile.distributed.messages import ALIGNED, length, pack, unpack
 from xdit_compile.ir.program import Input
 from xdit_compile.passes.local.layout import BATCH, DATA, MEMBERS, SEQUENCE
 from xdit_compile.passes.stages.assign_stages import Stage
+from xdit_compile.passes.stages.stage_programs import Lie, StagePrograms
 from xdit_compile.plan import Plan
 from xdit_compile.runtime.generation import Generation
 from xdit_compile.runtime.methods.pipefusion import Flow, PipelineRunner

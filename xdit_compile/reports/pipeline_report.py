@@ -6,8 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
-from xdit_compile.compiler import Analysis, StagePrograms, place_stage, separated
+from xdit_compile.compiler import Analysis, place_stage, separated
 from xdit_compile.distributed.mesh import Mesh
+from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan
 
 from .report import printed

@@ -15,15 +15,15 @@ from xdit_compile.capture.state.in_place import as_it_was, found_method, refuse_
 from xdit_compile.capture.state.signature import Fingerprint, Signature, fingerprint, kept, signature
 from xdit_compile.capture.state.unchanged import Watch
 from xdit_compile.capture.state.unsupported import moves_weights, refuse_draws, refuse_unsupported
-from xdit_compile.compiler import Analysis, analyse, choose_units, place
+from xdit_compile.compiler import Analysis, Compilation, analyse, compiled
 from xdit_compile.errors import CaptureError, NoRoomError
 from xdit_compile.ir.digest import digest, digest_program, digest_shapes
 from xdit_compile.ir.precision import precision_for
 from xdit_compile.passes.axes.infer import Inference
+from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.local.layout import BATCH, Chosen
-from xdit_compile.passes.memory.tile_rows import in_strips
 from xdit_compile.plan import Plan
-from xdit_compile.reports.dump import dump
+from xdit_compile.reports.dump import observers
 from xdit_compile.runtime.tensors.deferred_tensor import Deferred, values_of
 from xdit_compile.runtime.verify.later_call import LaterCall
 from xdit_compile.weights.weights import Gather, Weights
@@ -292,7 +292,7 @@ class Runner(Proving):
             with as_it_was(self.module):
                 analysis = analyse(
                     self.module, self.plan, args, kwargs, forward=own, check=self.plan.verify,
-                    choose=self._choose, run=runs,
+                    choose=self._choose, run=runs, observers=observers(self.name, self.mesh.rank),
                 )  # fmt: skip
             if self._is_denoiser and self.mesh.world_size > 1:
                 refuse_draws(analysis.program)
@@ -317,13 +317,15 @@ class Runner(Proving):
         return batch
 
     def _placed(self, analysis: Analysis, device: torch.device) -> CompiledCall:
-        partitioned = place(analysis, self.plan, self.mesh, self._gather)
-        if self._budget is not None:
-            cut = in_strips(partitioned.program, self._budget, device)
-            partitioned = dataclasses.replace(partitioned, program=cut)
-        partitioned.program.root.to(device)
-        dump(analysis, partitioned, self.mesh.rank)
-        return CompiledCall(analysis, partitioned.program, self.backend.compile(partitioned.program.root))
+        state = self._compiled(analysis, device)
+        return CompiledCall(analysis, state.programs["call"], state.runs["call"])
+
+    def _compiled(self, analysis: Analysis, device: torch.device, **wanted: Any) -> Compilation:
+        """What the passes for this rank make of a call."""
+        return compiled(
+            analysis, self.plan, self.mesh, gather=self._gather, budget=self._budget, backend=self.backend,
+            device=device, observers=observers(self.name, self.mesh.rank), **wanted,
+        )  # fmt: skip
 
     def _settle(self, prepared: CompiledCall) -> None:
         """Bring the weights that programs need, and release what they leave, now or after the later comparison."""

@@ -15,13 +15,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from xdit_compile.capture.interpret import bind, run_outcome
-from xdit_compile.compiler import Analysis, place
+from xdit_compile.compiler import Analysis
 from xdit_compile.ir.peak_memory import if_room
 from xdit_compile.ir.precision import precision_for
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.local.layout import PATCH
 from xdit_compile.passes.stages.choose_patches import stepping
-from xdit_compile.reports.dump import dump
 from xdit_compile.runtime.compiled_call import CompiledCall
 from xdit_compile.runtime.generation import BranchState, States
 from xdit_compile.runtime.runner import Computing, Runner, device_of
@@ -104,14 +103,11 @@ class StaleRunner(Runner):
         return compute
 
     def _placed(self, analysis: Analysis, device: torch.device) -> CompiledCall:
-        fresh, stale = (place(analysis, self.plan, self.mesh, stale=late) for late in (False, True))
-        for each in (fresh, stale):
-            each.program.root.to(device)
-        dump(analysis, stale, self.mesh.rank)
-        first, second = (self.backend.compile(each.program.root) for each in (fresh, stale))
+        state = self._compiled(analysis, device)
+        waiting, stale = (state.partitioned[way] for way in ("waiting", "stale"))
         users = {given.name: int(given.target) for given in analysis.program.inputs if given.kind == "user"}
         some, varying = ([users[n] for n in names] for names in stepping(analysis.inference, analysis.units[PATCH]))
-        ways = fresh.program, first, stale.program, second
+        ways = waiting.program, state.runs["waiting"], stale.program, state.runs["stale"]
         return Shared(analysis, *ways, stale.leaving, frozenset(some), tuple(varying))
 
     def _found(self, prepared: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -19,11 +19,12 @@ from torch.utils import _pytree as pytree
 from xdit_compile.capture.interpret import assemble, bind
 from xdit_compile.capture.state.containers import Outcome
 from xdit_compile.capture.state.signature import Signature
-from xdit_compile.compiler import Analysis, Lie, StagePrograms, place_stage, separated
+from xdit_compile.compiler import Analysis
 from xdit_compile.distributed.devices import finish
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.local.layout import BATCH
 from xdit_compile.passes.stages.assign_stages import Stage
+from xdit_compile.passes.stages.stage_programs import Lie, StagePrograms
 from xdit_compile.runtime.cfg_branches import Call, alone
 from xdit_compile.runtime.compiled_call import CompiledCall
 from xdit_compile.runtime.generation import BranchState
@@ -172,17 +173,16 @@ class PipelineRunner(Runner):
         return super()._prepare(key, args, kwargs, [whole_of(leaf) for leaf in leaves])
 
     def _placed(self, analysis: Analysis, device: torch.device) -> CompiledCall:
-        analysis = separated(analysis, self.plan)
-        pipeline = place_stage(analysis, self.plan, self.mesh, self.places)
+        state = self._compiled(analysis, device, places=self.places)
+        analysis, pipeline = state.analysis, state.stages
+        assert pipeline is not None
         if not any(given.kind == "parameter" for program in pipeline.programs for given in program.inputs):
             warnings.warn(
                 f"stage {self.stage} of {self.last + 1} holds no parameters, so that other ranks hold them all; "
                 "use fewer stages, or say with stage_layers which blocks each has",
                 stacklevel=2,
             )
-        stages = (pipeline.full, *pipeline.patches)
-        roots = [pipeline.common.root, *(stage.program.root for stage in stages)]
-        common, *runs = (self.backend.compile(root.to(device)) for root in roots)
+        common, runs = state.runs["common"], [run for name, run in state.runs.items() if name != "common"]
         known: dict[tuple, tuple[torch.Tensor, ...]] = {}
         inputs = {at: self._cut(lie, known) for at, lie in pipeline.inputs.items()}
         results = tuple(self._cut(lie, known) for lie in pipeline.results)

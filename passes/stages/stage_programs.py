@@ -1,0 +1,164 @@
+"""What one rank runs of a denoiser whose tokens are cut into patches and whose blocks are cut into stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from xdit_compile.distributed.mesh import Mesh
+from xdit_compile.errors import PartitionError
+from xdit_compile.ir.axes import Axis
+from xdit_compile.ir.program import Input, Kind, Program
+from xdit_compile.ir.sharding import Split
+from xdit_compile.passes.axes.infer import Inference
+from xdit_compile.passes.local.layout import SEQUENCE, Chosen, Layout
+from xdit_compile.passes.partition.program import Partitioned, partition
+from xdit_compile.plan import Plan
+
+from .assign_stages import Stage, assign, cut, everywhere, only
+from .choose_patches import choose_patches, one_patch, varying
+
+
+@dataclasses.dataclass(frozen=True)
+class Lie:
+    """How patches lie in a tensor: the positions of each along the dim that is ``back`` from the end."""
+
+    back: int
+    positions: tuple[tuple[int, ...], ...]
+    likes: tuple[torch.Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchPrograms:
+    """The programs of all tokens and of each patch, of all stages together.
+
+    Args:
+        full: computes all tokens at once.
+        patches: the program of each patch.
+        varying: names of the inputs that change from step to step as the result does.
+        inputs: how the patches lie in each input that is cut, by its position among the flat inputs.
+        results: the same for each result, with the shapes of its patches.
+    """
+
+    full: Partitioned
+    patches: tuple[Program, ...]
+    varying: tuple[str, ...]
+    inputs: Mapping[int, Lie]
+    results: tuple[Lie, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePrograms:
+    """What one rank runs of a denoiser that is cut into stages and patches.
+
+    Args:
+        stage: this rank's stage.
+        full: its part of the program that computes all tokens at once.
+        common: computes what its patches need alike: the values named in ``shared``.
+        patches: its part of the program of each patch.
+        varying: positions among the flat inputs of those that change from step to step as the result does.
+        inputs: how the patches lie in each input that is cut, by its position among the flat inputs.
+        results: the same for each result, with the shapes of its patches.
+    """
+
+    stage: int
+    full: Stage
+    common: Program
+    shared: tuple[str, ...]
+    patches: tuple[Stage, ...]
+    varying: tuple[int, ...]
+    inputs: Mapping[int, Lie]
+    results: tuple[Lie, ...]
+
+    @property
+    def programs(self) -> list[Program]:
+        """All that the rank runs."""
+        return [self.full.program, self.common, *(patch.program for patch in self.patches)]
+
+    def taken(self, kind: Kind) -> dict[str | int, tuple[Input, torch.Tensor]]:
+        """The inputs of one kind that programs take, by target, each with a tensor of its whole shape."""
+        return {
+            given.target: (given, node.meta["val"])
+            for program in self.programs
+            for given, node in zip(program.inputs, program.root.graph.find_nodes(op="placeholder"), strict=False)
+            if given.kind == kind
+        }
+
+
+def partition_patches(inference: Inference, units: Chosen, plan: Plan, mesh: Mesh) -> PatchPrograms:
+    """The programs of all tokens and of each patch, for one rank of ``mesh``.
+
+    Raises:
+        PartitionError: patches that need all others at once.
+    """
+    split = choose_patches(inference, plan)
+    names = varying(inference, split)
+    layout = Layout.of(plan, mesh, {**units, SEQUENCE: split.units})
+    full = partition(inference, layout.keeping(split, None), shared=everywhere(inference, names))
+    patches = tuple(one_patch(inference, layout, split, at).program for at in range(split.parts))
+    users = _users(inference)
+    placeholders = inference.program.root.graph.find_nodes(op="placeholder")
+    given = [node for node in placeholders if node.name in users]
+    inputs = {users[node.name]: _lie(inference.axes[node][0], node, split) for node in given}
+    (output,) = inference.program.root.graph.find_nodes(op="output")
+    results = [_lie(inference.axes[leaf][0], leaf, split) for leaf in output.args[0]]
+    for at, patch in enumerate(patches):
+        (output,) = patch.root.graph.find_nodes(op="output")
+        for leaf, lie in zip(output.args[0], results, strict=True):
+            if lie is None or leaf.meta["val"].shape != lie.likes[at].shape:
+                reason = "a result is not cut as the input is"
+                raise PartitionError(f"pipefusion cannot cut this denoiser into {split.parts} patches: {reason}")
+    return PatchPrograms(
+        full,
+        patches,
+        tuple(names),
+        {at: lie for at, lie in inputs.items() if lie is not None},
+        tuple(lie for lie in results if lie is not None),
+    )
+
+
+def cut_stages(
+    programs: PatchPrograms, inference: Inference, plan: Plan, mesh: Mesh, places: dict[str, int]
+) -> StagePrograms:
+    """One rank's stage of the programs of all tokens and of each patch.
+
+    Args:
+        places: the stages of blocks, by their paths, of programs of the same module that were placed before; those of
+            this one are added.
+
+    Raises:
+        PartitionError: stages that the blocks do not fill.
+    """
+    names, count, full = programs.varying, plan.pipefusion, programs.full
+    stages, stage = assign(inference, names, count, plan.stage_layers, places), mesh.coordinate("pipefusion")
+    own = tuple(cut(each, stages, names, count)[stage] for each in programs.patches)
+    wanted = dict.fromkeys(str(each.target) for one in own for each in one.program.inputs if each.kind == "shared")
+    users = _users(inference)
+    return StagePrograms(
+        stage,
+        cut(full.program, stages, names, count)[stage],
+        only(full.program, [full.wholes[name] for name in wanted]),
+        tuple(wanted),
+        own,
+        tuple(users[name] for name in names),
+        programs.inputs,
+        programs.results,
+    )
+
+
+def _users(inference: Inference) -> dict[str, int]:
+    """Positions of the user's inputs among the flat ones, by name."""
+    return {given.name: int(given.target) for given in inference.program.inputs if given.kind == "user"}
+
+
+def _lie(axes: Sequence[Axis], node: fx.Node, split: Split) -> Lie | None:
+    dim = next((dim for dim, axis in enumerate(axes) if split.splits(axis)), None)
+    if dim is None:
+        return None
+    held = tuple(tuple(map(int, split.positions(axes[dim], at))) for at in range(split.parts))
+    sizes, dtype = [axis.size for axis in axes], node.meta["val"].dtype
+    likes = [torch.empty([*sizes[:dim], len(each), *sizes[dim + 1 :]], dtype=dtype, device="meta") for each in held]
+    return Lie(len(axes) - dim, held, tuple(likes))
