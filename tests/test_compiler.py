@@ -42,9 +42,7 @@ def test_every_pass_of_every_method_is_timed_and_dumped(degrees, programs, skipp
     watching = observers("module", 1, str(tmp_path))
     call = Call(model.module, model.args, model.kwargs)
     state = run_passes(Compilation(plan, call), until="choose_units", observers=watching)
-    state = compiled(
-        state.analysis, plan, Mesh.simulated(plan, 1), backend=Eager(), seconds=state.seconds, observers=watching
-    )
+    state = compiled(state.analysis, plan, Mesh.simulated(plan, 1), backend=Eager(), observers=watching)
     ran = [name for name in NAMES if name not in skipped]
     assert [name for name, _ in state.seconds] == ran and all(seconds > 0 for _, seconds in state.seconds)
     assert set(state.programs) == set(state.runs) == programs

@@ -38,11 +38,12 @@ Each = TypeVar("Each")
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What holds for every rank: the captured program, its axes, and the units that the plan splits."""
+    """What holds for every rank: the captured program, its axes, the units that the plan splits; seconds of passes."""
 
     program: Program
     inference: Inference
     units: Chosen
+    seconds: tuple[tuple[str, float], ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Compilation:
     def analysis(self) -> Analysis:
         """What the passes up to ``choose_units`` found."""
         assert self.program is not None and self.inference is not None and self.units is not None
-        return Analysis(self.program, self.inference, self.units)
+        return Analysis(self.program, self.inference, self.units, self.seconds)
 
     @property
     def programs(self) -> dict[str, Program]:
@@ -276,8 +277,8 @@ def compiled(
     Raises:
         PartitionError: where something cannot be split and may not be gathered.
     """
-    known = {"program": analysis.program, "inference": analysis.inference, "units": analysis.units}
-    state = Compilation(plan, mesh=mesh, **known, **wanted)  # type: ignore[arg-type]
+    known = {field.name: getattr(analysis, field.name) for field in dataclasses.fields(analysis)}
+    state = Compilation(plan, mesh=mesh, **known, **wanted)
     return run_passes(state, after="choose_units", until=until, observers=observers)
 
 
@@ -310,5 +311,5 @@ def separated(analysis: Analysis, plan: Plan) -> Analysis:
         if names:
             program = separate(analysis.program, names)
             inference = infer(program, rulebook())
-            return Analysis(program, inference, choose_units(inference, plan))
+            return Analysis(program, inference, choose_units(inference, plan), analysis.seconds)
     return analysis

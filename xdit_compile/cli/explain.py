@@ -17,7 +17,7 @@ from xdit_compile.errors import UsageError, XditCompileError, one_line
 from xdit_compile.weights.meta_module import component_class, empty_module
 from xdit_compile.weights.model_folder import check_component, pipeline_index
 
-from .pipeline_call import call_arguments, quieten, weights_dtype
+from .pipeline_call import call_arguments, set_logs, weights_dtype
 from .request import Request, find_model
 
 LARGE = 4096
@@ -51,8 +51,7 @@ def explain(request: Request, component: str | None = None, inputs: str | None =
     """
     from xdit_compile import api
 
-    if not request.debug:
-        quieten()
+    set_logs(request.debug)
     call = denoiser_call(request, component, inputs)
     return api.explain(call.module, request.plan, args=call.args, kwargs=call.kwargs)
 

@@ -31,9 +31,15 @@ _BINNING = "use_resolution_binning"
 _OTHER_SPELLINGS = {"num_frames": "video_length"}
 
 
-def quieten() -> None:
-    """Keep the libraries' warnings and loading bars off the terminal."""
+def set_logs(debug: bool) -> None:
+    """Keep the libraries' warnings and loading bars off the terminal, or with ``debug`` show our own log, too."""
+    import logging as standard
     import warnings
+
+    if debug:
+        standard.basicConfig(format="%(name)s: %(message)s")
+        standard.getLogger("xdit_compile").setLevel(standard.DEBUG)
+        return
 
     import diffusers
     import transformers
@@ -108,8 +114,7 @@ def open_pipeline(request: PipelineRequest, world: World) -> tuple[Any, torch.de
     Raises:
         XditCompileError: it cannot be loaded, or there is no such device.
     """
-    if not request.debug:
-        quieten()
+    set_logs(request.debug)
     device, dtype = placement(request, world)
     return load_pipeline(request, device, dtype), device
 
@@ -125,8 +130,7 @@ def open_parallel(request: PipelineRequest, world: World) -> Any:
     if request.plan.tensor == 1:
         pipe, _ = open_pipeline(request, world)
         return pipe if request.enable_sequential_cpu_offload else parallelize(pipe, request.plan)
-    if not request.debug:
-        quieten()
+    set_logs(request.debug)
     device, dtype = placement(request, world)
     try:
         return from_pretrained(find_model(request.model), request.plan, device=device, dtype=dtype, **_hub(request))

@@ -11,7 +11,7 @@ from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan
 
-from .report import printed
+from .report import passes_line, printed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ class PipelineReport:
     stages: tuple[StageEntry, ...]
     parameters: int
     shared: int
+    seconds: tuple[tuple[str, float], ...] = dataclasses.field(default=(), compare=False)
 
     def __str__(self) -> str:
         return printed(_rendered(self))
@@ -75,7 +76,12 @@ def pipeline_report(analysis: Analysis, plan: Plan) -> PipelineReport:
     ]
     sizes = tuple(len(positions) for positions in stages[0].results[0].positions)
     return PipelineReport(
-        analysis.program.how, sizes, tuple(entries), sum(everything.values()), sum(everything[name] for name in several)
+        captured_by=analysis.program.how,
+        patches=sizes,
+        stages=tuple(entries),
+        parameters=sum(everything.values()),
+        shared=sum(everything[name] for name in several),
+        seconds=analysis.seconds,
     )
 
 
@@ -104,4 +110,4 @@ def _rendered(found: PipelineReport) -> list[Any]:
             str(entry.stage), str(entry.blocks), f"{entry.parameters:,}", f"{entry.states / 2**20:.2f}",
             f"{entry.sent / 2**20:.2f}",
         )  # fmt: skip
-    return [head, table]
+    return [head, *passes_line(found.seconds), table]

@@ -54,7 +54,8 @@ class Report:
 
     ``imbalance`` is the busiest rank's arithmetic over the mean; ``replicated_flops`` the share of the graph's
     arithmetic that every rank repeats; ``memory`` bytes by kind on this rank: ``weights``, the ``largest_activation``,
-    and the ``keys_values`` of the attention with most of them. Exact methods keep nothing from step to step.
+    and the ``keys_values`` of the attention with most of them; ``seconds`` those of each pass. Exact methods keep
+    nothing from step to step.
     """
 
     ranks: int
@@ -69,6 +70,7 @@ class Report:
     replicated_flops: float
     flops: float
     memory: dict[str, int]
+    seconds: tuple[tuple[str, float], ...] = dataclasses.field(default=(), compare=False)
 
     def __str__(self) -> str:
         return printed(_rendered(self))
@@ -106,6 +108,7 @@ def report(analysis: Analysis, ranks: Sequence[Partitioned], here: int) -> Repor
         replicated_flops=ledger.flops_replicated / ledger.flops if ledger.flops and len(ranks) > 1 else 0.0,
         flops=ledger.flops,
         memory=_memory(mine),
+        seconds=analysis.seconds,
     )
 
 
@@ -182,6 +185,11 @@ def _memory_line(memory: dict[str, int]) -> str:
     return f"on this rank {', '.join(named)}"
 
 
+def passes_line(seconds: Sequence[tuple[str, float]]) -> list[str]:
+    """What passes took, on a line."""
+    return [f"passes: {', '.join(f'{name} {taken:.2f} s' for name, taken in seconds)}"] if seconds else []
+
+
 def _rendered(found: Report) -> list[Any]:
     from rich.table import Table
 
@@ -206,7 +214,7 @@ def _rendered(found: Report) -> list[Any]:
         f"rank {found.imbalance:.3f} of the mean; {_memory_line(found.memory)}; "
         f"{len(found.boundaries)} boundaries"
     )
-    parts: list[Any] = [head, axes, collectives]
+    parts: list[Any] = [head, *passes_line(found.seconds), axes, collectives]
     parts.append(gathers if found.gathers else "no gathers but the result")
     if found.boundaries:
         counted = collections.Counter((entry.place.target, entry.reason) for entry in found.boundaries)

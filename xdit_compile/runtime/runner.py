@@ -318,7 +318,7 @@ class Runner(Proving):
 
     def _placed(self, analysis: Analysis, device: torch.device) -> CompiledCall:
         state = self._compiled(analysis, device)
-        return CompiledCall(analysis, state.programs["call"], state.runs["call"])
+        return CompiledCall(state.analysis, state.programs["call"], state.runs["call"])
 
     def _compiled(self, analysis: Analysis, device: torch.device, **wanted: Any) -> Compilation:
         """What the passes for this rank make of a call."""

@@ -108,7 +108,7 @@ class StaleRunner(Runner):
         users = {given.name: int(given.target) for given in analysis.program.inputs if given.kind == "user"}
         some, varying = ([users[n] for n in names] for names in stepping(analysis.inference, analysis.units[PATCH]))
         ways = waiting.program, state.runs["waiting"], stale.program, state.runs["stale"]
-        return Shared(analysis, *ways, stale.leaving, frozenset(some), tuple(varying))
+        return Shared(state.analysis, *ways, stale.leaving, frozenset(some), tuple(varying))
 
     def _found(self, prepared: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Waiting for other ranks, going on with what that left, and with what this left: the same, the step is."""
