@@ -1,11 +1,13 @@
-"""Rules of operators that relate every position of a dim to the others: norms, softmax, sorting, running sums."""
+"""Rules of operators that relate every position of a dim to the others: norms, softmax, sorting, Fourier transforms."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import fx
 
 from xdit_compile.ir.axes import Atom, resolve
-from xdit_compile.passes.axes.rule import Rule, RuleBook
+from xdit_compile.passes.axes.rule import Rule, RuleBook, operator_name
 
 BOOK = RuleBook()
 
@@ -69,3 +71,29 @@ def topk(rule: Rule) -> None:
             rule.loop("whole", [(0, dim)], [])
         else:
             rule.loop("map", [(0, dim)], [(0, dim), (1, dim)])
+
+
+_FOURIER = [
+    f"fft_{name}{dims}" for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft") for dims in ("", "2", "n")
+]
+
+
+@BOOK.rule(*_FOURIER, "fft_fftshift", "fft_ifftshift", "_fft_c2c", "_fft_r2c", "_fft_c2r")
+def fourier(rule: Rule) -> None:
+    """Of dims that are transformed every position is needed, and frequencies are no positions."""
+    transformed = {rule.wrapped(dim) for dim in _transformed(rule)}
+    for dim in range(len(rule.actual[0])):
+        if dim in transformed:
+            rule.loop("whole", [(0, dim)], [])
+        else:
+            rule.loop("map", [(0, dim)], [(0, dim)])
+
+
+def _transformed(rule: Rule) -> Sequence[int]:
+    """The dims of a Fourier transform; where it names none those of its kind: the last, the last two, or all."""
+    dims, sizes, name = rule.named("dim"), rule.named("s"), operator_name(rule.node.target)
+    if dims is not None:
+        return [dims] if isinstance(dims, int) else dims
+    if name.endswith(("fft", "fft2")):
+        return range(-2 if name.endswith("2") else -1, 0)
+    return range(-len(sizes) if sizes else -len(rule.actual[0]), 0)

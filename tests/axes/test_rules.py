@@ -55,6 +55,8 @@ OPERATORS: dict[str, Function] = {
     "pad": lambda x: F.pad(x, (1, 2, 0, 0, 2, 1), value=0.5),
     "pad reflect": lambda x: F.pad(x, (1, 2, 2, 1), mode="reflect"),
     "flip": lambda x: x.flip(1),
+    "fourier": lambda x: torch.fft.irfftn(torch.fft.rfftn(x, dim=(2, 3)) * 1j, dim=(2, 3)) + torch.fft.fft(x).real,
+    "fourier of two": lambda x: torch.fft.ifftshift(torch.fft.fftshift(torch.fft.fft2(x), dim=(2, 3))).abs(),
     "roll": lambda x: x.roll(2, 1),
     "pixel shuffle": lambda x: F.pixel_shuffle(x[:, :12], 2),
     "pixel unshuffle": lambda x: F.pixel_unshuffle(x[..., :4, :], 2),
