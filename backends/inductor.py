@@ -55,7 +55,8 @@ def _compiled(structure: fx.GraphModule, args: Sequence[Any], options: dict[str,
     pin_order()
     mode = FakeTensorMode(shape_env=ShapeEnv())  # without one inductor does not look into its cache of compiled graphs
     fakes = [mode.from_tensor(arg, static_shapes=True) if isinstance(arg, torch.Tensor) else arg for arg in args]
-    return torch._inductor.compile(structure, fakes, options=dict(options))  # type: ignore[no-any-return]
+    compiled: Callable[..., Any] = torch._inductor.compile(structure, fakes, options=dict(options))
+    return compiled
 
 
 def compile_threads(environment: Mapping[str, str] = os.environ) -> int | None:

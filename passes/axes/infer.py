@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from xdit_compile.errors import one_line
+from xdit_compile.ir.arguments import integer_of, node_of, overload_of
 from xdit_compile.ir.axes import Axis, AxisSystem, Concat, Product, resolve
 from xdit_compile.ir.program import Program
 
@@ -144,7 +145,7 @@ def _type_call(node: fx.Node, frame: Frame, system: AxisSystem, book: RuleBook) 
     if all(operand in frame.tables for operand in operands):
         frame.tables.add(node)
     if node.target is operator.getitem:
-        frame.axes[node] = [frame.axes[node.args[0]][node.args[1]]]
+        frame.axes[node] = [frame.axes[node_of(node.args[0])][integer_of(node.args[1])]]
         return
     op_axes = _typed(node, frame, operands, system, book)
     _fold(node, frame, operands)
@@ -157,7 +158,7 @@ def _fold(node: fx.Node, frame: Frame, operands: list[fx.Node]) -> None:
     small = all(value.numel() <= MOST_FOLDED for value in values(node))
     if operands and small and all(operand in frame.constants for operand in operands):
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), frame.constants.__getitem__)
-        folded = node.target(*args, **kwargs)  # type: ignore[operator]
+        folded = overload_of(node)(*args, **kwargs)
         if isinstance(folded, torch.Tensor):
             frame.constants[node] = folded
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from xdit_compile.ir.arguments import overload_of
 from xdit_compile.ir.axes import Axis, AxisSystem, Conflict
 
 from .windows import Windows
@@ -106,13 +107,18 @@ class Rule:
     def args(self) -> tuple[Any, ...]:
         return self.node.args
 
+    @property
+    def name(self) -> str:
+        """The operator's, without its overload."""
+        return operator_name(overload_of(self.node))
+
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         """A positional or keyword argument of the node."""
         return self.node.args[index] if index < len(self.node.args) else self.node.kwargs.get(name, default)
 
     def named(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema, wherever this overload has it; ``default`` where not."""
-        names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
+        names = [argument.name for argument in overload_of(self.node)._schema.arguments]
         return self.arg(names.index(name), name, default) if name in names else default
 
     def is_table(self, operand: int) -> bool:

@@ -13,7 +13,7 @@ from xdit_compile.errors import PartitionError
 from xdit_compile.ir.axes import Axis, same
 from xdit_compile.ir.sharding import Sharding
 from xdit_compile.passes.axes.flops import flops
-from xdit_compile.passes.axes.infer import Frame
+from xdit_compile.passes.axes.infer import Frame, Place
 from xdit_compile.passes.axes.rule import OpAxes
 
 from .choose_loop import ShardedLoop
@@ -31,7 +31,7 @@ class LoweringContext:
         place: where a node of it stands, for the ledger.
     """
 
-    def __init__(self, frame: Frame, layout: Layout, place: Callable[[fx.Node], str]):
+    def __init__(self, frame: Frame, layout: Layout, place: Callable[[fx.Node], Place]):
         self.frame, self.layout, self.place = frame, layout, place
         self.sharding: Sharding = layout.sharding
         self.local = LocalGraph(layout.sharding, layout.groups, layout.parts)

@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from xdit_compile.errors import PartitionError
+from xdit_compile.ir.arguments import overload_of
 from xdit_compile.passes.axes.rule import OpAxes
 
 from .choose_loop import ShardedLoop, required
@@ -119,7 +120,7 @@ class Emission:
         return part if wide == dtype else self.call(aten._to_copy.default, part, dtype=dtype)
 
     def _unbiased(self) -> fx.Node:
-        name = self.node.target._schema.name.split("::")[1]
+        name = overload_of(self.node)._schema.name.split("::")[1]
         if name == "linear":
             return self.call(aten.linear.default, self.operand(0), self.operand(1), None)
         product = {"addmm": aten.mm.default, "baddbmm": aten.bmm.default}.get(name)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 import xdit_compile.kernels.put_rows  # noqa: F401  (registers the op that the graph calls)
+from xdit_compile.ir.arguments import overload_of
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.local.choose_loop import ShardedLoop, choose_all, required, yielded
 from xdit_compile.passes.local.context import LoweringContext
@@ -122,5 +123,5 @@ def _call(part: LoweringContext, node: fx.Node, tensors: list[fx.Node], padding:
     if "convolution" in str(node.target):
         tail = (node.args[6], node.args[7], groups)
         return part.local.call(node.target, *tensors[:2], bias, stride, padding, dilation, *tail)
-    target = node.target.overloadpacket.default  # type: ignore[union-attr]
+    target = overload_of(node).overloadpacket.default
     return part.local.call(target, *tensors[:2], bias, stride, padding, dilation, groups)

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 import xdit_compile.kernels.scale_shift  # noqa: F401  (registers the op that the graphs call)
+from xdit_compile.ir.arguments import integer_of, number_of, overload_of, sequence_of
 from xdit_compile.ir.axes import Atom, Axis, same
 from xdit_compile.ir.sharding import Split
 from xdit_compile.passes.axes.rule import OpAxes, operator_name
@@ -31,7 +32,7 @@ PIECES = 16
 
 def lower(part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
     """The norm on this rank's positions, or None where no normalised dim is split or another way is needed."""
-    name = operator_name(node.target)  # type: ignore[arg-type]
+    name = operator_name(overload_of(node))
     if name == "group_norm":
         return _Grouped(part, node, op_axes, operands).emit()
     return _Trailing(part, node, op_axes, operands).emit(centred=name in CENTRED)
@@ -43,7 +44,7 @@ class _Grouped:
     def __init__(self, part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]):
         self.part, self.node, self.op_axes, self.operands = part, node, op_axes, operands
         self.given, self.axes = part.summed(operands[0]), op_axes.operand_axes[0]
-        self.size = self.axes[1].size // node.args[1]  # type: ignore[operator]
+        self.size = self.axes[1].size // integer_of(node.args[1])
         kept = {name: dim for name, dim in self.given.split.items() if same(self.given.axes[dim], self.axes[dim])}
         self.channels = [name for name, dim in kept.items() if dim == 1]
         self.space = {name: dim for name, dim in kept.items() if dim > 1}
@@ -76,7 +77,7 @@ class _Grouped:
 
     def _epsilon(self) -> float:
         given = self.node.args[4] if len(self.node.args) > 4 else self.node.kwargs.get("eps", 1e-5)
-        return float(given)  # type: ignore[arg-type]
+        return number_of(given)
 
     def _over_space(self, inputs: fx.Node, affine: list[fx.Node | None], sizes: list[int]) -> fx.Node:
         """Statistics of every group from the positions of all ranks, float32 at least."""
@@ -177,7 +178,7 @@ class _Trailing:
     def __init__(self, part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]):
         self.part, self.node, self.op_axes, self.operands = part, node, op_axes, operands
         self.given, self.axes = part.summed(operands[0]), op_axes.operand_axes[0]
-        self.first = len(self.axes) - len(node.args[1])  # type: ignore[arg-type]
+        self.first = len(self.axes) - len(sequence_of(node.args[1]))
         self.dims = list(range(self.first, len(self.axes)))
         self.over = {
             name: dim
@@ -232,7 +233,7 @@ class _Trailing:
 
     def _epsilon(self, default: float, at: int) -> float:
         given = self.node.args[at] if len(self.node.args) > at else self.node.kwargs.get("eps")
-        return default if given is None else float(given)  # type: ignore[arg-type]
+        return default if given is None else number_of(given)
 
 
 def _merge(

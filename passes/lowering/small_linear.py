@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from xdit_compile.ir.arguments import node_of
 from xdit_compile.ir.sharding import share
 from xdit_compile.passes.axes.flops import flops, portion
 from xdit_compile.passes.axes.rule import OpAxes, operator_name
@@ -27,7 +28,7 @@ def has_few_rows(node: fx.Node) -> bool:
     """Whether a node is a linear whose result is small beside its weight, and not empty."""
     if not isinstance(node.target, torch._ops.OpOverload) or operator_name(node.target) != "linear":
         return False
-    weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+    weight = node_of(node.args[1]).meta["val"]
     return bool(0 < node.meta["val"].numel() <= SMALL * weight.numel())
 
 

@@ -12,12 +12,13 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 
 import xdit_compile.kernels.put_rows  # noqa: F401  (registers the op that the graphs call)
+from xdit_compile.ir.arguments import integer_of, node_of, number_of, overload_of, sequence_of
 from xdit_compile.ir.inline_calls import flatten
 from xdit_compile.ir.peak_memory import peak_bytes, with_reserve
 from xdit_compile.ir.program import Program
@@ -87,13 +88,13 @@ class _OnMeta(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         if _name(node) == "scaled_dot_product_attention":
-            query, value = self.env[node.args[0]], self.env[node.args[2]]  # type: ignore[index]
+            query, value = (self.env[node_of(node.args[at])] for at in (0, 2))
             return _laid_out((*query.shape[:-1], value.shape[-1]), node.meta.get("val", query), query)
         if node.op == "get_attr":
             return super().run_node(node).to("meta")
         if "device" in node.kwargs:
             args, kwargs = self.fetch_args_kwargs_from_env(node)
-            return node.target(*args, **{**kwargs, "device": torch.device("meta")})  # type: ignore[operator]
+            return overload_of(node)(*args, **{**kwargs, "device": torch.device("meta")})
         return super().run_node(node)
 
 
@@ -103,14 +104,14 @@ class _WithWorkspaces(_OnMeta):
     def run_node(self, node: fx.Node) -> Any:
         found = super().run_node(node)
         if "conv" in _name(node):
-            count = self.env[node.args[0]].nbytes + found.nbytes  # type: ignore[index]
+            count = self.env[node_of(node.args[0])].nbytes + found.nbytes
             torch.empty(count, dtype=torch.uint8, device="meta")
         return found
 
 
 def _laid_out(shape: Sequence[int], like: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """An empty tensor whose dims lie in memory in the order of another's: graphs have views that count on it."""
-    order = sorted(range(like.dim()), key=lambda dim: -like.stride(dim))
+    order = sorted(range(like.dim()), key=lambda dim: -like.stride()[dim])
     return torch.empty_permuted(shape, order, dtype=given.dtype, device=given.device)
 
 
@@ -186,12 +187,12 @@ def _sources(node: fx.Node, shapes: Shapes) -> list[fx.Node]:
     if value.dim() < 4 or value.shape[-2] < 2 or not value.numel():
         return []
     if name == "cat":
-        inner = int(node.args[1] if len(node.args) > 1 else 0) % value.dim() != value.dim() - 2  # type: ignore[call-overload]
+        inner = integer_of(node.args[1] if len(node.args) > 1 else 0) % value.dim() != value.dim() - 2
         return own if inner and all(shapes[each].dim() == value.dim() for each in own) else []
     if name == "group_norm" or node.target is EXCHANGE and node.args[1] == value.dim() - 2 or _is_zero_pad(node):
-        return [node.args[0]]  # type: ignore[list-item]
+        return [node_of(node.args[0])]
     if "upsample_nearest" in name and name.endswith(("2d", "3d")):
-        given: fx.Node = node.args[0]  # type: ignore[assignment]
+        given = node_of(node.args[0])
         return [given] if value.shape[-2] % shapes[given].shape[-2] == 0 else []
     if torch.Tag.pointwise in node.target.tags or name in ("_to_copy", "clone"):
         long = [each for each in own if shapes[each].dim() > 1 and shapes[each].shape[-2] == value.shape[-2]]
@@ -206,7 +207,7 @@ def _is_zero_pad(node: fx.Node) -> bool:
     at = 3 if name == "pad" else 2
     value = node.args[at] if len(node.args) > at else node.kwargs.get("value")
     constant = name != "pad" or len(node.args) < 3 or node.args[2] == "constant"
-    return constant and not value and min(node.args[1]) >= 0  # type: ignore[arg-type, type-var]
+    return constant and not value and min(sequence_of(node.args[1])) >= 0
 
 
 def _name(node: fx.Node) -> str:
@@ -256,7 +257,7 @@ class _Cutter:
 
     def _exchanged(self, node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
         """The rows of other ranks before and after this one's own; these ask for some of which strips are made."""
-        given, dim, starts, stops, sizes, here, group = cast(Any, node.args)
+        given, dim, starts, stops, sizes, here, group = sequence_of(node.args)
         shape = list(self.shapes[given].shape)
         row = math.prod(shape) // shape[-2]
         start, _ = owned_rows(sizes, here)
@@ -292,12 +293,13 @@ class _Cutter:
 
     def _statistics(self, norm: fx.Node) -> tuple[fx.Node, fx.Node]:
         """What a group norm multiplies and adds; what it normalises is no part of the region."""
-        inputs, groups, *rest = norm.args
-        value = self.shapes[inputs]  # type: ignore[index]
+        groups, *rest = integer_of(norm.args[1]), *norm.args[2:]
+        inputs = node_of(norm.args[0])
+        value = self.shapes[inputs]
         wide = torch.promote_types(value.dtype, torch.float32)
         affine = [rest[at] if len(rest) > at else None for at in range(2)]
         epsilon = rest[2] if len(rest) > 2 else norm.kwargs.get("eps", 1e-5)
-        sizes, count = list(value.shape), value.numel() // (value.shape[0] * groups)  # type: ignore[operator]
+        sizes, count = list(value.shape), value.numel() // (value.shape[0] * groups)
         flat = self.call(aten.reshape.default, self.copies[inputs], [sizes[0], groups, count])
         mean, squares = moments_in_pieces(self.call, flat, count, value.dtype, wide, self.count)
         variance = self.call(aten.div.Scalar, squares, count)
@@ -305,7 +307,7 @@ class _Cutter:
             self._cast(self.copies[each], self.shapes[each].dtype, wide) if isinstance(each, fx.Node) else None
             for each in affine
         ]
-        return columns(self.call, sizes, groups, (mean, variance), given, float(epsilon))  # type: ignore[arg-type]
+        return columns(self.call, sizes, groups, (mean, variance), given, number_of(epsilon))
 
     def _cast(self, node: fx.Node, dtype: torch.dtype, wanted: torch.dtype) -> fx.Node:
         return node if dtype == wanted else self.call(aten._to_copy.default, node, dtype=wanted)
@@ -313,9 +315,9 @@ class _Cutter:
     def _convolution(self, node: fx.Node) -> fx.Node:
         """The strips of a convolution's result, each written to its place."""
         result = self.shapes[node]
-        given = dict(zip(PARAMETERS, (None, 1, 0, 1, 1), strict=True))
+        given: dict[str, Any] = dict(zip(PARAMETERS, (None, 1, 0, 1, 1), strict=True))
         given.update(dict(zip(PARAMETERS, node.args[2:], strict=False)))
-        kernel = self.shapes[node.args[1]].shape[2:]  # type: ignore[index]
+        kernel = self.shapes[node_of(node.args[1])].shape[2:]
         stride, padding, dilation = (per_dim(given[name], len(kernel)) for name in PARAMETERS[1:4])
         reach, step, above = dilation[-2] * (kernel[-2] - 1) + 1, stride[-2], padding[-2]
         padding[-2] = 0
@@ -328,7 +330,7 @@ class _Cutter:
         for first, last in zip(bounds, bounds[1:], strict=False):
             if last > first:
                 low = first * step - above
-                rows = self._padded(node.args[0], low, (last - 1) * step + reach - above)  # type: ignore[arg-type]
+                rows = self._padded(node_of(node.args[0]), low, (last - 1) * step + reach - above)
                 strip = self.call(node.target, rows, weight, bias, stride, padding, dilation, given["groups"])
                 if out is None:
                     out = self.call(aten.new_empty.default, strip, list(result.shape))
@@ -359,11 +361,11 @@ class _Cutter:
         if node.target is EXCHANGE:
             return self._seen(node, first, last)
         if name == "group_norm":
-            return self._normalised(node, self.rows(node.args[0], first, last))  # type: ignore[arg-type]
+            return self._normalised(node, self.rows(node_of(node.args[0]), first, last))
         if _is_zero_pad(node):
-            amounts = [*node.args[1], 0, 0, 0, 0]  # type: ignore[misc]
+            amounts = [*sequence_of(node.args[1]), 0, 0, 0, 0]
             above = amounts[2]
-            return self._padded(node.args[0], first - above, last - above, amounts[: 2 * value.dim()])  # type: ignore[arg-type]
+            return self._padded(node_of(node.args[0]), first - above, last - above, amounts[: 2 * value.dim()])
         if "upsample" in name:
             return self._enlarged(node, first, last)
         sources = set(_sources(node, self.shapes))
@@ -376,7 +378,7 @@ class _Cutter:
 
     def _seen(self, node: fx.Node, first: int, last: int) -> fx.Node:
         """Rows of what an exchange gives: of other ranks, this rank's own, of other ranks again."""
-        given, _, starts, stops, sizes, here, _ = cast(Any, node.args)
+        given, _, starts, stops, sizes, here, _ = sequence_of(node.args)
         start, (base, end) = starts[here], owned_rows(sizes, here)
         low, high = first + start, last + start
         before, after = self.arrived[node]
@@ -391,7 +393,7 @@ class _Cutter:
         return self._joined(pieces) if pieces else self.rows(given, 0, 0)
 
     def _enlarged(self, node: fx.Node, first: int, last: int) -> fx.Node:
-        given: fx.Node = node.args[0]  # type: ignore[assignment]
+        given = node_of(node.args[0])
         shape = list(self.shapes[node].shape)
         factor = shape[-2] // self.shapes[given].shape[-2]
         low, high = first // factor, -(-last // factor)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_compile.ir.arguments import node_of, sequence_of
 from xdit_compile.ir.axes import Axis
 from xdit_compile.ir.program import Input, Kind, Program
 from xdit_compile.passes.axes.infer import Frame, Inference, results_of
@@ -209,7 +210,7 @@ class _ProgramPartitioner:
         wanted, shared = self.wanted[node], node.name in self.shared
         formals = [n for n in frame.graph.nodes if n.op == "placeholder"]
         given = [
-            self.env[actual].best(formal in wanted or shared) if isinstance(actual, fx.Node) else actual
+            self.env[node_of(actual)].best(formal in wanted or shared)
             for formal, actual in zip(formals, node.args, strict=True)
         ]
         users = {user.args[1]: user for user in node.users}
@@ -300,7 +301,7 @@ class _ProgramPartitioner:
                 return leaf
             return self.env[leaf].best(self.gather).node
 
-        self.graph.output((*(final(leaf) for leaf in node.args[0]), *self.leaving.values()))
+        self.graph.output((*(final(leaf) for leaf in sequence_of(node.args[0])), *self.leaving.values()))
 
 
 def _arriving(call: fx.Node, state: State) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from xdit_compile.ir.arguments import node_of
 from xdit_compile.ir.program import Input, Program, WeightSlice
 from xdit_compile.passes.local.local_graph import SLICE
 
@@ -23,7 +24,7 @@ def keep_slices(program: Program, name: str) -> Program:
     actuals: dict[Use, set[fx.Node]] = {}
     for call in program.calls():
         for position, actual in enumerate(call.args):
-            actuals.setdefault((str(call.target), position), set()).add(actual)
+            actuals.setdefault((str(call.target), position), set()).add(node_of(actual))
     found = {
         (structure, position): slices
         for structure, module in program.structures().items()

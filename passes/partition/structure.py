@@ -187,7 +187,8 @@ class StructurePartitioner(LoweringContext):
 
     def _biased(self, node: fx.Node, op_axes: OpAxes, value: Value) -> Value:
         total = self.summed(value)
-        bias = self.env[op_axes.operands[op_axes.bias]][0]  # type: ignore[index]
+        assert op_axes.bias is not None
+        bias = self.env[op_axes.operands[op_axes.bias]][0]
         column = {name: len(bias.axes) - 1 for name, dim in total.split.items() if dim == len(total.axes) - 1}
-        local = self.redistribute(bias, op_axes.operand_axes[op_axes.bias], column, node, op_axes.bias)  # type: ignore[index]
+        local = self.redistribute(bias, op_axes.operand_axes[op_axes.bias], column, node, op_axes.bias)
         return dataclasses.replace(total, node=self.local.call(aten.add.Tensor, total.node, local))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from xdit_compile.ir.arguments import overload_of
 from xdit_compile.ir.axes import Axis, Conflict
 from xdit_compile.passes.axes.rule import Rule, RuleBook, type_opaquely
 from xdit_compile.passes.axes.windows import Windows
@@ -47,7 +48,7 @@ def convolution(rule: Rule) -> None:
 
 def _padding(rule: Rule, kernel: Sequence[int], dilation: Sequence[int]) -> list[int] | None:
     """The rows of padding before and after each dim; None where a name asks for more after than before."""
-    named = "padding" in rule.node.target._overloadname
+    named = "padding" in overload_of(rule.node)._overloadname
     padding = rule.arg(4, "padding", "valid" if named else 0)
     if padding == "valid":
         return [0] * len(kernel)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_compile.passes.axes.rule import Rule, RuleBook, operator_name, type_opaquely
+from xdit_compile.passes.axes.rule import Rule, RuleBook, type_opaquely
 
 from .cat_split_slice import cut_out
 
@@ -139,7 +139,7 @@ def constant(rule: Rule) -> None:
 def constant_like(rule: Rule) -> None:
     """The same for operators that take their shape from a tensor."""
     _anything(rule)
-    kind = operator_name(rule.node.target).removesuffix("_like")
+    kind = rule.name.removesuffix("_like")
     options = {name: value for name, value in rule.node.kwargs.items() if name != "memory_format"}
     rule.emit = lambda ctx: ctx.call(
         getattr(ctx.aten, f"new_{kind}").default, ctx.operand(0), ctx.out_sizes(0), *ctx.node.args[1:], **options
@@ -151,7 +151,7 @@ def _anything(rule: Rule) -> None:
         rule.loop("map", [], [(0, dim)])
     for operand in range(len(rule.operands)):
         rule.ignore(operand)
-    if operator_name(rule.node.target).endswith("_like"):
+    if rule.name.endswith("_like"):
         rule.result_axes[0] = list(rule.actual[0])
 
 

@@ -48,7 +48,7 @@ def _copied(rule: Rule, dim: int, scale: float | None) -> np.ndarray:
     scales: list[float | None] = [None] * (rank - 2)
     sizes[dim - 2], scales[dim - 2] = out, scale
     rows = torch.arange(size, dtype=torch.float32, device=device).view(*[1] * dim, -1, *[1] * (rank - 1 - dim))
-    copied = getattr(aten, operator_name(rule.node.target)).default(rows, sizes, *scales)  # type: ignore[arg-type]
+    copied = getattr(aten, rule.name).default(rows, sizes, *scales)
     return copied.flatten().long().cpu().numpy()
 
 

@@ -121,12 +121,12 @@ def _reduced(rule: Rule) -> tuple[set[int], bool]:
     return {rule.wrapped(dim) for dim in dims}, keep
 
 
-def _reduce(rule: Rule, kind: str) -> None:
+def _reduce(rule: Rule, kind: Kind) -> None:
     gone, keep = _reduced(rule)
     out = 0
     for dim in range(len(rule.actual[0])):
         if dim in gone:
-            rule.loop(kind, [(0, dim)], [])  # type: ignore[arg-type]
+            rule.loop(kind, [(0, dim)], [])
             out += keep
         else:
             rule.loop("map", [(0, dim)], [(k, out) for k in range(len(rule.result_axes))])

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from torch import fx
 
 from xdit_compile.ir.axes import Atom, resolve
-from xdit_compile.passes.axes.rule import Rule, RuleBook, operator_name
+from xdit_compile.passes.axes.rule import Kind, Rule, RuleBook
 
 BOOK = RuleBook()
 
 
-def _over(rule: Rule, whole: set[int], kind: str = "whole") -> None:
+def _over(rule: Rule, whole: set[int], kind: Kind = "whole") -> None:
     """Dims in ``whole`` are needed in full and kept; the others are looped over."""
     for dim in range(len(rule.actual[0])):
         outs = [(k, dim) for k in range(len(rule.result_axes)) if len(rule.result_axes[k]) == len(rule.actual[0])]
-        rule.loop(kind if dim in whole else "map", [(0, dim)], outs)  # type: ignore[arg-type]
+        rule.loop(kind if dim in whole else "map", [(0, dim)], outs)
 
 
 @BOOK.rule("layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm")
@@ -91,7 +91,7 @@ def fourier(rule: Rule) -> None:
 
 def _transformed(rule: Rule) -> Sequence[int]:
     """The dims of a Fourier transform; where it names none those of its kind: the last, the last two, or all."""
-    dims, sizes, name = rule.named("dim"), rule.named("s"), operator_name(rule.node.target)
+    dims, sizes, name = rule.named("dim"), rule.named("s"), rule.name
     if dims is not None:
         return [dims] if isinstance(dims, int) else dims
     if name.endswith(("fft", "fft2")):

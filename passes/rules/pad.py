@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from xdit_compile.ir.axes import Concat
-from xdit_compile.passes.axes.rule import Rule, RuleBook, operator_name
+from xdit_compile.passes.axes.rule import Rule, RuleBook
 from xdit_compile.passes.axes.windows import Windows
 from xdit_compile.passes.local.halo import moved
 from xdit_compile.passes.local.local_graph import aten
@@ -22,7 +22,7 @@ MODES = {"reflection_pad": "reflect", "replication_pad": "replicate", "_pad_circ
 def pad(rule: Rule) -> None:
     """Padded with a constant, the positions that were there keep their axis as a part of the result's."""
     rank, amounts = len(rule.actual[0]), list(rule.arg(1, "pad") or rule.arg(1, "padding"))
-    name = operator_name(rule.node.target)  # type: ignore[arg-type]
+    name = rule.name
     mode = rule.arg(2, "mode", "constant") if name == "pad" else MODES.get(name.rstrip("d123"), "constant")
     value = rule.arg(3 if name == "pad" else 2, "value") if mode == "constant" else None
     fill = 0.0 if value is None else value

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from xdit_compile.errors import PartitionError
+from xdit_compile.ir.arguments import overload_of
 from xdit_compile.ir.axes import Concat, Conflict, Product, resolve
 from xdit_compile.passes.axes.rule import Rule, RuleBook, type_opaquely
 
@@ -93,7 +94,7 @@ def permute(rule: Rule) -> None:
 
 def _order(rule: Rule, rank: int) -> list[int]:
     probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
-    permuted = rule.node.target(probe, *rule.node.args[1:], **rule.node.kwargs)
+    permuted = overload_of(rule.node)(probe, *rule.node.args[1:], **rule.node.kwargs)
     return [size - 2 for size in permuted.shape]
 
 

@@ -47,7 +47,9 @@ def by_values(flat: Flat) -> Trace:
     nodes: dict[int, fx.Node] = {}
 
     def run(parameters: list[torch.Tensor], tensors: list[torch.Tensor]) -> Any:
-        recorder = get_proxy_mode().tracer  # type: ignore[union-attr]
+        recording = get_proxy_mode()
+        assert recording is not None
+        recorder = recording.tracer
         with mode, known, ReadValues(known), stated_plainly(mode, known), recorded_calls(flat, recorder.graph):
             result = functional_call(flat, dict(zip(weights, parameters, strict=True)), tuple(tensors))
         for fake in [*(one.fake for one in known.sized), *(mask for mask, _ in known.masks)]:

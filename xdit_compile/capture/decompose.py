@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.ir.arguments import function_of, integer_of
 
 from .mutations import written_arguments
 from .simplify import simplify
@@ -97,7 +98,7 @@ class _Decomposition(TorchDispatchMode):
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: arguments[source])
         modes = {value.fake_mode for value in arguments.values() if isinstance(value, FakeTensor)}
         with next(iter(modes)), self:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            result = function_of(node)(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             self.nodes[node] = self.made[id(result)][1]
         else:
@@ -108,7 +109,7 @@ class _Decomposition(TorchDispatchMode):
         for user in list(node.users):
             if user.target is not operator.getitem:
                 raise CaptureError(f"{user.name} takes all results of {node.name} at once")
-            self.nodes[user] = results[user.args[1]]  # type: ignore[index]
+            self.nodes[user] = results[integer_of(user.args[1])]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
+
+from xdit_compile.ir.arguments import node_of, overload_of
 
 aten = torch.ops.aten
 
@@ -17,7 +20,7 @@ CONVERSIONS = {aten.to, aten.type_as, aten.contiguous, aten.dropout, aten.featur
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator by the names of its schema."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = overload_of(node)._schema
     return {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
 
 
@@ -54,7 +57,7 @@ def spell_out_diagonals(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=aten.fill_diagonal_.default):
         given = named_arguments(node)
         with graph.inserting_before(node):
-            mask = _diagonal(node, node.args[0].meta["val"], bool(given.get("wrap")))  # type: ignore[union-attr]
+            mask = _diagonal(node, node_of(node.args[0]).meta["val"], bool(given.get("wrap")))
         node.target, node.args, node.kwargs = aten.masked_fill_.Scalar, (node.args[0], mask, given["fill_value"]), {}
 
 
@@ -99,7 +102,11 @@ def rewrite_writes(graph: fx.Graph) -> None:
         if not isinstance(value, torch.Tensor) or _layout(value) != _layout(node.meta["val"]):
             continue
         node.target = target
-        written.replace_all_uses_with(node, lambda user, n=node: order.get(user, len(order)) > order[n])  # type: ignore[misc]
+        written.replace_all_uses_with(node, functools.partial(_stands_after, order, node))
+
+
+def _stands_after(order: Mapping[fx.Node, int], node: fx.Node, user: fx.Node) -> bool:
+    return order.get(user, len(order)) > order[node]
 
 
 def drop_copies(graph: fx.Graph) -> None:
@@ -125,7 +132,7 @@ def _out_of_place(node: fx.Node) -> Any:
     functional = getattr(aten, packet.__name__[:-1], None)
     if functional is None:
         return None
-    types = [str(argument.type) for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    types = [str(argument.type) for argument in overload_of(node)._schema.arguments]
     overloads = (getattr(functional, name) for name in functional.overloads())
     return next((one for one in overloads if [str(each.type) for each in one._schema.arguments] == types), None)
 

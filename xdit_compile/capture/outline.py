@@ -9,6 +9,7 @@ from collections.abc import Hashable
 import torch
 from torch import fx
 
+from xdit_compile.ir.arguments import sequence_of
 from xdit_compile.ir.program import Input
 
 from .decompose import check_static, clean, lower
@@ -90,7 +91,7 @@ class _Assembly:
             if places:
                 self._call(region, [region.nodes[i] for i in places])
         result = self.trace.graph.graph.output_node().args[0]
-        graph.output(tuple(self.values[node] for node in result))  # type: ignore[union-attr,index]
+        graph.output(tuple(self.values[node] for node in sequence_of(result)))
         return self.root, self._drop_unused()
 
     def _drop_unused(self) -> tuple[Input, ...]:
@@ -167,7 +168,7 @@ def _common_outputs(regions: list[Region]) -> list[list[int]]:
 
 
 def _results(module: fx.GraphModule) -> list[fx.Node]:
-    return list(module.graph.output_node().args[0])  # type: ignore[arg-type]
+    return list(sequence_of(module.graph.output_node().args[0]))
 
 
 def _tighten(part: fx.GraphModule) -> tuple[list[int], list[tuple[str, int]]]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_compile.ir.arguments import node_of
+
 SMALLEST_BLOCK = 8
 """Fewer operators than this are not worth a call of their own."""
 
@@ -55,7 +57,7 @@ def find_regions(graph: fx.Graph) -> list[Region]:
         if node.target is operator.getitem:
             source = node.args[0]
             if source in owner:
-                owner[node] = owner[source]  # type: ignore[index]
+                owner[node] = owner[node_of(source)]
             else:
                 owner.pop(node, None)
     return _runs(nodes, owner)

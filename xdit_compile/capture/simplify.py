@@ -9,6 +9,7 @@ import torch.amp.autocast_mode
 from torch import fx
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.ir.arguments import integer_of, node_of, sequence_of
 
 from .mutations import CONVERSIONS, named_arguments, written_arguments
 
@@ -80,13 +81,14 @@ def inline_regions(module: fx.GraphModule) -> None:
         if node.op != "call_function" or node.target not in wraps:
             continue
         place = wraps[node.target]
-        holder = node.args[place]
-        body = module.get_submodule(holder.target)  # type: ignore[union-attr,arg-type]
+        holder = node_of(node.args[place])
+        body = module.get_submodule(str(holder.target))
+        assert isinstance(body, fx.GraphModule)
         if place == 4:
-            check_autocast(node, list(body.graph.nodes))  # type: ignore[union-attr,arg-type]
-        inline_regions(body)  # type: ignore[arg-type]
-        _inline(node, body.graph, node.args[place + 1 :])  # type: ignore[arg-type,union-attr]
-        module.graph.erase_node(holder)  # type: ignore[arg-type]
+            check_autocast(node, list(body.graph.nodes))
+        inline_regions(body)
+        _inline(node, body.graph, node.args[place + 1 :])
+        module.graph.erase_node(holder)
     for node in reversed(module.graph.nodes):
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
@@ -101,10 +103,10 @@ def drop_autocast(graph: fx.Graph) -> None:
     opened: dict[fx.Node, list[fx.Node]] = {}
     for node in list(graph.nodes):
         if node.target is torch.amp.autocast_mode._exit_autocast:
-            start = node.args[0]
-            check_autocast(start, opened.pop(start))  # type: ignore[arg-type]
+            start = node_of(node.args[0])
+            check_autocast(start, opened.pop(start))
             graph.erase_node(node)
-            graph.erase_node(start)  # type: ignore[arg-type]
+            graph.erase_node(start)
         for inside in opened.values():
             inside.append(node)
         if node.target is torch.amp.autocast_mode._enter_autocast:
@@ -141,6 +143,6 @@ def _inline(node: fx.Node, body: fx.Graph, arguments: Any) -> None:
         node.replace_all_uses_with(values[results])
     else:
         for user in list(node.users):
-            user.replace_all_uses_with(values[results[user.args[1]]])  # type: ignore[index]
+            user.replace_all_uses_with(values[sequence_of(results)[integer_of(user.args[1])]])
             graph.erase_node(user)
     graph.erase_node(node)

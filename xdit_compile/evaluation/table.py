@@ -22,7 +22,8 @@ def render(found: Fidelity, width: int = 110) -> str:
     """The tables as text."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    written = io.StringIO()
+    console = Console(file=written, width=width, color_system=None)
     console.print(_distance_table(found))
     for name, judged in found.following.items():
         console.print(_following_table(name, found.following_pairs[name], judged))
@@ -30,7 +31,7 @@ def render(found: Fidelity, width: int = 110) -> str:
         console.print("what the pictures show: not applicable, no caption is of the grammar of drawn scenes")
     console.print(_frechet_table(found.frechet))
     console.print(f"Frechet distances are in features {_FEATURES[found.frechet.features]}")
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+    return written.getvalue().rstrip()
 
 
 def _distance_table(found: Fidelity) -> Table:

@@ -311,7 +311,8 @@ def atoms(axis: Axis) -> list[Atom]:
     axis = resolve(axis)
     if isinstance(axis, Atom):
         return [axis]
-    children = axis.factors if isinstance(axis, Product) else axis.parts  # type: ignore[attr-defined]
+    assert isinstance(axis, Product | Concat)
+    children = axis.factors if isinstance(axis, Product) else axis.parts
     return [atom for child in children for atom in atoms(child)]
 
 

@@ -82,10 +82,11 @@ def printed(parts: Iterable[Any]) -> str:
     """What rich prints of some parts, 120 columns wide and without colours."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=120, color_system=None)
+    written = io.StringIO()
+    console = Console(file=written, width=120, color_system=None)
     for part in parts:
         console.print(part)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+    return written.getvalue().rstrip()
 
 
 def report(analysis: Analysis, ranks: Sequence[Partitioned], here: int) -> Report:

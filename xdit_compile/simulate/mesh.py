@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from xdit_compile.capture.interpret import assemble, bind
 from xdit_compile.distributed.mesh import is_simulated, simulated_members
 from xdit_compile.errors import AgreementError, PartitionError
+from xdit_compile.ir.arguments import function_of
 from xdit_compile.ir.program import Program
 from xdit_compile.kernels.collectives import halo_joined, halo_sent
 from xdit_compile.weights.weights import Weights
@@ -132,7 +133,7 @@ def _steps(module: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Step, Any
 
 def _called(node: fx.Node, args: Any, kwargs: Any) -> Any:
     try:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return function_of(node)(*args, **kwargs)
     except Exception as error:
         name = node.meta.get("shape", (node.name,))[0]
         raise PartitionError(f"{name} ({node.target}) cannot run on its shards: {error}") from error

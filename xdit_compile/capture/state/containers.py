@@ -94,8 +94,10 @@ def observed(
     result = call(*args, **kwargs)
     if written is None:
         written = [at for at, leaf in enumerate(leaves) if _version(leaf) != versions[at]]
-    known = {id(leaf): Given(at) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-    known |= {id(container): Same(number) for number, container in enumerate(given)}  # type: ignore[misc]
+    known: dict[int, Given | Same] = {
+        id(leaf): Given(at) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
+    }
+    known |= {id(container): Same(number) for number, container in enumerate(given)}
     left = []
     for number, (container, items) in enumerate(zip(given, before, strict=True)):
         if _differ(items, _items(container)):
