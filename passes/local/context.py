@@ -37,17 +37,24 @@ class LoweringContext:
         self.local = LocalGraph(layout.sharding, layout.groups, layout.parts)
         self.ledger = Ledger()
         self._redistributed: dict[tuple, fx.Node] = {}
+        self._sums: dict[int, tuple[Value, Value]] = {}
 
     def parts(self, name: str) -> int:
         return self.layout.parts[name]
 
     def summed(self, value: Value, purpose: str = "partial sum") -> Value:
         """The value with its partial sums added up."""
-        for name in sorted(value.partial):
-            node = self.local.reduce(value.node, name)
-            self.ledger.collective("all_reduce", purpose, node, value, self.local, self.parts(name))
-            value.node, value.partial = node, value.partial - {name}
-        return value
+        total = self.latest(value)
+        for name in sorted(total.partial):
+            node = self.local.reduce(total.node, name)
+            self.ledger.collective("all_reduce", purpose, node, total, self.local, self.parts(name))
+            total = dataclasses.replace(total, node=node, partial=total.partial - {name})
+        self._sums[id(value)] = (value, total)
+        return total
+
+    def latest(self, value: Value) -> Value:
+        """The value itself, or with its partial sums added up where that was done already."""
+        return self._sums.get(id(value), (value, value))[1]
 
     def sliced_where_possible(self, value: Value) -> Value:
         split: dict[str, int] = {}

@@ -26,7 +26,7 @@ MOST_PIECES = 8
 """Positions that fall into at most this many runs are sliced and joined; more are looked up by index."""
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Value:
     """A tensor on this rank.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -44,14 +45,15 @@ def lower(part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[
     sizes = part.local.sizes(value)
     given = part.local.sizes(Value(tensors[0], op_axes.operand_axes[0], value.dtype, required(choices, 0)))
     if 0 in sizes or any(size == 0 for dim, size in enumerate(given) if dim not in seen):
-        value.node = part.local.call(aten.new_zeros.default, tensors[0], sizes)
+        made = part.local.call(aten.new_zeros.default, tensors[0], sizes)
     else:
         groups = sizes[1] if op_axes.facts.get("depthwise") else shape["groups"]
-        value.node = _call(part, node, tensors[:2] if summed else tensors, padding, groups)
+        made = _call(part, node, tensors[:2] if summed else tensors, padding, groups)
+    value = dataclasses.replace(value, node=made)
     if summed and len(tensors) > 2:
         value = part.summed(value)
         column = part.local.call(aten.reshape.default, tensors[2], [-1, *[1] * (len(sizes) - 2)])
-        value.node = part.local.call(aten.add.Tensor, value.node, column)
+        value = dataclasses.replace(value, node=part.local.call(aten.add.Tensor, value.node, column))
     return [value]
 
 
@@ -81,7 +83,7 @@ def _overlapped(
     part.count(node, op_axes, choices)
     call, halo = part.local.call, torch.ops.xdit_compile
     arriving = call(halo.halo_start.default, tensors[0], *request.arguments)
-    value.node = _call(part, node, tensors, list(shape["padding"]), shape["groups"])
+    made = _call(part, node, tensors, list(shape["padding"]), shape["groups"])
     left = [0 if k == dim - 2 else amount for k, amount in enumerate(shape["padding"])]
     own, rows, at = request.own, given[dim], 0
     for above in (True, False):
@@ -93,8 +95,8 @@ def _overlapped(
             inputs = call(halo.halo_finish.default, arriving, here, *place, request.group)
             at += count * math.prod(given[:dim] + given[dim + 1 :])
             right = _call(part, node, [inputs, *tensors[1:]], left, shape["groups"])
-            call(halo.put_rows.default, value.node, right, dim, 0 if above else rows - edge)
-    return value
+            call(halo.put_rows.default, made, right, dim, 0 if above else rows - edge)
+    return dataclasses.replace(value, node=made)
 
 
 def _same_ends(part: LoweringContext, op_axes: OpAxes, name: str, choices: Mapping[str, ShardedLoop]) -> bool:

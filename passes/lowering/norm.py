@@ -6,6 +6,7 @@ rank's own have changed since (DistriFusion, arXiv:2402.19481, section 4.3).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -67,13 +68,13 @@ class _Grouped:
         places = [self.op_axes.facts["norm"].get(name) for name in ("weight", "bias")]
         affine = [None if at is None else tensors[at] for at in places]
         if self.space:
-            value.node = self._over_space(tensors[0], affine, sizes)
+            made = self._over_space(tensors[0], affine, sizes)
         elif 0 in sizes:
-            value.node = self.part.local.call(aten.new_zeros.default, tensors[0], sizes)
+            made = self.part.local.call(aten.new_zeros.default, tensors[0], sizes)
         else:
             groups = sizes[1] // self.size
-            value.node = self.part.local.call(self.node.target, tensors[0], groups, *affine, self._epsilon())
-        return [value]
+            made = self.part.local.call(self.node.target, tensors[0], groups, *affine, self._epsilon())
+        return [dataclasses.replace(value, node=made)]
 
     def _epsilon(self) -> float:
         given = self.node.args[4] if len(self.node.args) > 4 else self.node.kwargs.get("eps", 1e-5)

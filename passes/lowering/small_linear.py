@@ -5,6 +5,7 @@ Their weights are a good part of some denoisers, while their results are so smal
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -53,8 +54,8 @@ def lower(part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[
         mine = local.call(aten.new_zeros.default, tensors[0], [*rows, len(own)])
     sizes = [stop - start for start, stop in bounds]
     gather = torch.ops.xdit_compile.all_gather.default
-    value.node = local.call(gather, mine, len(rows), sizes, part.layout.groups[TENSOR])
+    made = local.call(gather, mine, len(rows), sizes, part.layout.groups[TENSOR])
     part.ledger.sent("all_gather", "columns", math.prod(rows) * len(own) * (parts - 1), value.dtype)
     total = math.prod(axis.size for axis in op_axes.result_axes[0])
     part.ledger.work(flops(node), portion(len(own) * math.prod(rows), total), (TENSOR, *choices))
-    return [value]
+    return [dataclasses.replace(value, node=made)]

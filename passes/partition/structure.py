@@ -95,7 +95,7 @@ class StructurePartitioner(LoweringContext):
 
     def _visit(self, node: fx.Node) -> list[Value]:
         op_axes = self.frame.op_axes[node]
-        operands = [self.env[operand][0] for operand in op_axes.operands]
+        operands = [self.latest(self.env[operand][0]) for operand in op_axes.operands]
         whole = node in self.wanted and all(operands[at].replicated for at in op_axes.read())
         try:
             lowered = None if whole else self._special(node, op_axes, operands)
@@ -188,7 +188,7 @@ class StructurePartitioner(LoweringContext):
     def _biased(self, node: fx.Node, op_axes: OpAxes, value: Value) -> Value:
         total = self.summed(value)
         assert op_axes.bias is not None
-        bias = self.env[op_axes.operands[op_axes.bias]][0]
+        bias = self.latest(self.env[op_axes.operands[op_axes.bias]][0])
         column = {name: len(bias.axes) - 1 for name, dim in total.split.items() if dim == len(total.axes) - 1}
         local = self.redistribute(bias, op_axes.operand_axes[op_axes.bias], column, node, op_axes.bias)
         return dataclasses.replace(total, node=self.local.call(aten.add.Tensor, total.node, local))
