@@ -13,9 +13,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from xdit_compile.kernels.inductor_order import pin_order
-
 from .base import Backend
+from .inductor_order import pin_order
 from .sites import Sites
 
 OPTIONS = {"emulate_precision_casts": True}

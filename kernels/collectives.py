@@ -7,7 +7,6 @@ graph that calls them compiles whole.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from xdit_compile.distributed.mesh import is_simulated
 
 from .process_groups import answering, complete, hold, keep_in_order, process_group, settle
+from .row_exchange import RowExchange, count, row_of
 
 _REDUCTIONS = ("sum", "max")
 
@@ -173,11 +173,6 @@ def gathered(out: torch.Tensor, shape: Sequence[int], dim: int, sizes: Sequence[
     ]
 
 
-def row_of(shape: Sequence[int], dim: int) -> int:
-    """Elements at one position of a dim."""
-    return math.prod(size for at, size in enumerate(shape) if at != dim)
-
-
 @torch.library.impl(_LIBRARY, "all_reduce", "CompositeExplicitAutograd")
 def all_reduce(x: torch.Tensor, group: str, op: str = "sum") -> torch.Tensor:
     """Combine the tensors of all ranks element by element.
@@ -239,12 +234,11 @@ def halo_exchange(
         ValueError: when ``x`` has not ``sizes[index]`` rows, or rows beyond the ends are asked for.
         AgreementError: when a peer fails or does not answer in time.
     """
-    dim = _check_halo(x, dim, starts, stops, sizes, index)
+    rows = RowExchange.of(dim, starts, stops, sizes, index, group).checked(x)
     if not group:
-        return x.narrow(dim, starts[0], stops[0] - starts[0]).clone(memory_format=torch.contiguous_format)
+        return x.narrow(rows.dim, starts[0], stops[0] - starts[0]).clone(memory_format=torch.contiguous_format)
     _check_place(process_group(group), index)
-    sent = halo_sent(x, dim, starts, stops, sizes, index)
-    return halo_joined(x, all_to_all(*sent, group), dim, starts, stops, sizes, index)
+    return rows.joined(x, all_to_all(*rows.packed(x), group))
 
 
 @torch.library.impl(_LIBRARY, "halo_start", "CompositeExplicitAutograd")
@@ -257,8 +251,7 @@ def halo_start(
 
     Args, raises: as ``halo_exchange``.
     """
-    dim = _check_halo(x, dim, starts, stops, sizes, index)
-    away, out_splits, in_splits = halo_sent(x, dim, starts, stops, sizes, index)
+    away, out_splits, in_splits = RowExchange.of(dim, starts, stops, sizes, index, group).checked(x).packed(x)
     out = x.new_empty(sum(out_splits))
     if group:
         members = process_group(group)
@@ -274,8 +267,8 @@ def halo_start(
 def _(
     x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int, group: str
 ) -> torch.Tensor:
-    dim = _check_halo(x, dim, starts, stops, sizes, index)
-    return x.new_empty(sum(halo_sent(x, dim, starts, stops, sizes, index)[1]))
+    rows = RowExchange.of(dim, starts, stops, sizes, index, group).checked(x)
+    return x.new_empty(count(rows.got) * row_of(x.shape, rows.dim))
 
 
 @torch.library.impl(_LIBRARY, "halo_finish", "CompositeExplicitAutograd")
@@ -321,80 +314,12 @@ def _beside(
     return torch.cat(parts[::-1] if before else parts, dim)
 
 
-def halo_sent(
-    x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int
-) -> tuple[torch.Tensor, list[int], list[int]]:
-    """What an exchange of rows gives to ``all_to_all``: the rows that leave this rank, and the splits both ways."""
-    row = row_of(x.shape, dim)
-    start, _ = owned_rows(sizes, index)
-    sent, got = rows_sent(starts, stops, sizes, index), rows_got(starts, stops, sizes, index)
-    splits = [(b - a) * row for a, b in sent]
-    away = x.new_empty(sum(splits))
-    for piece, (a, b) in zip(away.split(splits), sent, strict=True):
-        if b > a:
-            rows = x.narrow(dim, a - start, b - a)
-            piece.view(rows.shape).copy_(rows)
-    return away, [(b - a) * row for a, b in got], splits
-
-
-def halo_joined(
-    x: torch.Tensor, arrived: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int
-) -> torch.Tensor:
-    """The rows that this rank asked for, from its own and those that ``all_to_all`` brought."""
-    row = row_of(x.shape, dim)
-    got = rows_got(starts, stops, sizes, index)
-    parts = [
-        part.view(*x.shape[:dim], b - a, *x.shape[dim + 1 :])
-        for part, (a, b) in zip(arrived.split([(b - a) * row for a, b in got]), got, strict=True)
-    ]
-    start, end = owned_rows(sizes, index)
-    a, b = _overlap((start, end), (starts[index], stops[index]))
-    parts[index] = x.narrow(dim, a - start if b > a else 0, b - a)
-    return torch.cat(parts, dim).contiguous()
-
-
 @torch.library.register_fake("xdit_compile::halo_exchange", lib=_LIBRARY)
 def _(
     x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int, group: str
 ) -> torch.Tensor:
-    dim = _check_halo(x, dim, starts, stops, sizes, index)
+    dim = RowExchange.of(dim, starts, stops, sizes, index, group).checked(x).dim
     return x.new_empty((*x.shape[:dim], stops[index] - starts[index], *x.shape[dim + 1 :]))
-
-
-def owned_rows(sizes: list[int], index: int) -> tuple[int, int]:
-    """First and past-the-last row of one rank."""
-    ends = [0, *itertools.accumulate(sizes)]
-    return ends[index], ends[index + 1]
-
-
-def rows_sent(starts: list[int], stops: list[int], sizes: list[int], index: int) -> list[tuple[int, int]]:
-    """The rows of rank ``index`` that go to each rank, nothing to itself."""
-    own = owned_rows(sizes, index)
-    wanted = zip(starts, stops, strict=True)
-    return [_overlap(own, rows) if rank != index else (0, 0) for rank, rows in enumerate(wanted)]
-
-
-def rows_got(starts: list[int], stops: list[int], sizes: list[int], index: int) -> list[tuple[int, int]]:
-    """The rows that come to rank ``index`` from each rank, none from itself."""
-    wanted = starts[index], stops[index]
-    return [_overlap(owned_rows(sizes, rank), wanted) if rank != index else (0, 0) for rank in range(len(sizes))]
-
-
-def _check_halo(x: torch.Tensor, dim: int, starts: list[int], stops: list[int], sizes: list[int], index: int) -> int:
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"halo_exchange along dim {dim} of a tensor with {x.dim()} dims")
-    if not 0 <= index < len(sizes) or x.shape[dim] != sizes[index]:
-        raise ValueError(f"halo_exchange of {x.shape[dim]} rows at position {index} where the ranks have {list(sizes)}")
-    if not len(starts) == len(stops) == len(sizes):
-        raise ValueError(f"halo_exchange over {len(sizes)} ranks needs as many starts and stops")
-    if any(not 0 <= a <= b <= sum(sizes) for a, b in zip(starts, stops, strict=True)):
-        raise ValueError(f"halo_exchange of rows {list(starts)} to {list(stops)} where there are {sum(sizes)}")
-    return dim % x.dim()
-
-
-def _overlap(rows: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
-    start, end = max(rows[0], wanted[0]), min(rows[1], wanted[1])
-    return (start, end) if start < end else (0, 0)
 
 
 def _check_place(members: dist.ProcessGroup, index: int) -> None:

@@ -139,7 +139,7 @@ class LoweringContext:
             np.arange(rank, rank + 1) if axis is None else split.positions(axis, rank) for rank in range(split.parts)
         ]
         found = Exchange.of_all(dim, held, here, self.layout.mesh.behind)
-        self.ledger.sent(STALE if self.layout.stale else "all_gather", "state", found.elements(shape), dtype)
+        self.ledger.sent(STALE if self.layout.stale else "all_gather", "state", found.rows.elements_sent(shape), dtype)
         return found
 
     def rows_of_patches(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> tuple[fx.Node, Exchange | None]:
@@ -155,8 +155,8 @@ class LoweringContext:
         held = np.arange(here, here + 1)
         if exchange is not None and not self.layout.stale:
             gather = torch.ops.xdit_compile.all_gather.default
-            row = self.local.call(gather, row, 0, list(exchange.sizes), exchange.group)
-            held = np.arange(len(exchange.sizes))
+            row = self.local.call(gather, row, 0, list(exchange.rows.sizes), exchange.rows.group)
+            held = np.arange(len(exchange.rows.sizes))
         self.local.put(state, row, 0, held)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import fx
 
 from xdit_compile.ir.sharding import Split
-from xdit_compile.kernels.collectives import rows_sent
+from xdit_compile.kernels.row_exchange import RowExchange
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.axes.windows import Windows
 
@@ -46,7 +45,7 @@ def _fetch(
     if name == PATCH:
         return _kept(part, op_axes, inputs, choices, request), request.seen
     if request.needed:
-        inputs = part.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.arguments)
+        inputs = part.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.rows.arguments)
     return inputs, request.seen
 
 
@@ -57,8 +56,8 @@ def _left(
     request = _wanted(part.sharding.splits[PATCH], part.sharding.index[PATCH], op_axes, choices[PATCH])
     if request.needed:
         state = _state(part, op_axes, choices)
-        part.local.put(state, inputs, request.dim, np.arange(*request.own))
-        rows = part.local.call(aten.slice.Tensor, state, request.dim, request.seen.start, request.seen.stop)
+        part.local.put(state, inputs, request.rows.dim, np.arange(*request.rows.own))
+        rows = part.local.call(aten.slice.Tensor, state, request.rows.dim, request.seen.start, request.seen.stop)
         inputs = part.local.call(aten.clone.default, rows)
     return inputs, request.seen
 
@@ -69,16 +68,16 @@ def _kept(
     """This rank's rows and those of others that its windows reach over, as they are or as the last call left them."""
     if not request.needed:
         return inputs
-    own, seen = request.own, request.seen
+    own, seen = request.rows.own, request.seen
     first = min(own[0], seen.start) if seen.stop > seen.start else own[0]
     last = max(own[1], seen.stop) if seen.stop > seen.start else own[1]
     state = _state(part, op_axes, choices, last - first, Exchange.of_rows(request, first, part.layout.mesh.behind))
-    part.local.put(state, inputs, request.dim, np.arange(own[0] - first, own[1] - first))
+    part.local.put(state, inputs, request.rows.dim, np.arange(own[0] - first, own[1] - first))
     if part.layout.stale:
-        rows = part.local.call(aten.slice.Tensor, state, request.dim, seen.start - first, seen.stop - first)
+        rows = part.local.call(aten.slice.Tensor, state, request.rows.dim, seen.start - first, seen.stop - first)
         return part.local.call(aten.clone.default, rows)
-    rows = part.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.arguments)
-    part.local.put(state, rows, request.dim, np.arange(seen.start - first, seen.stop - first))
+    rows = part.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.rows.arguments)
+    part.local.put(state, rows, request.rows.dim, np.arange(seen.start - first, seen.stop - first))
     return rows
 
 
@@ -90,7 +89,7 @@ def keep_rows(part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: 
     for loop in op_axes.loops:
         choice = feasible(op_axes, loop, patches) if loop.kind == "halo" else None
         if choice is not None and (request := _wanted(patches, 0, op_axes, choice)).needed:
-            part.local.put(_state(part, op_axes, choices), inputs, request.dim, np.arange(sum(request.sizes)))
+            part.local.put(_state(part, op_axes, choices), inputs, request.rows.dim, np.arange(sum(request.rows.sizes)))
 
 
 def _state(
@@ -105,7 +104,8 @@ def _state(
     shape = part.sharding.sizes(op_axes.operand_axes[0], required(others, 0))
     operand, name = op_axes.operands[0], ""
     if exchange is not None and rows is not None:
-        shape[exchange.dim], name = rows, "_" + "_".join(map(str, (*exchange.starts, *exchange.stops)))
+        wanted = exchange.rows
+        shape[wanted.dim], name = rows, "_" + "_".join(map(str, (*wanted.starts, *wanted.stops)))
     return part.local.state(f"{operand.name}_rows{name}", shape, operand.meta["val"].dtype, exchange)
 
 
@@ -114,11 +114,10 @@ def ask(part: LoweringContext, op_axes: OpAxes, name: str, choices: Mapping[str,
     found = _wanted(part.sharding.splits[name], part.sharding.index[name], op_axes, choices[name])
     if found.needed:
         shard = part.sharding.sizes(op_axes.operand_axes[0], required(choices, 0))
-        rows = sum(stop - start for start, stop in rows_sent(found.starts, found.stops, found.sizes, found.here))
-        numel = rows * math.prod(shard[: found.dim] + shard[found.dim + 1 :])
+        numel = found.rows.elements_sent(shard)
         op = STALE if name == PATCH and part.layout.stale else "halo_exchange"
         part.ledger.sent(op, "halo", numel, op_axes.operands[0].meta["val"].dtype)
-    return dataclasses.replace(found, group=part.local.group(name))
+    return dataclasses.replace(found, rows=dataclasses.replace(found.rows, group=part.local.group(name)))
 
 
 def _wanted(split: Split, here: int, op_axes: OpAxes, choice: ShardedLoop) -> Request:
@@ -132,7 +131,7 @@ def _wanted(split: Split, here: int, op_axes: OpAxes, choice: ShardedLoop) -> Re
     sizes = [stop - start for start, stop in owned]
     seen = HaloWindow(windows, *wanted[here], (0, *made)[here], made[here])
     needed = any(rows != own for rows, own in zip(wanted, owned, strict=True))
-    return Request(dim, starts, stops, sizes, here, "", seen, needed)
+    return Request(RowExchange.of(dim, starts, stops, sizes, here), seen, needed)
 
 
 def moved(ctx: Any, fill: float = 0.0) -> fx.Node:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from xdit_compile.kernels.collectives import owned_rows
+from xdit_compile.kernels.row_exchange import RowExchange
 from xdit_compile.passes.axes.windows import Windows
 
 
@@ -32,26 +31,11 @@ class HaloWindow:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """An exchange of rows: its arguments after the tensor, and what this rank sees then.
+    """An exchange of rows, and what this rank sees then.
 
     ``needed`` is the same on every rank: whether any asks for rows that are not just its own.
     """
 
-    dim: int
-    starts: list[int]
-    stops: list[int]
-    sizes: list[int]
-    here: int
-    group: str
+    rows: RowExchange
     seen: HaloWindow
     needed: bool
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """What the ops of an exchange take, in order."""
-        return self.dim, self.starts, self.stops, self.sizes, self.here, self.group
-
-    @property
-    def own(self) -> tuple[int, int]:
-        """This rank's first row and the one past its last."""
-        return owned_rows(self.sizes, self.here)

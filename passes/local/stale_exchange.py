@@ -7,7 +7,6 @@ that has states the root graph takes in what arrived for them since the last tim
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import fx
 
 import xdit_compile.kernels.collectives  # noqa: F401  (registers the ops that the graph calls)
 import xdit_compile.kernels.stale_rows  # noqa: F401  (registers stale_finish)
-from xdit_compile.kernels.collectives import owned_rows, rows_got, rows_sent
+from xdit_compile.kernels.row_exchange import RowExchange
 
 from .halo_window import Request
 
@@ -29,73 +28,48 @@ Runs = tuple[tuple[int, int], ...]
 class Exchange:
     """How the rows of a state come from other ranks.
 
-    All ranks' rows are counted one after the other, in rank order: rank ``r`` has ``sizes[r]`` of them and wants those
-    from ``starts[r]`` to ``stops[r]``.
-
     Args:
-        dim: where rows are counted.
+        rows: who has which, and wants which; in a group in which nothing is waited for within a step: what is would
+            wait for all that was sent off before.
         own: where this rank's rows are in its state.
         others: where those that arrive belong, in order of arrival; no run holds rows of two ranks.
-        index: this rank's place in ``group``.
-        group: one in which nothing is waited for within a step: what is would wait for all that was sent off before.
     """
 
-    dim: int
+    rows: RowExchange
     own: Runs
     others: Runs
-    starts: tuple[int, ...]
-    stops: tuple[int, ...]
-    sizes: tuple[int, ...]
-    index: int
-    group: str
 
     @classmethod
     def of_all(cls, dim: int, held: Sequence[np.ndarray], index: int, group: str) -> Exchange:
         """Every rank wants everything; ``held`` are the positions in the state of each rank's rows."""
-        sizes = tuple(map(len, held))
+        sizes, count = tuple(map(len, held)), len(held)
         others = tuple(run for rank, positions in enumerate(held) if rank != index for run in runs(positions))
-        count = len(held)
-        return cls(dim, runs(held[index]), others, (0,) * count, (sum(sizes),) * count, sizes, index, group)
+        rows = RowExchange(dim, (0,) * count, (sum(sizes),) * count, sizes, index, group)
+        return cls(rows, runs(held[index]), others)
 
     @classmethod
     def of_rows(cls, request: Request, first: int, group: str) -> Exchange:
         """Rows that windows reach over; the state begins with row ``first`` of all."""
-        sizes, starts, stops, index = request.sizes, request.starts, request.stops, request.here
-        got = [rows for rows in rows_got(starts, stops, sizes, index) if rows[1] > rows[0]]
-        a, b = owned_rows(sizes, index)
-        others = tuple((start - first, stop - first) for start, stop in got)
-        own = ((a - first, b - first),)
-        return cls(request.dim, own, others, tuple(starts), tuple(stops), tuple(sizes), index, group)
-
-    @property
-    def rows(self) -> tuple[list[int], list[int], list[int]]:
-        """``starts``, ``stops`` and ``sizes``, as ops take them."""
-        return list(self.starts), list(self.stops), list(self.sizes)
-
-    def elements(self, shape: Sequence[int]) -> int:
-        """How many leave this rank for a state of ``shape``."""
-        rows = sum(b - a for a, b in rows_sent(*self.rows, self.index))
-        return rows * math.prod(size for at, size in enumerate(shape) if at != self.dim)
-
-    @property
-    def whole(self) -> bool:
-        """Whether every rank wants everything, so that nobody has to send one thing to each; the same on every rank."""
-        return not any(self.starts) and set(self.stops) == {sum(self.sizes)}
+        rows = dataclasses.replace(request.rows, group=group)
+        others = tuple((start - first, stop - first) for start, stop in rows.got if stop > start)
+        return cls(rows, ((rows.own[0] - first, rows.own[1] - first),), others)
 
     def finish(self, graph: fx.Graph, state: fx.Node, arriving: fx.Node) -> None:
         """Take in what arrived."""
-        counts = [b - a for a, b in rows_got(*self.rows, self.index)]
-        room = max(self.sizes) if self.whole else 0
+        rows = self.rows
+        counts = [b - a for a, b in rows.got]
+        room = max(rows.sizes) if rows.whole else 0
         flat = [end for run in self.others for end in run if run[1] > run[0]]
-        graph.call_function(ops.stale_finish.default, (state, arriving, self.dim, counts, flat, room, self.group))
+        graph.call_function(ops.stale_finish.default, (state, arriving, rows.dim, counts, flat, room, rows.group))
 
     def start(self, graph: fx.Graph, state: fx.Node) -> fx.Node:
         """Send off this rank's rows; what will arrive."""
-        pieces: list[Any] = [graph.call_function(aten.slice.Tensor, (state, self.dim, *run)) for run in self.own]
-        rows = pieces[0] if len(pieces) == 1 else graph.call_function(aten.cat.default, (pieces, self.dim))
-        if self.whole:
-            return graph.call_function(ops.gather_start.default, (rows, self.dim, list(self.sizes), self.group))
-        return graph.call_function(ops.halo_start.default, (rows, self.dim, *self.rows, self.index, self.group))
+        rows = self.rows
+        pieces: list[Any] = [graph.call_function(aten.slice.Tensor, (state, rows.dim, *run)) for run in self.own]
+        own = pieces[0] if len(pieces) == 1 else graph.call_function(aten.cat.default, (pieces, rows.dim))
+        if rows.whole:
+            return graph.call_function(ops.gather_start.default, (own, rows.dim, list(rows.sizes), rows.group))
+        return graph.call_function(ops.halo_start.default, (own, *rows.arguments))
 
 
 def runs(positions: np.ndarray) -> Runs:

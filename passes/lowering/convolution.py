@@ -82,17 +82,17 @@ def _overlapped(
     request = ask(part, op_axes, halos[0], choices)
     part.count(node, op_axes, choices)
     call, halo = part.local.call, torch.ops.xdit_compile
-    arriving = call(halo.halo_start.default, tensors[0], *request.arguments)
+    arriving = call(halo.halo_start.default, tensors[0], *request.rows.arguments)
     made = _call(part, node, tensors, list(shape["padding"]), shape["groups"])
     left = [0 if k == dim - 2 else amount for k, amount in enumerate(shape["padding"])]
-    own, rows, at = request.own, given[dim], 0
+    own, rows, at = request.rows.own, given[dim], 0
     for above in (True, False):
         count = own[0] - request.seen.start if above else request.seen.stop - own[1]
         if count:
             near = (0, 2 * edge) if above else (rows - 2 * edge, rows)
             here = call(aten.slice.Tensor, tensors[0], dim, *near)
             place = (dim, at, count, above, edge - count)
-            inputs = call(halo.halo_finish.default, arriving, here, *place, request.group)
+            inputs = call(halo.halo_finish.default, arriving, here, *place, request.rows.group)
             at += count * math.prod(given[:dim] + given[dim + 1 :])
             right = _call(part, node, [inputs, *tensors[1:]], left, shape["groups"])
             call(halo.put_rows.default, made, right, dim, 0 if above else rows - edge)

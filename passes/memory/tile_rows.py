@@ -22,7 +22,7 @@ from xdit_compile.ir.arguments import integer_of, node_of, number_of, overload_o
 from xdit_compile.ir.inline_calls import flatten
 from xdit_compile.ir.peak_memory import peak_bytes, with_reserve
 from xdit_compile.ir.program import Program
-from xdit_compile.kernels.collectives import owned_rows, rows_got, rows_sent
+from xdit_compile.kernels.row_exchange import RowExchange
 from xdit_compile.passes.axes.rule import operator_name
 from xdit_compile.passes.local.local_graph import aten
 from xdit_compile.passes.lowering.norm import columns, moments_in_pieces
@@ -257,20 +257,18 @@ class _Cutter:
 
     def _exchanged(self, node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
         """The rows of other ranks before and after this one's own; these ask for some of which strips are made."""
-        given, dim, starts, stops, sizes, here, group = sequence_of(node.args)
+        given, rows = node_of(node.args[0]), RowExchange.of(*sequence_of(node.args[1:]))
         shape = list(self.shapes[given].shape)
-        row = math.prod(shape) // shape[-2]
-        start, _ = owned_rows(sizes, here)
-        sent = rows_sent(starts, stops, sizes, here)
-        got = rows_got(starts, stops, sizes, here)
+        row, (start, _) = math.prod(shape) // shape[-2], rows.own
+        sent, got, here = rows.sent, rows.got, rows.index
         pieces = [
             self.call(aten.reshape.default, self.rows(given, a - start, b - start), [-1]) for a, b in sent if b > a
         ]
         if not pieces:
             pieces = [self._nothing(given)]
         away = self.call(aten.cat.default, pieces)
-        ins, outs = ([(b - a) * row for a, b in rows] for rows in (sent, got))
-        flat = self.call(torch.ops.xdit_compile.all_to_all.default, away, outs, ins, group)
+        ins, outs = ([(b - a) * row for a, b in each] for each in (sent, got))
+        flat = self.call(torch.ops.xdit_compile.all_to_all.default, away, outs, ins, rows.group)
         sides = []
         for ranks in (range(here), range(here, len(got))):
             parts = []
@@ -278,8 +276,8 @@ class _Cutter:
                 if outs[rank]:
                     at = sum(outs[:rank])
                     piece = self.call(aten.slice.Tensor, flat, 0, at, at + outs[rank])
-                    rows = got[rank][1] - got[rank][0]
-                    parts.append(self.call(aten.reshape.default, piece, [*shape[:-2], rows, shape[-1]]))
+                    count = got[rank][1] - got[rank][0]
+                    parts.append(self.call(aten.reshape.default, piece, [*shape[:-2], count, shape[-1]]))
             sides.append(self._joined(parts) if parts else None)
         return sides[0], sides[1]
 
@@ -378,8 +376,8 @@ class _Cutter:
 
     def _seen(self, node: fx.Node, first: int, last: int) -> fx.Node:
         """Rows of what an exchange gives: of other ranks, this rank's own, of other ranks again."""
-        given, _, starts, stops, sizes, here, _ = sequence_of(node.args)
-        start, (base, end) = starts[here], owned_rows(sizes, here)
+        given, rows = node_of(node.args[0]), RowExchange.of(*sequence_of(node.args[1:]))
+        start, (base, end) = rows.wanted[0], rows.own
         low, high = first + start, last + start
         before, after = self.arrived[node]
         dim, pieces = self.shapes[node].dim() - 2, []

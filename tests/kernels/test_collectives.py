@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch._inductor.utils import run_and_get_code
 
+from xdit_compile.backends.inductor_order import ORDERED, pin_order
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import AgreementError
-from xdit_compile.kernels.inductor_order import ORDERED, pin_order
 from xdit_compile.plan import Plan
 from xdit_compile.simulate.collectives import SIMULATIONS, simulate
 from xdit_compile.simulate.traffic import TRAFFIC, elements_sent

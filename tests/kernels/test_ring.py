@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from xdit_compile.backends.inductor_order import pin_order
 from xdit_compile.errors import AgreementError, ProviderUnavailable
 from xdit_compile.kernels.attention import attention_reference
-from xdit_compile.kernels.inductor_order import pin_order
 from xdit_compile.kernels.ring import absorbed
 from xdit_compile.plan import Plan
 from xdit_compile.simulate.collectives import simulate

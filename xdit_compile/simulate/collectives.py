@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from xdit_compile.kernels import collectives, ring  # noqa: F401 - they register the ops
 from xdit_compile.kernels.attention import token_major
-from xdit_compile.kernels.collectives import halo_sent
 from xdit_compile.kernels.reference import attention_reference
+from xdit_compile.kernels.row_exchange import RowExchange
 
 ArgsPerRank = Sequence[tuple[Any, ...]]
 
@@ -87,7 +87,7 @@ def _halo_exchange(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
 
 
 def _halo_start(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
-    sent = [halo_sent(x, dim % x.dim(), *rows) for x, dim, *rows, _ in args_per_rank]
+    sent = [RowExchange.of(*rows).checked(x).packed(x) for x, *rows in args_per_rank]
     return _all_to_all([(*each, "") for each in sent])
 
 

@@ -14,7 +14,7 @@ from xdit_compile.distributed.mesh import is_simulated, simulated_members
 from xdit_compile.errors import AgreementError, PartitionError
 from xdit_compile.ir.arguments import function_of
 from xdit_compile.ir.program import Program
-from xdit_compile.kernels.collectives import halo_joined, halo_sent
+from xdit_compile.kernels.row_exchange import RowExchange
 from xdit_compile.weights.weights import Weights
 
 from .collectives import SIMULATIONS, simulate
@@ -118,11 +118,9 @@ def _steps(module: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Step, Any
         elif node.op == "output":
             return args[0]
         elif node.target in HALOS and (group := _group(args)) is not None:
-            x, dim, *rows = args[:-1]
-            sent = halo_sent(x, dim % x.dim(), *rows)
-            arrived = yield ALL_TO_ALL, (*sent, group), group, (node.target, args)
-            joined = node.target is HALOS[0]
-            env[node] = halo_joined(x, arrived, dim % x.dim(), *rows) if joined else arrived
+            x, rows = args[0], RowExchange.of(*args[1:]).checked(args[0])
+            arrived = yield ALL_TO_ALL, (*rows.packed(x), group), group, (node.target, args)
+            env[node] = rows.joined(x, arrived) if node.target is HALOS[0] else arrived
         elif node.target in SIMULATIONS and (group := _group(args)) is not None:
             env[node] = yield node.target, args, group, (node.target, args)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from xdit_compile.kernels import collectives, ring  # noqa: F401 - they register the ops
-from xdit_compile.kernels.collectives import rows_sent
+from xdit_compile.kernels.row_exchange import RowExchange
 
 
 def elements_sent(op: torch._ops.OpOverload, args: tuple[Any, ...], group_size: int, index: int) -> int:
@@ -47,8 +47,7 @@ def _all_reduce(args: tuple[Any, ...], group_size: int, index: int) -> int:
 
 def _halo_exchange(args: tuple[Any, ...], group_size: int, index: int) -> int:
     x, dim, starts, stops, sizes, *_ = args
-    row = math.prod(size for position, size in enumerate(x.shape) if position != dim % x.dim())
-    return row * sum(stop - start for start, stop in rows_sent(starts, stops, sizes, index))
+    return RowExchange.of(dim % x.dim(), starts, stops, sizes, index).elements_sent(x.shape)
 
 
 def _ring_attention(args: tuple[Any, ...], group_size: int, index: int) -> int:

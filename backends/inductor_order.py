@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from . import collectives, draws, ring  # noqa: F401 - they register the ops
+from xdit_compile.kernels import collectives, draws, ring  # noqa: F401 - they register the ops
 
 COLLECTIVES = ("all_to_all", "all_gather", "gather_start", "all_reduce", "halo_exchange", "halo_start", "halo_finish")
 ORDERED = (*COLLECTIVES, "ring_attention", "draw")
