@@ -15,12 +15,17 @@ MESHES = [(2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (2, 2), (2, 3), (3, 2), (8, 1)
 ALIKE = {
     "cogvideox_1_5",
     "cogvideox_learned",
+    "cogvideox_rotary",
+    "flux2",
     "flux_unguided",
+    "latte",
     "lumina2",
     "lumina2_ragged",
     "mochi",
+    "qwenimage",
     "sd3_dual",
-    "zimage",
+    "wan_i2v",
+    "zimage_ragged",
 }
 """Models of which a close relative is in the quick run."""
 
