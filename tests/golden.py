@@ -21,7 +21,7 @@ from torch import fx
 from zoo.autoencoders import AUTOENCODERS
 
 from xdit_compile.capture.capture import capture
-from xdit_compile.compiler import Analysis, place, place_stage, separated
+from xdit_compile.compiler import compiled
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import XditCompileError
 from xdit_compile.ir.program import Program
@@ -77,18 +77,10 @@ def denoiser(name: str) -> Iterator[tuple[str, str]]:
         try:
             analysis = model.analysis(plan)
             for rank in range(plan.world_size):
-                programs = programs_of(analysis, plan, Mesh.simulated(plan, rank))
-                yield f"{method}, rank {rank}", "\n".join(map(program_text, programs))
+                state = compiled(analysis, plan, Mesh.simulated(plan, rank), until="assign_stages")
+                yield f"{method}, rank {rank}", "\n".join(map(program_text, state.programs.values()))
         except XditCompileError as error:
             yield method, f"{type(error).__name__}: {error}"
-
-
-def programs_of(analysis: Analysis, plan: Plan, mesh: Mesh) -> list[Program]:
-    """All that a rank runs of a call."""
-    if plan.pipefusion > 1:
-        return place_stage(separated(analysis, plan), plan, mesh, {}).programs
-    late = (False, True) if plan.distrifusion > 1 else (False,)
-    return [place(analysis, plan, mesh, stale=stale).program for stale in late]
 
 
 def coder(name: str) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ from zoo.pipelines import PIPELINES
 from zoo.transformers import Draw
 
 import xdit_compile
+from tests.test_kernels_on_gpu import EXACT, difference, pytestmark  # noqa: F401 - the last is pytest's
 from xdit_compile import Plan
 from xdit_compile.capture.state.in_place import held
 from xdit_compile.errors import AgreementError
@@ -26,11 +27,6 @@ from xdit_compile.ir.peak_memory import release_unused, with_reserve
 from xdit_compile.passes.memory.tile_rows import peak_of
 from xdit_compile.plan import COMPILE_MODES
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch.cuda sees"),
-]
-EXACT = 2e-5
 METHODS: dict[str, dict[str, Any]] = {
     "ulysses": {"ulysses": 2},
     "ring": {"ring": 2},
@@ -62,10 +58,6 @@ def call(pipe: Any, name: str, dtype: torch.dtype = torch.float32, output: str =
     case = PIPELINES[name]
     given = case.arguments(Draw(0, "cuda", dtype))
     return case.call(pipe, 0, 3, output, **given, **more).float().cpu()
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 # ---- one rank

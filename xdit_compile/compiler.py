@@ -111,8 +111,8 @@ class Compilation:
     def programs(self) -> dict[str, Program]:
         """All programs of the latest pass, by name."""
         if self.stages is not None:
-            stages = {"full": self.stages.full, **_numbered(self.stages.patches)}
-            return {"common": self.stages.common} | {name: stage.program for name, stage in stages.items()}
+            patches = _numbered([patch.program for patch in self.stages.patches])
+            return {"full": self.stages.full.program, "common": self.stages.common, **patches}
         if self.patches is not None:
             return {"full": self.patches.full.program, **_numbered(self.patches.patches)}
         if self.partitioned:

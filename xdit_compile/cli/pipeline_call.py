@@ -33,21 +33,21 @@ _OTHER_SPELLINGS = {"num_frames": "video_length"}
 
 def set_logs(debug: bool) -> None:
     """Keep the libraries' warnings and loading bars off the terminal, or with ``debug`` show our own log, too."""
-    import logging as standard
+    import logging
     import warnings
 
     if debug:
-        standard.basicConfig(format="%(name)s: %(message)s")
-        standard.getLogger("xdit_compile").setLevel(standard.DEBUG)
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("xdit_compile").setLevel(logging.DEBUG)
         return
 
     import diffusers
     import transformers
 
     warnings.filterwarnings("ignore")
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for theirs in (diffusers.utils.logging, transformers.utils.logging):
+        theirs.set_verbosity_error()
+        theirs.disable_progress_bar()
 
 
 def placement(request: PipelineRequest, world: World) -> tuple[torch.device, torch.dtype]:
