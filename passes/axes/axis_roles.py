@@ -11,6 +11,7 @@ from torch import fx
 from xdit_compile.ir.axes import Axis, Concat, atoms
 
 from .infer import Frame, Inference
+from .operators import AttentionOp, ConvolutionOp, LinearOp
 from .rule import OpAxes
 
 PRECEDENCE = (
@@ -53,10 +54,10 @@ def roles(inference: Inference) -> list[Use]:
 
 
 def _attended(op_axes: OpAxes) -> Iterable[tuple[Axis, str]]:
-    if "attention" not in op_axes.facts:
+    if not isinstance(op_axes.operator, AttentionOp):
         return
     queries, keys = op_axes.operand_axes[:2]
-    tokens = op_axes.facts["attention"]["tokens"]
+    tokens = op_axes.operator.tokens
     yield queries[tokens], "query tokens"
     yield keys[tokens], "key tokens"
     yield queries[tokens + 1], "head channels"
@@ -66,7 +67,7 @@ def _attended(op_axes: OpAxes) -> Iterable[tuple[Axis, str]]:
 
 def _convolved(op_axes: OpAxes) -> Iterable[tuple[Axis, str]]:
     """The space that a convolution of more than one position slides over, and the rows and columns that it makes."""
-    if "convolution" not in op_axes.facts or max(op_axes.facts["convolution"]["kernel"]) == 1:
+    if not isinstance(op_axes.operator, ConvolutionOp) or max(op_axes.operator.kernel) == 1:
         return
     for axes in (op_axes.operand_axes[0], op_axes.result_axes[0]):
         names = ("frames", "rows", "columns")[5 - len(axes) :] if len(axes) > 3 else ("columns",)
@@ -89,7 +90,7 @@ def _feed_forward(inference: Inference) -> Iterable[Use]:
     contracted: set[int] = set()
     convolved: set[int] = set()
     for frame, node, op_axes in inference.nodes():
-        if "linear" in op_axes.facts:
+        if isinstance(op_axes.operator, LinearOp):
             contracted |= {id(part) for part in end_to_end(op_axes.operand_axes[0][-1])}
             for part in end_to_end(op_axes.result_axes[0][-1]):
                 made.setdefault(id(part), Use(part, "ffn", frame, node))
@@ -114,7 +115,7 @@ def _convolved_channels(inference: Inference) -> Iterable[Use]:
 
 def sums_channels(op_axes: OpAxes) -> bool:
     """Whether an operator is a convolution of which every result sums over all channels."""
-    return "convolution" in op_axes.facts and op_axes.facts["convolution"]["groups"] == 1
+    return isinstance(op_axes.operator, ConvolutionOp) and op_axes.operator.groups == 1
 
 
 def end_to_end(axis: Axis) -> tuple[Axis, ...]:

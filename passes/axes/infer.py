@@ -176,8 +176,8 @@ def _typed(node: fx.Node, frame: Frame, operands: list[fx.Node], system: AxisSys
     except Exception as error:
         system.rollback(mark)
         rule = workbench()
-        rule.facts["unread"] = f"{node.target} has arguments that its rule cannot read: {one_line(error)}"
-        type_opaquely(rule, rule.facts["unread"])
+        rule.unread = f"{node.target} has arguments that its rule cannot read: {one_line(error)}"
+        type_opaquely(rule, rule.unread)
     return rule.op_axes()
 
 

@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 from xdit_compile.ir.arguments import overload_of
 from xdit_compile.ir.axes import Axis, AxisSystem, Conflict
 
+from .local_call import Emit
+from .operators import Operator
 from .windows import Windows
 
 Kind = Literal["map", "copies", "sum", "mean", "whole", "halo", "stats", "keys"]
@@ -47,16 +49,30 @@ class Boundary:
 
 @dataclasses.dataclass
 class OpAxes:
-    """The axes of one node: what its operands bring, what it expects of them, what it yields, and its loops."""
+    """The axes of one node: what its operands bring, what it expects of them, what it yields, and its loops.
+
+    Args:
+        emit: how one rank calls it; as it was called where that is None.
+        bias: the operand that is added once after a sum over ranks.
+        operator: what a lowering must know of it.
+        windows: for dims of the first operand of which every row of the result reads a window of rows.
+        cut: ``(dim, start, length)`` of an operator that turned out to cut a run of positions out.
+        unread: why its rule could not read its arguments.
+        kept: axes of which ``emit`` asks the length on a rank.
+        ignored: operands of which only dtype and device matter.
+    """
 
     operands: list[fx.Node]
     operand_axes: list[list[Axis]]
     result_axes: list[list[Axis]]
     loops: list[Loop]
     boundaries: list[Boundary]
-    emit: Callable[[Any], Any] | None = None
+    emit: Emit | None = None
     bias: int | None = None
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    operator: Operator | None = None
+    windows: Mapping[int, Windows] = dataclasses.field(default_factory=dict)
+    cut: tuple[int, int, int] | None = None
+    unread: str | None = None
     kept: list[Axis] = dataclasses.field(default_factory=list)
     ignored: set[int] = dataclasses.field(default_factory=set)
 
@@ -97,9 +113,12 @@ class Rule:
         self.result_axes: list[list[Axis | None]] = [[None] * value.dim() for value in values(node)]
         self.loops: list[Loop] = []
         self.boundaries: list[Boundary] = []
-        self.emit: Callable[[Any], Any] | None = None
+        self.emit: Emit | None = None
         self.bias: int | None = None
-        self.facts: dict[str, Any] = {}
+        self.operator: Operator | None = None
+        self.cut: tuple[int, int, int] | None = None
+        self.unread: str | None = None
+        self._windows: dict[int, Windows] = {}
         self._kept: list[Axis] = []
         self._ignored: set[int] = set()
 
@@ -176,7 +195,7 @@ class Rule:
         """
         self.result_axes[0][dim] = made if made is not None else self.system.atom(self.out_shape()[dim])
         self.loops.append(Loop("halo", ((0, dim),), ((0, dim),)))
-        self.facts.setdefault("windows", {})[dim] = windows
+        self._windows[dim] = windows
 
     def add_regrouping(self, in_dims: Sequence[int], out_dims: Sequence[int]) -> None:
         """Record that neighbouring dims of the first operand were laid out anew as dims of the result."""
@@ -222,7 +241,10 @@ class Rule:
             self.boundaries,
             self.emit,
             self.bias,
-            self.facts,
+            self.operator,
+            self._windows,
+            self.cut,
+            self.unread,
             self._kept,
             self._ignored,
         )

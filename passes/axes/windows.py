@@ -50,3 +50,24 @@ class Windows:
         return tuple(
             0 if end == 0 else out if end == self.size else int((self.middle < end - 0.5).sum()) for end in ends
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class HaloWindow:
+    """The rows ``start`` to ``stop`` of an operand that this rank has before it, for its rows ``first`` to ``last``
+    (one past the last) of the result."""
+
+    windows: Windows
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    @property
+    def missing(self) -> tuple[int, int]:
+        """Rows of padding that the windows reach over before and after those that are there."""
+        if self.last == self.first:
+            return 0, 0
+        windows = slice(self.first, self.last)
+        lowest, highest = int(self.windows.first[windows].min()), int(self.windows.last[windows].max())
+        return max(self.start - lowest, 0), max(highest + 1 - self.stop, 0)

@@ -10,6 +10,7 @@ from xdit_compile.ir.axes import Axis, Concat, Product, atoms
 from xdit_compile.ir.sharding import Split, Unit
 from xdit_compile.passes.axes.axis_roles import end_to_end, roles, sums_channels
 from xdit_compile.passes.axes.infer import Inference
+from xdit_compile.passes.axes.operators import LinearOp
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.local.layout import TENSOR
 from xdit_compile.passes.lowering.small_linear import has_few_rows
@@ -38,7 +39,8 @@ def choose_features(inference: Inference, plan: Plan) -> Units:
                 if unit.size > 1:
                     found.setdefault(id(unit), (unit,))
     _check_degree(plan, [_size(unit) for unit in found.values()])
-    linears = [op_axes for _, _, op_axes in inference.nodes() if "linear" in op_axes.facts or sums_channels(op_axes)]
+    typed = (op_axes for _, _, op_axes in inference.nodes())
+    linears = [op_axes for op_axes in typed if isinstance(op_axes.operator, LinearOp) or sums_channels(op_axes)]
     return tuple(_summable(linears, _unchained(linears, _disjoint(found.values())), plan.tensor))
 
 
@@ -91,7 +93,7 @@ def _unchained(linears: Iterable[OpAxes], units: Iterable[Unit]) -> list[Unit]:
 
 def _ends(op_axes: OpAxes) -> tuple[Axis, Axis]:
     """What a linear or a convolution makes and what it contracts."""
-    dim = -1 if "linear" in op_axes.facts else 1
+    dim = -1 if isinstance(op_axes.operator, LinearOp) else 1
     return op_axes.result_axes[0][dim], op_axes.operand_axes[0][dim]
 
 

@@ -14,6 +14,7 @@ from xdit_compile.ir.axes import Axis, Concat, Product, atoms
 from xdit_compile.ir.sharding import Split, Unit
 from xdit_compile.passes.axes.flops import flops, portion
 from xdit_compile.passes.axes.infer import Inference
+from xdit_compile.passes.axes.operators import AttentionOp
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.local.layout import MEMBERS, PATCH, SEQUENCE, Layout
 from xdit_compile.passes.local.ledger import STALE, Ledger
@@ -79,8 +80,8 @@ def token_axes(inference: Inference) -> list[Axis]:
     contracted: dict[int, tuple[Axis, float]] = {}
     for frame, node, op_axes in inference.nodes():
         work = flops(node)
-        if "attention" in op_axes.facts:
-            _add(attended, _attended(op_axes), work)
+        if isinstance(op_axes.operator, AttentionOp):
+            _add(attended, _attended(op_axes, op_axes.operator), work)
         elif work and not any(operand in frame.tables for operand in op_axes.operands):
             for loop in op_axes.loops:
                 if loop.kind == "sum":
@@ -89,9 +90,9 @@ def token_axes(inference: Inference) -> list[Axis]:
     return [*_heaviest(attended), *_heaviest({key: pair for key, pair in contracted.items() if key not in attended})]
 
 
-def _attended(op_axes: OpAxes) -> Axis:
+def _attended(op_axes: OpAxes, attention: AttentionOp) -> Axis:
     """The query tokens of an attention, with the key tokens where queries attend to themselves among others."""
-    queries, keys = (op_axes.operand_axes[at][op_axes.facts["attention"]["tokens"]] for at in (0, 1))
+    queries, keys = (axes[attention.tokens] for axes in op_axes.operand_axes[:2])
     among = {id(part) for part in _segments(queries)}
     return keys if among < {id(part) for part in _segments(keys)} else queries
 

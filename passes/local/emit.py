@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 from xdit_compile.errors import PartitionError
 from xdit_compile.ir.arguments import overload_of
 from xdit_compile.passes.axes.rule import OpAxes
+from xdit_compile.passes.axes.windows import HaloWindow
 
 from .choose_loop import ShardedLoop, required
 from .context import LoweringContext
-from .halo_window import HaloWindow
 from .local_graph import aten
 
 
@@ -55,8 +55,8 @@ class Emission:
         """Positions of one dim of ``size``, in the given order."""
         return self._partitioner.local.take(node, dim, positions, size)
 
-    def operand(self, at: int) -> fx.Node:
-        return self._operands[at]
+    def operand(self, index: int) -> fx.Node:
+        return self._operands[index]
 
     def length(self, handle: int | None, operand: int, dim: int) -> int:
         """Local positions of an axis that the rule kept, split as ``dim`` of an operand is; 0 for none."""
@@ -65,8 +65,8 @@ class Emission:
         names = [name for name, own in required(self._choices, operand).items() if own == dim]
         return self._partitioner.sharding.length(self.op_axes.kept[handle], names)
 
-    def operand_sizes(self, at: int) -> list[int]:
-        return self._partitioner.sharding.sizes(self.op_axes.operand_axes[at], required(self._choices, at))
+    def operand_sizes(self, index: int) -> list[int]:
+        return self._partitioner.sharding.sizes(self.op_axes.operand_axes[index], required(self._choices, index))
 
     def out_sizes(self, result: int) -> list[int]:
         """The local shape of a result."""
@@ -116,8 +116,8 @@ class Emission:
         dtype = self.node.meta["val"].dtype
         wide = torch.promote_types(dtype, torch.float32)
         total = self.call(aten.sum.dim_IntList, self.operand(0), contracted, keep, dtype=wide)
-        part = self.call(aten.div.Scalar, total, count)
-        return part if wide == dtype else self.call(aten._to_copy.default, part, dtype=dtype)
+        mean = self.call(aten.div.Scalar, total, count)
+        return mean if wide == dtype else self.call(aten._to_copy.default, mean, dtype=dtype)
 
     def _unbiased(self) -> fx.Node:
         name = overload_of(self.node)._schema.name.split("::")[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +11,13 @@ from torch import fx
 
 from xdit_compile.ir.sharding import Split
 from xdit_compile.kernels.row_exchange import RowExchange
+from xdit_compile.passes.axes.local_call import LocalCall
 from xdit_compile.passes.axes.rule import OpAxes
-from xdit_compile.passes.axes.windows import Windows
+from xdit_compile.passes.axes.windows import HaloWindow
 
 from .choose_loop import ShardedLoop, feasible, required
 from .context import LoweringContext
-from .halo_window import HaloWindow, Request
+from .halo_request import Request
 from .layout import PATCH
 from .ledger import STALE
 from .local_graph import aten
@@ -25,45 +25,45 @@ from .stale_exchange import Exchange
 
 
 def fetch(
-    part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]
+    context: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]
 ) -> tuple[fx.Node, dict[int, HaloWindow]]:
     """The first operand with the rows that this rank's windows reach over, and what they are, by dim."""
     seen = {}
-    keep_rows(part, op_axes, inputs, choices)
+    keep_rows(context, op_axes, inputs, choices)
     for name, choice in choices.items():
         if choice.loop.kind == "halo":
-            inputs, seen[choice.operands[0]] = _fetch(part, op_axes, inputs, name, choices)
+            inputs, seen[choice.operands[0]] = _fetch(context, op_axes, inputs, name, choices)
     return inputs, seen
 
 
 def _fetch(
-    part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, name: str, choices: Mapping[str, ShardedLoop]
+    context: LoweringContext, op_axes: OpAxes, inputs: fx.Node, name: str, choices: Mapping[str, ShardedLoop]
 ) -> tuple[fx.Node, HaloWindow]:
-    if name == PATCH and not part.layout.apart:
-        return _left(part, op_axes, inputs, choices)
-    request = ask(part, op_axes, name, choices)
+    if name == PATCH and not context.layout.apart:
+        return _left(context, op_axes, inputs, choices)
+    request = ask(context, op_axes, name, choices)
     if name == PATCH:
-        return _kept(part, op_axes, inputs, choices, request), request.seen
+        return _kept(context, op_axes, inputs, choices, request), request.seen
     if request.needed:
-        inputs = part.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.rows.arguments)
+        inputs = context.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.rows.arguments)
     return inputs, request.seen
 
 
 def _left(
-    part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]
+    context: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]
 ) -> tuple[fx.Node, HaloWindow]:
     """This patch's rows and those that other patches left there, as far as its windows reach."""
-    request = _wanted(part.sharding.splits[PATCH], part.sharding.index[PATCH], op_axes, choices[PATCH])
+    request = _wanted(context.sharding.splits[PATCH], context.sharding.index[PATCH], op_axes, choices[PATCH])
     if request.needed:
-        state = _state(part, op_axes, choices)
-        part.local.put(state, inputs, request.rows.dim, np.arange(*request.rows.own))
-        rows = part.local.call(aten.slice.Tensor, state, request.rows.dim, request.seen.start, request.seen.stop)
-        inputs = part.local.call(aten.clone.default, rows)
+        state = _state(context, op_axes, choices)
+        context.local.put(state, inputs, request.rows.dim, np.arange(*request.rows.own))
+        rows = context.local.call(aten.slice.Tensor, state, request.rows.dim, request.seen.start, request.seen.stop)
+        inputs = context.local.call(aten.clone.default, rows)
     return inputs, request.seen
 
 
 def _kept(
-    part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop], request: Request
+    context: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop], request: Request
 ) -> fx.Node:
     """This rank's rows and those of others that its windows reach over, as they are or as the last call left them."""
     if not request.needed:
@@ -71,29 +71,33 @@ def _kept(
     own, seen = request.rows.own, request.seen
     first = min(own[0], seen.start) if seen.stop > seen.start else own[0]
     last = max(own[1], seen.stop) if seen.stop > seen.start else own[1]
-    state = _state(part, op_axes, choices, last - first, Exchange.of_rows(request, first, part.layout.mesh.behind))
-    part.local.put(state, inputs, request.rows.dim, np.arange(own[0] - first, own[1] - first))
-    if part.layout.stale:
-        rows = part.local.call(aten.slice.Tensor, state, request.rows.dim, seen.start - first, seen.stop - first)
-        return part.local.call(aten.clone.default, rows)
-    rows = part.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.rows.arguments)
-    part.local.put(state, rows, request.rows.dim, np.arange(seen.start - first, seen.stop - first))
+    state = _state(
+        context, op_axes, choices, last - first, Exchange.of_rows(request, first, context.layout.mesh.behind)
+    )
+    context.local.put(state, inputs, request.rows.dim, np.arange(own[0] - first, own[1] - first))
+    if context.layout.stale:
+        rows = context.local.call(aten.slice.Tensor, state, request.rows.dim, seen.start - first, seen.stop - first)
+        return context.local.call(aten.clone.default, rows)
+    rows = context.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.rows.arguments)
+    context.local.put(state, rows, request.rows.dim, np.arange(seen.start - first, seen.stop - first))
     return rows
 
 
-def keep_rows(part: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]) -> None:
+def keep_rows(context: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]) -> None:
     """Where all patches are computed at once, keep what the windows of each will want of the others'."""
-    patches = part.layout.patches
-    if patches is None or PATCH in part.sharding.splits:
+    patches = context.layout.patches
+    if patches is None or PATCH in context.sharding.splits:
         return
     for loop in op_axes.loops:
         choice = feasible(op_axes, loop, patches) if loop.kind == "halo" else None
         if choice is not None and (request := _wanted(patches, 0, op_axes, choice)).needed:
-            part.local.put(_state(part, op_axes, choices), inputs, request.rows.dim, np.arange(sum(request.rows.sizes)))
+            context.local.put(
+                _state(context, op_axes, choices), inputs, request.rows.dim, np.arange(sum(request.rows.sizes))
+            )
 
 
 def _state(
-    part: LoweringContext,
+    context: LoweringContext,
     op_axes: OpAxes,
     choices: Mapping[str, ShardedLoop],
     rows: int | None = None,
@@ -101,28 +105,28 @@ def _state(
 ) -> fx.Node:
     """Room for the rows of all patches, or for so many of them that come from other ranks."""
     others = {name: choice for name, choice in choices.items() if name != PATCH}
-    shape = part.sharding.sizes(op_axes.operand_axes[0], required(others, 0))
+    shape = context.sharding.sizes(op_axes.operand_axes[0], required(others, 0))
     operand, name = op_axes.operands[0], ""
     if exchange is not None and rows is not None:
         wanted = exchange.rows
         shape[wanted.dim], name = rows, "_" + "_".join(map(str, (*wanted.starts, *wanted.stops)))
-    return part.local.state(f"{operand.name}_rows{name}", shape, operand.meta["val"].dtype, exchange)
+    return context.local.state(f"{operand.name}_rows{name}", shape, operand.meta["val"].dtype, exchange)
 
 
-def ask(part: LoweringContext, op_axes: OpAxes, name: str, choices: Mapping[str, ShardedLoop]) -> Request:
+def ask(context: LoweringContext, op_axes: OpAxes, name: str, choices: Mapping[str, ShardedLoop]) -> Request:
     """Which rows every rank wants of the first operand, counted in the ledger."""
-    found = _wanted(part.sharding.splits[name], part.sharding.index[name], op_axes, choices[name])
+    found = _wanted(context.sharding.splits[name], context.sharding.index[name], op_axes, choices[name])
     if found.needed:
-        shard = part.sharding.sizes(op_axes.operand_axes[0], required(choices, 0))
+        shard = context.sharding.sizes(op_axes.operand_axes[0], required(choices, 0))
         numel = found.rows.elements_sent(shard)
-        op = STALE if name == PATCH and part.layout.stale else "halo_exchange"
-        part.ledger.sent(op, "halo", numel, op_axes.operands[0].meta["val"].dtype)
-    return dataclasses.replace(found, rows=dataclasses.replace(found.rows, group=part.local.group(name)))
+        op = STALE if name == PATCH and context.layout.stale else "halo_exchange"
+        context.ledger.sent(op, "halo", numel, op_axes.operands[0].meta["val"].dtype)
+    return dataclasses.replace(found, rows=dataclasses.replace(found.rows, group=context.local.group(name)))
 
 
 def _wanted(split: Split, here: int, op_axes: OpAxes, choice: ShardedLoop) -> Request:
     dim, out = choice.operands[0], choice.results[0]
-    windows: Windows = op_axes.facts["windows"][dim]
+    windows = op_axes.windows[dim]
     made, given = split.ends(op_axes.result_axes[0][out]), split.ends(op_axes.operand_axes[0][dim])
     assert made is not None and given is not None
     wanted = [windows.rows(start, stop) for start, stop in zip((0, *made), made, strict=False)]
@@ -134,7 +138,7 @@ def _wanted(split: Split, here: int, op_axes: OpAxes, choice: ShardedLoop) -> Re
     return Request(RowExchange.of(dim, starts, stops, sizes, here), seen, needed)
 
 
-def moved(ctx: Any, fill: float = 0.0) -> fx.Node:
+def moved(ctx: LocalCall, fill: float = 0.0) -> fx.Node:
     """The first operand with every seen row put where its windows of one row say; ``fill`` stands for padding."""
     node = ctx.operand(0)
     for dim, seen in ctx.seen.items():
@@ -143,6 +147,6 @@ def moved(ctx: Any, fill: float = 0.0) -> fx.Node:
         node = ctx.take(node, dim, sources[inside] - seen.start, seen.stop - seen.start)
         amounts = [int(np.argmax(inside)), int(np.argmax(inside[::-1]))] if inside.any() else [len(sources), 0]
         if any(amounts):
-            behind = [0, 0] * (len(ctx.op_axes.operand_axes[0]) - 1 - dim)
+            behind = [0, 0] * (len(ctx.operand_sizes(0)) - 1 - dim)
             node = ctx.call(aten.constant_pad_nd.default, node, [*behind, *amounts], fill)
     return node

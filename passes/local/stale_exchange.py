@@ -18,7 +18,7 @@ import xdit_compile.kernels.collectives  # noqa: F401  (registers the ops that t
 import xdit_compile.kernels.stale_rows  # noqa: F401  (registers stale_finish)
 from xdit_compile.kernels.row_exchange import RowExchange
 
-from .halo_window import Request
+from .halo_request import Request
 
 aten, ops = torch.ops.aten, torch.ops.xdit_compile
 Runs = tuple[tuple[int, int], ...]

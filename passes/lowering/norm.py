@@ -19,6 +19,7 @@ import xdit_compile.kernels.scale_shift  # noqa: F401  (registers the op that th
 from xdit_compile.ir.arguments import integer_of, number_of, overload_of, sequence_of
 from xdit_compile.ir.axes import Atom, Axis, same
 from xdit_compile.ir.sharding import Split
+from xdit_compile.passes.axes.operators import NormOp
 from xdit_compile.passes.axes.rule import OpAxes, operator_name
 from xdit_compile.passes.local.choose_loop import choose_all, yielded
 from xdit_compile.passes.local.context import LoweringContext
@@ -31,27 +32,29 @@ PIECES = 16
 """Of which statistics are taken one after the other where memory is spared."""
 
 
-def lower(part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
+def lower(context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
     """The norm on this rank's positions, or None where no normalised dim is split or another way is needed."""
     name = operator_name(overload_of(node))
     if name == "group_norm":
-        return _Grouped(part, node, op_axes, operands).emit()
-    return _Trailing(part, node, op_axes, operands).emit(centred=name in CENTRED)
+        return _Grouped(context, node, op_axes, operands).emit()
+    return _Trailing(context, node, op_axes, operands).emit(centred=name in CENTRED)
 
 
 class _Grouped:
     """A group norm of which this rank holds whole groups, or some positions of each."""
 
-    def __init__(self, part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]):
-        self.part, self.node, self.op_axes, self.operands = part, node, op_axes, operands
-        self.given, self.axes = part.summed(operands[0]), op_axes.operand_axes[0]
+    def __init__(self, context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]):
+        self.context, self.node, self.op_axes, self.operands = context, node, op_axes, operands
+        assert isinstance(op_axes.operator, NormOp)
+        self.norm = op_axes.operator
+        self.input, self.axes = context.summed(operands[0]), op_axes.operand_axes[0]
         self.size = self.axes[1].size // integer_of(node.args[1])
-        kept = {name: dim for name, dim in self.given.split.items() if same(self.given.axes[dim], self.axes[dim])}
+        kept = {name: dim for name, dim in self.input.split.items() if same(self.input.axes[dim], self.axes[dim])}
         self.channels = [name for name, dim in kept.items() if dim == 1]
         self.space = {name: dim for name, dim in kept.items() if dim > 1}
 
     def emit(self) -> list[Value] | None:
-        splits = self.part.sharding.splits
+        splits = self.context.sharding.splits
         if any(not _are_whole(splits[name], self.axes[1], self.size) for name in self.channels) or len(self.space) > 1:
             return None
         if not self.channels and not self.space:
@@ -59,68 +62,66 @@ class _Grouped:
         others = {n: split for n, split in splits.items() if n not in self.channels and n not in self.space}
         choices = choose_all(self.op_axes, self.operands, others)
         split = {**yielded(choices, 0), **dict.fromkeys(self.channels, 1), **self.space}
-        tensors = [self.part.redistribute(self.given, self.axes, split, self.node, 0)]
-        for at, value in enumerate(self.operands[1:], 1):
-            required = dict.fromkeys(self.channels, 0)
-            tensors.append(self.part.redistribute(value, self.op_axes.operand_axes[at], required, self.node, at))
-        value = Value(tensors[0], self.op_axes.result_axes[0], self.given.dtype, split)
-        sizes = self.part.local.sizes(value)
-        places = [self.op_axes.facts["norm"].get(name) for name in ("weight", "bias")]
-        affine = [None if at is None else tensors[at] for at in places]
+        tensors = [self.context.redistribute(self.input, self.axes, split, self.node, 0)]
+        for operand, value in enumerate(self.operands[1:], 1):
+            required, axes = dict.fromkeys(self.channels, 0), self.op_axes.operand_axes[operand]
+            tensors.append(self.context.redistribute(value, axes, required, self.node, operand))
+        value = Value(tensors[0], self.op_axes.result_axes[0], self.input.dtype, split)
+        sizes = self.context.local.sizes(value)
+        affine = [None if operand is None else tensors[operand] for operand in (self.norm.weight, self.norm.bias)]
         if self.space:
             made = self._over_space(tensors[0], affine, sizes)
         elif 0 in sizes:
-            made = self.part.local.call(aten.new_zeros.default, tensors[0], sizes)
+            made = self.context.local.call(aten.new_zeros.default, tensors[0], sizes)
         else:
             groups = sizes[1] // self.size
-            made = self.part.local.call(self.node.target, tensors[0], groups, *affine, self._epsilon())
+            made = self.context.local.call(self.node.target, tensors[0], groups, *affine, self._epsilon())
         return [dataclasses.replace(value, node=made)]
 
     def _epsilon(self) -> float:
-        given = self.node.args[4] if len(self.node.args) > 4 else self.node.kwargs.get("eps", 1e-5)
-        return number_of(given)
+        return number_of(self.node.args[4] if len(self.node.args) > 4 else self.node.kwargs.get("eps", 1e-5))
 
     def _over_space(self, inputs: fx.Node, affine: list[fx.Node | None], sizes: list[int]) -> fx.Node:
         """Statistics of every group from the positions of all ranks, float32 at least."""
         ((name, dim),) = self.space.items()
-        call, dtype = self.part.local.call, self.given.dtype
+        call, dtype = self.context.local.call, self.input.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        split, groups = self.part.sharding.splits[name], sizes[1] // self.size
-        rest = self.size * math.prod(size for at, size in enumerate(sizes) if at > 1 and at != dim)
+        split, groups = self.context.sharding.splits[name], sizes[1] // self.size
+        rest = self.size * math.prod(size for other, size in enumerate(sizes) if other > 1 and other != dim)
         counts = [split.length(self.axes[dim], index) * rest for index in range(split.parts)]
-        view = [sizes[0], groups, counts[self.part.sharding.index[name]]]
+        view = [sizes[0], groups, counts[self.context.sharding.index[name]]]
         flat = call(aten.reshape.default, inputs, view)
-        pieces = PIECES if self.part.layout.sparing else 1
-        own = moments_in_pieces(call, flat, view[2], dtype, wide, pieces)
-        statistics = self._kept if name == PATCH and self.part.layout.apart else self._merged
-        mean, variance = statistics(own, name, counts, sizes[0], groups, wide)
-        affine = [_cast(self.part, factor, dtype, wide) if factor is not None else None for factor in affine]
+        pieces = PIECES if self.context.layout.sparing else 1
+        local = moments_in_pieces(call, flat, view[2], dtype, wide, pieces)
+        statistics = self._kept if name == PATCH and self.context.layout.apart else self._merged
+        mean, variance = statistics(local, name, counts, sizes[0], groups, wide)
+        affine = [_cast(self.context, factor, dtype, wide) if factor is not None else None for factor in affine]
         scale, shift = columns(call, sizes, groups, (mean, variance), affine, self._epsilon())
         return call(torch.ops.xdit_compile.scale_shift.default, inputs, scale, shift)
 
     def _merged(
-        self, own: tuple[fx.Node, fx.Node], name: str, counts: list[int], batch: int, groups: int, wide: torch.dtype
+        self, local: tuple[fx.Node, fx.Node], name: str, counts: list[int], batch: int, groups: int, wide: torch.dtype
     ) -> tuple[fx.Node, fx.Node]:
-        return _merge(self.part, own, 2, name, counts, batch * groups, wide)
+        return _merge(self.context, local, 2, name, counts, batch * groups, wide)
 
     def _kept(
-        self, own: tuple[fx.Node, fx.Node], name: str, counts: list[int], batch: int, groups: int, wide: torch.dtype
+        self, local: tuple[fx.Node, fx.Node], name: str, counts: list[int], batch: int, groups: int, wide: torch.dtype
     ) -> tuple[fx.Node, fx.Node]:
         """Mean and biased variance from what ranks keep: mean and mean of squares of each one's positions."""
-        call, here, total = self.part.local.call, self.part.sharding.index[name], sum(counts)
-        mean, variance = own[0], call(aten.div.Scalar, own[1], max(counts[here], 1))
+        call, here, total = self.context.local.call, self.context.sharding.index[name], sum(counts)
+        mean, variance = local[0], call(aten.div.Scalar, local[1], max(counts[here], 1))
         squares = call(aten.add.Tensor, variance, call(aten.mul.Tensor, mean, mean))
         row = call(aten.unsqueeze.default, call(aten.cat.default, [mean, squares], 2), 0)
-        state, exchange = self.part.rows_of_patches(f"{self.node.name}_moments", [batch, groups, 2], wide)
-        if not self.part.layout.stale:
-            self.part.put_row(state, exchange, row)
-            return self._merged(own, name, counts, batch, groups, wide)
+        state, exchange = self.context.rows_of_patches(f"{self.node.name}_moments", [batch, groups, 2], wide)
+        if not self.context.layout.stale:
+            self.context.put_row(state, exchange, row)
+            return self._merged(local, name, counts, batch, groups, wide)
         weights = torch.tensor(counts, dtype=wide).div(total).reshape(-1, 1, 1, 1)
-        weighted = call(aten.mul.Tensor, state, self.part.local.constant(weights))
+        weighted = call(aten.mul.Tensor, state, self.context.local.constant(weights))
         before = call(aten.sum.dim_IntList, weighted, [0], True)
         changed = call(aten.sub.Tensor, row, call(aten.slice.Tensor, state, 0, here, here + 1))
         moments_ = call(aten.squeeze.dim, call(aten.add.Tensor, before, changed), 0)
-        self.part.put_row(state, exchange, row)
+        self.context.put_row(state, exchange, row)
         mean, squares = (call(aten.slice.Tensor, moments_, 2, at, at + 1) for at in range(2))
         corrected = call(aten.sub.Tensor, squares, call(aten.mul.Tensor, mean, mean))
         return mean, call(aten.where.self, call(aten.lt.Scalar, corrected, 0), variance, corrected)
@@ -176,70 +177,74 @@ class _Trailing:
     Statistics are float32, or float64 where the input is, as PyTorch's own kernels have them.
     """
 
-    def __init__(self, part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]):
-        self.part, self.node, self.op_axes, self.operands = part, node, op_axes, operands
-        self.given, self.axes = part.summed(operands[0]), op_axes.operand_axes[0]
+    def __init__(self, context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]):
+        self.context, self.node, self.op_axes, self.operands = context, node, op_axes, operands
+        assert isinstance(op_axes.operator, NormOp)
+        self.norm = op_axes.operator
+        self.input, self.axes = context.summed(operands[0]), op_axes.operand_axes[0]
         self.first = len(self.axes) - len(sequence_of(node.args[1]))
         self.dims = list(range(self.first, len(self.axes)))
         self.over = {
             name: dim
-            for name, dim in self.given.split.items()
-            if dim >= self.first and same(self.given.axes[dim], self.axes[dim])
+            for name, dim in self.input.split.items()
+            if dim >= self.first and same(self.input.axes[dim], self.axes[dim])
         }
-        self.wide = torch.promote_types(self.given.dtype, torch.float32)
+        self.wide = torch.promote_types(self.input.dtype, torch.float32)
 
     def emit(self, centred: bool) -> list[Value] | None:
         if not self.over or centred and len(self.over) > 1:
             return None
-        part, call, dtype = self.part, self.part.local.call, self.given.dtype
-        others = {name: split for name, split in part.sharding.splits.items() if name not in self.over}
+        context, call, dtype = self.context, self.context.local.call, self.input.dtype
+        others = {name: split for name, split in context.sharding.splits.items() if name not in self.over}
         choices = choose_all(self.op_axes, self.operands, others)
         outer = yielded(choices, 0)
         split = {**outer, **self.over}
-        inputs = _cast(part, part.redistribute(self.given, self.axes, split, self.node, 0), dtype, self.wide)
+        inputs = _cast(context, context.redistribute(self.input, self.axes, split, self.node, 0), dtype, self.wide)
         mean, variance = self._merged(inputs, outer) if centred else (None, self._mean_square(inputs, outer))
         epsilon = self._epsilon(1e-5, 4) if centred else self._epsilon(torch.finfo(dtype).eps, 3)
         scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, epsilon))
         result = inputs if mean is None else call(aten.sub.Tensor, inputs, mean)
         result = call(aten.mul.Tensor, result, scale)
-        for name, at in self.op_axes.facts["norm"].items():
-            apply = aten.mul.Tensor if name == "weight" else aten.add.Tensor
-            required = {over: dim - self.first for over, dim in self.over.items()}
-            factor = part.redistribute(self.operands[at], self.op_axes.operand_axes[at], required, self.node, at)
-            result = call(apply, result, _cast(part, factor, self.operands[at].dtype, self.wide))
-        found = [Value(_cast(part, result, self.wide, dtype), self.op_axes.result_axes[0], dtype, split)]
+        required = {name: dim - self.first for name, dim in self.over.items()}
+        for operand, apply in ((self.norm.weight, aten.mul.Tensor), (self.norm.bias, aten.add.Tensor)):
+            if operand is None:
+                continue
+            value, axes = self.operands[operand], self.op_axes.operand_axes[operand]
+            factor = context.redistribute(value, axes, required, self.node, operand)
+            result = call(apply, result, _cast(context, factor, value.dtype, self.wide))
+        results = [Value(_cast(context, result, self.wide, dtype), self.op_axes.result_axes[0], dtype, split)]
         statistics = [scale] if mean is None else [mean, scale]
         for axes, statistic in zip(self.op_axes.result_axes[1:], statistics, strict=False):
-            found.append(Value(statistic, axes, self.wide, outer))
-        return found
+            results.append(Value(statistic, axes, self.wide, outer))
+        return results
 
     def _mean_square(self, inputs: fx.Node, outer: dict[str, int]) -> fx.Node:
-        call = self.part.local.call
+        call = self.context.local.call
         squares = call(aten.sum.dim_IntList, call(aten.mul.Tensor, inputs, inputs), self.dims, True)
-        total = self.part.summed(self._statistic(squares, outer, frozenset(self.over)), "norm statistics")
+        total = self.context.summed(self._statistic(squares, outer, frozenset(self.over)), "norm statistics")
         return call(aten.div.Scalar, total.node, math.prod(axis.size for axis in self.axes[self.first :]))
 
     def _merged(self, inputs: fx.Node, outer: dict[str, int]) -> tuple[fx.Node, fx.Node]:
         ((name, dim),) = self.over.items()
-        rest = math.prod(axis.size for at, axis in enumerate(self.axes) if at >= self.first and at != dim)
-        split = self.part.sharding.splits[name]
+        rest = math.prod(axis.size for other, axis in enumerate(self.axes) if other >= self.first and other != dim)
+        split = self.context.sharding.splits[name]
         counts = [split.length(self.axes[dim], index) * rest for index in range(split.parts)]
-        rows = math.prod(self.part.local.sizes(self._statistic(inputs, outer, frozenset())))
-        own = moments(self.part.local.call, inputs, self.dims, counts[self.part.sharding.index[name]])
-        return _merge(self.part, own, self.dims[-1], name, counts, rows, self.wide)
+        rows = math.prod(self.context.local.sizes(self._statistic(inputs, outer, frozenset())))
+        local = moments(self.context.local.call, inputs, self.dims, counts[self.context.sharding.index[name]])
+        return _merge(self.context, local, self.dims[-1], name, counts, rows, self.wide)
 
     def _statistic(self, node: fx.Node, outer: dict[str, int], partial: frozenset[str]) -> Value:
         axes = [*self.axes[: self.first], *(Atom(1, 0) for _ in self.dims)]
         return Value(node, axes, self.wide, outer, partial)
 
-    def _epsilon(self, default: float, at: int) -> float:
-        given = self.node.args[at] if len(self.node.args) > at else self.node.kwargs.get("eps")
-        return default if given is None else number_of(given)
+    def _epsilon(self, default: float, position: int) -> float:
+        named = self.node.args[position] if len(self.node.args) > position else self.node.kwargs.get("eps")
+        return default if named is None else number_of(named)
 
 
 def _merge(
-    part: LoweringContext,
-    own: tuple[fx.Node, fx.Node],
+    context: LoweringContext,
+    local: tuple[fx.Node, fx.Node],
     last: int,
     name: str,
     counts: list[int],
@@ -252,16 +257,16 @@ def _merge(
     lose digits where the mean is large.
 
     Args:
-        own: mean and sum of squared deviations of this rank's positions, of ``dtype``.
+        local: mean and sum of squared deviations of this rank's positions, of ``dtype``.
         name: the mesh dimension over which they lie, with ``counts`` of them on each rank.
         rows: how many statistics there are.
     """
-    call, parts, total = part.local.call, len(counts), sum(counts)
-    packed = call(aten.cat.default, list(own), last)
-    arrived = call(torch.ops.xdit_compile.all_gather.default, packed, last, [2] * parts, part.local.group(name))
-    part.ledger.sent("all_gather", "norm statistics", 2 * rows * (parts - 1), dtype)
-    means, squares = (call(aten.slice.Tensor, arrived, last, at, 2 * parts, 2) for at in range(2))
-    weights = part.local.constant(torch.tensor(counts, dtype=dtype))
+    call, parts, total = context.local.call, len(counts), sum(counts)
+    packed = call(aten.cat.default, list(local), last)
+    gathered = call(torch.ops.xdit_compile.all_gather.default, packed, last, [2] * parts, context.local.group(name))
+    context.ledger.sent("all_gather", "norm statistics", 2 * rows * (parts - 1), dtype)
+    means, squares = (call(aten.slice.Tensor, gathered, last, at, 2 * parts, 2) for at in range(2))
+    weights = context.local.constant(torch.tensor(counts, dtype=dtype))
     mean = call(aten.sum.dim_IntList, call(aten.mul.Tensor, means, weights), [last], True)
     mean = call(aten.div.Scalar, mean, total)
     apart = call(aten.sub.Tensor, means, mean)
@@ -275,8 +280,8 @@ def moments(call: Callable[..., fx.Node], inputs: fx.Node, dims: list[int], coun
     if count == 0:
         none = call(aten.sum.dim_IntList, inputs, dims, True)
         return none, none
-    found = call(aten.var_mean.correction, inputs, dims, correction=0, keepdim=True)
-    variance, mean = (call(operator.getitem, found, at) for at in range(2))
+    pair = call(aten.var_mean.correction, inputs, dims, correction=0, keepdim=True)
+    variance, mean = (call(operator.getitem, pair, at) for at in range(2))
     return mean, call(aten.mul.Scalar, variance, count)
 
 
@@ -290,17 +295,17 @@ def moments_in_pieces(
     mean = squares = None
     for start, stop in zip(bounds, bounds[1:] or bounds, strict=False):
         piece = inputs if stop - start == count else call(aten.slice.Tensor, inputs, 2, start, stop)
-        found = moments(call, call(aten._to_copy.default, piece, dtype=wide), [2], stop - start)
+        of_piece = moments(call, call(aten._to_copy.default, piece, dtype=wide), [2], stop - start)
         if mean is None or squares is None:
-            mean, squares = found
+            mean, squares = of_piece
             continue
-        apart = call(aten.sub.Tensor, found[0], mean)
+        apart = call(aten.sub.Tensor, of_piece[0], mean)
         mean = call(aten.add.Tensor, mean, call(aten.mul.Scalar, apart, (stop - start) / stop))
         apart = call(aten.mul.Scalar, call(aten.mul.Tensor, apart, apart), start * (stop - start) / stop)
-        squares = call(aten.add.Tensor, call(aten.add.Tensor, squares, found[1]), apart)
+        squares = call(aten.add.Tensor, call(aten.add.Tensor, squares, of_piece[1]), apart)
     assert mean is not None and squares is not None
     return mean, squares
 
 
-def _cast(part: LoweringContext, value: fx.Node, dtype: torch.dtype, wanted: torch.dtype) -> fx.Node:
-    return value if dtype == wanted else part.local.call(aten._to_copy.default, value, dtype=wanted)
+def _cast(context: LoweringContext, value: fx.Node, dtype: torch.dtype, wanted: torch.dtype) -> fx.Node:
+    return value if dtype == wanted else context.local.call(aten._to_copy.default, value, dtype=wanted)

@@ -33,29 +33,29 @@ def has_few_rows(node: fx.Node) -> bool:
     return bool(0 < node.meta["val"].numel() <= SMALL * weight.numel())
 
 
-def lower(part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
+def lower(context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
     """The linear by columns, or None where the tensor ranks have no part in it or split it in another way."""
-    choices = choose_all(op_axes, operands, part.sharding.splits)
-    if TENSOR not in part.sharding.splits or TENSOR in choices or not has_few_rows(node):
+    choices = choose_all(op_axes, operands, context.sharding.splits)
+    if TENSOR not in context.sharding.splits or TENSOR in choices or not has_few_rows(node):
         return None
     tensors = [
-        part.redistribute(value, op_axes.operand_axes[at], required(choices, at), node, at)
-        for at, value in enumerate(operands)
+        context.redistribute(value, op_axes.operand_axes[operand], required(choices, operand), node, operand)
+        for operand, value in enumerate(operands)
     ]
-    local, parts, columns = part.local, part.parts(TENSOR), op_axes.result_axes[0][-1].size
+    local, parts, columns = context.local, context.parts(TENSOR), op_axes.result_axes[0][-1].size
     bounds = [share(columns, parts, index) for index in range(parts)]
-    own = np.arange(*bounds[part.sharding.index[TENSOR]])
-    weights = [local.cut(tensor, 0, own, columns, TENSOR) for tensor in tensors[1:]]
+    mine = np.arange(*bounds[context.sharding.index[TENSOR]])
+    weights = [local.cut(tensor, 0, mine, columns, TENSOR) for tensor in tensors[1:]]
     value = Value(tensors[0], op_axes.result_axes[0], node.meta["val"].dtype, yielded(choices, 0))
     rows = local.sizes(value)[:-1]
-    if len(own) and 0 not in rows:
-        mine = local.call(aten.linear.default, tensors[0], *weights)
+    if len(mine) and 0 not in rows:
+        partial = local.call(aten.linear.default, tensors[0], *weights)
     else:
-        mine = local.call(aten.new_zeros.default, tensors[0], [*rows, len(own)])
+        partial = local.call(aten.new_zeros.default, tensors[0], [*rows, len(mine)])
     sizes = [stop - start for start, stop in bounds]
     gather = torch.ops.xdit_compile.all_gather.default
-    made = local.call(gather, mine, len(rows), sizes, part.layout.groups[TENSOR])
-    part.ledger.sent("all_gather", "columns", math.prod(rows) * len(own) * (parts - 1), value.dtype)
+    made = local.call(gather, partial, len(rows), sizes, context.layout.groups[TENSOR])
+    context.ledger.sent("all_gather", "columns", math.prod(rows) * len(mine) * (parts - 1), value.dtype)
     total = math.prod(axis.size for axis in op_axes.result_axes[0])
-    part.ledger.work(flops(node), portion(len(own) * math.prod(rows), total), (TENSOR, *choices))
+    context.ledger.work(flops(node), portion(len(mine) * math.prod(rows), total), (TENSOR, *choices))
     return [dataclasses.replace(value, node=made)]

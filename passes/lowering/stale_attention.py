@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from torch import fx
 
+from xdit_compile.passes.axes.operators import AttentionOp
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.local.choose_loop import choose_all, required
 from xdit_compile.passes.local.context import LoweringContext
@@ -26,40 +27,41 @@ from .attention import Exchanged, LocalAttention, exchanges
 KEYS, VALUES = 1, 2
 
 
-def lower(part: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
+def lower(context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
     """What this rank runs for one attention, with what it keeps where its keys are cut into patches."""
-    patches, tokens = part.layout.patches, op_axes.facts["attention"]["tokens"]
-    if patches is None or not all(patches.splits(op_axes.operand_axes[at][tokens]) for at in (0, KEYS)):
-        return attention.lower(part, node, op_axes, operands)
-    if part.layout.apart and any(operands[at].split.get(PATCH) != tokens for at in (KEYS, VALUES)):
-        return attention.lower(part, node, op_axes, operands)
-    choices = choose_all(op_axes, operands, part.sharding.splits)
-    kept = _KeptExchanged if exchanges(part, op_axes, operands, choices) else _Kept
-    return kept(part, node, op_axes, operands, choices).emit()
+    assert isinstance(op_axes.operator, AttentionOp)
+    patches, tokens = context.layout.patches, op_axes.operator.tokens
+    if patches is None or not all(patches.splits(op_axes.operand_axes[operand][tokens]) for operand in (0, KEYS)):
+        return attention.lower(context, node, op_axes, operands)
+    if context.layout.apart and any(operands[operand].split.get(PATCH) != tokens for operand in (KEYS, VALUES)):
+        return attention.lower(context, node, op_axes, operands)
+    choices = choose_all(op_axes, operands, context.sharding.splits)
+    kept = _KeptExchanged if exchanges(context, op_axes, operands, choices) else _Kept
+    return kept(context, node, op_axes, operands, choices).emit()
 
 
 class _Kept(LocalAttention):
     """Attention over keys and values at their own positions, whole on every rank."""
 
     def emit(self) -> list[Value]:
-        if self.facts["dropout_p"]:
+        if self.attention.dropout_p:
             raise ValueError(f"{self.node.name}: attention with dropout cannot be split")
         return super().emit()
 
-    def coerced(self, at: int) -> fx.Node:
+    def local_operand(self, operand: int) -> fx.Node:
         """An operand on this rank; keys and values of all patches, once those of this one are in their place."""
-        if at not in (KEYS, VALUES):
-            return super().coerced(at)
-        tokens, axes = self.facts["tokens"], self.op_axes.operand_axes[at]
-        wanted = required(self.choices, at)
-        here = {PATCH: tokens, **wanted} if PATCH in self.part.sharding.splits else wanted
-        rows = self.part.redistribute(self.operands[at], axes, here, self.node, at)
-        shape = self.part.sharding.sizes(axes, wanted)
+        if operand not in (KEYS, VALUES):
+            return super().local_operand(operand)
+        tokens, axes = self.attention.tokens, self.op_axes.operand_axes[operand]
+        wanted = required(self.choices, operand)
+        here = {PATCH: tokens, **wanted} if PATCH in self.context.sharding.splits else wanted
+        rows = self.context.redistribute(self.operands[operand], axes, here, self.node, operand)
+        shape = self.context.sharding.sizes(axes, wanted)
         names = [name for name, dim in here.items() if dim == tokens]
-        held = self.part.sharding.positions(axes[tokens], names)
-        exchange = self.part.exchange_all(tokens, axes[tokens], shape, self.operands[at].dtype)
-        state = self.local.state(f"{self.node.name}_{at}", shape, self.operands[at].dtype, exchange)
-        if exchange is not None and not self.part.layout.stale:
+        held = self.context.sharding.positions(axes[tokens], names)
+        exchange = self.context.exchange_all(tokens, axes[tokens], shape, self.operands[operand].dtype)
+        state = self.local.state(f"{self.node.name}_{operand}", shape, self.operands[operand].dtype, exchange)
+        if exchange is not None and not self.context.layout.stale:
             rows, _ = self.local.gather(rows, tokens, axes[tokens], PATCH, [name for name in names if name != PATCH])
             held = np.arange(shape[tokens])
         self.local.put(state, rows, tokens, held)
@@ -71,23 +73,22 @@ class _KeptExchanged(Exchanged):
 
     @property
     def along(self) -> list[str]:
-        return [PATCH, SEQUENCE] if PATCH in self.part.sharding.splits else [SEQUENCE]
+        return [PATCH, SEQUENCE] if PATCH in self.context.sharding.splits else [SEQUENCE]
 
     def attended(self, ring: int) -> np.ndarray:
-        patches, split = self.part.layout.patches, self.part.sharding.splits[SEQUENCE]
+        patches, split = self.context.layout.patches, self.context.sharding.splits[SEQUENCE]
         assert patches is not None
         held = [split.positions(self.key_axis, index) for index in self.members(ring)]
         of_patch = [patches.positions(self.key_axis, patch) for patch in range(patches.parts)]
-        return np.concatenate([own[np.isin(own, positions)] for positions in of_patch for own in held])
+        return np.concatenate([rows[np.isin(rows, positions)] for positions in of_patch for rows in held])
 
-    def exchanged(self, at: int, rows: fx.Node) -> fx.Node:
-        order = self.attended(self.r)
-        arrived = np.concatenate([self.held(self.key_axis, index) for index in self.members(self.r)])
+    def kept(self, operand: int, rows: fx.Node) -> fx.Node:
+        order, exchange = self.attended(self.ring_rank), self.exchange
+        arrived = np.concatenate([self.held(self.key_axis, index) for index in self.members(self.ring_rank)])
         places = np.empty(self.key_axis.size, dtype=int)
         places[order] = np.arange(len(order))
-        heads = self.heads(self.u).key_count if self.ulysses > 1 else self.key_heads
-        dims = {KEYS: self.head_dim, VALUES: self.value_dim}
-        shape = [*self.batch, heads, len(order), dims[at]]
-        state = self.local.state(f"{self.node.name}_{at}", shape, self.operands[at].dtype)
-        self.local.put(state, rows, len(self.batch) + 1, places[arrived])
+        dims = {KEYS: exchange.head_dim, VALUES: exchange.value_dim}
+        shape = [*exchange.batch, self.heads.key_count, len(order), dims[operand]]
+        state = self.local.state(f"{self.node.name}_{operand}", shape, self.operands[operand].dtype)
+        self.local.put(state, rows, len(exchange.batch) + 1, places[arrived])
         return state

@@ -24,7 +24,6 @@ def follow(inference: Inference, layout: Layout) -> Layout:
 
 def _followed(inference: Inference, split: Split) -> Split:
     for _, _, op_axes in inference.nodes():
-        windows = op_axes.facts.get("windows", {})
         for loop in op_axes.loops:
             if loop.kind != "halo":
                 continue
@@ -35,7 +34,7 @@ def _followed(inference: Inference, split: Split) -> Split:
             ends = split.ends(given)
             if ends is not None:
                 split = Split(
-                    split.dim, split.parts, split.units, {**split.cuts, **_cut(made, windows[dim].ends(ends))}
+                    split.dim, split.parts, split.units, {**split.cuts, **_cut(made, op_axes.windows[dim].ends(ends))}
                 )
     return split
 

@@ -324,7 +324,7 @@ class Fingerprint:
         for op_axes in frame.op_axes.values():
             for axes in (*op_axes.operand_axes, *op_axes.result_axes, op_axes.kept):
                 shapes.append(tuple(self._describe(axis) for axis in axes))
-            shapes.append((*op_axes.loops, op_axes.facts.get("slice")))
+            shapes.append((*op_axes.loops, op_axes.cut))
         return tuple(shapes)
 
     def _describe(self, axis: Axis) -> tuple:

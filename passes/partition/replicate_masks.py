@@ -6,6 +6,7 @@ from torch import fx
 
 from xdit_compile.passes.axes.flops import flops
 from xdit_compile.passes.axes.infer import Frame
+from xdit_compile.passes.axes.operators import AttentionOp
 from xdit_compile.passes.axes.rule import tensor_operands
 
 
@@ -18,8 +19,9 @@ def wants_whole(frame: Frame, wanted_results: list[fx.Node]) -> set[fx.Node]:
     wanted = set(wanted_results)
     for node in reversed(frame.graph.nodes):
         op_axes = frame.op_axes.get(node)
-        if op_axes is not None and op_axes.facts.get("attention", {}).get("mask") is not None:
-            wanted.add(op_axes.operands[op_axes.facts["attention"]["mask"]])
+        attention = op_axes.operator if op_axes is not None else None
+        if op_axes is not None and isinstance(attention, AttentionOp) and attention.mask is not None:
+            wanted.add(op_axes.operands[attention.mask])
         if node in wanted and node.op == "call_function" and not flops(node):
             operands = tensor_operands(node)
             read = op_axes.read() if op_axes is not None else range(len(operands))

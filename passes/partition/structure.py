@@ -17,6 +17,7 @@ from torch import fx
 
 from xdit_compile.errors import PartitionError
 from xdit_compile.passes.axes.infer import Frame
+from xdit_compile.passes.axes.operators import AttentionOp, ConvolutionOp, LinearOp, NormOp
 from xdit_compile.passes.axes.rule import OpAxes, values
 from xdit_compile.passes.local.choose_loop import ShardedLoop, choose_all, feasible, required, yielded
 from xdit_compile.passes.local.context import LoweringContext
@@ -28,12 +29,12 @@ from xdit_compile.passes.local.local_graph import State, Value, aten
 from xdit_compile.passes.lowering import convolution, norm, small_linear, stale_attention
 
 LOWERINGS = {
-    "attention": stale_attention.lower,
-    "convolution": convolution.lower,
-    "linear": small_linear.lower,
-    "norm": norm.lower,
+    AttentionOp: stale_attention.lower,
+    ConvolutionOp: convolution.lower,
+    LinearOp: small_linear.lower,
+    NormOp: norm.lower,
 }
-"""What runs operators that need more than one of their loops split, by the fact that their rules state."""
+"""What runs operators that need more than one of their loops split, by the kind that their rules state."""
 
 
 @dataclasses.dataclass
@@ -107,8 +108,8 @@ class StructurePartitioner(LoweringContext):
             raise PartitionError(f"{self.place(node)} {error}") from None
 
     def _special(self, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
-        found = next((lower for fact, lower in LOWERINGS.items() if fact in op_axes.facts), None)
-        return found(self, node, op_axes, operands) if found is not None else None
+        lower = LOWERINGS.get(type(op_axes.operator))
+        return lower(self, node, op_axes, operands) if lower is not None else None
 
     def emit(
         self, node: fx.Node, op_axes: OpAxes, operands: list[Value], choices: Mapping[str, ShardedLoop]
@@ -125,7 +126,7 @@ class StructurePartitioner(LoweringContext):
             locals_.append(self.redistribute(value, op_axes.operand_axes[at], required(choices, at), node, at))
         outs = [yielded(choices, k) for k in range(len(op_axes.result_axes))]
         summed = [name for name, choice in choices.items() if choice.loop.kind in ("sum", "mean")]
-        if "windows" in op_axes.facts:
+        if op_axes.windows:
             locals_[0], seen = fetch(self, op_axes, locals_[0], choices)
         else:
             seen = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xdit_compile.passes.axes.operators import AttentionOp
 from xdit_compile.passes.axes.rule import Rule, RuleBook, type_opaquely
 
 BOOK = RuleBook()
@@ -31,14 +32,14 @@ def attention(rule: Rule) -> None:
     rule.loop("keys", [(1, tokens), (2, tokens), *_masked(rule, mask, channels, rule.shape(1)[tokens])], [])
     rule.loop("whole", [(0, channels), (1, channels)], [])
     rule.loop("whole", [(2, channels)], [(0, channels)])
-    rule.facts["attention"] = {
-        "tokens": tokens,
-        "mask": mask,
-        "is_causal": bool(rule.arg(5, "is_causal", False)),
-        "dropout_p": rule.arg(4, "dropout_p", 0.0),
-        "scale": rule.node.kwargs.get("scale"),
-        "enable_gqa": bool(rule.node.kwargs.get("enable_gqa", False)),
-    }
+    rule.operator = AttentionOp(
+        tokens=tokens,
+        mask=mask,
+        is_causal=bool(rule.arg(5, "is_causal", False)),
+        dropout_p=rule.arg(4, "dropout_p", 0.0),
+        scale=rule.named("scale"),
+        enable_gqa=bool(rule.named("enable_gqa", False)),
+    )
 
 
 def _masked(rule: Rule, mask: int | None, dim: int, size: int | None = None) -> list[tuple[int, int]]:

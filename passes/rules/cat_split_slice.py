@@ -8,6 +8,7 @@ import numpy as np
 from torch import fx
 
 from xdit_compile.ir.axes import Axis, Concat, Conflict
+from xdit_compile.passes.axes.local_call import LocalCall
 from xdit_compile.passes.axes.rule import Rule, RuleBook
 from xdit_compile.passes.axes.windows import Windows
 from xdit_compile.passes.local.halo import moved
@@ -103,7 +104,7 @@ def cut_out(rule: Rule, dim: int, start: int, length: int) -> None:
 
     handle = rule.keep(before)
 
-    def emit(ctx: Any) -> Any:
+    def emit(ctx: LocalCall) -> fx.Node:
         if dim in ctx.seen:
             return moved(ctx)
         begin = ctx.length(handle, 0, dim)
@@ -208,7 +209,7 @@ def slice_scatter(rule: Rule) -> None:
 
     handle = rule.keep(begin)
 
-    def emit(ctx: Any) -> Any:
+    def emit(ctx: LocalCall) -> fx.Node:
         if step != 1:
             return ctx.call(ctx.node.target, ctx.operand(0), ctx.operand(1), dim, start, 2**63 - 1, step)
         at = ctx.length(handle, 0, dim)

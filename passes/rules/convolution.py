@@ -7,6 +7,7 @@ from typing import Any
 
 from xdit_compile.ir.arguments import overload_of
 from xdit_compile.ir.axes import Axis, Conflict
+from xdit_compile.passes.axes.operators import ConvolutionOp
 from xdit_compile.passes.axes.rule import Rule, RuleBook, type_opaquely
 from xdit_compile.passes.axes.windows import Windows
 
@@ -37,13 +38,8 @@ def convolution(rule: Rule) -> None:
     _channels(rule, groups)
     for k in range(rank):
         _space(rule, k + 2, kernel[k], stride[k], padding[k], dilation[k])
-    rule.facts["convolution"] = {
-        "kernel": kernel,
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "groups": groups,
-    }
+    depthwise = groups > 1 and groups == rule.shape(0)[1] == rule.shape(1)[0]
+    rule.operator = ConvolutionOp(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups, depthwise)
 
 
 def _padding(rule: Rule, kernel: Sequence[int], dilation: Sequence[int]) -> list[int] | None:
@@ -67,7 +63,6 @@ def _channels(rule: Rule, groups: int) -> None:
         rule.loop("map", [(1, 0), *bias], [(0, 1)])
     elif groups == rule.shape(0)[1] == rule.shape(1)[0]:
         rule.loop("map", [(0, 1), (1, 0), *bias], [(0, 1)])
-        rule.facts["depthwise"] = True
     else:
         rule.opaque(0, 1, "grouped channels")
         rule.opaque(1, 0, "grouped channels")

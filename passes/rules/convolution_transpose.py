@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from torch import fx
 
+from xdit_compile.passes.axes.local_call import LocalCall
 from xdit_compile.passes.axes.rule import Rule, RuleBook, type_opaquely
 from xdit_compile.passes.axes.windows import Windows
 
@@ -30,7 +30,7 @@ def transposed(rule: Rule) -> None:
     for k in range(rank):
         rule.look(k + 2, _windows(rule, k + 2, reach[k], stride[k], padding[k]))
 
-    def emit(ctx: Any) -> Any:
+    def emit(ctx: LocalCall) -> fx.Node:
         left, more = list(padding), list(extra)
         for dim, seen in ctx.seen.items():
             made = (seen.stop - seen.start - 1) * stride[dim - 2] + reach[dim - 2]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
+from xdit_compile.passes.axes.local_call import LocalCall
 from xdit_compile.passes.axes.rule import Rule, RuleBook, type_opaquely
 
 from .cat_split_slice import cut_out
@@ -75,7 +74,7 @@ def _is_slice(rule: Rule, dim: int) -> bool:
     start = found[0]
     if found != list(range(start, start + length)):
         return False
-    rule.facts["slice"] = (dim, start, length)
+    rule.cut = (dim, start, length)
     for other in range(len(rule.actual[0])):
         if other != dim:
             rule.loop("map", [(0, other)], [(0, other)])
@@ -113,7 +112,7 @@ def index_put(rule: Rule) -> None:
         valued = [(2, back)] if back >= 0 and rule.shape(2)[back] == rule.shape(0)[dim] else []
         rule.loop("map", [(0, dim), *chosen, *valued], [(0, dim)])
 
-    def emit(ctx: Any) -> Any:
+    def emit(ctx: LocalCall) -> fx.Node:
         where = ctx.operand(1)
         for _ in range(rest):
             where = ctx.call(ctx.aten.unsqueeze.default, where, -1)
@@ -128,7 +127,7 @@ def constant(rule: Rule) -> None:
     _anything(rule)
     at = 1 if "new_" in str(rule.node.target) else 0
 
-    def emit(ctx: Any) -> Any:
+    def emit(ctx: LocalCall) -> fx.Node:
         first = [ctx.operand(0)] if at else []
         return ctx.call(ctx.node.target, *first, ctx.out_sizes(0), *ctx.node.args[at + 1 :], **ctx.node.kwargs)
 

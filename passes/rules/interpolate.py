@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import fx
 
+from xdit_compile.ir.arguments import overload_of
 from xdit_compile.ir.axes import Product
+from xdit_compile.passes.axes.local_call import LocalCall
 from xdit_compile.passes.axes.rule import Rule, RuleBook, operator_name
 from xdit_compile.passes.axes.windows import Windows
 from xdit_compile.passes.local.halo import moved
@@ -69,7 +69,7 @@ def linear(rule: Rule) -> None:
         shares[dim] = places - lower
         rule.look(dim, Windows(lower, np.minimum(lower + 1, size - 1), places, size))
 
-    def emit(ctx: Any) -> Any:
+    def emit(ctx: LocalCall) -> fx.Node:
         node = ctx.operand(0)
         for dim, seen in ctx.seen.items():
             rows = slice(seen.first, seen.last)
@@ -99,14 +99,14 @@ def _leading(rule: Rule) -> None:
         rule.loop("map", [(0, dim)], [(0, dim)])
 
 
-def _resize(ctx: Any, node: fx.Node, scales: dict[int, float], *corners: bool) -> fx.Node:
+def _resize(ctx: LocalCall, node: fx.Node, scales: dict[int, float], *corners: bool) -> fx.Node:
     """The operator over the dims that are whole on this rank; the others have their size already."""
     sizes, given = ctx.out_sizes(0), ctx.operand_sizes(0)
     rank = len(sizes)
     if all(dim in ctx.seen or sizes[dim] == given[dim] and scales.get(dim, 1) == 1 for dim in range(2, rank)):
         return node
     left = [None if dim in ctx.seen else scales.get(dim) for dim in range(2, rank)]
-    op = getattr(aten, operator_name(ctx.node.target)).default
+    op = getattr(aten, operator_name(overload_of(ctx.node))).default
     return ctx.call(op, node, sizes[2:], *corners, *left)
 
 

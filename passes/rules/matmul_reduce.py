@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xdit_compile.passes.axes.operators import LinearOp
 from xdit_compile.passes.axes.rule import Kind, Rule, RuleBook, type_opaquely
 
 BOOK = RuleBook()
@@ -9,7 +10,7 @@ BOOK = RuleBook()
 
 @BOOK.rule("linear")
 def linear(rule: Rule) -> None:
-    rule.facts["linear"] = True
+    rule.operator = LinearOp()
     last = len(rule.actual[0]) - 1
     for dim in range(last):
         rule.loop("map", [(0, dim)], [(0, dim)])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from xdit_compile.ir.axes import Atom, resolve
+from xdit_compile.passes.axes.operators import NormOp
 from xdit_compile.passes.axes.rule import Kind, Rule, RuleBook
 
 BOOK = RuleBook()
@@ -21,7 +22,7 @@ def _over(rule: Rule, whole: set[int], kind: Kind = "whole") -> None:
 
 @BOOK.rule("layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm")
 def trailing_norm(rule: Rule) -> None:
-    rule.facts["norm"] = _affine(rule)
+    rule.operator = _affine(rule)
     rank, count = len(rule.actual[0]), len(rule.arg(1, "normalized_shape"))
     for dim in range(rank - count):
         rule.loop("map", [(0, dim)], [(result, dim) for result in range(len(rule.result_axes))])
@@ -30,15 +31,16 @@ def trailing_norm(rule: Rule) -> None:
         rule.loop("whole", [(0, dim), *scales], [(0, dim)])
 
 
-def _affine(rule: Rule) -> dict[str, int]:
+def _affine(rule: Rule) -> NormOp:
     """Which operands are the weight and the bias: either may be there without the other."""
-    given = [name for name in ("weight", "bias") if isinstance(rule.named(name), fx.Node)]
-    return {name: operand for operand, name in enumerate(given, 1)}
+    there = [name for name in ("weight", "bias") if isinstance(rule.named(name), fx.Node)]
+    weight, bias = (there.index(name) + 1 if name in there else None for name in ("weight", "bias"))
+    return NormOp(weight, bias)
 
 
 @BOOK.rule("group_norm")
 def group_norm(rule: Rule) -> None:
-    rule.facts["norm"] = _affine(rule)
+    rule.operator = _affine(rule)
     rank = len(rule.actual[0])
     _grouped(rule, rule.shape(0)[1] // rule.arg(1, "num_groups"))
     rule.loop("map", [(0, 0)], [(0, 0)])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
+from torch import fx
 
 from xdit_compile.ir.axes import Concat
+from xdit_compile.passes.axes.local_call import LocalCall
 from xdit_compile.passes.axes.rule import Rule, RuleBook
 from xdit_compile.passes.axes.windows import Windows
 from xdit_compile.passes.local.halo import moved
@@ -43,7 +43,7 @@ def pad(rule: Rule) -> None:
         sources = places if mode == "constant" else _sources(axis.size, (before, after), mode)
         rule.look(dim, Windows.moved(sources, axis.size, places), made)
 
-    def emit(ctx: Any) -> Any:
+    def emit(ctx: LocalCall) -> fx.Node:
         local = list(amounts)
         for dim in range(rank):
             at = 2 * (rank - 1 - dim)

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from xdit_compile.errors import PartitionError
 from xdit_compile.ir.arguments import overload_of
 from xdit_compile.ir.axes import Concat, Conflict, Product, resolve
+from xdit_compile.passes.axes.local_call import LocalCall
 from xdit_compile.passes.axes.rule import Rule, RuleBook, type_opaquely
 
 BOOK = RuleBook()
@@ -42,7 +44,7 @@ def _without_ones(shape: Sequence[int]) -> list[int]:
     return [dim for dim, size in enumerate(shape) if size != 1]
 
 
-def emit_sizes(ctx: Any) -> Any:
+def emit_sizes(ctx: LocalCall) -> fx.Node:
     """Call the operator with the sizes that its result has on this rank."""
     return ctx.call(ctx.node.target, ctx.operand(0), ctx.out_sizes(0))
 
@@ -191,7 +193,7 @@ def as_strided(rule: Rule) -> None:
         rule.opaque(0, dim, "positions of memory")
     places = _in_memory(rule)
 
-    def emit(ctx: Any) -> Any:
+    def emit(ctx: LocalCall) -> fx.Node:
         if places is None:
             raise PartitionError("takes memory that is not its operand's: write it with slices")
         flat = ctx.call(ctx.aten.reshape.default, ctx.operand(0), [-1])

@@ -95,7 +95,7 @@ def _held_alone(inference: Inference, split: Split) -> dict[Axis, int]:
             if loop.kind == "copies" and given in found:
                 found[made] = found[given]
             elif loop.kind == "halo" and split.splits(given) and made.size == 1:
-                row, _ = op_axes.facts["windows"][dim].rows(0, 1)
+                row, _ = op_axes.windows[dim].rows(0, 1)
                 found[made] = next(at for at in range(split.parts) if row in split.positions(given, at))
     return found
 

@@ -10,6 +10,7 @@ from xdit_compile.capture.capture import capture
 from xdit_compile.ir.axes import Atom, Axis, Concat, Product
 from xdit_compile.passes.axes.axis_roles import roles
 from xdit_compile.passes.axes.infer import Inference, infer
+from xdit_compile.passes.axes.operators import AttentionOp
 from xdit_compile.passes.rules.registry import rulebook
 
 
@@ -17,8 +18,8 @@ def attentions(inference: Inference) -> list[tuple[str, Axis, Axis, Axis]]:
     """Path, batch, query tokens and key tokens of every attention."""
     found = []
     for frame, _, op_axes in inference.nodes():
-        if "attention" in op_axes.facts:
-            tokens = op_axes.facts["attention"]["tokens"]
+        if isinstance(op_axes.operator, AttentionOp):
+            tokens = op_axes.operator.tokens
             q, k = op_axes.operand_axes[0], op_axes.operand_axes[1]
             found.append((frame.call.meta["path"], q[0], q[tokens], k[tokens]))
     return found

@@ -84,7 +84,7 @@ def tried(case: Case, ranks: tuple[int, ...] = RANKS) -> Outcome:
         outcome.left_out = f"not captured: {one_line(error, 600)}"
         return outcome
     outcome.targets = sorted({operator_name(node.target) for _, node, _ in inference.nodes()})
-    outcome.wrong += sorted({op_axes.facts["unread"] for *_, op_axes in inference.nodes() if "unread" in op_axes.facts})
+    outcome.wrong += sorted({op_axes.unread for *_, op_axes in inference.nodes() if op_axes.unread})
     with interpreted():
         for units in ways(inference):
             for count in ranks if case.form == "plain" else ranks[1:2]:

@@ -67,7 +67,7 @@ def differs(memory: dict, pipe: Any) -> float:
 def split_work(pipe: Any) -> tuple[int, int]:
     """Programs of a denoiser, and the calls of the latest request."""
     runner = runner_of(getattr(pipe.transformer, "_orig_mod", pipe.transformer))
-    return len(runner.prepared), runner.session.agreement.calls
+    return len(runner.calls), runner.session.agreement.calls
 
 
 def hooked_before(rank: int, memory: dict, kind: type) -> None:

@@ -176,7 +176,7 @@ def of_many_sizes(rank: int, memory: dict) -> tuple[list[float], list[int]]:
     found, kept = [], []
     for rows in (112, 128, 112, 144, 112, 160, 128):
         found.append(difference(SD3.call(pipe, height=rows), SD3.call(unsplit, height=rows)))
-        kept = list(runner_of(pipe.transformer).prepared)
+        kept = list(runner_of(pipe.transformer).calls)
     inputs = [
         [node.meta["val"] for node in one.analysis.program.root.graph.find_nodes(op="placeholder")] for one in kept
     ]

@@ -75,7 +75,7 @@ def test_a_smaller_call_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(module(x), expected)
-    assert SEEN and max(SEEN) <= LEFT and not runner_of(module).prepared.latest.room
+    assert SEEN and max(SEEN) <= LEFT and not runner_of(module).calls.latest.room
     xdit_compile.restore(module)
     own = kept_attention._Kept.coerced
     monkeypatch.setattr(kept_attention._Kept, "coerced", lambda self, at: own(self, min(at, 1)))
@@ -141,7 +141,7 @@ def test_what_is_found_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
         capture(module, (x,), {})
     xdit_compile.parallelize(module, Plan(backend="eager"))
     module(x)
-    assert not runner_of(module).prepared.latest.room and SEEN[-1] <= LEFT
+    assert not runner_of(module).calls.latest.room and SEEN[-1] <= LEFT
 
 
 class Accelerator(SimpleNamespace):

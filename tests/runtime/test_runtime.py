@@ -83,7 +83,7 @@ def test_one_process_and_a_plan_of_one_work_without_a_launcher() -> None:
 
 
 def programs(module: nn.Module) -> int:
-    return len(runner_of(module).prepared)
+    return len(runner_of(module).calls)
 
 
 def test_the_same_signature_is_captured_once_and_others_again() -> None:
@@ -227,7 +227,7 @@ def broken_merge(rank: int) -> str:
     from xdit_compile.passes.lowering import attention as attention_lowering
 
     def without_first_rank(self: Any) -> None:
-        lengths = self.key_lengths
+        lengths = self.exchange.key_lengths
         keys = sum(lengths)
         alive = torch.ones(1, keys, dtype=torch.bool)
         alive[:, : lengths[0]] = False
