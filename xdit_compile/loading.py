@@ -80,10 +80,12 @@ def _weights(folder: Path, name: str, kind: Any, diffusers_kwargs: dict[str, Any
     stored = module.state_dict()
     checkpoint.check({key: value.shape for key, value in stored.items()})
     for path, child in module.named_modules():
-        for own, buffer in child._buffers.items():
+        for buffer_name, buffer in child._buffers.items():
             if buffer is not None:
-                key = f"{path}.{own}" if path else own
-                child._buffers[own] = _stored(checkpoint, key, dtype).to(device) if key in stored else buffer.to(device)
+                key = f"{path}.{buffer_name}" if path else buffer_name
+                child._buffers[buffer_name] = (
+                    _stored(checkpoint, key, dtype).to(device) if key in stored else buffer.to(device)
+                )
     weights = Weights(module, checkpoint, device)
     weights.load_first()
     return weights

@@ -24,24 +24,24 @@ def by_modules(flat: Flat) -> Trace:
     Raises:
         CaptureError: where the outermost module reads them, or one of those has inputs or results that cannot be kept.
     """
-    found: dict[str, nn.Module] = {}
+    readers: dict[str, nn.Module] = {}
     examples: dict[str, Example] = {}
     while True:
         inside: list[str] = []
         try:
-            parts = {path: (found[path], examples.get(path)) for path in found}
+            parts = {path: (readers[path], examples.get(path)) for path in readers}
             with preserved(flat.module), kept(parts) as made, _entered(flat.module, inside):
                 trace = by_values(flat)
             return dataclasses.replace(trace, kept=tuple(made))
         except UnknownValue:
-            if not inside or inside[-1] in found:
+            if not inside or inside[-1] in readers:
                 raise
             modules = dict(flat.module.named_modules())
             kind = type(modules[inside[-1]])
-            found |= {path: module for path, module in modules.items() if type(module) is kind}
+            readers |= {path: module for path, module in modules.items() if type(module) is kind}
             if flat.runs:
-                examples |= _examples(flat, {path: found[path] for path in found if path not in examples})
-                found = {path: module for path, module in found.items() if path in examples}
+                examples |= _examples(flat, {path: readers[path] for path in readers if path not in examples})
+                readers = {path: module for path, module in readers.items() if path in examples}
 
 
 @contextmanager
@@ -66,10 +66,10 @@ def _nothing(_: Any) -> None:
 @torch.no_grad()
 def _examples(flat: Flat, modules: dict[str, nn.Module]) -> dict[str, Example]:
     """The last call of each module, while the whole runs once."""
-    found: dict[str, Example] = {}
+    examples: dict[str, Example] = {}
     handles = [
         module.register_forward_hook(
-            lambda _, args, kwargs, result, path=path: _nothing(found.update({path: Example(args, kwargs, result)})),
+            lambda _, args, kwargs, result, path=path: _nothing(examples.update({path: Example(args, kwargs, result)})),
             with_kwargs=True,
         )
         for path, module in modules.items()
@@ -80,4 +80,4 @@ def _examples(flat: Flat, modules: dict[str, nn.Module]) -> dict[str, Example]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return examples

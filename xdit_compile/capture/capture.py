@@ -135,18 +135,20 @@ def _own_outcome(flat: Flat) -> Outcome:
     Raises:
         StateError: the module keeps something that changes from call to call.
     """
-    found, given = kept(fingerprint(flat.module)), _described(flat.objects)
+    state_before, objects_before = kept(fingerprint(flat.module)), _described(flat.objects)
     result = _once(flat)
-    if given != (after := _described(flat.objects)):
-        change = place_of_change(given, after)
+    if objects_before != (after := _described(flat.objects)):
+        change = place_of_change(objects_before, after)
         raise CaptureError(f"the module changes an object that it is given{change and ' in ' + change}, as a cache")
     left = kept(fingerprint(flat.module))
-    if left != found:
+    if left != state_before:
         again = _once(flat)
         if changed := changes(left, fingerprint(flat.module)):
             raise StateError(changed, "in every call")
         if differs(again, result):
-            raise StateError(changes(found, left), "in the first call, so that a second one gives another result")
+            raise StateError(
+                changes(state_before, left), "in the first call, so that a second one gives another result"
+            )
         if changed := _changed_by_inputs(flat, left):
             raise StateError(changed, "with the inputs, for others to read")
     return result
@@ -198,13 +200,13 @@ def _is_about_data(error: BaseException | None) -> bool:
     return False
 
 
-def compare(found: Any, expected: Any) -> None:
+def compare(actual: Any, expected: Any) -> None:
     """Compare two results of a module, tensor by tensor.
 
     Raises:
         CaptureError: where they differ by more than rounding, relative to the greatest expected value.
     """
-    for position, (one, other) in enumerate(zip(tensors_of(found), tensors_of(expected), strict=True)):
+    for position, (one, other) in enumerate(zip(tensors_of(actual), tensors_of(expected), strict=True)):
         if one.shape != other.shape or one.dtype != other.dtype:
             raise CaptureError(
                 f"output {position} is {one.dtype}{tuple(one.shape)} instead of {other.dtype}{tuple(other.shape)}"
@@ -214,10 +216,10 @@ def compare(found: Any, expected: Any) -> None:
             raise CaptureError(f"output {position} differs from the module's own by {difference:.1e}")
 
 
-def differs(found: Any, expected: Any) -> bool:
+def differs(actual: Any, expected: Any) -> bool:
     """Whether two results of a module differ by more than rounding."""
     try:
-        compare(found, expected)
+        compare(actual, expected)
     except CaptureError:
         return True
     return False

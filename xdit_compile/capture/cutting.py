@@ -31,22 +31,22 @@ class Cut:
     parts: int
     entries: frozenset[Path]
 
-    def span(self, part: int) -> tuple[int, int]:
+    def span(self, part_index: int) -> tuple[int, int]:
         """The samples of a part, start and stop; the first parts have the larger shares."""
-        return share(self.samples, self.parts, part)
+        return share(self.samples, self.parts, part_index)
 
-    def part(self, call: Call, part: int) -> Call:
+    def part(self, call: Call, part_index: int) -> Call:
         """The inputs of one part; what does not go by sample is there as a whole."""
-        return self.mapped(call, lambda value: _rows(value, *self.span(part)))
+        return self.mapped(call, lambda value: _rows(value, *self.span(part_index)))
 
     def mapped(self, call: Call, change: Any) -> Call:
         """A call with ``change(entry)`` for everything that goes by sample."""
         return _mapped(call, self.entries, change, ())
 
-    def leaves(self, spec: pytree.TreeSpec, part: int) -> tuple[Leaf, ...]:
+    def leaves(self, spec: pytree.TreeSpec, part_index: int) -> tuple[Leaf, ...]:
         """The flat inputs of one part, by their places in those of the whole call."""
-        whole: Any = pytree.tree_unflatten([Leaf(at) for at in range(spec.num_leaves)], spec)
-        return tuple(pytree.tree_leaves(self.part(whole, part)))
+        whole: Any = pytree.tree_unflatten([Leaf(position) for position in range(spec.num_leaves)], spec)
+        return tuple(pytree.tree_leaves(self.part(whole, part_index)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,24 +129,24 @@ Made = tuple[Template, Sequence[torch.Tensor]]
 
 def pieces_of(whole: Made, parts: Sequence[Made], cut: Cut) -> list[Pieces] | None:
     """Where each tensor of the whole result is in the results of the parts; None where some are not by sample."""
-    found = []
+    pieces_by_tensor = []
     for path, tensor in zip(whole[0].paths, whole[1], strict=True):
         pieces = _by_rows(path, tensor, parts, cut) or _by_entry(path, tensor, whole[0], parts, cut)
         if pieces is None:
             return None
-        found.append(pieces)
-    used = {piece for pieces in found for piece in pieces}
-    return found if len(used) == sum(len(tensors) for _, tensors in parts) else None
+        pieces_by_tensor.append(pieces)
+    used = {piece for pieces in pieces_by_tensor for piece in pieces}
+    return pieces_by_tensor if len(used) == sum(len(tensors) for _, tensors in parts) else None
 
 
 def _by_rows(path: tuple, tensor: torch.Tensor, parts: Sequence[Made], cut: Cut) -> Pieces | None:
     pieces = []
-    for at, (template, tensors) in enumerate(parts):
-        start, stop = cut.span(at)
+    for part_index, (template, tensors) in enumerate(parts):
+        start, stop = cut.span(part_index)
         place = template.paths.index(path) if path in template.paths else -1
         if place < 0 or tensor.dim() == 0 or tensors[place].shape != (stop - start, *tensor.shape[1:]):
             return None
-        pieces.append((at, place))
+        pieces.append((part_index, place))
     return tuple(pieces) if len(tensor) == cut.samples else None
 
 
@@ -154,11 +154,14 @@ def _by_entry(path: tuple, tensor: torch.Tensor, whole: Template, parts: Sequenc
     for depth, (is_item, key) in enumerate(path):
         entries = {other[depth] for other in whole.paths if other[:depth] == path[:depth] and len(other) > depth}
         if is_item and isinstance(key, int) and len(entries) == cut.samples:
-            at = next(part for part in range(cut.parts) if key < cut.span(part)[1])
-            own = (*path[:depth], (True, key - cut.span(at)[0]), *path[depth + 1 :])
-            template, tensors = parts[at]
-            if own in template.paths and tensors[place := template.paths.index(own)].shape == tensor.shape:
-                return ((at, place),)
+            part_index = next(index for index in range(cut.parts) if key < cut.span(index)[1])
+            path_in_part = (*path[:depth], (True, key - cut.span(part_index)[0]), *path[depth + 1 :])
+            template, tensors = parts[part_index]
+            if (
+                path_in_part in template.paths
+                and tensors[place := template.paths.index(path_in_part)].shape == tensor.shape
+            ):
+                return ((part_index, place),)
     return None
 
 

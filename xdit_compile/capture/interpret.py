@@ -25,10 +25,10 @@ def bind(
     Inputs are made contiguous: a program is captured for contiguous ones.
     """
     bound = weights.bindings.of(program, weights)
-    found: list[Any] = list(bound.tensors)
-    for at, spec in bound.given:
-        found[at] = _given(spec, leaves, kept)
-    return found
+    tensors: list[Any] = list(bound.tensors)
+    for position, spec in bound.given:
+        tensors[position] = _given(spec, leaves, kept)
+    return tensors
 
 
 def _given(spec: Input, leaves: list[Any], kept: Mapping[str | int, torch.Tensor] | None) -> torch.Tensor:

@@ -40,13 +40,13 @@ def _arguments(node: fx.Node, write: bool) -> list[fx.Node]:
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return []
-    given, found = named_arguments(node), []
+    arguments, operands = named_arguments(node), []
     for argument in schema.arguments:
         if argument.alias_info is not None and (argument.alias_info.is_write or not write):
-            value = given.get(argument.name)
+            value = arguments.get(argument.name)
             values = value if isinstance(value, list | tuple) else [value]
-            found += [item for item in values if isinstance(item, fx.Node)]
-    return found
+            operands += [item for item in values if isinstance(item, fx.Node)]
+    return operands
 
 
 def spell_out_diagonals(graph: fx.Graph) -> None:
@@ -55,10 +55,14 @@ def spell_out_diagonals(graph: fx.Graph) -> None:
     PyTorch writes through strides, which have no functional form where the tensor is a view itself.
     """
     for node in graph.find_nodes(op="call_function", target=aten.fill_diagonal_.default):
-        given = named_arguments(node)
+        arguments = named_arguments(node)
         with graph.inserting_before(node):
-            mask = _diagonal(node, node_of(node.args[0]).meta["val"], bool(given.get("wrap")))
-        node.target, node.args, node.kwargs = aten.masked_fill_.Scalar, (node.args[0], mask, given["fill_value"]), {}
+            mask = _diagonal(node, node_of(node.args[0]).meta["val"], bool(arguments.get("wrap")))
+        node.target, node.args, node.kwargs = (
+            aten.masked_fill_.Scalar,
+            (node.args[0], mask, arguments["fill_value"]),
+            {},
+        )
 
 
 def _diagonal(node: fx.Node, value: torch.Tensor, wraps: bool) -> fx.Node:

@@ -129,19 +129,19 @@ class _Assembly:
                 self.values[node] = items[place]
 
     def _structure(self, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> _Structure:
-        part = extract(nodes, inputs, outputs)
+        submodule = extract(nodes, inputs, outputs)
         if self.trace.functional:
-            clean(part)
+            clean(submodule)
         else:
-            part = lower(part)
-        taken, sources = _tighten(part)
-        holders = part.graph.find_nodes(op="placeholder")
-        body = [node for node in part.graph.nodes if node.op == "call_function"]
-        key = (structural_key(body, holders, _results(part), strides=False), tuple(taken), tuple(sources))
+            submodule = lower(submodule)
+        taken, sources = _tighten(submodule)
+        holders = submodule.graph.find_nodes(op="placeholder")
+        body = [node for node in submodule.graph.nodes if node.op == "call_function"]
+        key = (structural_key(body, holders, _results(submodule), strides=False), tuple(taken), tuple(sources))
         if key not in self.lowered:
             name = f"part_{len(self.lowered)}"
-            self.root.add_submodule(name, part)
-            self.lowered[key] = _Structure(name, part, taken, sources)
+            self.root.add_submodule(name, submodule)
+            self.lowered[key] = _Structure(name, submodule, taken, sources)
         return self.lowered[key]
 
 
@@ -171,13 +171,13 @@ def _results(module: fx.GraphModule) -> list[fx.Node]:
     return list(sequence_of(module.graph.output_node().args[0]))
 
 
-def _tighten(part: fx.GraphModule) -> tuple[list[int], list[tuple[str, int]]]:
+def _tighten(submodule: fx.GraphModule) -> tuple[list[int], list[tuple[str, int]]]:
     """Take unused placeholders and repeated or handed-through outputs out of a part, and say where they went."""
-    graph = part.graph
+    graph = submodule.graph
     holders = graph.find_nodes(op="placeholder")
     kept: list[fx.Node] = []
     sources: list[tuple[str, int]] = []
-    for value in _results(part):
+    for value in _results(submodule):
         if value.op == "placeholder":
             sources.append(("input", holders.index(value)))
             continue
@@ -190,5 +190,5 @@ def _tighten(part: fx.GraphModule) -> tuple[list[int], list[tuple[str, int]]]:
     for node in holders:
         if not node.users:
             graph.erase_node(node)
-    part.recompile()
+    submodule.recompile()
     return taken, sources

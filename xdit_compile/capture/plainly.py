@@ -50,19 +50,19 @@ def _recorded(function: Callable[..., Any], modes: tuple[TorchDispatchMode, ...]
     Tensors that the function reaches beside its arguments are the trace's own attributes, the very ones.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    places = [position for position, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     shape: list[pytree.TreeSpec] = []
 
     def call(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        given = list(leaves)
-        for at, tensor in zip(places, tensors, strict=True):
-            given[at] = tensor
-        own_args, own_kwargs = pytree.tree_unflatten(given, spec)
-        found, result = pytree.tree_flatten(function(*own_args, **own_kwargs))
+        traced_leaves = list(leaves)
+        for position, tensor in zip(places, tensors, strict=True):
+            traced_leaves[position] = tensor
+        own_args, own_kwargs = pytree.tree_unflatten(traced_leaves, spec)
+        outputs, result = pytree.tree_flatten(function(*own_args, **own_kwargs))
         shape.append(result)
-        return found
+        return outputs
 
-    tensors = [leaves[at] for at in places]
+    tensors = [leaves[position] for position in places]
     with _disable_current_modes(), _without_recording_functions(), ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)

@@ -65,11 +65,11 @@ def find_regions(graph: fx.Graph) -> list[Region]:
 
 def _choose(path: str, nodes: list[fx.Node], depth: int) -> list[_Call]:
     calls: dict[str, _Call] = {}
-    own = False
+    has_own_nodes = False
     for node in nodes:
         nest = node.meta["calls"]
         if len(nest) <= depth:
-            own = True
+            has_own_nodes = True
             continue
         called, key = nest[depth]
         calls.setdefault(key, _Call(called)).nodes.append(node)
@@ -79,7 +79,7 @@ def _choose(path: str, nodes: list[fx.Node], depth: int) -> list[_Call]:
     chosen = []
     for container, members in groups.items():
         large = [call for call in members if len(call.nodes) >= SMALLEST_BLOCK]
-        if (container != path or not own) and _repeats(large):
+        if (container != path or not has_own_nodes) and _repeats(large):
             chosen += large
         else:
             for call in large:

@@ -38,13 +38,13 @@ class Distance:
 
 def distances(images: np.ndarray, references: np.ndarray, net: FeatureNet) -> list[Distance]:
     """The distance of each image from its reference; both ``(n, height, width, 3)``, uint8."""
-    found = []
+    measurements = []
     for one, other in zip(batches(images), batches(references), strict=True):
         psnr = peak_signal_noise_ratio(one, other, data_range=1.0, reduction="none", dim=(1, 2, 3))
         largest = (255 * (one - other)).abs().amax((1, 2, 3)).round().int()
         ssim = _similarity(one, other)
         for index, (level, much) in enumerate(zip(psnr.tolist(), largest.tolist(), strict=True)):
-            found.append(
+            measurements.append(
                 Distance(
                     level if much else None,
                     ssim[index].item() if ssim is not None else None,
@@ -52,7 +52,7 @@ def distances(images: np.ndarray, references: np.ndarray, net: FeatureNet) -> li
                     much,
                 )
             )
-    return found
+    return measurements
 
 
 def perceptual(one: torch.Tensor, other: torch.Tensor, net: FeatureNet) -> torch.Tensor:
@@ -76,11 +76,11 @@ def batches(images: np.ndarray, size: int = _TOGETHER) -> Iterator[torch.Tensor]
 def _similarity(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
     if min(one.shape[-2:]) < _SMALLEST_SIDE:
         return None
-    found = structural_similarity_index_measure(one, other, data_range=1.0, reduction="none")
-    assert isinstance(found, torch.Tensor)
+    similarity = structural_similarity_index_measure(one, other, data_range=1.0, reduction="none")
+    assert isinstance(similarity, torch.Tensor)
     # In float32 the variances of even areas are off by as much as 1e-4, so identical pictures would miss 1.
     same = (one == other).flatten(1).all(1)
-    return torch.where(same, torch.ones(()), found.reshape(-1))
+    return torch.where(same, torch.ones(()), similarity.reshape(-1))
 
 
 def _unit(value: torch.Tensor) -> torch.Tensor:

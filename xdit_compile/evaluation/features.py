@@ -31,12 +31,12 @@ class FeatureNet(nn.Module):
 
     def layers(self, images: torch.Tensor) -> list[torch.Tensor]:
         """What each convolution makes of images ``(n, 3, height, width)``, float32 from 0 to 1, of any size."""
-        found = []
+        activations = []
         value = 2 * images - 1
         for stage in self.stages:
             value = stage(value)
-            found.append(value)
-        return found
+            activations.append(value)
+        return activations
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features ``(n, 64)`` of images ``(n, 3, height, width)`` from 0 to 1, resized to 64 x 64; float32."""

@@ -127,12 +127,12 @@ def _verdict(question: Question, image: np.ndarray) -> Verdict | None:
 
 def _groups(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
     """Pairs whose captions are understood, by the number of things they name."""
-    found: dict[str, list[Pair]] = {}
+    groups: dict[str, list[Pair]] = {}
     for name, count in (("one thing", 1), ("two things", 2)):
         group = [pair for pair in pairs if pair.question.request and len(pair.question.request.mentions) == count]
         if group:
-            found[name] = group
-    return found
+            groups[name] = group
+    return groups
 
 
 def _following(pairs: Sequence[Pair], what: str) -> Following:
@@ -141,17 +141,17 @@ def _following(pairs: Sequence[Pair], what: str) -> Following:
     return Following(share(reference), share(plan), paired_share_difference(plan, reference))
 
 
-def _distances(found: Sequence[Distance]) -> Distances:
-    levels = [one.psnr for one in found if one.psnr is not None]
-    alike = [one.ssim for one in found if one.ssim is not None]
-    largest = [one.largest for one in found]
+def _distances(measurements: Sequence[Distance]) -> Distances:
+    levels = [one.psnr for one in measurements if one.psnr is not None]
+    alike = [one.ssim for one in measurements if one.ssim is not None]
+    largest = [one.largest for one in measurements]
     return Distances(
-        len(found),
-        sum(one.identical for one in found),
+        len(measurements),
+        sum(one.identical for one in measurements),
         mean(levels) if levels else None,
         statistics.median(levels) if levels else None,
         mean(alike) if alike else None,
-        mean([one.perceptual for one in found]),
+        mean([one.perceptual for one in measurements]),
         mean(largest),
         max(largest),
     )

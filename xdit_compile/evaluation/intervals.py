@@ -43,7 +43,7 @@ def resampled(
     value = float(figure(values))
     if len(values) < 2:
         return Estimate(value)
-    found = stats.bootstrap(
+    bootstrap = stats.bootstrap(
         (values,),
         lambda sample, axis=-1: figure(sample),
         confidence_level=LEVEL,
@@ -52,7 +52,7 @@ def resampled(
         vectorized=vectorised,
         rng=np.random.default_rng(_SEED),
     )
-    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+    return Estimate(value, float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high))
 
 
 def share(answers: Sequence[bool]) -> Estimate:

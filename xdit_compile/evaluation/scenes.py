@@ -179,12 +179,12 @@ def phrase(rng: random.Random, request: Request) -> str:
 def held_out_requests(seed: int, count: int, things: int) -> list[tuple[Request, str]]:
     """Distinct held-out captions, each saying all there is to say, with what they ask for."""
     rng = random.Random(seed)
-    found: dict[str, Request] = {}
-    while len(found) < count:
+    requests: dict[str, Request] = {}
+    while len(requests) < count:
         _, request = draw_scene(rng, things)
         if held_out(request):
-            found.setdefault(request.caption(rng.randrange(4)), request)
-    return [(request, caption) for caption, request in found.items()]
+            requests.setdefault(request.caption(rng.randrange(4)), request)
+    return [(request, caption) for caption, request in requests.items()]
 
 
 def parse(caption: str) -> Request | None:

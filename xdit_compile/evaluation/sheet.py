@@ -50,18 +50,20 @@ def contact_sheet(
 
 
 def _paste(
-    sheet: Image.Image, image: np.ndarray, at: tuple[int, int], size: tuple[int, int], verdict: Verdict | None
+    sheet: Image.Image, image: np.ndarray, top_left: tuple[int, int], size: tuple[int, int], verdict: Verdict | None
 ) -> None:
-    sheet.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), at)
+    sheet.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), top_left)
     if verdict is not None and not verdict.right:
-        corners = (at[0] - 4, at[1] - 4, at[0] + size[0] + 3, at[1] + size[1] + 3)
+        corners = (top_left[0] - 4, top_left[1] - 4, top_left[0] + size[0] + 3, top_left[1] + size[1] + 3)
         ImageDraw.Draw(sheet).rectangle(corners, outline=_WRONG, width=4)
 
 
-def _write(sheet: Image.Image, at: tuple[int, int], lines: Sequence[str], ink: tuple[int, int, int] = _INK) -> None:
+def _write(
+    sheet: Image.Image, top_left: tuple[int, int], lines: Sequence[str], ink: tuple[int, int, int] = _INK
+) -> None:
     font = ImageFont.load_default(size=_FONT)
     for number, line in enumerate(lines):
-        ImageDraw.Draw(sheet).text((at[0], at[1] + number * _LINE), line, fill=ink, font=font)
+        ImageDraw.Draw(sheet).text((top_left[0], top_left[1] + number * _LINE), line, fill=ink, font=font)
 
 
 def _lines(pair: Pair) -> list[str]:

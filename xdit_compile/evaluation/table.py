@@ -18,19 +18,19 @@ _FEATURES = {
 }
 
 
-def render(found: Fidelity, width: int = 110) -> str:
+def render(fidelity: Fidelity, width: int = 110) -> str:
     """The tables as text."""
     from rich.console import Console
 
     written = io.StringIO()
     console = Console(file=written, width=width, color_system=None)
-    console.print(_distance_table(found))
-    for name, judged in found.following.items():
-        console.print(_following_table(name, found.following_pairs[name], judged))
-    if not found.following:
+    console.print(_distance_table(fidelity))
+    for name, judged in fidelity.following.items():
+        console.print(_following_table(name, fidelity.following_pairs[name], judged))
+    if not fidelity.following:
         console.print("what the pictures show: not applicable, no caption is of the grammar of drawn scenes")
-    console.print(_frechet_table(found.frechet))
-    console.print(f"Frechet distances are in features {_FEATURES[found.frechet.features]}")
+    console.print(_frechet_table(fidelity.frechet))
+    console.print(f"Frechet distances are in features {_FEATURES[fidelity.frechet.features]}")
     return written.getvalue().rstrip()
 
 
@@ -59,14 +59,14 @@ def _following_table(name: str, pairs: int, judged: dict[str, Following]) -> Tab
     return table
 
 
-def _frechet_table(found: Frechet) -> Table:
+def _frechet_table(frechet: Frechet) -> Table:
     table = _table("", ("Frechet distance", "value"))
-    table.add_row("plan to one process", _number(found.plan_to_reference))
-    drawn = f"{found.drawn} drawn scenes of the same captions"
-    table.add_row(f"one process to {drawn}", _number(found.reference_to_drawn))
-    table.add_row(f"plan to {drawn}", _number(found.plan_to_drawn))
-    if found.difference is not None:
-        value, interval = _figures(found.difference, 3)
+    table.add_row("plan to one process", _number(frechet.plan_to_reference))
+    drawn = f"{frechet.drawn} drawn scenes of the same captions"
+    table.add_row(f"one process to {drawn}", _number(frechet.reference_to_drawn))
+    table.add_row(f"plan to {drawn}", _number(frechet.plan_to_drawn))
+    if frechet.difference is not None:
+        value, interval = _figures(frechet.difference, 3)
         table.add_row("the last less the one before (95 % interval)", f"{value} ({interval})")
     return table
 

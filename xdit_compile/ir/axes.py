@@ -195,37 +195,37 @@ class AxisSystem:
                 factors.append(outer)
         return product(factors) if factors else self.atom(1), product(taken[::-1])
 
-    def cut(self, axis: Axis, at: int) -> tuple[Axis, Axis]:
-        """Cut an axis into the positions before ``at`` and those from ``at`` on (``0 < at < size``).
+    def cut(self, axis: Axis, boundary: int) -> tuple[Axis, Axis]:
+        """Cut an axis into the positions before ``boundary`` and those from it on (``0 < boundary < size``).
 
         Raises:
             Conflict: when the cut falls inside an inner factor.
         """
         axis = resolve(axis)
         if isinstance(axis, Atom):
-            low, high = self.atom(at), self.atom(axis.size - at)
+            low, high = self.atom(boundary), self.atom(axis.size - boundary)
             self._bind(axis, Concat((low, high)))
             return low, high
         if isinstance(axis, Product):
             inner = axis.size // axis.factors[0].size
-            if at % inner:
-                raise Conflict(f"a cut at {at} falls inside a factor of {inner} of {axis!r}")
-            head, tail = self.cut(axis.factors[0], at // inner)
+            if boundary % inner:
+                raise Conflict(f"a cut at {boundary} falls inside a factor of {inner} of {axis!r}")
+            head, tail = self.cut(axis.factors[0], boundary // inner)
             return product((head, *axis.factors[1:])), product((tail, *axis.factors[1:]))
         assert isinstance(axis, Concat)
         before: list[Axis] = []
         after: list[Axis] = []
         offset = 0
-        for part in axis.parts:
-            if offset + part.size <= at:
-                before.append(part)
-            elif offset >= at:
-                after.append(part)
+        for sub_axis in axis.parts:
+            if offset + sub_axis.size <= boundary:
+                before.append(sub_axis)
+            elif offset >= boundary:
+                after.append(sub_axis)
             else:
-                head, tail = self.cut(part, at - offset)
+                head, tail = self.cut(sub_axis, boundary - offset)
                 before.append(head)
                 after.append(tail)
-            offset += part.size
+            offset += sub_axis.size
         return concat(before), concat(after)
 
     def segment(self, axis: Axis, start: int, stop: int) -> Axis:
@@ -299,10 +299,10 @@ def resolve(axis: Axis) -> Axis:
         if len(factors) == 1:
             return factors[0]
         if isinstance(factors[0], Concat):
-            return resolve(Concat([Product((part, *factors[1:])) for part in factors[0].parts]))
+            return resolve(Concat([Product((sub_axis, *factors[1:])) for sub_axis in factors[0].parts]))
         return Product(factors)
     assert isinstance(axis, Concat)
-    parts = [inner for part in axis.parts for inner in _parts(resolve(part)) if inner.size != 0]
+    parts = [inner for sub_axis in axis.parts for inner in _parts(resolve(sub_axis)) if inner.size != 0]
     return parts[0] if len(parts) == 1 else Concat(parts)
 
 

@@ -112,10 +112,11 @@ def kept(modules: dict[str, tuple[nn.Module, Example | None]]) -> Iterator[list[
     try:
         for path, (module, example) in modules.items():
             known = made if example else [*made, *_LIVE.values()]
-            found = next((one for one in known if _alike(one, module, example)), None) or _made(path, module, example)
-            if found not in made:
-                made.append(found)
-            vars(module)["forward"] = _stand_in(found, module)
+            alike = next((one for one in known if _alike(one, module, example)), None)
+            kept_module = alike or _made(path, module, example)
+            if kept_module not in made:
+                made.append(kept_module)
+            vars(module)["forward"] = _stand_in(kept_module, module)
         yield made
     finally:
         for module, _ in modules.values():
@@ -137,12 +138,12 @@ def _stand_in(one: KeptModule, module: nn.Module) -> Callable[..., torch.Tensor]
     return forward
 
 
-def _fits(known: Any, given: Any, apart: Sequence[int]) -> bool:
+def _fits(known: Any, argument: Any, apart: Sequence[int]) -> bool:
     """Whether an argument is the known one but for the sizes of dims whose positions are computed one by one."""
-    if not isinstance(known, torch.Tensor) or not isinstance(given, torch.Tensor):
-        return _same(known, given)
-    sizes = zip(known.shape, given.shape, strict=False)
-    return known.dim() == given.dim() and all(a == b or dim in apart for dim, (a, b) in enumerate(sizes))
+    if not isinstance(known, torch.Tensor) or not isinstance(argument, torch.Tensor):
+        return _same(known, argument)
+    sizes = zip(known.shape, argument.shape, strict=False)
+    return known.dim() == argument.dim() and all(a == b or dim in apart for dim, (a, b) in enumerate(sizes))
 
 
 def _made(path: str, module: nn.Module, example: Example | None) -> KeptModule:
@@ -207,22 +208,26 @@ def _apart(one: KeptModule, inputs: list[torch.Tensor], result: torch.Tensor) ->
     the result, for these inputs, for equal ones at every position, and for the same at other places."""
     if len(inputs) != 1:
         return
-    (given,) = inputs
-    for dim, size in enumerate(given.shape):
+    (operand,) = inputs
+    for dim, size in enumerate(operand.shape):
         for made in range(result.dim()):
-            if size > 1 and result.shape[made] == size and _by_parts(one, given, dim, made):
+            if size > 1 and result.shape[made] == size and _by_parts(one, operand, dim, made):
                 yield dim, made
                 break
 
 
-def _by_parts(one: KeptModule, given: torch.Tensor, dim: int, made: int) -> bool:
+def _by_parts(one: KeptModule, operand: torch.Tensor, dim: int, made: int) -> bool:
     weights = [each.detach() for each in _weights(one.like).values()]
     compute = lambda part: one.run([part.contiguous()], weights)  # noqa: E731
-    size = given.shape[dim]
+    size = operand.shape[dim]
     cuts = {1, size // 3, size // 2, size - 1} - {0}
-    inputs = (given, given.narrow(dim, 0, 1).expand_as(given), given.narrow(dim, size - 1, 1).expand_as(given))
+    inputs = (
+        operand,
+        operand.narrow(dim, 0, 1).expand_as(operand),
+        operand.narrow(dim, size - 1, 1).expand_as(operand),
+    )
     try:
-        for each in (*inputs, given.flip(dim) * 1.5):
+        for each in (*inputs, operand.flip(dim) * 1.5):
             whole = compute(each)
             for cut in cuts:
                 parts = [compute(part) for part in each.split([cut, size - cut], dim)]

@@ -32,10 +32,10 @@ class LiveStorages(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {self._key(leaf) for leaf in pytree.arg_tree_leaves(*args, **(kwargs or {})) if _is_tensor(leaf)}
+        input_keys = {self._key(leaf) for leaf in pytree.arg_tree_leaves(*args, **(kwargs or {})) if _is_tensor(leaf)}
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
-            if _is_tensor(leaf) and (key := self._key(leaf)) not in self._known and key not in given:
+            if _is_tensor(leaf) and (key := self._key(leaf)) not in self._known and key not in input_keys:
                 self._follow(leaf.untyped_storage())
         return result
 

@@ -36,14 +36,14 @@ ABSENT = object()
 
 def found_in(result: Any, kind: Kind) -> list[Any]:
     """The leaves of a kind in a result, in a fixed order; one that stands in two places is there twice."""
-    found: list[Any] = []
+    leaves: list[Any] = []
 
     def see(leaf: Any) -> Any:
-        found.append(leaf)
+        leaves.append(leaf)
         return leaf
 
     replaced(result, kind, see)
-    return found
+    return leaves
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
@@ -107,10 +107,10 @@ class Template:
         """`tensors_of` a result that is made alike, by nothing but look-ups, which compilers of Python understand."""
         tensors = []
         for path in self.paths:
-            found = result
+            reached = result
             for is_item, key in path:
-                found = found[key] if is_item else getattr(found, key)
-            tensors.append(found)
+                reached = reached[key] if is_item else getattr(reached, key)
+            tensors.append(reached)
         return tensors
 
 
@@ -122,26 +122,26 @@ class Place:
     key: Any = None
     attribute: str | None = None
 
-    def put(self, target: Any, part: Any) -> None:
-        """Have an object hold a part here, past what its class does about that."""
+    def put(self, target: Any, child: Any) -> None:
+        """Have an object hold a child here, past what its class does about that."""
         if self.container is not None:
-            self.container.__setitem__(target, self.key, part)
+            self.container.__setitem__(target, self.key, child)
         if self.attribute is not None:
-            _set_attribute(target, self.attribute, part)
+            _set_attribute(target, self.attribute, child)
 
 
 def parts_of(value: Any) -> list[tuple[Place, Any]]:
     """What a container or object holds directly, and where: items first, then attributes that are none of them."""
     attributes = _attributes(value)
-    found = []
+    entries = []
     container = _container(value)
     if container is not None:
-        for key, part in container.items(value) if isinstance(value, dict) else enumerate(container.__iter__(value)):
-            both = key if isinstance(key, str) and attributes.get(key, ABSENT) is part else None
-            found.append((Place(container, key, both), part))
+        for key, child in container.items(value) if isinstance(value, dict) else enumerate(container.__iter__(value)):
+            both = key if isinstance(key, str) and attributes.get(key, ABSENT) is child else None
+            entries.append((Place(container, key, both), child))
             if both is not None:
                 del attributes[both]
-    return found + [(Place(attribute=name), part) for name, part in attributes.items()]
+    return entries + [(Place(attribute=name), child) for name, child in attributes.items()]
 
 
 def is_open(value: Any) -> bool:
@@ -180,14 +180,14 @@ class _Walk:
         return next(_leaves(value, self._kind, set()), ABSENT) is not ABSENT
 
     def _fill(self, value: Any, target: Any) -> None:
-        for place, part in parts_of(value):
-            new = self.of(part)
-            if new is not part:
+        for place, child in parts_of(value):
+            new = self.of(child)
+            if new is not child:
                 place.put(target, new)
 
     def _tuple(self, value: tuple) -> tuple:
-        parts = [(place, part, self.of(part)) for place, part in parts_of(value)]
-        if all(new is part for _, part, new in parts):
+        parts = [(place, child, self.of(child)) for place, child in parts_of(value)]
+        if all(new is child for _, child, new in parts):
             return value
         items = [new for place, _, new in parts if place.container is not None]
         if pytree.is_structseq_instance(value):
@@ -205,9 +205,9 @@ def _leaves(value: Any, kind: Kind, seen: set[int], path: tuple = ()) -> Iterato
         yield path, value
     elif is_open(value) and id(value) not in seen:
         seen.add(id(value))
-        for place, part in parts_of(value):
+        for place, child in parts_of(value):
             is_item = place.container is not None
-            yield from _leaves(part, kind, seen, (*path, (is_item, place.key if is_item else place.attribute)))
+            yield from _leaves(child, kind, seen, (*path, (is_item, place.key if is_item else place.attribute)))
 
 
 def _container(value: Any) -> Any:
@@ -223,11 +223,11 @@ def _shallow(value: Any) -> Any:
         container.__init__(made, value.default_factory)
     elif container is collections.deque:
         container.__init__(made, (), value.maxlen)
-    for name, part in _attributes(value).items():
-        _set_attribute(made, name, part)
+    for name, child in _attributes(value).items():
+        _set_attribute(made, name, child)
     if isinstance(value, dict):
-        for key, part in container.items(value):
-            container.__setitem__(made, key, part)
+        for key, child in container.items(value):
+            container.__setitem__(made, key, child)
     elif container is not None:
         container.extend(made, container.__iter__(value))
     return made

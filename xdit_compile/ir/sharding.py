@@ -60,29 +60,29 @@ class Split:
 
     def _run(self, axis: Axis) -> tuple[int, int] | bool:
         """The run of factors that is split; True for a concatenation of which every part is."""
-        found = self._known.get(id(axis))
-        if found is None:
-            found = self._known[id(axis)] = (axis, self._find(axis))
-        return found[1]
+        cached = self._known.get(id(axis))
+        if cached is None:
+            cached = self._known[id(axis)] = (axis, self._find(axis))
+        return cached[1]
 
     def _find(self, axis: Axis) -> tuple[int, int] | bool:
         factors = _factors(axis)
         runs = []
-        at = 0
-        while at < len(factors):
-            length = self._match(factors, at)
+        start = 0
+        while start < len(factors):
+            length = self._match(factors, start)
             if length:
-                runs.append((at, at + length))
-            at += max(length, 1)
+                runs.append((start, start + length))
+            start += max(length, 1)
         if runs:
             return runs[0] if len(runs) == 1 else False
         return isinstance(axis, Concat) and bool(axis.parts) and all(self.splits(part) for part in axis.parts)
 
-    def _match(self, factors: Sequence[Axis], at: int) -> int:
+    def _match(self, factors: Sequence[Axis], start: int) -> int:
         for unit in self.units:
-            if len(unit) <= len(factors) - at and all(a is b for a, b in zip(unit, factors[at:], strict=False)):
+            if len(unit) <= len(factors) - start and all(a is b for a, b in zip(unit, factors[start:], strict=False)):
                 return len(unit)
-        factor = factors[at]
+        factor = factors[start]
         return int(factor in self.cuts or len(factors) > 1 and isinstance(factor, Concat) and self.splits(factor))
 
     def length(self, axis: Axis, index: int) -> int:
@@ -116,12 +116,12 @@ class Split:
         """The runs of neighbouring positions that a rank holds of what is cut as one, in order."""
         if self.within is None:
             return [self._share(middle, index)]
-        found = []
+        runs = []
         for outer in range(self.within.parts):
             begin, end = self.within._share(middle, outer)
             start, stop = share(end - begin, self.parts, index)
-            found.append((begin + start, begin + stop))
-        return found
+            runs.append((begin + start, begin + stop))
+        return runs
 
     def _share(self, middle: Sequence[Axis], index: int) -> tuple[int, int]:
         ends = self.cuts.get(middle[0]) if len(middle) == 1 else None
@@ -159,11 +159,11 @@ class Split:
     def places(self, axis: Axis) -> tuple[bytes, ...] | None:
         """What tells apart how axes lie on the ranks: a digest of every rank's positions; None for one not split."""
         if id(axis) not in self._places:
-            found = None
+            digests = None
             if self.splits(axis):
                 held = (self.positions(axis, index).tobytes() for index in range(self.parts))
-                found = tuple(hashlib.sha256(positions).digest() for positions in held)
-            self._places[id(axis)] = (axis, found)
+                digests = tuple(hashlib.sha256(positions).digest() for positions in held)
+            self._places[id(axis)] = (axis, digests)
         return self._places[id(axis)][1]
 
 

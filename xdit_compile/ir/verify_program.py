@@ -49,14 +49,14 @@ def _has_inputs(program: Program, name: str, received: int) -> None:
     placeholders = placeholders[: len(placeholders) - received]
     for node in placeholders[len(program.inputs) :]:
         raise BrokenProgramError(f"{name}: placeholder {node.name} has no input")
-    for given in program.inputs[len(placeholders) :]:
-        raise BrokenProgramError(f"{name}: input {given.name} has no placeholder")
-    for given, node in zip(program.inputs, placeholders, strict=True):
+    for spec in program.inputs[len(placeholders) :]:
+        raise BrokenProgramError(f"{name}: input {spec.name} has no placeholder")
+    for spec, node in zip(program.inputs, placeholders, strict=True):
         val = node.meta.get("val")
         if not isinstance(val, torch.Tensor):
             raise BrokenProgramError(f"{name}: placeholder {node.name} has no metadata")
-        if given.kind == "constant" and given.target not in program.constants:
-            raise BrokenProgramError(f"{name}: input {given.name} names a constant {given.target} that is not there")
+        if spec.kind == "constant" and spec.target not in program.constants:
+            raise BrokenProgramError(f"{name}: input {spec.name} names a constant {spec.target} that is not there")
 
 
 def _has_calls(program: Program, name: str) -> None:

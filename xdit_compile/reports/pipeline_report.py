@@ -68,11 +68,11 @@ def pipeline_report(analysis: Analysis, plan: Plan) -> PipelineReport:
         StageEntry(
             stage.stage,
             sum(bool(call.meta.get("repeated")) for call in stage.full.program.calls()),
-            sum(own.values()),
+            sum(parameters.values()),
             _states(stage),
             sum(tensor.numel() * tensor.element_size() for patch in stage.patches for tensor in patch.sent),
         )
-        for stage, own in zip(stages, held, strict=True)
+        for stage, parameters in zip(stages, held, strict=True)
     ]
     sizes = tuple(len(positions) for positions in stages[0].results[0].positions)
     return PipelineReport(
@@ -94,20 +94,21 @@ def _states(stage: StagePrograms) -> int:
     return sum(like.numel() * like.element_size() for _, like in stage.taken("state").values())
 
 
-def _rendered(found: PipelineReport) -> list[Any]:
+def _rendered(summary: PipelineReport) -> list[Any]:
     from rich.table import Table
 
-    sizes = ", ".join(map(str, found.patches))
+    sizes = ", ".join(map(str, summary.patches))
     head = (
-        f"{len(found.stages)} stages, {len(found.patches)} patches of {sizes} rows; captured by {found.captured_by}; "
-        f"{found.parameters:,} parameters, {found.shared:,} of them on several stages"
+        f"{len(summary.stages)} stages, {len(summary.patches)} patches of {sizes} rows; "
+        f"captured by {summary.captured_by}; {summary.parameters:,} parameters, {summary.shared:,} of them "
+        "on several stages"
     )
     table = Table(title="stages", title_justify="left")
     for column in ("stage", "blocks", "parameters", "MiB of states a branch", "MiB sent a call"):
         table.add_column(column, justify="right")
-    for entry in found.stages:
+    for entry in summary.stages:
         table.add_row(
             str(entry.stage), str(entry.blocks), f"{entry.parameters:,}", f"{entry.states / 2**20:.2f}",
             f"{entry.sent / 2**20:.2f}",
         )  # fmt: skip
-    return [head, *passes_line(found.seconds), table]
+    return [head, *passes_line(summary.seconds), table]

@@ -137,15 +137,15 @@ def _collectives(mine: Partitioned) -> tuple[CollectiveEntry, ...]:
 def _axes(inference: Inference, mine: Partitioned) -> tuple[AxisEntry, ...]:
     """Axes by role; axes of one role and shape that only differ from block to block are listed once."""
     names = AxisNames()
-    found: dict[tuple[str, str], AxisEntry] = {}
+    entries: dict[tuple[str, str], AxisEntry] = {}
     for use in roles(inference):
         split = any(one.splits(use.axis) for one in mine.layout.sharding.splits.values())
         where = inference.place(use.frame, use.node)
         tokens = use.role.endswith("tokens")
         key = (names.write(use.axis) if tokens else repr(use.axis.size), use.role)
-        if key not in found:
-            found[key] = AxisEntry(names.write(use.axis), use.role, use.axis.size, split, where.path or where.node)
-    return tuple(found.values())
+        if key not in entries:
+            entries[key] = AxisEntry(names.write(use.axis), use.role, use.axis.size, split, where.path or where.node)
+    return tuple(entries.values())
 
 
 class AxisNames:
@@ -173,10 +173,10 @@ def _memory(mine: Partitioned) -> dict[str, int]:
     program = mine.program
     by_name = {node.name: node for node in program.root.graph.nodes if node.op == "placeholder"}
     weights = 0
-    for given in program.inputs:
-        if given.kind in ("parameter", "buffer"):
-            value = by_name[given.name].meta["val"]
-            weights += math.prod(given.sizes(value.shape)) * value.element_size()
+    for spec in program.inputs:
+        if spec.kind in ("parameter", "buffer"):
+            value = by_name[spec.name].meta["val"]
+            weights += math.prod(spec.sizes(value.shape)) * value.element_size()
     ledger = mine.ledger
     return {"weights": weights, "largest_activation": ledger.largest_activation, "keys_values": ledger.keys_values}
 
@@ -191,11 +191,11 @@ def passes_line(seconds: Sequence[tuple[str, float]]) -> list[str]:
     return [f"passes: {', '.join(f'{name} {taken:.2f} s' for name, taken in seconds)}"] if seconds else []
 
 
-def _rendered(found: Report) -> list[Any]:
+def _rendered(summary: Report) -> list[Any]:
     from rich.table import Table
 
     axes = Table("axis", "role", "size", "split", "first seen", title="axes", title_justify="left")
-    for entry in found.axes:
+    for entry in summary.axes:
         axes.add_row(
             entry.axis.replace("[", r"\["), entry.role, str(entry.size), "yes" if entry.split else "", entry.where
         )
@@ -203,22 +203,22 @@ def _rendered(found: Report) -> list[Any]:
         "collective", "purpose", "calls", "elements", "bytes", title="per call of the module, leaving this rank",
         title_justify="left",
     )  # fmt: skip
-    for item in found.collectives:
+    for item in summary.collectives:
         collectives.add_row(item.op, item.purpose, str(item.count), f"{item.elements:,}", f"{item.bytes:,}")
     gathers = Table("node", "in a block", "reason", "bytes", title="gathers", title_justify="left")
-    for gather in found.gathers:
+    for gather in summary.gathers:
         place = f"{gather.place.path} {gather.place.node}".strip()
         gathers.add_row(place, "yes" if gather.place.repeated else "", gather.reason, f"{gather.bytes:,}")
     head = (
-        f"{found.ranks} ranks; captured by {found.captured_by}; {found.blocks} repeated blocks, {found.structures} "
-        f"distinct structures\n{found.flops / 1e9:,.2f} GFLOP a call; {found.replicated_flops:.2%} replicated; busiest "
-        f"rank {found.imbalance:.3f} of the mean; {_memory_line(found.memory)}; "
-        f"{len(found.boundaries)} boundaries"
+        f"{summary.ranks} ranks; captured by {summary.captured_by}; {summary.blocks} repeated blocks, "
+        f"{summary.structures} distinct structures\n{summary.flops / 1e9:,.2f} GFLOP a call; "
+        f"{summary.replicated_flops:.2%} replicated; busiest rank {summary.imbalance:.3f} of the mean; "
+        f"{_memory_line(summary.memory)}; {len(summary.boundaries)} boundaries"
     )
-    parts: list[Any] = [head, *passes_line(found.seconds), axes, collectives]
-    parts.append(gathers if found.gathers else "no gathers but the result")
-    if found.boundaries:
-        counted = collections.Counter((entry.place.target, entry.reason) for entry in found.boundaries)
+    parts: list[Any] = [head, *passes_line(summary.seconds), axes, collectives]
+    parts.append(gathers if summary.gathers else "no gathers but the result")
+    if summary.boundaries:
+        counted = collections.Counter((entry.place.target, entry.reason) for entry in summary.boundaries)
         table = Table("operator", "reason", "times", title="boundaries", title_justify="left")
         for (target, reason), count in counted.most_common(20):
             table.add_row(target, reason.replace("[", r"\["), str(count))

@@ -105,10 +105,10 @@ def _advance(
 def _steps(module: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Step, Any, tuple]:
     """Interpret a graph; yield every collective and go on with what is sent back."""
     env: dict[fx.Node, Any] = {}
-    given = iter(inputs)
+    remaining_inputs = iter(inputs)
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            env[node] = next(given)
+            env[node] = next(remaining_inputs)
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
         if node.op == "get_attr":

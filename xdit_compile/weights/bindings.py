@@ -17,11 +17,11 @@ OF_MODULE = ("parameter", "buffer")
 class Finds(Protocol):
     """Where tensors of a module are found."""
 
-    def find(self, given: Input) -> torch.Tensor:
+    def find(self, spec: Input) -> torch.Tensor:
         """The tensor for a parameter or buffer of a program."""
         ...
 
-    def whole(self, given: Input) -> torch.Tensor:
+    def whole(self, spec: Input) -> torch.Tensor:
         """The tensor of which the program may take a slice, or what stands in its place."""
         ...
 
@@ -78,7 +78,7 @@ class Bindings:
         return known
 
 
-def _found(given: Input, program: Program, weights: Finds) -> torch.Tensor | None:
-    if given.kind in OF_MODULE:
-        return weights.find(given)
-    return program.constants[str(given.target)] if given.kind == "constant" else None
+def _found(spec: Input, program: Program, weights: Finds) -> torch.Tensor | None:
+    if spec.kind in OF_MODULE:
+        return weights.find(spec)
+    return program.constants[str(spec.target)] if spec.kind == "constant" else None

@@ -33,9 +33,9 @@ def empty_module(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> nn.M
     kept = getattr(kind, "_keep_in_fp32_modules", None) or []
     kept = [kept] if isinstance(kept, str) else kept
     for path, child in module.named_modules():
-        for own, parameter in child._parameters.items():
+        for parameter_name, parameter in child._parameters.items():
             if parameter is not None and parameter.is_floating_point():
-                wide = any(part in kept for part in [*path.split("."), own])
+                wide = any(part in kept for part in [*path.split("."), parameter_name])
                 cast = parameter.detach().to(torch.float32 if wide else dtype)
-                child._parameters[own] = nn.Parameter(cast, requires_grad=False)
+                child._parameters[parameter_name] = nn.Parameter(cast, requires_grad=False)
     return module.eval()

@@ -65,12 +65,12 @@ def check_size(folder: Path, height: int | None, width: int | None, binning: boo
     wrong = {name: side for name, side in sides.items() if multiple and side is not None and side % multiple}
     if not wrong or not multiple or binning:
         return
-    found = []
+    problems = []
     for name, side in wrong.items():
         lower, upper = side // multiple * multiple, -(-side // multiple) * multiple
         nearest = f"{lower} or {upper}" if lower else str(upper)
-        found.append(f"--{name} {side} is no multiple of {multiple}, as this model needs; take {nearest}")
-    raise UsageError("; ".join(found))
+        problems.append(f"--{name} {side} is no multiple of {multiple}, as this model needs; take {nearest}")
+    raise UsageError("; ".join(problems))
 
 
 def pixel_multiple(folder: Path) -> int | None:
@@ -97,14 +97,14 @@ def _components(folder: Path) -> dict[str, str]:
     }
 
 
-def _part_problem(part: Path, weights: bool) -> str | None:
-    if not part.is_dir():
-        return f"there is no folder {part.name}"
-    files = [file.name for file in part.iterdir() if file.is_file()]
+def _part_problem(folder: Path, weights: bool) -> str | None:
+    if not folder.is_dir():
+        return f"there is no folder {folder.name}"
+    files = [file.name for file in folder.iterdir() if file.is_file()]
     if not files:
-        return f"the folder {part.name} is empty"
+        return f"the folder {folder.name} is empty"
     if weights and _is_model(files) and not any(Path(file).suffix in WEIGHTS for file in files):
-        return f"the folder {part.name} has no weights ({', '.join(WEIGHTS[:2])})"
+        return f"the folder {folder.name} has no weights ({', '.join(WEIGHTS[:2])})"
     return None
 
 
@@ -113,12 +113,12 @@ def _is_model(files: list[str]) -> bool:
     return "config.json" in files and not any(re.fullmatch(r"\w+_config\.json|tokenizer\.json", file) for file in files)
 
 
-def _configuration(part: Path) -> dict[str, Any]:
+def _configuration(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((part / "config.json").read_text())
+        configuration = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return configuration if isinstance(configuration, dict) else {}
 
 
 def _spatial_factor(configuration: dict[str, Any]) -> int | None:

@@ -39,12 +39,12 @@ class Samples:
     """
 
     def __init__(self, samples: Sequence[Sample]):
-        self._unseen = {at for at, sample in enumerate(samples) if sample.there is None}
+        self._unseen = {position for position, sample in enumerate(samples) if sample.there is None}
         self._groups: dict[tuple[torch.dtype, torch.device], _Group] = {}
-        for at, sample in enumerate(samples):
+        for position, sample in enumerate(samples):
             if sample.there is not None and sample.before is not None:
                 kind = (sample.there.dtype, sample.there.device)
-                self._groups.setdefault(kind, _Group()).add(at, sample.there, sample.before)
+                self._groups.setdefault(kind, _Group()).add(position, sample.there, sample.before)
 
     def changed(self) -> set[int]:
         """Which of the tensors have other values now, by position; those that cannot be looked at count as such."""
@@ -59,8 +59,8 @@ class _Group:
         self._there: list[torch.Tensor] = []
         self._before: list[torch.Tensor] = []
 
-    def add(self, at: int, there: torch.Tensor, before: torch.Tensor) -> None:
-        self._at.append(at)
+    def add(self, position: int, there: torch.Tensor, before: torch.Tensor) -> None:
+        self._at.append(position)
         self._there.append(there)
         self._before.append(before)
 

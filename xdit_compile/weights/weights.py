@@ -93,27 +93,27 @@ class Weights:
         held = sum(value.numel() for ways in self._held.values() for value in ways.values())
         return whole + held + sum(kept.value.numel() for kept in self._slices.values())
 
-    def find(self, given: Input) -> torch.Tensor:
+    def find(self, spec: Input) -> torch.Tensor:
         """The tensor for a parameter or buffer of a program.
 
         Raises:
             UsageError: it is not there, or was released and is wanted in another form than it was kept in.
         """
-        name, whole = str(given.target), self.whole(given)
+        name, whole = str(spec.target), self.whole(spec)
         if whole.is_meta:
-            return self._absent(name, whole, given.pieces)
-        if not given.pieces:
+            return self._absent(name, whole, spec.pieces)
+        if not spec.pieces:
             return whole
-        key = (name, given.pieces)
+        key = (name, spec.pieces)
         kept = self._slices.get(key)
         if kept is None or not kept.fits(whole):
             self._samples = None
-            kept = self._slices[key] = _Slice(cut(whole, given.pieces), _state(whole), Sample(whole))
+            kept = self._slices[key] = _Slice(cut(whole, spec.pieces), _state(whole), Sample(whole))
         return kept.value
 
-    def whole(self, given: Input) -> torch.Tensor:
+    def whole(self, spec: Input) -> torch.Tensor:
         """The module's own tensor for a parameter or buffer of a program, or what stands in its place."""
-        return _held(self.module, str(given.target), given.kind)
+        return _held(self.module, str(spec.target), spec.kind)
 
     def _absent(self, name: str, whole: torch.Tensor, pieces: Pieces) -> torch.Tensor:
         """What a program takes of a tensor that the module does not hold; slices of it are read once."""
@@ -182,11 +182,11 @@ class Weights:
     def load(self, program: Program) -> None:
         """Read what a program takes of parameters that the module does not hold, and give the module whole ones."""
         self._forget_gone()
-        for given in program.inputs:
-            name = str(given.target)
-            if given.kind == "parameter" and (whole := self.module.get_parameter(name)).is_meta:
-                value = self.find(given)
-                if not given.pieces:
+        for spec in program.inputs:
+            name = str(spec.target)
+            if spec.kind == "parameter" and (whole := self.module.get_parameter(name)).is_meta:
+                value = self.find(spec)
+                if not spec.pieces:
                     self._put_read(whole, value)
 
     def load_first(self) -> None:
@@ -201,9 +201,9 @@ class Weights:
         The first parameter stays.
         """
         for program in programs:
-            for given in program.inputs:
-                if given.kind == "parameter":
-                    self._wanted.setdefault(str(given.target), set()).add(given.pieces)
+            for spec in program.inputs:
+                if spec.kind == "parameter":
+                    self._wanted.setdefault(str(spec.target), set()).add(spec.pieces)
         for name, whole in self._releasable():
             ways = self._wanted.get(name, {()})
             if len(ways) == 1 and () not in ways:
@@ -213,7 +213,7 @@ class Weights:
 
     def release_others(self, programs: Iterable[Program]) -> None:
         """Give back the memory of parameters that none of the programs takes; the first parameter stays."""
-        taken = {str(given.target) for program in programs for given in program.inputs if given.kind == "parameter"}
+        taken = {str(spec.target) for program in programs for spec in program.inputs if spec.kind == "parameter"}
         for name, whole in self._releasable():
             if name not in taken:
                 self._let_go(name, whole, NOTHING, whole.detach().flatten()[:0].clone())
@@ -386,12 +386,12 @@ def _state(tensor: torch.Tensor) -> State:
 
 def _held(module: nn.Module, name: str, kind: str) -> torch.Tensor:
     """A parameter or buffer by its path, as ``get_parameter`` finds it; that takes longer, and looks at every call."""
-    *path, own = name.split(".")
+    *path, attribute = name.split(".")
     holder: nn.Module | None = module
     for each in path:
         holder = None if holder is None else holder._modules.get(each)
     if holder is not None:
-        found = (holder._parameters if kind == "parameter" else holder._buffers).get(own)
-        if found is not None:
-            return found
+        tensor = (holder._parameters if kind == "parameter" else holder._buffers).get(attribute)
+        if tensor is not None:
+            return tensor
     return module.get_parameter(name) if kind == "parameter" else module.get_buffer(name)

@@ -89,22 +89,22 @@ def observed(
     Raises:
         CaptureError: it changes a container of a class whose contents cannot be replaced.
     """
-    leaves, given = pytree.tree_leaves((args, kwargs)), containers_of((args, kwargs))
-    before, versions = [_items(container) for container in given], [_version(leaf) for leaf in leaves]
+    leaves, containers = pytree.tree_leaves((args, kwargs)), containers_of((args, kwargs))
+    before, versions = [_items(container) for container in containers], [_version(leaf) for leaf in leaves]
     result = call(*args, **kwargs)
     if written is None:
-        written = [at for at, leaf in enumerate(leaves) if _version(leaf) != versions[at]]
+        written = [position for position, leaf in enumerate(leaves) if _version(leaf) != versions[position]]
     known: dict[int, Given | Same] = {
-        id(leaf): Given(at) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
+        id(leaf): Given(position) for position, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
     }
-    known |= {id(container): Same(number) for number, container in enumerate(given)}
+    known |= {id(container): Same(number) for number, container in enumerate(containers)}
     left = []
-    for number, (container, items) in enumerate(zip(given, before, strict=True)):
+    for number, (container, items) in enumerate(zip(containers, before, strict=True)):
         if _differ(items, _items(container)):
             if type(container) not in KNOWN:
                 raise CaptureError(f"the module changes what a {type(container).__name__} that it is given holds")
-            left.append(Left(number, _each(container, lambda part: known.get(id(part), part))))
-    return Outcome(result, tuple(left), tuple(Written(at, leaves[at]) for at in written))
+            left.append(Left(number, _each(container, lambda entry: known.get(id(entry), entry))))
+    return Outcome(result, tuple(left), tuple(Written(position, leaves[position]) for position in written))
 
 
 def _version(leaf: Any) -> int | None:
@@ -119,9 +119,9 @@ def leave(outcome: Outcome, inputs: Any) -> None:
     """
     if not outcome.changes:
         return
-    leaves, given = pytree.tree_leaves(inputs), containers_of(inputs)
-    changed = [given[each.number] for each in outcome.left]
-    if any(sum(one is other for other in given) > 1 for one in changed):
+    leaves, containers = pytree.tree_leaves(inputs), containers_of(inputs)
+    changed = [containers[each.number] for each in outcome.left]
+    if any(sum(one is other for other in containers) > 1 for one in changed):
         raise CaptureError("the module changes a list or dict that it is given twice: give it a copy in one place")
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if any(sum(_overlap(leaves[each.position], other) for other in tensors) > 1 for each in outcome.written):
@@ -131,7 +131,7 @@ def leave(outcome: Outcome, inputs: Any) -> None:
         with torch.inference_mode(target.is_inference()), torch.no_grad():
             target.copy_(written.values)
     for container, each in zip(changed, outcome.left, strict=True):
-        content = _each(each.content, lambda part: _found(part, leaves, given))
+        content = _each(each.content, lambda entry: _found(entry, leaves, containers))
         container.clear()
         container.update(content) if isinstance(container, dict) else container.extend(content)
 
@@ -151,10 +151,10 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _found(part: Any, leaves: list[Any], given: list[Any]) -> Any:
-    if isinstance(part, Given):
-        return leaves[part.position]
-    return given[part.number] if isinstance(part, Same) else part
+def _found(entry: Any, leaves: list[Any], containers: list[Any]) -> Any:
+    if isinstance(entry, Given):
+        return leaves[entry.position]
+    return containers[entry.number] if isinstance(entry, Same) else entry
 
 
 def _items(container: Any) -> list[Any]:

@@ -38,22 +38,22 @@ def put_in_place(target: Any, methods: Mapping[str, Method]) -> None:
     A method that was replaced on the instance by something which never reaches the class's own is taken for the
     object's own: it is what `found_method` returns.
     """
-    own = type(target)
-    derived = _derived(own, tuple(methods))
-    found = {name: method for name in methods if (method := _taken_off(target, own, name)) is not None}
+    base = type(target)
+    derived = _derived(base, tuple(methods))
+    instance_methods = {name: method for name in methods if (method := _taken_off(target, base, name)) is not None}
     for name in methods:
-        _rebind(target, name, own, types.MethodType(vars(derived)[name], target))
-    object.__setattr__(target, HELD, Held(methods, found))
+        _rebind(target, name, base, types.MethodType(vars(derived)[name], target))
+    object.__setattr__(target, HELD, Held(methods, instance_methods))
     object.__setattr__(target, "__class__", derived)
 
 
 def put_back(target: Any) -> None:
     """Give an object its own class and methods back."""
     kept: Held = vars(target).pop(HELD)
-    derived, own = type(target), own_class(target)
-    object.__setattr__(target, "__class__", own)
+    derived, base = type(target), own_class(target)
+    object.__setattr__(target, "__class__", base)
     for name in kept.methods:
-        _rebind(target, name, derived, types.MethodType(getattr(own, name), target))
+        _rebind(target, name, derived, types.MethodType(getattr(base, name), target))
     vars(target).update(kept.found)
 
 
@@ -122,24 +122,24 @@ def as_it_was(target: Any) -> Iterator[None]:
         object.__setattr__(target, HELD, kept)
 
 
-def _derived(own: type, names: tuple[str, ...]) -> type:
-    body: dict[str, Any] = {name: _dispatching(own, name) for name in names}
-    body |= {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    body |= {"__reduce_ex__": _reduce, "_xdit_compile_own": own}
-    return _equal_to(type(own), own)(own.__name__, (own,), body)
+def _derived(base: type, names: tuple[str, ...]) -> type:
+    body: dict[str, Any] = {name: _dispatching(base, name) for name in names}
+    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    body |= {"__reduce_ex__": _reduce, "_xdit_compile_own": base}
+    return _equal_to(type(base), base)(base.__name__, (base,), body)
 
 
-def _equal_to(kind: type, own: type) -> Any:
-    """A class of classes that are equal to ``own``."""
+def _equal_to(kind: type, base: type) -> Any:
+    """A class of classes that are equal to ``base``."""
 
     def equal(one: Any, other: Any) -> bool:
-        return getattr(other, "_xdit_compile_own", other) is own
+        return getattr(other, "_xdit_compile_own", other) is base
 
-    return type(kind.__name__, (kind,), {"__eq__": equal, "__hash__": lambda one: hash(own)})
+    return type(kind.__name__, (kind,), {"__eq__": equal, "__hash__": lambda one: hash(base)})
 
 
-def _dispatching(own: type, name: str) -> Method:
-    method = getattr(own, name)
+def _dispatching(base: type, name: str) -> Method:
+    method = getattr(base, name)
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -159,18 +159,18 @@ def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles are of the object as it was: no ranks share them."""
     if isinstance(self, nn.Module):
         refuse_released(self)
-    found = vars(self)[HELD].found if HELD in vars(self) else {}
+    instance_methods = vars(self)[HELD].found if HELD in vars(self) else {}
     with as_it_was(self):
         function, arguments, *rest = self.__reduce_ex__(protocol)
-        rest = [{**each, **found} if isinstance(each, dict) else each for each in rest]
+        rest = [{**each, **instance_methods} if isinstance(each, dict) else each for each in rest]
     if function is copyreg.__newobj__:  # type: ignore[attr-defined]
         function = arguments[0].__new__  # pickle refuses the other one for objects whose class is not the one it makes
     return (function, arguments, *rest)
 
 
-def _taken_off(target: Any, own: type, name: str) -> Method | None:
+def _taken_off(target: Any, base: type, name: str) -> Method | None:
     """A method that stands on the instance and leads nowhere else, taken off it."""
-    if name not in vars(target) or any(_is(value, own, name, target) for _, _, value in _holders(target, name)):
+    if name not in vars(target) or any(_is(value, base, name, target) for _, _, value in _holders(target, name)):
         return None
     return vars(target).pop(name)
 

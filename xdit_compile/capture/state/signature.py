@@ -60,17 +60,19 @@ class Signature:
 
     def difference(self, other: Signature, most: int = 8) -> str:
         """What changed from this signature to the other, in words; empty where nothing did."""
-        found = []
+        differences = []
         if self.spec != other.spec:
-            found.append("the containers of the inputs differ")
+            differences.append("the containers of the inputs differ")
         else:
             pairs = enumerate(zip(self.leaves, other.leaves, strict=True))
-            found += [f"input {i} was {_say(a)} and is {_say(b)}" for i, (a, b) in pairs if a != b]
+            differences += [f"input {i} was {_say(a)} and is {_say(b)}" for i, (a, b) in pairs if a != b]
         if self.ambient != other.ambient:
-            found.append(f"autocast was {self.ambient} and is {other.ambient}")
+            differences.append(f"autocast was {self.ambient} and is {other.ambient}")
         if self.modules != other.modules:
-            found += _changed_modules(self.modules, other.modules)
-        return "; ".join(found[:most]) + (f"; and {len(found) - most} more" if len(found) > most else "")
+            differences += _changed_modules(self.modules, other.modules)
+        return "; ".join(differences[:most]) + (
+            f"; and {len(differences) - most} more" if len(differences) > most else ""
+        )
 
 
 def signature(module: nn.Module, args: tuple, kwargs: dict, modules: Fingerprint | None = None) -> Signature:
@@ -99,60 +101,60 @@ def fingerprint(module: nn.Module, seen: Seen | None = None) -> Fingerprint:
     Args:
         seen: takes up the containers and objects that were met, where somebody wants to know them.
     """
-    found: Fingerprint = {}
+    states: Fingerprint = {}
     seen = {} if seen is None else seen
     pending = [("", module)]
     while pending:
         path, item = pending.pop()
-        found[path] = tuple(_state(item, not path, seen))
+        states[path] = tuple(_state(item, not path, seen))
         prefix = f"{path}." if path else ""
         pending += [(prefix + name, child) for name, child in item._modules.items() if child is not None]
-    return found
+    return states
 
 
-def kept(found: Fingerprint) -> Fingerprint:
+def kept(states: Fingerprint) -> Fingerprint:
     """The same fingerprint, which can be compared from now on whatever becomes of the tensors that it describes."""
-    for state in found.values():
+    for state in states.values():
         keep(state)
-    return found
+    return states
 
 
 def changes(before: Fingerprint, after: Fingerprint) -> dict[tuple[str, str], str]:
     """What differs between two fingerprints: module and attribute, with the path to the change in words."""
-    found = {}
+    differences = {}
     for path in [path for path in before if path in after and before[path] != after[path]]:
         old, new = _by_name(before[path]), _by_name(after[path])
         for name in _differing(old, new):
             inside = place_of_change(old.get(name, ())[:1], new.get(name, ())[:1])
-            found[path, name] = f"{name}{inside} of {path or 'the module itself'}"
-    return found
+            differences[path, name] = f"{name}{inside} of {path or 'the module itself'}"
+    return differences
 
 
-def without(found: Fingerprint, entries: Collection[tuple[str, str]]) -> Fingerprint:
+def without(states: Fingerprint, entries: Collection[tuple[str, str]]) -> Fingerprint:
     """A fingerprint without some attributes of some modules."""
     return {
-        path: tuple(entry for at, entry in enumerate(state) if at < 3 or (path, entry[0]) not in entries)
-        for path, state in found.items()
+        path: tuple(entry for position, entry in enumerate(state) if position < 3 or (path, entry[0]) not in entries)
+        for path, state in states.items()
     }
 
 
 def _state(module: nn.Module, root: bool, seen: Seen) -> Iterable[Any]:
-    own = vars(module)
+    attributes = vars(module)
     yield id(module)
     yield own_class(module)
     yield module.training
     if root:
         yield ("forward", Same(getattr(own_class(module), "forward", None)))
-    for name, parameter in own["_parameters"].items():
+    for name, parameter in attributes["_parameters"].items():
         if parameter is not None:
             yield (name, id(parameter), parameter.shape, parameter.dtype, parameter.device)
-    for name, buffer in own["_buffers"].items():
+    for name, buffer in attributes["_buffers"].items():
         if buffer is not None:
             yield (name, buffer.shape, buffer.dtype, buffer.device)
     for hooks in HOOKS:
-        if own[hooks]:
-            yield (hooks, *(described(hook, seen) for hook in own[hooks].values()))
-    for name, value in own.items():
+        if attributes[hooks]:
+            yield (hooks, *(described(hook, seen) for hook in attributes[hooks].values()))
+    for name, value in attributes.items():
         if name in TORCH_STATE or value is None or (root and name in AROUND):
             continue
         yield (name, value if value.__class__ in VALUES else described(value, seen))
@@ -167,12 +169,12 @@ def _leaf(leaf: Any) -> Hashable:
 
 
 def _changed_modules(before: Fingerprint, after: Fingerprint) -> list[str]:
-    found = [f"module {path or '(root)'} is gone" for path in before if path not in after]
-    found += [f"module {path or '(root)'} is new" for path in after if path not in before]
+    differences = [f"module {path or '(root)'} is gone" for path in before if path not in after]
+    differences += [f"module {path or '(root)'} is new" for path in after if path not in before]
     for path in before:
         if path in after and before[path] != after[path]:
-            found.append(f"module {path or '(root)'}: {_changed_state(before[path], after[path])}")
-    return found
+            differences.append(f"module {path or '(root)'}: {_changed_state(before[path], after[path])}")
+    return differences
 
 
 def _changed_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> str:

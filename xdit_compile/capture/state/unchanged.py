@@ -117,7 +117,7 @@ class Watch:
 def parts_of(value: Any) -> list[Any]:
     """What a container, function or object holds directly, names of attributes and keys included."""
     if isinstance(value, dict | types.MappingProxyType):
-        return [part for entry in value.items() for part in entry]
+        return [member for entry in value.items() for member in entry]
     if isinstance(value, set | frozenset | list | tuple | collections.deque):
         return list(value)
     if isinstance(value, functools.partial):
@@ -125,15 +125,15 @@ def parts_of(value: Any) -> list[Any]:
     if isinstance(value, types.MethodType):
         return [value.__func__, value.__self__]
     code = [value.__code__] if isinstance(value, types.FunctionType) else []
-    return [*code, *(part for entry in held_in(value) for part in entry)]
+    return [*code, *(member for entry in held_in(value) for member in entry)]
 
 
 def _attributes(module: nn.Module, root: bool) -> list[tuple[dict[str, Any], str, Any]]:
     """What hangs on a module itself and is no plain value, with where it hangs."""
-    own = vars(module)
-    counted = _counted(module) if root else own
+    attributes = vars(module)
+    counted = _counted(module) if root else attributes
     return [
-        (own, name, value)
+        (attributes, name, value)
         for name, value in counted.items()
         if name not in TORCH_STATE and value.__class__ not in VALUES
     ]

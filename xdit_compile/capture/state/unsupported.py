@@ -30,10 +30,10 @@ def refuse_unsupported(module: nn.Module, name: str) -> None:
     """
     for path, child in module.named_modules():
         where = f"{name}.{path}" if path else name
-        for own, parameter in child._parameters.items():
+        for parameter_name, parameter in child._parameters.items():
             if parameter is not None and type(parameter) not in PLAIN:
                 kind = type(parameter)
-                said = f"{where}.{own} is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
+                said = f"{where}.{parameter_name} is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
                 raise UnsupportedError(f"{said}, and quantized or wrapped weights cannot be split yet: {LOAD_PLAIN}")
         for feature in _moving(child):
             raise UnsupportedError(f"{where} is under {feature}, whose weights come and go while it runs: {STAY}")
@@ -73,8 +73,8 @@ def moves_weights(module: nn.Module) -> bool:
 
 def _moving(module: nn.Module) -> Iterator[str]:
     """The features under which the weights of a module come and go."""
-    own = vars(module)
-    registered = getattr(own.get("_diffusers_hook"), "hooks", {})
+    attributes = vars(module)
+    registered = getattr(attributes.get("_diffusers_hook"), "hooks", {})
     yield from (REGISTERED[name] for name in registered if name in REGISTERED)
-    if any(getattr(hook, "offload", False) for hook in hooks_of(own.get("_hf_hook"))):
+    if any(getattr(hook, "offload", False) for hook in hooks_of(attributes.get("_hf_hook"))):
         yield "sequential offload"
