@@ -140,11 +140,11 @@ def restore(target: Any) -> Any:
         UsageError: nothing of ``target`` is parallelized.
     """
     coders = [module for _, module in autoencoders(target) if row_methods(module) or is_distvae(module)]
-    found = [module for _, module in _denoisers(target, coders) if runner_of(module) is not None]
-    if not found and not coders:
+    split_denoisers = [module for _, module in _denoisers(target, coders) if runner_of(module) is not None]
+    if not split_denoisers and not coders:
         raise UsageError("nothing to restore: this was not parallelized")
-    session = next((session for each in (*found, *coders) if (session := session_of(each)) is not None), None)
-    for module in found:
+    session = next((session for each in (*split_denoisers, *coders) if (session := session_of(each)) is not None), None)
+    for module in split_denoisers:
         _take_off(module)
     for module in coders:
         restore_distvae(module)
@@ -214,12 +214,12 @@ def explain(
     for _, module in denoisers(target):
         runner = runner_of(module)
         if runner is not None and not plan_given:
-            prepared = runner.prepared.latest
-            if prepared is None and runner.unsplit:
+            compiled_call = runner.calls.latest
+            if compiled_call is None and runner.unsplit:
                 raise UsageError("nothing to explain: the module runs whole on every rank, as it was warned of")
-            if prepared is None:
+            if compiled_call is None:
                 raise UsageError("nothing to explain yet: call the pipeline once, or give a plan and example inputs")
-            return _report(prepared.analysis, runner.plan, runner.mesh.rank)
+            return _report(compiled_call.analysis, runner.plan, runner.mesh.rank)
     if not (args or kwargs):
         raise UsageError("explain needs example inputs (args=, kwargs=) for a module that was not parallelized")
     plan = (plan or Plan()).check()
@@ -259,10 +259,10 @@ def _denoisers(target: Any, coders: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _report_rows(methods: list[RowMethod]) -> Report | PipelineReport:
-    prepared = next((found for method in methods if (found := method.latest()) is not None), None)
-    if prepared is None:
+    compiled_call = next((found for method in methods if (found := method.latest()) is not None), None)
+    if compiled_call is None:
         raise UsageError("nothing to explain yet: call decode or encode once")
-    return _report(prepared.analysis, methods[0].team.place.plan, methods[0].team.place.mesh.rank)
+    return _report(compiled_call.analysis, methods[0].team.place.plan, methods[0].team.place.mesh.rank)
 
 
 def _report(analysis: Any, plan: Plan, here: int) -> Report | PipelineReport:

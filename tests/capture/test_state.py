@@ -159,9 +159,9 @@ def test_tensors_kept_as_attributes_are_followed(tabled: tuple[nn.Module, nn.Mod
                    lambda one: one.inner.bias_of_others.mul_(3)):  # fmt: skip
         change(module), change(own)
         assert max(differs(module, own), differs(module, own)) <= 2e-5
-    assert len(runner_of(module).prepared) == 3
+    assert len(runner_of(module).calls) == 3
     module.inner.bias_of_others = module.inner.bias_of_others.clone()
-    assert differs(module, own) <= 2e-5 and len(runner_of(module).prepared) == 3
+    assert differs(module, own) <= 2e-5 and len(runner_of(module).calls) == 3
 
 
 def test_tables_of_the_last_size_are_captured_once_for_each_they_are_found_with(
@@ -170,7 +170,7 @@ def test_tables_of_the_last_size_are_captured_once_for_each_they_are_found_with(
     module, own = tabled
     for _ in range(4):
         assert max(differs(module, own, 4), differs(module, own, 5)) <= 2e-5
-    assert len(runner_of(module).prepared) == 3
+    assert len(runner_of(module).calls) == 3
 
 
 def test_what_changes_from_call_to_call_of_a_request_is_named(tabled: tuple[nn.Module, nn.Module]) -> None:
@@ -299,4 +299,4 @@ def test_objects_that_are_given_are_followed_and_not_written_to() -> None:
         assert torch.equal(module(x, cache, False), x * (1 + value))
     twin = Cache()
     twin.kept = [x * 2]
-    assert torch.equal(module(x, twin, False), x * 3) and len(runner_of(module).prepared) == 2
+    assert torch.equal(module(x, twin, False), x * 3) and len(runner_of(module).calls) == 2

@@ -234,7 +234,7 @@ def test_a_generator_that_nothing_reads_is_no_new_program():
     results = [module.decode(given, return_dict=False, generator=torch.Generator())[0] for _ in range(2)]
     assert torch.equal(*results)
     (rows,) = [held(module)["decode"]]
-    assert sum(len(runner.prepared) for runner in (rows._checked, *rows._trusting.values())) == 1
+    assert sum(len(runner.calls) for runner in (rows._checked, *rows._trusting.values())) == 1
 
 
 def unfit(rank: int, count: int) -> list[str]:

@@ -81,7 +81,7 @@ def by_reference(name: str, cuts: Any, steps: int, warmup: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_the_staleness_is_the_published_one(name):
     found, runner = generate(name, Plan(patches=3, backend="eager"), 5)
-    (flow,) = runner.prepared
+    (flow,) = runner.calls
     expected = by_reference(name, flow.results[0], 5, 1)
     exact, _ = generate(name, None, 5)
     assert difference(found, expected) < 2e-5 < 1e-3 < difference(found, exact)
@@ -148,7 +148,7 @@ def test_schedulers_run_patch_by_patch(name, scheduler):
     found = case.call(pipe, steps=5)
     runner = runner_of(pipe.transformer)
     assert runner.collected == 2 + DRAINS.get(scheduler, 0), "once to verify, once for the result"
-    (flow,) = runner.prepared
+    (flow,) = runner.calls
     cuts = flow.results[0]
     held = [positions[::scale] // scale for positions in cuts.positions]
     plain = case.build()
@@ -389,7 +389,7 @@ def test_in_float64_it_is_the_published_staleness_to_the_last_digits():
     module = xdit_compile.parallelize(case.build().double(), Plan(patches=3, backend="eager"))
     with xdit_compile.generation(module):
         found = steps_of(module, args, kwargs, [])
-    (flow,) = runner_of(module).prepared
+    (flow,) = runner_of(module).calls
     cuts = flow.results[0]
     held = [positions[::2] // 2 for positions in cuts.positions]
     tokens = grid((7, 11), 1, after=13)

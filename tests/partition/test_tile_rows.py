@@ -167,8 +167,8 @@ def within(rank: int, count: int, backend: str) -> list[float]:
         xdit_compile.parallelize(module, plan)
         found.append(difference(run(module, method, given), expected))
         (runner,) = [held(module)[method]._checked]
-        (prepared,) = runner.prepared
-        assert any(node.target is PUT for node in flatten(prepared.program.root).graph.nodes) or method == "encode"
+        (compiled_call,) = runner.calls
+        assert any(node.target is PUT for node in flatten(compiled_call.program.root).graph.nodes) or method == "encode"
     return found
 
 

@@ -27,7 +27,7 @@ from xdit_compile.errors import AgreementError
 from xdit_compile.ir.program import Input, Program, WeightSlice
 from xdit_compile.ir.results import Template
 from xdit_compile.kernels import providers
-from xdit_compile.kernels.process_groups import Groups, process_group
+from xdit_compile.kernels.collectives.process_groups import Groups, process_group
 from xdit_compile.weights.weights import Weights
 
 aten = torch.ops.aten

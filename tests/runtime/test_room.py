@@ -77,8 +77,8 @@ def test_a_smaller_call_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(module(x), expected)
     assert SEEN and max(SEEN) <= LEFT and not runner_of(module).calls.latest.room
     xdit_compile.restore(module)
-    own = kept_attention._Kept.coerced
-    monkeypatch.setattr(kept_attention._Kept, "coerced", lambda self, at: own(self, min(at, 1)))
+    own = kept_attention._Kept.local_operand
+    monkeypatch.setattr(kept_attention._Kept, "local_operand", lambda self, operand: own(self, min(operand, 1)))
     xdit_compile.parallelize(module, plan)
     with pytest.raises(VerificationError, match="output 0 of the split program differs"):
         module(x)
@@ -114,8 +114,8 @@ def split(rank: int) -> tuple[str, str, int]:
 
 
 def broken_mask(self: Any) -> Any:
-    alive = torch.ones(1, sum(self.key_lengths), dtype=torch.bool)
-    alive[:, : self.key_lengths[0]] = False
+    alive = torch.ones(1, sum(self.exchange.key_lengths), dtype=torch.bool)
+    alive[:, : self.exchange.key_lengths[0]] = False
     return self.local.constant(alive)
 
 

@@ -24,8 +24,8 @@ from xdit_compile.distributed import liveness, mesh, watchdog
 from xdit_compile.distributed.agreement import Agreement
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import AgreementError, PartitionError, PeerError
-from xdit_compile.kernels import process_groups as kernel_groups
-from xdit_compile.kernels.process_groups import Groups, answering
+from xdit_compile.kernels.collectives import process_groups as kernel_groups
+from xdit_compile.kernels.collectives.process_groups import Groups, answering
 from xdit_compile.runtime import session as sessions
 from xdit_compile.runtime.lookout import Lookout
 

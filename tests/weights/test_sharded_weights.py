@@ -82,7 +82,7 @@ def run_released(rank: int, name: str, plan: Plan) -> tuple[float, float, bool, 
     xdit_compile.parallelize(module, plan)
     worst = max(worst_difference(module(*args, **kwargs), expected) for _ in range(2))
     runner = runner_of(module)
-    captures = len(runner.prepared)
+    captures = len(runner.calls)
     share = runner.weights.elements / sum(parameter.numel() for parameter in module.parameters())
     xdit_compile.restore(module)
     after = module.state_dict()
@@ -119,7 +119,7 @@ def run_other_size(rank: int) -> tuple[float, int]:
     xdit_compile.parallelize(module, plan)
     found = [module(*given, **kwargs) for given in (*calls, calls[0])]
     worst = max(worst_difference(one, other) for one, other in zip(found, [*expected, expected[0]], strict=True))
-    return worst, len(runner_of(module).prepared)
+    return worst, len(runner_of(module).calls)
 
 
 def test_another_size_is_captured_without_the_weights_that_were_released() -> None:

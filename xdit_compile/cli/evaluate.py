@@ -117,10 +117,10 @@ def _pictures(
 def _rgb(pixels: Pixels, count: int) -> np.ndarray:
     if pixels.is_video:
         raise XditCompileError("this pipeline makes videos; evaluate compares pictures, generate --compare a video")
-    found = pixels.bytes()
-    if len(found) != count:
-        raise XditCompileError(f"the pipeline made {len(found)} pictures of {count} prompts; try --batch_size 1")
-    return np.repeat(found, 3, -1) if found.shape[-1] == 1 else found[..., :3]
+    images = pixels.bytes()
+    if len(images) != count:
+        raise XditCompileError(f"the pipeline made {len(images)} pictures of {count} prompts; try --batch_size 1")
+    return np.repeat(images, 3, -1) if images.shape[-1] == 1 else images[..., :3]
 
 
 def _gathered(mine: dict[int, np.ndarray], world: World) -> dict[int, np.ndarray]:
@@ -152,15 +152,17 @@ def _report(
             f"the plan's pictures {plan.shape} are of another form than one process's {reference.shape}"
         )
     extract = inception_features(device) if request.features == "inception" else scene_features()
-    found = fidelity(questions, plan, reference, request.features, extract)
+    figures = fidelity(questions, plan, reference, request.features, extract)
     folder = Path(request.output)
     with whole_file(folder / "report.json") as file:
-        file.write_text(json.dumps(_settings(request, world, plan) | found.to_json(), indent=1, allow_nan=False) + "\n")
+        file.write_text(
+            json.dumps(_settings(request, world, plan) | figures.to_json(), indent=1, allow_nan=False) + "\n"
+        )
     with whole_file(folder / "sheet.png") as file:
-        contact_sheet(found.pairs, plan, reference, (ONE_PROCESS, describe(request))).save(file)
+        contact_sheet(figures.pairs, plan, reference, (ONE_PROCESS, describe(request))).save(file)
     if request.images:
         _write_images(folder, PLAN, plan)
-    say(world, render(found))
+    say(world, render(figures))
     say(world, f"wrote {folder / 'report.json'} and {folder / 'sheet.png'}; {processes(world.size)}")
 
 

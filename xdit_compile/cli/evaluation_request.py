@@ -101,10 +101,10 @@ def read_prompts(path: str) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:
         raise UsageError(f"--prompts {path} cannot be read: {one_line(error)}") from error
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
         raise UsageError(f"--prompts {path} holds no prompt; write one a line")
-    return found
+    return prompts
 
 
 def read_kept(folder: str) -> dict[str, Any]:
@@ -115,13 +115,13 @@ def read_kept(folder: str) -> dict[str, Any]:
     """
     file = Path(folder) / KEPT
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
+        asked: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(
             f"--reference {folder} holds no pictures of one process ({file.name} is missing or broken); name the "
             "--output of an evaluation with --images"
         ) from error
-    return found
+    return asked
 
 
 def check_installed() -> None:

@@ -118,10 +118,10 @@ def _pipeline_class(folder: Path) -> Any:
     import diffusers
 
     name = pipeline_index(folder)["_class_name"]
-    found = getattr(diffusers, name, None)
-    if found is None:
+    pipeline_class = getattr(diffusers, name, None)
+    if pipeline_class is None:
         raise XditCompileError(f"the installed diffusers has no pipeline {name}; install a version that has it")
-    return found
+    return pipeline_class
 
 
 def _components(folder: Path, dtype: torch.dtype) -> tuple[dict[str, nn.Module], dict[str, Any]]:

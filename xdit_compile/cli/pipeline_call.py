@@ -151,9 +151,9 @@ def call_arguments(pipe: Any, request: PipelineRequest, **others: Any) -> tuple[
     parameters = inspect.signature(type(pipe).__call__).parameters
     asked = {name: _one_or_list(getattr(request, name, None)) for name in _PASSED_ON}
     asked[_BINNING] = request.binning if _BINNING in parameters else request.use_resolution_binning
-    given = {name: value for name, value in {**asked, **others}.items() if value is not None}
-    spelling = {name: name if name in parameters else _OTHER_SPELLINGS.get(name, name) for name in given}
-    taken = {spelling[name]: value for name, value in given.items() if spelling[name] in parameters}
+    arguments = {name: value for name, value in {**asked, **others}.items() if value is not None}
+    spelling = {name: name if name in parameters else _OTHER_SPELLINGS.get(name, name) for name in arguments}
+    taken = {spelling[name]: value for name, value in arguments.items() if spelling[name] in parameters}
     if "output_type" in parameters:
         taken["output_type"] = "latent" if getattr(request, "output_type", None) == "latent" else "np"
     if _GENERATOR in parameters:
@@ -166,7 +166,7 @@ def call_arguments(pipe: Any, request: PipelineRequest, **others: Any) -> tuple[
     ]
     if missing:
         raise XditCompileError(f"the pipeline needs {', '.join(missing)}, which no flag gives; use the Python API")
-    return taken, [f"--{name}" for name in given if spelling[name] not in parameters]
+    return taken, [f"--{name}" for name in arguments if spelling[name] not in parameters]
 
 
 def _one_or_list(value: Any) -> Any:

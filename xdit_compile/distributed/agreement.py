@@ -220,16 +220,16 @@ class Agreement:
         self._say(stage)
         topic = f"{self.epoch}/talk{self._talks}"
         self._store.set(self._key(topic, self.rank), json.dumps({"stage": stage, "said": mine}))
-        found = {}
+        said_by_rank = {}
         for rank in self._others:
             theirs = json.loads(self._wait(self._key(topic, rank), rank, stage))
             if theirs["stage"] != stage:
                 raise self._seen.other_way(rank, theirs["stage"], stage)
-            found[rank] = theirs["said"]
+            said_by_rank[rank] = theirs["said"]
         self._heard = True
         if self._talks > 2:
             self._store.delete_key(self._key(f"{self.epoch}/talk{self._talks - 2}", self.rank))
-        return found
+        return said_by_rank
 
     def _wait(self, key: str, rank: int, stage: str) -> bytes:
         assert self._store is not None

@@ -85,17 +85,17 @@ def resolve(device: torch.device | str) -> torch.device:
     Raises:
         UsageError: there is no such device.
     """
-    given, kind = torch.device(device), accelerator()
-    if given.type in ("cpu", "meta"):
-        return given
-    if kind is None or given.type != kind.type:
-        raise UsageError(f"device {device}: there is no {given.type} here; take {kind.type if kind else 'cpu'}")
-    if given.index is None:
+    requested, kind = torch.device(device), accelerator()
+    if requested.type in ("cpu", "meta"):
+        return requested
+    if kind is None or requested.type != kind.type:
+        raise UsageError(f"device {device}: there is no {requested.type} here; take {kind.type if kind else 'cpu'}")
+    if requested.index is None:
         return local_device()
-    if given.index >= (count := torch.accelerator.device_count()):
+    if requested.index >= (count := torch.accelerator.device_count()):
         raise UsageError(f"device {device}: only {count} are visible, counted from 0; leave out the index")
-    torch.accelerator.set_device_index(given.index)
-    return given
+    torch.accelerator.set_device_index(requested.index)
+    return requested
 
 
 def execution_device(module: nn.Module, otherwise: torch.device | str = CPU) -> torch.device:
@@ -128,10 +128,10 @@ def _indexed(device: torch.device | str | int) -> torch.device:
     kind = accelerator()
     if isinstance(device, int):
         return torch.device(kind.type if kind else "cuda", device)
-    found = torch.device(device)
-    if found.index is None and kind is not None and found.type == kind.type:
+    device = torch.device(device)
+    if device.index is None and kind is not None and device.type == kind.type:
         return torch.device(kind.type, torch.accelerator.current_device_index())
-    return found
+    return device
 
 
 def settle(devices: Iterable[torch.device], world: World | None = None) -> tuple[torch.device, str]:
@@ -143,20 +143,20 @@ def settle(devices: Iterable[torch.device], world: World | None = None) -> tuple
     Returns:
         The device, and in one line why it cannot be this rank's; nothing where it can.
     """
-    found = list(dict.fromkeys(device for device in devices if device.type not in ("cpu", "meta")))
-    if not found:
+    accelerators = list(dict.fromkeys(device for device in devices if device.type not in ("cpu", "meta")))
+    if not accelerators:
         return CPU, ""
-    if len(found) > 1:
-        names = " and ".join(map(str, found))
-        return found[0], f"what is to be split is on {names}, which have to be one device; {ADVICE}"
-    kind = accelerator()
-    if kind is None or kind.type != found[0].type:
-        return found[0], f"its weights are on {found[0]}, which torch.accelerator does not know; move them to the CPU"
+    if len(accelerators) > 1:
+        names = " and ".join(map(str, accelerators))
+        return accelerators[0], f"what is to be split is on {names}, which have to be one device; {ADVICE}"
+    device, kind = accelerators[0], accelerator()
+    if kind is None or kind.type != device.type:
+        return device, f"its weights are on {device}, which torch.accelerator does not know; move them to the CPU"
     index = torch.accelerator.current_device_index()
-    if found[0].index not in (index, _own(world or here())):
-        return found[0], f"its weights are on {found[0]} but its current device is {kind.type}:{index}; {ADVICE}"
-    torch.accelerator.set_device_index(found[0].index)
-    return found[0], ""
+    if device.index not in (index, _own(world or here())):
+        return device, f"its weights are on {device} but its current device is {kind.type}:{index}; {ADVICE}"
+    torch.accelerator.set_device_index(device.index)
+    return device, ""
 
 
 def _own(world: World) -> int | None:
@@ -230,10 +230,10 @@ def default_generators() -> list[torch.Generator]:
 
 def current_generators() -> dict[str, torch.Generator]:
     """By kind of device the generator that numbers come from where none is named, as far as it exists yet."""
-    found = {"cpu": torch.default_generator}
+    generators = {"cpu": torch.default_generator}
     if (kind := accelerator()) is not None and (own := _generators(kind)):
-        found[kind.type] = own[torch.accelerator.current_device_index()]
-    return found
+        generators[kind.type] = own[torch.accelerator.current_device_index()]
+    return generators
 
 
 def _generators(kind: torch.device) -> tuple[torch.Generator, ...]:

@@ -129,18 +129,18 @@ class _Errand:
     look: Look | None = None
 
 
-def _run(store: dist.Store, own: str, errand: _Errand) -> None:
+def _run(store: dist.Store, sign_key: str, errand: _Errand) -> None:
     begin = time.monotonic()
     try:
         while not errand.ended:
             errand.wake.clear()
-            store.set(own, str(int((time.monotonic() - begin) / BEAT_SECONDS)))
+            store.set(sign_key, str(int((time.monotonic() - begin) / BEAT_SECONDS)))
             if key := errand.key:
                 errand.key = ""
                 errand.found = store.get(key)
             _look(errand, store)
             errand.wake.wait(BEAT_SECONDS)
-        store.set(own, ENDED)
+        store.set(sign_key, ENDED)
     except RuntimeError:
         _look(errand, None)
 

@@ -74,21 +74,21 @@ class Peers:
         return failed
 
     def refuse_other_way(
-        self, rank: int, position: Mapping[str, Any] | None, epoch: int, at: tuple[int, str], waiting: str = ""
+        self, rank: int, position: Mapping[str, Any] | None, epoch: int, event: tuple[int, str], waiting: str = ""
     ) -> None:
         """Raise where a peer's latest event shows that it does not come to what this rank is at.
 
         Args:
             position: of the peer.
-            at: this rank's latest event: its number, and what it is.
+            event: the latest of this rank: its number, and what it is.
             waiting: what this rank waits for the peer to come to, where that is no transfer: one that is further on
                 will not come any more.
         """
         if position is None or position["epoch"] != epoch:
             return
-        ahead = position["event"] - at[0]
-        if (ahead > 0 and waiting) or (ahead == 0 and position["said"] != at[1]):
-            raise self.other_way(rank, position["said"], waiting or at[1])
+        ahead = position["event"] - event[0]
+        if (ahead > 0 and waiting) or (ahead == 0 and position["said"] != event[1]):
+            raise self.other_way(rank, position["said"], waiting or event[1])
 
     def other_way(self, rank: int, theirs: str, mine: str) -> AgreementError:
         """What to raise where a peer is at something else than this rank."""

@@ -182,16 +182,16 @@ def exchanged(
 def _unpacked(
     likes: Sequence[Sequence[torch.Tensor]], flat: dict[torch.dtype, torch.Tensor]
 ) -> list[list[torch.Tensor]]:
-    at = dict.fromkeys(flat, 0)
-    found = []
+    offsets = dict.fromkeys(flat, 0)
+    by_rank = []
     for each in likes:
         values = []
         for like in each:
-            start = at[like.dtype]
-            at[like.dtype] += like.numel()
-            values.append(flat[like.dtype][start : at[like.dtype]].view(like.shape).clone())
-        found.append(values)
-    return found
+            start = offsets[like.dtype]
+            offsets[like.dtype] += like.numel()
+            values.append(flat[like.dtype][start : offsets[like.dtype]].view(like.shape).clone())
+        by_rank.append(values)
+    return by_rank
 
 
 def alone(size: int, call: Call | None = None, before: Call | None = None) -> XditCompileError:

@@ -107,12 +107,12 @@ class Batches:
         if analysis.units.get(DATA):
             return Batch(analysis, unshared=Bound(few(counts[0], names[BATCH]), counts[0]))
         parts = [count for count in dict.fromkeys(names.values()) if count > 1]
-        found = self._tried(module, forward, call, parts, counts, partial, analysis.program.outcome.form.changes)
-        if isinstance(found, Bound):
-            return Batch(*self._joined(analysis, found))
-        name = next(name for name, count in names.items() if count == found.cut.parts)
-        part, shared = self._cut(module, forward, analysis, call, found, name)
-        return Batch(part, shared, None if name == BATCH else Bound(few(found.cut.samples, names[BATCH])))
+        verdict = self._tried(module, forward, call, parts, counts, partial, analysis.program.outcome.form.changes)
+        if isinstance(verdict, Bound):
+            return Batch(*self._joined(analysis, verdict))
+        name = next(name for name, count in names.items() if count == verdict.cut.parts)
+        part_analysis, shared = self._cut(module, forward, analysis, call, verdict, name)
+        return Batch(part_analysis, shared, None if name == BATCH else Bound(few(verdict.cut.samples, names[BATCH])))
 
     def _tried(
         self, module: nn.Module, forward: Callable[..., Any], call: tuple[tuple, dict], parts: list[int],
@@ -130,45 +130,49 @@ class Batches:
         if self._agreement.any("whole weights", partial):
             why = "may be cut after a trial alone, for which not all weights are here, or too little memory is"
             return Bound(why, counts[0])
-        found = independent(module, forward, *call, parts, counts)
-        if self._agreement.any("a trial of its batch", isinstance(found, Bound)) and not isinstance(found, Bound):
-            return Bound("mixes its samples on another rank", found.cut.samples)
-        return found
+        verdict = independent(module, forward, *call, parts, counts)
+        if self._agreement.any("a trial of its batch", isinstance(verdict, Bound)) and not isinstance(verdict, Bound):
+            return Bound("mixes its samples on another rank", verdict.cut.samples)
+        return verdict
 
-    def _joined(self, analysis: Analysis, found: Bound) -> tuple[Analysis, None, Bound | None]:
+    def _joined(self, analysis: Analysis, bound: Bound) -> tuple[Analysis, None, Bound | None]:
         """A batch that the graph takes apart, where sharing it nevertheless is worth it."""
         if not self._by_trial:
-            return analysis, None, found
+            return analysis, None, bound
         units = choose_joined_batch(analysis.inference, self._plan)
         joined = dataclasses.replace(analysis, units={**analysis.units, **units})
-        return joined, None, None if units[BATCH] else found
+        return joined, None, None if units[BATCH] else bound
 
     def _cut(
         self, module: nn.Module, forward: Callable[..., Any], analysis: Analysis, call: tuple[tuple, dict],
-        found: Independent, name: str,
+        division: Independent, name: str,
     ) -> tuple[Analysis, SharedCall]:  # fmt: skip
         here, spec = self._mesh.index(MEMBERS[name]), pytree.tree_structure(call)
-        args, kwargs = found.cut.part(call, here)
-        part = analyse(module, self._plan, args, kwargs, forward=forward, choose=choose_within_batch)
-        inputs = found.cut.leaves(spec, here)
-        guarded = self._agreed(here, part, [inputs[guard.position].position for guard in part.program.guards])
+        args, kwargs = division.cut.part(call, here)
+        part_analysis = analyse(module, self._plan, args, kwargs, forward=forward, choose=choose_within_batch)
+        inputs = division.cut.leaves(spec, here)
+        guarded = self._agreed(
+            here, part_analysis, [inputs[guard.position].position for guard in part_analysis.program.guards]
+        )
         leaves = pytree.tree_leaves(call)
-        guards = tuple(Guard(at, leaves[at].detach().clone()) for at in guarded)
+        guards = tuple(Guard(position, leaves[position].detach().clone()) for position in guarded)
         group = self._mesh.group(MEMBERS[name])
-        return part, SharedCall(name, analysis.program, found, inputs, group, (*analysis.program.guards, *guards))
+        return part_analysis, SharedCall(
+            name, analysis.program, division, inputs, group, (*analysis.program.guards, *guards)
+        )
 
-    def _agreed(self, here: int, part: Analysis, guarded: Sequence[int]) -> list[int]:
+    def _agreed(self, here: int, part_analysis: Analysis, guarded: Sequence[int]) -> list[int]:
         """Which inputs any part has baked in, once ranks of one part are seen to have the same graph.
 
         Raises:
             AgreementError: they have not.
         """
-        graph = digest([digest_program(part.program), part.units])
+        graph = digest([digest_program(part_analysis.program), part_analysis.units])
         said = self._agreement.exchange("a part of its batch", [here, graph, list(guarded)])
         for rank, (theirs, other, _) in said.items():
             if theirs == here and other != graph:
                 raise self._agreement.called_otherwise(rank, "graph")
-        return sorted({at for each in (guarded, *(other for _, _, other in said.values())) for at in each})
+        return sorted({position for each in (guarded, *(other for _, _, other in said.values())) for position in each})
 
 
 def _counts(program: Program) -> list[int]:

@@ -39,25 +39,25 @@ def denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
     components = getattr(target, "components", None)
     if not isinstance(components, dict):
         raise UsageError(f"a {type(target).__name__} is neither a diffusers pipeline nor a module")
-    found = [
+    named_denoisers = [
         (name, _uncompiled(module))
         for name, module in components.items()
         if isinstance(module, nn.Module) and is_denoiser(name)
     ]
-    if not found:
+    if not named_denoisers:
         raise UsageError(f"this pipeline has no denoiser among {', '.join(components)}; parallelize the module itself")
-    yield from found
+    yield from named_denoisers
 
 
 def autoencoders(target: Any) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of every autoencoder of a pipeline; a bare module that encodes and decodes is its own."""
     if isinstance(target, nn.Module):
-        found = [("module", target)]
+        named_modules = [("module", target)]
     else:
         components = getattr(target, "components", None) or {}
         coders = ((name, module) for name, module in components.items() if name.rstrip("_0123456789") in AUTOENCODERS)
-        found = [(name, _uncompiled(module)) for name, module in coders]
-    yield from ((name, module) for name, module in found if _codes(module))
+        named_modules = [(name, _uncompiled(module)) for name, module in coders]
+    yield from ((name, module) for name, module in named_modules if _codes(module))
 
 
 def _uncompiled(module: Any) -> Any:
@@ -83,19 +83,19 @@ def wrap_call(pipe: Any, session: Session) -> None:
 
     What it returns is made whole, as it may be read on one rank alone.
     """
-    own = functools.partial(own_class(pipe).__call__, pipe)
+    original_call = functools.partial(own_class(pipe).__call__, pipe)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if session.closed:
-            return own(*args, **kwargs)
+            return original_call(*args, **kwargs)
         try:
-            bound = inspect.signature(own).bind(*args, **kwargs)
+            bound = inspect.signature(original_call).bind(*args, **kwargs)
         except TypeError:
             with session.entered():
                 raise
         with session.request(bound.arguments, bound.arguments.get(STEPS)) as agreed:
             bound.arguments.update(agreed)
-            return session.made(replaced(own(*bound.args, **bound.kwargs), torch.Tensor, _there))
+            return session.made(replaced(original_call(*bound.args, **bound.kwargs), torch.Tensor, _there))
 
     put_in_place(pipe, {"__call__": call})
 

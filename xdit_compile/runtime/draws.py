@@ -74,15 +74,15 @@ class DrawingRunner(Runner):
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        given = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Generator)}.values())
-        names = {id(leaf): self._stand_in(at, leaf.device) for at, leaf in enumerate(given)}
+        generators = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Generator)}.values())
+        names = {id(leaf): self._stand_in(position, leaf.device) for position, leaf in enumerate(generators)}
         args, kwargs = pytree.tree_unflatten([names.get(id(leaf), leaf) for leaf in leaves], spec)
-        with drawing(Draws(given, self._common_state)):
+        with drawing(Draws(generators, self._common_state)):
             return super()._run(args, kwargs)
 
-    def _stand_in(self, at: int, device: torch.device) -> torch.Generator:
+    def _stand_in(self, position: int, device: torch.device) -> torch.Generator:
         """What stands in a call for the generators that it is given: the same for all, as only their states differ."""
-        return self._standing.setdefault((at, device), torch.Generator(device))
+        return self._standing.setdefault((position, device), torch.Generator(device))
 
     def _drawn(self, *args: Any, **kwargs: Any) -> Any:
         generators = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from xdit_compile.errors import UsageError
-from xdit_compile.kernels.process_groups import settle
+from xdit_compile.kernels.collectives.process_groups import settle
 from xdit_compile.runtime.tensors.patched_tensor import Part
 from xdit_compile.runtime.tensors.recognized import Recognized
 
@@ -41,14 +41,14 @@ class BranchState:
         """What its programs keep, by name; made where they are first asked for."""
         return self.fresh()
 
-    def settle(self, given: tuple[Part, ...]) -> None:
+    def settle(self, parts: tuple[Part, ...]) -> None:
         """Get what the last step's call was given, where it comes here, and remember what this one's is.
 
         What no rank reads would be put off from step to step, with all that it is made of.
         """
         for part in self._asked:
             part.value()
-        self._asked = given
+        self._asked = parts
 
     def enter(self, varying: tuple[torch.Tensor, ...]) -> None:
         """Note a call, by its inputs that change from step to step: the same ones again are no other step."""

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from xdit_compile.distributed.agreement import Agreement
 from xdit_compile.distributed.peers import Peers
 from xdit_compile.errors import AgreementError
-from xdit_compile.kernels.communicators import logger
-from xdit_compile.kernels.process_groups import Groups
+from xdit_compile.kernels.collectives.communicators import logger
+from xdit_compile.kernels.collectives.process_groups import Groups
 
 
 class Lookout:
@@ -51,15 +51,15 @@ class Lookout:
     def _step(self, store: dist.Store | None) -> None:
         """Look about. An abort takes a thread of its own: signs of life must not stop meanwhile."""
         look = self._look
-        found = None if look is None else look.found(store)
-        if found is not None:
-            threading.Thread(target=self._give_up, args=(look, found), daemon=True).start()
+        error = None if look is None else look.found(store)
+        if error is not None:
+            threading.Thread(target=self._give_up, args=(look, error), daemon=True).start()
 
-    def _give_up(self, look: _Look, found: AgreementError) -> None:
+    def _give_up(self, look: _Look, error: AgreementError) -> None:
         with self._lock:
             if self._look is look:
-                logger.warning("rank %d waits in vain, and ends its transfers: %s", self._agreement.rank, found)
-                self._groups.give_up(found)
+                logger.warning("rank %d waits in vain, and ends its transfers: %s", self._agreement.rank, error)
+                self._groups.give_up(error)
 
 
 class _Look:
@@ -73,19 +73,19 @@ class _Look:
 
     def found(self, store: dist.Store | None) -> AgreementError | None:
         """Why waiting is in vain, once it is."""
-        found = None if self._over else self._found(store)
-        self._over = self._over or found is not None
-        return found
+        error = None if self._over else self._found(store)
+        self._over = self._over or error is not None
+        return error
 
     def _found(self, store: dist.Store | None) -> AgreementError | None:
         if store is None:
             return AgreementError("the store of the process group does not answer; start all processes again")
         if self._peers is None:
             self._peers = self._agreement.through(store)
-        at, before = self._agreement.at, self._at
-        self._at = at
+        event, before = self._agreement.at, self._at
+        self._at = event
         try:
-            self._agreement.refuse_vain(self._peers, still=at == before)
+            self._agreement.refuse_vain(self._peers, still=event == before)
         except AgreementError as error:
             return error
         return self._groups.failure()

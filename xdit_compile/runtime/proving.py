@@ -58,23 +58,23 @@ class Proving:
     _placed: Callable[[Analysis, torch.device], CompiledCall]
     _found: Callable[[CompiledCall, list[Any]], Iterator[tuple[torch.Tensor, ...]]]
 
-    def _has_room(self, own: Callable[..., Any], args: tuple, kwargs: dict) -> bool:
+    def _has_room(self, computation: Callable[..., Any], args: tuple, kwargs: dict) -> bool:
         """Whether every rank has the memory for the module itself to run, as far as can be known."""
         device = device_of(pytree.tree_leaves((args, kwargs)))
         with as_it_was(self.module):
-            enough = self.weights.partial or has_room(self.module, own, args, kwargs, device)
+            enough = self.weights.partial or has_room(self.module, computation, args, kwargs, device)
         return not self._agreement.any("room for the module itself", not enough)
 
-    def _proven(self, prepared: CompiledCall, own: Callable[..., Any], leaves: list[Any]) -> CompiledCall:
+    def _proven(self, compiled_call: CompiledCall, computation: Callable[..., Any], leaves: list[Any]) -> CompiledCall:
         """What runs a call, compared with the module itself, or of a smaller call where there is no memory for that."""
         rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1
-        if not self.plan.verify or self._trace_only or (prepared.room and not rewritten):
-            return prepared
+        if not self.plan.verify or self._trace_only or (compiled_call.room and not rewritten):
+            return compiled_call
         if self._agreement.any("whole weights", self.weights.partial):
-            return prepared
-        if prepared.room and self._verify(prepared, leaves):
-            return prepared
-        why = self._rehearsed(prepared, own, leaves)
+            return compiled_call
+        if compiled_call.room and self._verify(compiled_call, leaves):
+            return compiled_call
+        why = self._rehearsed(compiled_call, computation, leaves)
         if why:
             warnings.warn(
                 f"the first call of {self.name} was not compared with the module itself, for which there is no memory "
@@ -83,36 +83,36 @@ class Proving:
             )
         else:
             logger.info("of %s a smaller call was compared, for want of memory for the module itself", self.name)
-        return dataclasses.replace(prepared, room=False)
+        return dataclasses.replace(compiled_call, room=False)
 
-    def _verify(self, prepared: CompiledCall, leaves: list[Any]) -> bool:
+    def _verify(self, compiled_call: CompiledCall, leaves: list[Any]) -> bool:
         """Compare a call with the module itself; False where a rank has not the memory to run that."""
-        with precision_for(prepared.made):
-            expected = self._expected(prepared, leaves)
+        with precision_for(compiled_call.made):
+            expected = self._expected(compiled_call, leaves)
             if self._agreement.any("what the module itself gives", expected is None):
                 return False
-            slack = self._slack(prepared, leaves)
-            for found in self._found(prepared, leaves):
-                verify(assemble(prepared.whole, found), expected, slack)
+            slack = self._slack(compiled_call, leaves)
+            for actual in self._found(compiled_call, leaves):
+                verify(assemble(compiled_call.whole, actual), expected, slack)
         self._agreement.agree("its verdict", {})
         return True
 
-    def _rehearsed(self, prepared: CompiledCall, own: Callable[..., Any], leaves: list[Any]) -> str:
+    def _rehearsed(self, compiled_call: CompiledCall, computation: Callable[..., Any], leaves: list[Any]) -> str:
         """Compare a smaller call, uncompiled; why it could not be, where it could not."""
-        if prepared.shared is not None:
+        if compiled_call.shared is not None:
             return "ranks run calls of other samples each"
-        args, kwargs = pytree.tree_unflatten(leaves, prepared.whole.in_spec)
-        call = smaller(prepared.analysis.inference, args, kwargs, self.mesh.world_size)
+        args, kwargs = pytree.tree_unflatten(leaves, compiled_call.whole.in_spec)
+        call = smaller(compiled_call.analysis.inference, args, kwargs, self.mesh.world_size)
         if call is None:
             return "its inputs name no axis that could be shorter"
-        small, why = self._small(own, *call)
+        small, why = self._small(computation, *call)
         if self._agreement.any("a smaller call", small is None) or small is None:
             return why or "another rank could not run it"
         graph = digest([digest_program(small.analysis.program), small.analysis.units])
         self._agreement.agree("its smaller graph", {"smaller graph": graph})
         return "" if self._verify(small, pytree.tree_leaves(call)) else "there is no memory for that either"
 
-    def _small(self, own: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[CompiledCall | None, str]:
+    def _small(self, computation: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[CompiledCall | None, str]:
         """What runs a smaller call, uncompiled, or why the module does not take it.
 
         Raises:
@@ -121,7 +121,7 @@ class Proving:
         compiler, self.backend = self.backend, Eager()
         try:
             with as_it_was(self.module):
-                analysis = analyse(self.module, self.plan, args, kwargs, forward=own, choose=self._choose)
+                analysis = analyse(self.module, self.plan, args, kwargs, forward=computation, choose=self._choose)
             small = self._placed(analysis, device_of(pytree.tree_leaves((args, kwargs))))
             return dataclasses.replace(small, batch=Batch(analysis)), ""
         except StateError:
@@ -131,22 +131,22 @@ class Proving:
         finally:
             self.backend = compiler
 
-    def _expected(self, prepared: CompiledCall, leaves: list[Any]) -> Outcome | None:
+    def _expected(self, compiled_call: CompiledCall, leaves: list[Any]) -> Outcome | None:
         """What the module itself does with the inputs of a call, which stay as they are; None without the memory."""
-        if prepared.whole.outcome.form.written:
+        if compiled_call.whole.outcome.form.written:
             leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, prepared.whole.in_spec)
+        args, kwargs = pytree.tree_unflatten(leaves, compiled_call.whole.in_spec)
         with same_random_numbers():
             return if_room(lambda: self._own_outcome(args, kwargs), device_of(leaves))
 
-    def _verify_later(self, prepared: CompiledCall, leaves: list[Any], found: Any, expected: Any) -> None:
+    def _verify_later(self, compiled_call: CompiledCall, leaves: list[Any], actual: Any, expected: Any) -> None:
         if expected is not None:
-            verify_later(found, expected, self.name, self._slack(prepared, leaves))
+            verify_later(actual, expected, self.name, self._slack(compiled_call, leaves))
         self._release_all()
 
-    def _slack(self, prepared: CompiledCall, leaves: list[Any]) -> Slack:
-        args, kwargs = pytree.tree_unflatten(leaves, prepared.whole.in_spec)
-        rounding = functools.partial(narrow_rounding, prepared.whole, self.module, args, kwargs)
+    def _slack(self, compiled_call: CompiledCall, leaves: list[Any]) -> Slack:
+        args, kwargs = pytree.tree_unflatten(leaves, compiled_call.whole.in_spec)
+        rounding = functools.partial(narrow_rounding, compiled_call.whole, self.module, args, kwargs)
         return lambda: if_room(rounding, device_of(leaves)) or Difference()
 
 

@@ -85,7 +85,7 @@ class Runner(Proving):
         self._guided = self._is_denoiser and session.branches.active
         self._given = computation
         self._choose, self._gather, self._budget, self._trace_only = choose, gather, budget, trace_only
-        self.prepared: Programs[CompiledCall] = Programs(self.plan.max_programs)
+        self.calls: Programs[CompiledCall] = Programs(self.plan.max_programs)
         self.unsplit = Unsplit(name)
         self._compares = self.compares_later and self._is_denoiser and self.plan.verify
         self._unreleased: list[CompiledCall] = []
@@ -120,18 +120,18 @@ class Runner(Proving):
         return outcome.result
 
     def _own_outcome(self, args: tuple, kwargs: dict) -> Outcome:
-        own = self._computation
+        computation = self._computation
         with as_it_was(self.module):
-            return observed(own, args, kwargs)
+            return observed(computation, args, kwargs)
 
     def _run(self, args: tuple, kwargs: dict) -> Outcome:
-        prepared, leaves = self._known(args, kwargs)
-        compute = self._compared(prepared, self._computing_part(prepared, leaves), leaves)
+        compiled_call, leaves = self._known(args, kwargs)
+        compute = self._compared(compiled_call, self._computing_part(compiled_call, leaves), leaves)
         if self._guided:
-            if prepared.batch is None or prepared.batch.over != BATCH:
-                return self._deferred(prepared, leaves, compute)
+            if compiled_call.batch is None or compiled_call.batch.over != BATCH:
+                return self._deferred(compiled_call, leaves, compute)
             self._branches.shared += 1
-        return assemble(prepared.whole, compute(leaves))
+        return assemble(compiled_call.whole, compute(leaves))
 
     def renew(self) -> None:
         """Notice what changed without a word since the last request; to be called when one begins.
@@ -164,37 +164,37 @@ class Runner(Proving):
             UsageError: weights were released and cannot be had again.
         """
         self.weights.refresh()
-        self.prepared.clear()
+        self.calls.clear()
         self.unsplit.clear()
 
-    def _computing(self, prepared: CompiledCall, leaves: list[Any]) -> Computing:
+    def _computing(self, compiled_call: CompiledCall, leaves: list[Any]) -> Computing:
         """How the results of this call come from its inputs, now or later."""
-        return lambda given: prepared.run(*bind(prepared.program, self.weights, given))
+        return lambda inputs: compiled_call.run(*bind(compiled_call.program, self.weights, inputs))
 
-    def _computing_part(self, prepared: CompiledCall, leaves: list[Any]) -> Computing:
+    def _computing_part(self, compiled_call: CompiledCall, leaves: list[Any]) -> Computing:
         """The same, where this rank may run a part of the call."""
-        shared = prepared.shared
+        shared = compiled_call.shared
         if shared is None:
-            return self._computing(prepared, leaves)
-        own = self._computing(prepared, shared.taken(leaves))
-        return lambda given: shared.gathered(own(shared.taken(given)))
+            return self._computing(compiled_call, leaves)
+        compute = self._computing(compiled_call, shared.taken(leaves))
+        return lambda inputs: shared.gathered(compute(shared.taken(inputs)))
 
-    def _compared(self, prepared: CompiledCall, compute: Computing, leaves: list[Any]) -> Computing:
+    def _compared(self, compiled_call: CompiledCall, compute: Computing, leaves: list[Any]) -> Computing:
         """The same, compared with the module itself if this is the later call that is."""
-        if not self._is_compared(prepared):
+        if not self._is_compared(compiled_call):
             return compute
 
-        def compared(given: list[Any]) -> tuple[torch.Tensor, ...]:
-            with precision_for(prepared.made):
-                expected = self._expected(prepared, given)
-                found = compute(given)
-            self._verify_later(prepared, given, assemble(prepared.whole, found), expected)
-            return found
+        def compared(inputs: list[Any]) -> tuple[torch.Tensor, ...]:
+            with precision_for(compiled_call.made):
+                expected = self._expected(compiled_call, inputs)
+                tensors = compute(inputs)
+            self._verify_later(compiled_call, inputs, assemble(compiled_call.whole, tensors), expected)
+            return tensors
 
         return compared
 
-    def _is_compared(self, prepared: CompiledCall) -> bool:
-        due = self._compares and prepared.room and self._later.due(prepared, self.session.steps)
+    def _is_compared(self, compiled_call: CompiledCall) -> bool:
+        due = self._compares and compiled_call.room and self._later.due(compiled_call, self.session.steps)
         return due and not self.weights.partial
 
     def _known(self, args: tuple, kwargs: dict) -> tuple[CompiledCall, list[Any]]:
@@ -203,7 +203,7 @@ class Runner(Proving):
         inputs, first = self.session.inputs, self.session.in_request and self.session.inputs.first(self)
         leaves = inputs.agreed(leaves) if first else inputs.known(leaves)
         key = signature(self.module, args, kwargs, self._watched())
-        whole, known = self.unsplit.covers(key), self.prepared.find(key, leaves)
+        whole, known = self.unsplit.covers(key), self.calls.find(key, leaves)
         which = "whole" if whole else "new" if known is None else known[0]
         self.session.announce(f"{self.name} {which}", leaves)
         if whole:
@@ -214,16 +214,16 @@ class Runner(Proving):
         leaves = leaves if first else inputs.agreed(leaves)
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         kept(key.modules)
-        prepared = self._prepare(key, args, kwargs, leaves)
+        compiled_call = self._prepare(key, args, kwargs, leaves)
         left = dataclasses.replace(key, modules=kept(fingerprint(self.module)))
-        self.prepared.add(prepared, key, left)
-        return prepared, leaves
+        self.calls.add(compiled_call, key, left)
+        return compiled_call, leaves
 
     def _watched(self) -> Fingerprint:
         """The fingerprint of the module as it is now; taken once, for as long as nothing is seen to have changed."""
         if self._watch is None or not self._watch.same():
             self._watch = Watch(self.module)
-            self._watch.fingerprint = self.prepared.described(self._watch.fingerprint)
+            self._watch.fingerprint = self.calls.described(self._watch.fingerprint)
         self.weights.bindings.of_state(self._watch)
         return self._watch.fingerprint
 
@@ -240,39 +240,39 @@ class Runner(Proving):
             self._branches.flush(asking=self.module)
         return pytree.tree_map(values_of, (args, kwargs))
 
-    def _deferred(self, prepared: CompiledCall, leaves: list[Any], compute: Computing) -> Outcome:
+    def _deferred(self, compiled_call: CompiledCall, leaves: list[Any], compute: Computing) -> Outcome:
         """One branch of guidance: its inputs are kept as they are now, its results come with the other branches'."""
         device = device_of(leaves)
         kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        likes = [torch.empty(fake.shape, dtype=fake.dtype, device=device) for fake in prepared.made]
-        call = Call(self.module, self.name, kept, None if prepared.batch is None else prepared.batch.unshared)
-        return assemble(prepared.whole, tuple(self._branches.call(call, lambda: compute(kept), likes)))
+        likes = [torch.empty(fake.shape, dtype=fake.dtype, device=device) for fake in compiled_call.made]
+        call = Call(self.module, self.name, kept, None if compiled_call.batch is None else compiled_call.batch.unshared)
+        return assemble(compiled_call.whole, tuple(self._branches.call(call, lambda: compute(kept), likes)))
 
     def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> CompiledCall:
         shapes = {"plan": digest([self.plan]), "input shape": digest_shapes(leaves)}
         self._agreement.agree("a new program", shapes)
-        own = self._computation
-        analysis, room = self._analysed(key, own, args, kwargs)
+        computation = self._computation
+        analysis, room = self._analysed(key, computation, args, kwargs)
         self._agreement.agree("its graph", {"graph": digest([digest_program(analysis.program), analysis.units])})
-        batch = self._shared(analysis, own, args, kwargs, room)
-        prepared = self._placed(batch.analysis, device_of(leaves))
-        prepared = self._proven(dataclasses.replace(prepared, batch=batch, room=room), own, leaves)
-        self._settle(prepared)
-        return prepared
+        batch = self._shared(analysis, computation, args, kwargs, room)
+        compiled_call = self._placed(batch.analysis, device_of(leaves))
+        compiled_call = self._proven(dataclasses.replace(compiled_call, batch=batch, room=room), computation, leaves)
+        self._settle(compiled_call)
+        return compiled_call
 
     def _analysed(
-        self, key: Signature, own: Callable[..., Any], args: tuple, kwargs: dict
+        self, key: Signature, computation: Callable[..., Any], args: tuple, kwargs: dict
     ) -> tuple[Analysis, bool]:  # fmt: skip
         """The captured call, and whether every rank had the memory to run the module for that.
 
         Raises:
             RunsWhole: a rank cannot capture it, and the plan says what to do then.
         """
-        runs = not self._trace_only and self._has_room(own, args, kwargs)
-        analysis, failed = self._attempt(key, own, args, kwargs, runs)
+        runs = not self._trace_only and self._has_room(computation, args, kwargs)
+        analysis, failed = self._attempt(key, computation, args, kwargs, runs)
         if runs and self._agreement.any("memory for the module itself", isinstance(failed, NoRoomError)):
             runs = False
-            analysis, failed = self._attempt(key, own, args, kwargs, runs)
+            analysis, failed = self._attempt(key, computation, args, kwargs, runs)
         if self.plan.fallback == "unsplit" and self._agreement.any("a refused capture", failed is not None):
             gone = self.weights.partial and not moves_weights(self.module)
             if not self._agreement.any("whole weights", gone):
@@ -283,7 +283,7 @@ class Runner(Proving):
         return analysis, runs
 
     def _attempt(
-        self, key: Signature, own: Callable[..., Any], args: tuple, kwargs: dict, runs: bool
+        self, key: Signature, computation: Callable[..., Any], args: tuple, kwargs: dict, runs: bool
     ) -> tuple[Analysis | None, CaptureError | None]:  # fmt: skip
         """The captured call, or why there is none; without ``runs`` it is recorded and not compared."""
         try:
@@ -291,7 +291,7 @@ class Runner(Proving):
             self._changing.note(key)
             with as_it_was(self.module):
                 analysis = analyse(
-                    self.module, self.plan, args, kwargs, forward=own, check=self.plan.verify,
+                    self.module, self.plan, args, kwargs, forward=computation, check=self.plan.verify,
                     choose=self._choose, run=runs, observers=observers(self.name, self.mesh.rank),
                 )  # fmt: skip
             if self._is_denoiser and self.mesh.world_size > 1:
@@ -301,7 +301,7 @@ class Runner(Proving):
         return analysis, None
 
     def _shared(
-        self, analysis: Analysis, own: Callable[..., Any], args: tuple, kwargs: dict, room: bool
+        self, analysis: Analysis, computation: Callable[..., Any], args: tuple, kwargs: dict, room: bool
     ) -> Batch:  # fmt: skip
         """How ranks share the batch of a call.
 
@@ -311,7 +311,9 @@ class Runner(Proving):
         if not self._is_denoiser:
             return Batch(analysis)
         with as_it_was(self.module):
-            batch = self._batches.of(self.module, own, analysis, (args, kwargs), self.weights.partial or not room)
+            batch = self._batches.of(
+                self.module, computation, analysis, (args, kwargs), self.weights.partial or not room
+            )
         if self.plan.data > 1 and not batch.over:
             raise unshared_images(self.plan.data, self.name, batch.unshared)
         return batch
@@ -327,13 +329,13 @@ class Runner(Proving):
             device=device, observers=observers(self.name, self.mesh.rank), **wanted,
         )  # fmt: skip
 
-    def _settle(self, prepared: CompiledCall) -> None:
+    def _settle(self, compiled_call: CompiledCall) -> None:
         """Bring the weights that programs need, and release what they leave, now or after the later comparison."""
-        for program in prepared.programs:
+        for program in compiled_call.programs:
             self.weights.load(program)
         if not self.plan.keep_weights:
-            self._unreleased.append(prepared)
-            later = self._compares and prepared.room and self.session.steps > 1
+            self._unreleased.append(compiled_call)
+            later = self._compares and compiled_call.room and self.session.steps > 1
             if not later or self.weights.partial:
                 self._release_all()
         self._agreement.agree("its weights", {})
@@ -343,14 +345,14 @@ class Runner(Proving):
         if self._unreleased:
             self._unwatch()
             before = kept(fingerprint(self.module))
-            for prepared in self._unreleased:
-                self._release(prepared)
+            for compiled_call in self._unreleased:
+                self._release(compiled_call)
             self._unreleased.clear()
-            self.prepared.follow(before, kept(fingerprint(self.module)))
+            self.calls.follow(before, kept(fingerprint(self.module)))
 
-    def _release(self, prepared: CompiledCall) -> None:
-        self.weights.release(prepared.programs)
+    def _release(self, compiled_call: CompiledCall) -> None:
+        self.weights.release(compiled_call.programs)
 
-    def _found(self, prepared: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _found(self, compiled_call: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """The results of a call, for every way in which it can be computed."""
-        yield tuple(self._computing_part(prepared, leaves)(leaves))
+        yield tuple(self._computing_part(compiled_call, leaves)(leaves))

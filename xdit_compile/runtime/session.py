@@ -23,8 +23,8 @@ from xdit_compile.distributed.turns import Turns
 from xdit_compile.errors import AgreementError, PartitionError, PeerError, UsageError
 from xdit_compile.ir.digest import digest, digest_tensors
 from xdit_compile.ir.results import found_in
-from xdit_compile.kernels.communicators import finish_device
-from xdit_compile.kernels.process_groups import Groups
+from xdit_compile.kernels.collectives.communicators import finish_device
+from xdit_compile.kernels.collectives.process_groups import Groups
 from xdit_compile.plan import Plan
 
 from .cfg_branches import GuidanceScheduler
@@ -195,11 +195,11 @@ class Session:
         own = {"request": str(self._requests), "plan": digest([self.plan]), **self._weights()}
         leaves, spec = pytree.tree_flatten(pytree.tree_map_only(torch.Tensor, _countable, dict(arguments)))
         self._meet({**own, **facts})
-        found = pytree.tree_unflatten(self.inputs.agreed(leaves), spec)
+        agreed_arguments = pytree.tree_unflatten(self.inputs.agreed(leaves), spec)
         share_random_state(self.agreement)
         self.branches.begin()
         self._do(self._before)
-        return found
+        return agreed_arguments
 
     def _weights(self) -> dict[str, str]:
         """What weights are compared by; stages of a pipeline hold others each."""

@@ -15,7 +15,7 @@ from xdit_compile.distributed.sketch import ROUNDING, UNCHANGED, Sketch, begin_s
 from xdit_compile.errors import AgreementError
 from xdit_compile.ir.digest import digest_tensors
 from xdit_compile.ir.versions import version_of
-from xdit_compile.kernels.process_groups import complete, process_group
+from xdit_compile.kernels.collectives.process_groups import complete, process_group
 
 
 class SharedInputs:
@@ -72,22 +72,22 @@ class SharedInputs:
         said = {self._agreement.rank: mine, **self._agreement.exchange("inputs", mine)}
         if any(len(theirs) != len(mine) for theirs in said.values()):
             raise self._differing(said)
-        differ = [at for at in range(len(mine)) if len({theirs[at] for theirs in said.values()}) > 1]
+        differ = [position for position in range(len(mine)) if len({theirs[position] for theirs in said.values()}) > 1]
         return self._replaced(leaves, differ, said) if differ else list(leaves)
 
     def _replaced(self, leaves: Sequence[Any], differ: Sequence[int], said: dict[int, list[str]]) -> list[Any]:
-        if any(len({theirs[at].partition(" ")[0] for theirs in said.values()}) > 1 for at in differ):
+        if any(len({theirs[position].partition(" ")[0] for theirs in said.values()}) > 1 for position in differ):
             raise self._differing(said)
-        found, alike = list(leaves), True
-        for at in differ:
-            if not _may_be_rounded(leaves[at]):
+        replaced, alike = list(leaves), True
+        for position in differ:
+            if not _may_be_rounded(leaves[position]):
                 raise self._differing(said)
-            found[at] = self._first_rank_s(leaves[at])
-            alike = alike and _close(leaves[at], found[at])
-            self._shared[_identity(leaves[at])] = (leaves[at], found[at])
+            replaced[position] = self._first_rank_s(leaves[position])
+            alike = alike and _close(leaves[position], replaced[position])
+            self._shared[_identity(leaves[position])] = (leaves[position], replaced[position])
         if self._agreement.any("rounding", not alike):
             raise self._differing(said)
-        return found
+        return replaced
 
     def _first_rank_s(self, tensor: torch.Tensor) -> torch.Tensor:
         shared = tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -102,8 +102,8 @@ class RowMethod:
     def latest(self) -> CompiledCall | None:
         """What ran last among the programs of this method, the largest inputs first."""
         for runner in (*self._trusting.values(), self._checked):
-            if runner.prepared:
-                return runner.prepared.latest
+            if runner.calls:
+                return runner.calls.latest
         return None
 
     def _computed(self, *args: Any, **kwargs: Any) -> Any:

@@ -36,11 +36,11 @@ class CfgPipelines:
     def give(self, tensors: Sequence[torch.Tensor]) -> None:
         """Send the results of a patch from the last stage here to the other pipelines, and go on at once."""
         assert self._pipe is not None
-        for half in range(self.count):
-            for stage in sorted({0, self._last}) if half != self.here else ():
-                self._pipe.send(tensors, self._mesh.rank_at(cfg=half, pipefusion=stage))
+        for cfg_rank in range(self.count):
+            for stage in sorted({0, self._last}) if cfg_rank != self.here else ():
+                self._pipe.send(tensors, self._mesh.rank_at(cfg=cfg_rank, pipefusion=stage))
 
-    def take(self, likes: Sequence[torch.Tensor], device: torch.device, half: int) -> Arriving:
+    def take(self, likes: Sequence[torch.Tensor], device: torch.device, cfg_rank: int) -> Arriving:
         """Ask for the results of a patch from the pipeline that computes them."""
         assert self._pipe is not None
-        return self._pipe.receive(likes, device, self._mesh.rank_at(cfg=half, pipefusion=self._last))
+        return self._pipe.receive(likes, device, self._mesh.rank_at(cfg=cfg_rank, pipefusion=self._last))

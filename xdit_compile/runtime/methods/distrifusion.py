@@ -68,10 +68,10 @@ class Shared(CompiledCall):
 
     def on(self, weights: Weights, leaves: list[Any], states: States) -> tuple[torch.Tensor, ...]:
         """A call that goes on with what other ranks left, and leaves its own."""
-        found = self.run_stale(*bind(self.stale, weights, leaves, states))
-        results = len(found) - len(self.leaving)
-        states.update(zip(self.leaving, found[results:], strict=True))
-        return found[:results]
+        outputs = self.run_stale(*bind(self.stale, weights, leaves, states))
+        results = len(outputs) - len(self.leaving)
+        states.update(zip(self.leaving, outputs[results:], strict=True))
+        return outputs[:results]
 
 
 class StaleRunner(Runner):
@@ -83,23 +83,25 @@ class StaleRunner(Runner):
         super().__init__(*args, **kwargs)
         self.generation = self.session.generation
 
-    def _computing(self, prepared: CompiledCall, leaves: list[Any]) -> Computing:
-        assert isinstance(prepared, Shared)
+    def _computing(self, compiled_call: CompiledCall, leaves: list[Any]) -> Computing:
+        assert isinstance(compiled_call, Shared)
         device = device_of(leaves)
-        branch = self.generation.branch(self, prepared, prepared.constants(leaves), lambda: prepared.states(device))
-        branch.enter(tuple(leaves[at] for at in prepared.varying))
-        way = prepared.at_once if self.generation.waits(branch) else prepared.on
-        return lambda given: way(self.weights, given, branch.states)
+        branch = self.generation.branch(
+            self, compiled_call, compiled_call.constants(leaves), lambda: compiled_call.states(device)
+        )
+        branch.enter(tuple(leaves[at] for at in compiled_call.varying))
+        way = compiled_call.at_once if self.generation.waits(branch) else compiled_call.on
+        return lambda inputs: way(self.weights, inputs, branch.states)
 
-    def _compared(self, prepared: CompiledCall, compute: Computing, leaves: list[Any]) -> Computing:
+    def _compared(self, compiled_call: CompiledCall, compute: Computing, leaves: list[Any]) -> Computing:
         """What other ranks left is a step old: in the place of its result the unsplit program's is compared."""
-        if self._is_compared(prepared):
-            args, kwargs = pytree.tree_unflatten(leaves, prepared.program.in_spec)
-            with precision_for(prepared.made):
-                expected = self._expected(prepared, leaves)
-                own = functools.partial(run_outcome, prepared.analysis.program, self.module, args, kwargs)
-                found = None if expected is None else if_room(own, device_of(leaves))
-            self._verify_later(prepared, leaves, found, expected if found is not None else None)
+        if self._is_compared(compiled_call):
+            args, kwargs = pytree.tree_unflatten(leaves, compiled_call.program.in_spec)
+            with precision_for(compiled_call.made):
+                expected = self._expected(compiled_call, leaves)
+                unsplit = functools.partial(run_outcome, compiled_call.analysis.program, self.module, args, kwargs)
+                actual = None if expected is None else if_room(unsplit, device_of(leaves))
+            self._verify_later(compiled_call, leaves, actual, expected if actual is not None else None)
         return compute
 
     def _placed(self, analysis: Analysis, device: torch.device) -> CompiledCall:
@@ -110,11 +112,11 @@ class StaleRunner(Runner):
         ways = waiting.program, state.runs["waiting"], stale.program, state.runs["stale"]
         return Shared(state.analysis, *ways, stale.leaving, frozenset(some), tuple(varying))
 
-    def _found(self, prepared: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _found(self, compiled_call: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Waiting for other ranks, going on with what that left, and with what this left: the same, the step is."""
-        assert isinstance(prepared, Shared)
-        branch = BranchState(lambda: prepared.states(device_of(leaves)))
-        yield prepared.at_once(self.weights, leaves, branch.states)
+        assert isinstance(compiled_call, Shared)
+        branch = BranchState(lambda: compiled_call.states(device_of(leaves)))
+        yield compiled_call.at_once(self.weights, leaves, branch.states)
         for _ in range(2):
-            yield prepared.on(self.weights, leaves, branch.states)
+            yield compiled_call.on(self.weights, leaves, branch.states)
         branch.finish()

@@ -9,7 +9,7 @@ from torch import nn
 
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import ProviderUnavailable
-from xdit_compile.kernels.process_groups import process_group
+from xdit_compile.kernels.collectives.process_groups import process_group
 
 HALVES = ("decoder", "encoder")
 KEPT = "_xdit_compile_halves"

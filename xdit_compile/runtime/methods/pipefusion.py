@@ -120,14 +120,14 @@ class PipelineRunner(Runner):
         self._drains = _Drains()
         self.taken: list[Program] = []
         self.places: dict[str, int] = {}
-        self.halves = CfgPipelines(self.mesh)
+        self.cfg_pipelines = CfgPipelines(self.mesh)
         self.stage, self.last = self.mesh.coordinate("pipefusion"), self.mesh.size("pipefusion") - 1
         self.pipe = Pipe(self.mesh) if self.last else None
         self.stages = self.mesh.peers("pipefusion")
         self.session.after_failure(self._reset)
 
     def _reset(self) -> None:
-        self.halves.reset()
+        self.cfg_pipelines.reset()
         if self.pipe is not None:
             self.pipe.reset()
 
@@ -138,12 +138,12 @@ class PipelineRunner(Runner):
         branch = self.generation.branch(self, flow, flow.constants(leaves), lambda: flow.states(device))
         branch.enter(tuple(leaves[at] for at in flow.pipeline.varying))
         fresh = self.generation.waits(branch)
-        if self.halves.count > 1 and self.generation.active and not flow.analysis.units.get(BATCH):
-            return assemble(flow.program, tuple(self._on_one_half(flow, leaves, branch, fresh)))
+        if self.cfg_pipelines.count > 1 and self.generation.active and not flow.analysis.units.get(BATCH):
+            return assemble(flow.program, tuple(self._on_one_pipeline(flow, leaves, branch, fresh)))
         tensors = self._at_once(flow, leaves, branch) if fresh else self._in_patches(flow, leaves, branch)
         return assemble(flow.program, tuple(tensors))
 
-    def _on_one_half(self, flow: Flow, leaves: list[Any], branch: BranchState, fresh: bool) -> list[PatchedTensor]:
+    def _on_one_pipeline(self, flow: Flow, leaves: list[Any], branch: BranchState, fresh: bool) -> list[PatchedTensor]:
         """A branch of guidance that one pipeline computes, while the others compute theirs; results in patches on all.
 
         Raises:
@@ -152,18 +152,21 @@ class PipelineRunner(Runner):
         if branch.steps > 1 and self.generation.branches(self) == 1:
             unshared = None if flow.batch is None else flow.batch.unshared
             raise alone(self.plan.cfg, Call(self.module, self.name, leaves, unshared))
-        self.halves.turn()
+        self.cfg_pipelines.turn()
         given = [part for leaf in leaves if isinstance(leaf, PatchedTensor) for part in leaf.parts]
         branch.settle(tuple(part for part in given if part.here))
-        device, half = device_of(leaves), branch.index % self.halves.count
-        if half != self.halves.here:
-            return self._patched(flow, [self._taken(flow, at, device, half) for at in flow.patches], device)
+        device, cfg_rank = device_of(leaves), branch.index % self.cfg_pipelines.count
+        if cfg_rank != self.cfg_pipelines.here:
+            return self._patched(flow, [self._taken(flow, patch, device, cfg_rank) for patch in flow.patches], device)
         if not fresh:
             return self._in_patches(flow, leaves, branch, shared=True)
-        found = self._stage_at_once(flow, leaves, branch)
+        outputs = self._stage_at_once(flow, leaves, branch)
         done: list[Sequence[torch.Tensor]] = [()] * len(flow.patches)
         if self.stage == self.last:
-            done = [[cut.take(each, at) for each, cut in zip(found, flow.results, strict=True)] for at in flow.patches]
+            done = [
+                [cut.take(each, patch) for each, cut in zip(outputs, flow.results, strict=True)]
+                for patch in flow.patches
+            ]
             for results in done:
                 self._give(results, shared=True)
         return self._patched(flow, self._elsewhere(flow, device) or _here(done), device)
@@ -192,8 +195,8 @@ class PipelineRunner(Runner):
         super().refresh()
         self.taken.clear()
 
-    def _release(self, prepared: CompiledCall) -> None:
-        self.taken += prepared.programs
+    def _release(self, compiled_call: CompiledCall) -> None:
+        self.taken += compiled_call.programs
         self.weights.release(self.taken)
         self.weights.release_others(self.taken)
 
@@ -203,32 +206,32 @@ class PipelineRunner(Runner):
         )
         return Cut(positions, lie.back, self._collect)
 
-    def _found(self, prepared: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _found(self, compiled_call: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """All tokens at once, and patch by patch with what that left: the same, because the step is."""
-        assert isinstance(prepared, Flow)
-        branch = BranchState(lambda: prepared.states(device_of(leaves)))
-        self._compile(prepared, leaves, branch)
-        yield tuple(self._at_once(prepared, leaves, branch))
-        yield tuple(map(whole_of, self._in_patches(prepared, leaves, branch)))
+        assert isinstance(compiled_call, Flow)
+        branch = BranchState(lambda: compiled_call.states(device_of(leaves)))
+        self._compile(compiled_call, leaves, branch)
+        yield tuple(self._at_once(compiled_call, leaves, branch))
+        yield tuple(map(whole_of, self._in_patches(compiled_call, leaves, branch)))
         self._drains.seconds = 0.0
 
     def _compile(self, flow: Flow, leaves: list[Any], branch: BranchState) -> None:
         """Run every program of this stage once on nothing, so that all stages compile at the same time."""
         device, common = device_of(leaves), flow.kept(self.weights, leaves, branch)
-        for at, stage in enumerate((flow.pipeline.full, *flow.pipeline.patches)):
-            patches: Kept = {k: cut.take(leaves[k], max(at - 1, 0)) for k, cut in flow.inputs.items()}
+        for index, stage in enumerate((flow.pipeline.full, *flow.pipeline.patches)):
+            patches: Kept = {k: cut.take(leaves[k], max(index - 1, 0)) for k, cut in flow.inputs.items()}
             received = [torch.zeros_like(like, device=device) for like in stage.received]
-            flow.runs[at](*bind(stage.program, self.weights, leaves, {**common, **patches}), *received)
+            flow.runs[index](*bind(stage.program, self.weights, leaves, {**common, **patches}), *received)
 
     def _at_once(self, flow: Flow, leaves: list[Any], branch: BranchState) -> list[torch.Tensor]:
         """All tokens, stage after stage; the results on every rank."""
-        found, device = self._stage_at_once(flow, leaves, branch), device_of(leaves)
+        results, device = self._stage_at_once(flow, leaves, branch), device_of(leaves)
         if self.pipe is None:
-            return list(found)
+            return list(results)
         if self.stage < self.last:
             likes = [lie.likes for lie in flow.pipeline.results]
-            found = [cut.empty(parts, device) for cut, parts in zip(flow.results, likes, strict=True)]
-        return [self.pipe.broadcast(tensor, self.last) for tensor in found]
+            results = [cut.empty(parts, device) for cut, parts in zip(flow.results, likes, strict=True)]
+        return [self.pipe.broadcast(tensor, self.last) for tensor in results]
 
     def _stage_at_once(self, flow: Flow, leaves: list[Any], branch: BranchState) -> Sequence[torch.Tensor]:
         """This stage of all tokens; the last one has the results."""
@@ -238,12 +241,12 @@ class PipelineRunner(Runner):
         received: Sequence[torch.Tensor] = ()
         if self.pipe is not None and self.stage:
             received = self.pipe.receive(stage.received, device, self.stages[self.stage - 1]).wait()
-        found: Sequence[torch.Tensor] = flow.runs[0](
+        outputs: Sequence[torch.Tensor] = flow.runs[0](
             *bind(stage.program, self.weights, leaves, branch.states), *received
         )
         if self.pipe is not None and self.stage < self.last:
-            self.pipe.send(found, self.stages[self.stage + 1])
-        return found
+            self.pipe.send(outputs, self.stages[self.stage + 1])
+        return outputs
 
     def _in_patches(
         self, flow: Flow, leaves: list[Any], branch: BranchState, shared: bool = False
@@ -252,30 +255,30 @@ class PipelineRunner(Runner):
         self._drains.between(self.generation.number)
         self._turn()
         device = device_of(leaves)
-        given = {at: self._patches(leaves[at], cut) for at, cut in flow.inputs.items()}
+        inputs = {position: self._patches(leaves[position], cut) for position, cut in flow.inputs.items()}
         arriving = [self._asked(stage, device) for stage in flow.pipeline.patches]
         parts = self._elsewhere(flow, device)
         common = flow.kept(self.weights, leaves, branch)
         done: list[Sequence[torch.Tensor]] = []
-        for at, stage in enumerate(flow.pipeline.patches):
+        for patch, stage in enumerate(flow.pipeline.patches):
             wanted = {int(each.target) for each in stage.program.inputs if each.kind == "patch"}
             kept = dict(common)
-            kept.update((target, given[target][at].value()) for target in wanted)
+            kept.update((target, inputs[target][patch].value()) for target in wanted)
             tensors = bind(stage.program, self.weights, leaves, kept)
-            found = flow.runs[at + 1](*tensors, *arriving[at]())
+            outputs = flow.runs[patch + 1](*tensors, *arriving[patch]())
             if self.pipe is not None and self.stage < self.last:
-                self.pipe.send(found, self.stages[self.stage + 1])
+                self.pipe.send(outputs, self.stages[self.stage + 1])
             else:
-                self._give(found, shared)
-            done.append(found)
+                self._give(outputs, shared)
+            done.append(outputs)
         return self._patched(flow, parts or _here(done), device)
 
-    def _give(self, found: Sequence[torch.Tensor], shared: bool) -> None:
+    def _give(self, results: Sequence[torch.Tensor], shared: bool) -> None:
         """Send the results of a patch from the last stage to where they are needed."""
         if self.pipe is not None:
-            self.pipe.send(found, self.stages[0])
+            self.pipe.send(results, self.stages[0])
         if shared:
-            self.halves.give(found)
+            self.cfg_pipelines.give(results)
 
     def _patched(self, flow: Flow, parts: list[list[Part]], device: torch.device) -> list[PatchedTensor]:
         return [PatchedTensor([part[k] for part in parts], cut, device) for k, cut in enumerate(flow.results)]
@@ -297,22 +300,24 @@ class PipelineRunner(Runner):
         if self.pipe is None or self.stage == self.last:
             return []
         if self.stage:
-            return [[Part(like) for like in flow.likes(at)] for at in flow.patches]
+            return [[Part(like) for like in flow.likes(patch)] for patch in flow.patches]
         source = self.stages[self.last]
-        return [_coming(self.pipe.receive(flow.likes(at), device, source), flow.likes(at)) for at in flow.patches]
+        return [
+            _coming(self.pipe.receive(flow.likes(patch), device, source), flow.likes(patch)) for patch in flow.patches
+        ]
 
-    def _taken(self, flow: Flow, at: int, device: torch.device, half: int) -> list[Part]:
+    def _taken(self, flow: Flow, patch: int, device: torch.device, cfg_rank: int) -> list[Part]:
         """The results of a patch that another pipeline computes: on their way to the first and last stage here."""
         if self.stage in (0, self.last):
-            return _coming(self.halves.take(flow.likes(at), device, half), flow.likes(at))
-        return [Part(like) for like in flow.likes(at)]
+            return _coming(self.cfg_pipelines.take(flow.likes(patch), device, cfg_rank), flow.likes(patch))
+        return [Part(like) for like in flow.likes(patch)]
 
     def _patches(self, leaf: torch.Tensor, cut: Cut) -> list[Part]:
         """An input patch by patch."""
         if isinstance(leaf, PatchedTensor) and leaf.cut.positions is cut.positions and leaf.cut.back == cut.back:
             return leaf.parts
         whole = whole_of(leaf)
-        return [Part.of(cut.take(whole, at)) for at in range(len(cut.positions))]
+        return [Part.of(cut.take(whole, patch)) for patch in range(len(cut.positions))]
 
     def _collect(self, tensor: PatchedTensor) -> torch.Tensor:
         """All patches on every rank, from the last stage, which computes every one."""
@@ -329,7 +334,7 @@ class PipelineRunner(Runner):
 
 
 def _here(done: Sequence[Sequence[torch.Tensor]]) -> list[list[Part]]:
-    return [[Part.of(tensor) for tensor in found] for found in done]
+    return [[Part.of(tensor) for tensor in results] for results in done]
 
 
 def _coming(arriving: Arriving, likes: Sequence[torch.Tensor]) -> list[Part]:

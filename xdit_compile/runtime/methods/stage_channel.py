@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from xdit_compile.distributed.mesh import Mesh, receive, send
 from xdit_compile.distributed.messages import length, pack, unpack
-from xdit_compile.kernels.process_groups import answering, carrier, complete, process_group
+from xdit_compile.kernels.collectives.process_groups import answering, carrier, complete, process_group
 
 WHAT = "a transfer between stages"
 

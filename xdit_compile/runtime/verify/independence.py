@@ -180,11 +180,11 @@ class _Trial:
         kept: frozenset[int], change: Any,
     ) -> bool:  # fmt: skip
         """Whether the results of some samples stay when what the others are given changes."""
-        found = self._other(self._with(cut, call, kept, change))
-        if [each.shape for each in found] != [each.shape for each in expected]:
+        results = self._other(self._with(cut, call, kept, change))
+        if [each.shape for each in results] != [each.shape for each in expected]:
             return False
         mine = list(_own(pieces, cut, kept))
-        return _alike([found[k][rows] for k, rows in mine], [expected[k][rows] for k, rows in mine], STAYS)
+        return _alike([results[k][rows] for k, rows in mine], [expected[k][rows] for k, rows in mine], STAYS)
 
 
 def _sides(cut: Cut) -> Iterator[frozenset[int]]:

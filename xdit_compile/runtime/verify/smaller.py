@@ -37,9 +37,9 @@ def smaller(inference: Inference, args: tuple, kwargs: dict, ranks: int) -> tupl
     if whole < LEAST_GAIN * math.prod(cut.values()):
         return None
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    for given, node in placeholders(inference):
-        if given.kind == "user":
-            leaves[int(given.target)] = _cut(leaves[int(given.target)], inference.axes[node][0], cut)
+    for program_input, node in placeholders(inference):
+        if program_input.kind == "user":
+            leaves[int(program_input.target)] = _cut(leaves[int(program_input.target)], inference.axes[node][0], cut)
     return pytree.tree_unflatten(leaves, spec)
 
 
@@ -60,17 +60,17 @@ def free_atoms(inference: Inference) -> list[Atom]:
 
     Inner factors are the code's own, and an input of which the code reads the values would be another at another size.
     """
-    found: dict[int, Atom] = {}
+    input_atoms: dict[int, Atom] = {}
     fixed: set[int] = set()
     read = {guard.position for guard in inference.program.guards}
-    for given, node in placeholders(inference):
+    for program_input, node in placeholders(inference):
         for axis in inference.axes[node][0]:
-            if given.kind == "user":
-                found.update((id(atom), atom) for atom in atoms(axis))
-                fixed.update(map(id, atoms(axis) if given.target in read else _inner(axis)))
-            elif given.kind != "constant":
+            if program_input.kind == "user":
+                input_atoms.update((id(atom), atom) for atom in atoms(axis))
+                fixed.update(map(id, atoms(axis) if program_input.target in read else _inner(axis)))
+            elif program_input.kind != "constant":
                 fixed.update(map(id, atoms(axis)))
-    return [atom for key, atom in found.items() if key not in fixed]
+    return [atom for key, atom in input_atoms.items() if key not in fixed]
 
 
 def _results(inference: Inference) -> Iterator[Axis]:

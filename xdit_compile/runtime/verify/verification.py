@@ -99,7 +99,7 @@ def _worst_row(one: torch.Tensor, other: torch.Tensor) -> tuple[float, tuple[int
 Slack = Callable[[], Difference]
 
 
-def verify(found: Any, expected: Any, slack: Slack = Difference) -> None:
+def verify(actual: Any, expected: Any, slack: Slack = Difference) -> None:
     """Compare two results of the call that a program was made for, tensor by tensor.
 
     Args:
@@ -109,20 +109,20 @@ def verify(found: Any, expected: Any, slack: Slack = Difference) -> None:
     Raises:
         VerificationError: where they differ by more than rounding; the message says what to do.
     """
-    for position, told in _differences(found, expected, slack):
+    for position, told in _differences(actual, expected, slack):
         raise VerificationError(
             f"output {position} of the split program differs from the unsplit one by {told}; please report this model, "
             "and run it on one rank until then"
         )
 
 
-def verify_later(found: Any, expected: Any, name: str, slack: Slack = Difference) -> None:
+def verify_later(actual: Any, expected: Any, name: str, slack: Slack = Difference) -> None:
     """Compare two results of a call for which a program was there already.
 
     Raises:
         VerificationError: where they differ by more than rounding.
     """
-    for position, told in _differences(found, expected, slack):
+    for position, told in _differences(actual, expected, slack):
         raise VerificationError(
             f"output {position} of {name} was right in the first call and differs in a later one by {told}: something "
             "in it goes by what stands outside of it, as a count of steps that a pipeline or a function keeps; switch "
@@ -130,8 +130,8 @@ def verify_later(found: Any, expected: Any, name: str, slack: Slack = Difference
         )
 
 
-def _differences(found: Any, expected: Any, slack: Slack) -> Iterator[tuple[int, str]]:
-    for position, (one, other) in enumerate(zip(tensors_of(found), tensors_of(expected), strict=True)):
+def _differences(actual: Any, expected: Any, slack: Slack) -> Iterator[tuple[int, str]]:
+    for position, (one, other) in enumerate(zip(tensors_of(actual), tensors_of(expected), strict=True)):
         if one.shape != other.shape or one.dtype != other.dtype:
             kinds = [f"{str(each.dtype).removeprefix('torch.')}{tuple(each.shape)}" for each in (one, other)]
             yield position, f"its form, {kinds[0]} and not {kinds[1]}"
@@ -173,12 +173,12 @@ class _Moved(fx.Interpreter):
         self._step = step
 
     def run_node(self, node: fx.Node) -> Any:
-        found = super().run_node(node)
+        result = super().run_node(node)
         if not self._step or node.op != "call_function":
-            return found
+            return result
         if CASTS.search(str(node.target)):
-            return _tipped(self.env[node.all_input_nodes[0]], found)
-        return pytree.tree_map_only(torch.Tensor, _neighbours, found) if SUMS.search(str(node.target)) else found
+            return _tipped(self.env[node.all_input_nodes[0]], result)
+        return pytree.tree_map_only(torch.Tensor, _neighbours, result) if SUMS.search(str(node.target)) else result
 
     def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
         return _Moved(self.fetch_attr(target), self._step).run(*args)
