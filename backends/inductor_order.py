@@ -8,23 +8,20 @@ import torch
 from torch.utils import _pytree as pytree
 
 from xdit_compile.kernels import collectives, draws, ring  # noqa: F401 - they register the ops
-
-COLLECTIVES = ("all_to_all", "all_gather", "gather_start", "all_reduce", "halo_exchange", "halo_start", "halo_finish")
-ORDERED = (*COLLECTIVES, "ring_attention", "draw")
+from xdit_compile.kernels.collectives.registration import ordered_ops
 
 
 def pin_order() -> None:
-    """Give each op of ``ORDERED`` a lowering that waits for the one before it; to be called before compiling.
+    """Give each op of `ordered_ops` a lowering that waits for the one before it; to be called before compiling.
 
-    The effect that ``keep_in_order`` registers keeps these ops alive, and in order up to inductor's scheduler. There
+    The effect that they are registered with keeps these ops alive, and in order up to inductor's scheduler. There
     torch 2.13 files the dependency under the name of a buffer and looks for it under that of an operation, so that the
     pass which lowers peak memory moves one collective before another, otherwise on ranks of other sizes: a deadlock.
     Calling this again does nothing. It is no part of importing an op, since it imports inductor.
     """
     from torch._inductor import lowering
 
-    for name in ORDERED:
-        op = getattr(torch.ops.xdit_compile, name).default
+    for op in ordered_ops():
         if op not in lowering.lowerings:
             lowering.register_lowering(op, type_promotion_kind=None)(_lowering(op))
 

@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d
 from xdit_compile import Plan, generation, parallelize
 from xdit_compile.api import runner_of
 from xdit_compile.backends.base import Backend
-from xdit_compile.kernels import collectives
+from xdit_compile.kernels.collectives import all_gather
 from xdit_compile.runtime.tensors.deferred_tensor import values_of
 from xdit_compile.runtime.tensors.patched_tensor import whole_of
 
@@ -265,7 +265,7 @@ class Stubs:
             (dist, "all_to_all_single", self._all_to_all),
             (dist, "all_reduce", self._all_reduce),
             (dist, "batch_isend_irecv", self._pass_on),
-            (collectives, "_gather_even", self._gather),
+            (all_gather, "_gather_even", self._gather),
             *((owner, name, self._sent) for owner in (dist, distributed_c10d) for name in ("isend", "irecv")),
             (dist, "broadcast", self._all_reduce),
         ]

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xdit_compile import Plan, generation, parallelize
 from xdit_compile.api import runner_of
-from xdit_compile.kernels import collectives
+from xdit_compile.kernels.collectives import all_gather, all_reduce, all_to_all, halo
 from xdit_compile.runtime import runner as runtime
 from xdit_compile.runtime.session import Session
 from xdit_compile.runtime.shared_inputs import SharedInputs
@@ -52,7 +52,12 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "guards": [(runtime.CompiledCall, "fits")],
     "binding": [(runtime, "bind")],
     "agreeing": [(Session, "announce"), (SharedInputs, "known")],
-    "collectives": [(collectives, name) for name in ("process_group", "complete", "hold", "settle")],
+    "collectives": [
+        (module, name)
+        for module in (all_gather, all_reduce, all_to_all, halo)
+        for name in ("process_group", "complete", "hold", "settle")
+        if hasattr(module, name)
+    ],
     "kernels": [(CompiledFxGraph, "__call__")],
 }
 """The functions whose time a part is. Kernels are inductor's code without the collectives in it."""
@@ -202,7 +207,7 @@ class Turns:
         runner = runner_of(self._modules[entry.name])
         if runner is not None:
             timer = Timer()
-            with timer.installed(runner.prepared.latest):
+            with timer.installed(runner.calls.latest):
                 timer.timed("the rest", lambda: self._call(entry.name))()
             for part in COLUMNS:
                 entry.parts.setdefault(part, []).append(timer.ms.get(part, 0.0))

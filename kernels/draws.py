@@ -11,18 +11,12 @@ import torch
 from xdit_compile.distributed.devices import default_generator
 from xdit_compile.errors import AgreementError
 
-from .process_groups import keep_in_order
+from .collectives.registration import register_ordered
 
 DEFAULT = -1
 """Stands for the default generator of the device that numbers are drawn on."""
 SOURCES: dict[str, Callable[..., torch.Tensor]] = {"randn": torch.randn, "rand": torch.rand}
 """What can be drawn, by name."""
-
-_LIBRARY = torch.library.Library("xdit_compile", "FRAGMENT")
-_LIBRARY.define(
-    "draw(str source, SymInt[] size, int position, int generator, *, ScalarType dtype, Device device) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
-)
 
 
 class Draws:
@@ -80,7 +74,17 @@ def drawing(draws: Draws) -> Iterator[None]:
         DRAWS.reset(token)
 
 
-@torch.library.impl(_LIBRARY, "draw", "CompositeExplicitAutograd")
+def _fake(
+    source: str, size: list[int], position: int, generator: int, *, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+@register_ordered(
+    "draw(str source, SymInt[] size, int position, int generator, *, ScalarType dtype, Device device) -> Tensor",
+    _fake,
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
 def draw(
     source: str, size: list[int], position: int, generator: int, *, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -101,13 +105,3 @@ def draw(
     if draws is None:
         raise AgreementError("a graph that draws random numbers runs only in a call of its module")
     return draws.take(source, size, position, generator, dtype, device)
-
-
-@torch.library.register_fake("xdit_compile::draw", lib=_LIBRARY)
-def _(
-    source: str, size: list[int], position: int, generator: int, *, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    return torch.empty(size, dtype=dtype, device=device)
-
-
-keep_in_order(torch.ops.xdit_compile.draw.default)

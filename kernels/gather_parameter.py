@@ -10,7 +10,7 @@ import torch.distributed as dist
 from xdit_compile.ir.program import WeightSlice
 from xdit_compile.weights.weights import place
 
-from .process_groups import answering, carrier, process_group
+from .collectives.process_groups import answering, carrier, process_group
 
 
 def gather_whole(group: str, shape: torch.Size, pieces: tuple[WeightSlice, ...], value: torch.Tensor) -> torch.Tensor:

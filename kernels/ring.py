@@ -9,23 +9,46 @@ import torch
 import torch.distributed as dist
 
 from .attention import attended, attention, check_mask, empty_output, output_shape, query_of, token_major
+from .collectives.process_groups import answering, carrier, process_group
+from .collectives.registration import Args, ArgsPerRank, agree, register
 from .merge_lse import Part, merge_into
-from .process_groups import answering, carrier, keep_in_order, process_group
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, attention_reference
 from .registry import choose
 
 _ABSORBED = -(2.0**27)
 _LARGE = -1024.0
 
-_LIBRARY = torch.library.Library("xdit_compile", "FRAGMENT")
-_LIBRARY.define(
+
+def _fake(q, k, v, mask, lengths, scale, enable_gqa, group, provider):
+    _check(q, k, v, mask, lengths, enable_gqa)
+    return empty_output(q, output_shape(q, k, v, None, enable_gqa))
+
+
+def _simulated(args_per_rank: ArgsPerRank) -> list[torch.Tensor]:
+    k = torch.cat([args[1] for args in args_per_rank], -2)
+    v = torch.cat([args[2] for args in args_per_rank], -2)
+    results = []
+    for rank, (q, _, _, mask, lengths, scale, enable_gqa, _, _) in enumerate(args_per_rank):
+        agree("ring_attention lengths", rank, list(lengths), [args[1].shape[-2] for args in args_per_rank])
+        out = attention_reference(q, k, v, mask, False, scale, enable_gqa)[0]
+        results.append(token_major(out.to(q.dtype)))
+    return results
+
+
+def _sent(args: Args, group_size: int, index: int) -> int:
+    """The keys and values of each part that passes through, which is all but the next rank's."""
+    _, k, v, _, lengths, *_ = args
+    row = math.prod(k.shape[:-2]) * k.shape[-1] + math.prod(v.shape[:-2]) * v.shape[-1]
+    return int(row * (sum(lengths) - lengths[(index + 1) % group_size]))
+
+
+@register(
     "ring_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, SymInt[] lengths, float? scale, bool enable_gqa, "
     "str group, str provider) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _fake,
+    _simulated,
+    _sent,
 )
-
-
-@torch.library.impl(_LIBRARY, "ring_attention", "CompositeExplicitAutograd")
 def ring_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -87,12 +110,6 @@ def ring_attention(
             k, v = _unpacked(packed.to(device), likes, lengths[here - 1])
     assert held is not None
     return token_major(held[0].to(q.dtype))
-
-
-@torch.library.register_fake("xdit_compile::ring_attention", lib=_LIBRARY)
-def _(q, k, v, mask, lengths, scale, enable_gqa, group, provider):
-    _check(q, k, v, mask, lengths, enable_gqa)
-    return empty_output(q, output_shape(q, k, v, None, enable_gqa))
 
 
 def absorbed(q: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -183,6 +200,3 @@ def _check(
         raise ValueError(f"ring attention with {k.shape[-2]} keys here where the ranks have {list(lengths)}")
     if mask is not None:
         check_mask(mask, (*heads, queries, sum(lengths)))
-
-
-keep_in_order(torch.ops.xdit_compile.ring_attention.default)

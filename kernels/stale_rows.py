@@ -6,8 +6,8 @@ import torch
 
 from xdit_compile.distributed.mesh import is_simulated
 
-from .process_groups import settle
-from .row_exchange import row_of
+from .collectives.process_groups import settle
+from .collectives.row_exchange import row_of
 
 _LIBRARY = torch.library.Library("xdit_compile", "FRAGMENT")
 _LIBRARY.define(

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from xdit_compile import Plan
 from xdit_compile.distributed.mesh import Mesh, connect
-from xdit_compile.kernels.process_groups import RUNNING, Groups
+from xdit_compile.kernels.collectives.process_groups import RUNNING, Groups
 
 GRACE_S = 5.0
 PRELOADED = ["torch", "torch.distributed", "diffusers", "diffusers.models.transformers", "xdit_compile.api"]

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from xdit_compile.distributed.mesh import Mesh, connect
-from xdit_compile.kernels.process_groups import RUNNING, Groups
+from xdit_compile.kernels.collectives.process_groups import RUNNING, Groups
 
 
 class Compute(NamedTuple):

@@ -24,8 +24,8 @@ from xdit_compile.distributed.mesh import Mesh, connect
 from xdit_compile.distributed.seats import Seat, card_of
 from xdit_compile.distributed.watchdog import lenient
 from xdit_compile.errors import AgreementError
+from xdit_compile.kernels.collectives.process_groups import Groups, carrier, complete
 from xdit_compile.kernels.merge_lse import merge
-from xdit_compile.kernels.process_groups import Groups, carrier, complete
 from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.reference import attention_reference
 from xdit_compile.kernels.registry import PROVIDERS

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from xdit_compile.ir.sharding import Split
-from xdit_compile.kernels.row_exchange import RowExchange
+from xdit_compile.kernels.collectives.row_exchange import RowExchange
 from xdit_compile.passes.axes.local_call import LocalCall
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.axes.windows import HaloWindow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from xdit_compile.kernels.row_exchange import RowExchange
+from xdit_compile.kernels.collectives.row_exchange import RowExchange
 from xdit_compile.passes.axes.windows import HaloWindow
 
 

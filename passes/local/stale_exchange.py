@@ -16,7 +16,7 @@ from torch import fx
 
 import xdit_compile.kernels.collectives  # noqa: F401  (registers the ops that the graph calls)
 import xdit_compile.kernels.stale_rows  # noqa: F401  (registers stale_finish)
-from xdit_compile.kernels.row_exchange import RowExchange
+from xdit_compile.kernels.collectives.row_exchange import RowExchange
 
 from .halo_request import Request
 

@@ -22,7 +22,7 @@ from xdit_compile.ir.arguments import integer_of, node_of, number_of, overload_o
 from xdit_compile.ir.inline_calls import flatten
 from xdit_compile.ir.peak_memory import peak_bytes, with_reserve
 from xdit_compile.ir.program import Program
-from xdit_compile.kernels.row_exchange import RowExchange
+from xdit_compile.kernels.collectives.row_exchange import RowExchange
 from xdit_compile.passes.axes.rule import operator_name
 from xdit_compile.passes.local.local_graph import aten
 from xdit_compile.passes.lowering.norm import columns, moments_in_pieces

@@ -25,7 +25,7 @@ from xdit_compile.distributed.seats import Seat
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import ProviderUnavailable, UsageError
 from xdit_compile.kernels import draws
-from xdit_compile.kernels import process_groups as groups
+from xdit_compile.kernels.collectives import process_groups as groups
 from xdit_compile.runtime.methods import pipefusion
 from xdit_compile.runtime.request_facts import share_random_state
 from xdit_compile.runtime.session import Session

@@ -11,12 +11,11 @@ import torch
 import torch.distributed as dist
 from torch._inductor.utils import run_and_get_code
 
-from xdit_compile.backends.inductor_order import ORDERED, pin_order
+from xdit_compile.backends.inductor_order import pin_order
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import AgreementError
+from xdit_compile.kernels.collectives.registration import collective, elements_sent, ordered_ops, simulate
 from xdit_compile.plan import Plan
-from xdit_compile.simulate.collectives import SIMULATIONS, simulate
-from xdit_compile.simulate.traffic import TRAFFIC, elements_sent
 
 OPS = torch.ops.xdit_compile
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
@@ -227,7 +226,9 @@ def test_a_compiler_drops_none():
 
 
 def test_every_op_that_reaches_other_ranks_or_draws_is_ordered():
-    assert {getattr(OPS, name).default for name in ORDERED} == {*SIMULATIONS, OPS.halo_finish.default, OPS.draw.default}
+    met = "all_to_all all_gather gather_start all_reduce halo_exchange halo_start ring_attention".split()
+    assert {op for op in ordered_ops() if collective(op)} == {getattr(OPS, name).default for name in met}
+    assert {op for op in ordered_ops() if not collective(op)} == {OPS.halo_finish.default, OPS.draw.default}
 
 
 def test_alone_they_copy():
@@ -303,7 +304,6 @@ def test_elements_that_leave_a_rank():
     ring = (k, k, v, None, [6, 5, 4], None, False, "g", "auto")
     assert elements_sent(OPS.ring_attention.default, ring, 3, 0) == (6 + 4) * 10 * 7
     assert elements_sent(OPS.all_gather.default, (x, 1, [6], ""), 1, 0) == 0
-    assert set(TRAFFIC) == set(SIMULATIONS)
 
 
 def one_dies(rank):

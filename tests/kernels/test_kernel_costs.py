@@ -11,7 +11,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xdit_compile.ir.peak_memory import peak_bytes
-from xdit_compile.kernels.collectives import all_gather, gather_start, halo_exchange, halo_finish
+from xdit_compile.kernels.collectives.all_gather import all_gather, gather_start
+from xdit_compile.kernels.collectives.halo import halo_exchange, halo_finish
 from xdit_compile.kernels.ring import ring_attention
 from xdit_compile.kernels.stale_rows import stale_finish
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from xdit_compile.backends.inductor_order import pin_order
 from xdit_compile.errors import AgreementError, ProviderUnavailable
 from xdit_compile.kernels.attention import attention_reference
+from xdit_compile.kernels.collectives.registration import simulate
 from xdit_compile.kernels.ring import absorbed
 from xdit_compile.plan import Plan
-from xdit_compile.simulate.collectives import simulate
 
 RING = torch.ops.xdit_compile.ring_attention.default
 LEAST = torch.finfo(torch.float32).min

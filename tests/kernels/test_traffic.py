@@ -11,8 +11,8 @@ from zoo import real as zoo_real
 import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.distributed.mesh import simulated_members
+from xdit_compile.kernels.collectives.registration import elements_sent
 from xdit_compile.simulate.mesh import run_simulated
-from xdit_compile.simulate.traffic import elements_sent
 
 BLOCKS = 2
 

@@ -29,10 +29,10 @@ from xdit_compile import Plan, XditCompileError
 from xdit_compile.capture.interpret import assemble, bind
 from xdit_compile.compiler import place
 from xdit_compile.distributed.mesh import Mesh, is_simulated, simulated_members
+from xdit_compile.kernels.collectives.registration import collective
 from xdit_compile.passes.local.ledger import STALE
 from xdit_compile.runtime.generation import Generation
 from xdit_compile.runtime.methods.distrifusion import Shared
-from xdit_compile.simulate.collectives import SIMULATIONS
 from xdit_compile.simulate.mesh import run_ranks
 from xdit_compile.weights.weights import Weights
 
@@ -343,7 +343,7 @@ def asked_for(shared: Shared, calls: int) -> list[Event]:
             if node.op == "call_module":
                 events.append(Compute(1))
                 inner = getattr(shared.stale.root, node.target).graph.nodes
-                events.extend(Wait(begin(each)) for each in inner if each.target in SIMULATIONS and each.args[-1])
+                events.extend(Wait(begin(each)) for each in inner if collective(each.target) and each.args[-1])
             elif node.target in (ops.halo_start.default, ops.gather_start.default):
                 left[node] = begin(node)
             elif node.target is ops.stale_finish.default and arriving:

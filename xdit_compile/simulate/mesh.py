@@ -14,14 +14,11 @@ from xdit_compile.distributed.mesh import is_simulated, simulated_members
 from xdit_compile.errors import AgreementError, PartitionError
 from xdit_compile.ir.arguments import function_of
 from xdit_compile.ir.program import Program
-from xdit_compile.kernels.row_exchange import RowExchange
+from xdit_compile.kernels.collectives.registration import collective, simulate
 from xdit_compile.weights.weights import Weights
 
-from .collectives import SIMULATIONS, simulate
-
-HALOS = (torch.ops.xdit_compile.halo_exchange.default, torch.ops.xdit_compile.halo_start.default)
 ALL_TO_ALL = torch.ops.xdit_compile.all_to_all.default
-"""What an exchange of rows is on the wire: ranks may do it by any of the three."""
+"""What some collectives are on the wire: ranks meet there by any of these."""
 Said = tuple[Any, tuple[Any, ...]]
 Step = tuple[Any, tuple[Any, ...], str, Said]
 """An op that ranks meet at, its arguments, its group, and what stands for it in the graph."""
@@ -117,12 +114,12 @@ def _steps(module: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Step, Any
             env[node] = yield from _steps(getattr(module, str(node.target)), args)
         elif node.op == "output":
             return args[0]
-        elif node.target in HALOS and (group := _group(args)) is not None:
-            x, rows = args[0], RowExchange.of(*args[1:]).checked(args[0])
-            arrived = yield ALL_TO_ALL, (*rows.packed(x), group), group, (node.target, args)
-            env[node] = rows.joined(x, arrived) if node.target is HALOS[0] else arrived
-        elif node.target in SIMULATIONS and (group := _group(args)) is not None:
-            env[node] = yield node.target, args, group, (node.target, args)
+        elif (met := collective(node.target)) is not None and (group := _group(args)) is not None:
+            if met.as_all_to_all is None:
+                env[node] = yield met.op, args, group, (met.op, args)
+            else:
+                wired, finish = met.as_all_to_all(args)
+                env[node] = finish((yield ALL_TO_ALL, wired, group, (met.op, args)))
         else:
             env[node] = _called(node, args, kwargs)
         _check_shape(node, env.get(node))

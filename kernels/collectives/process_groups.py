@@ -1,4 +1,4 @@
-"""What ops that reach other ranks share: finding the process group, keeping their order, reporting a failed wait."""
+"""What ops that reach other ranks share: finding the process group, waiting, reporting a failed wait."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.distributed import distributed_c10d
 
 from xdit_compile.distributed.mesh import backends, first_sentence, is_own, is_simulated
@@ -19,17 +18,6 @@ from xdit_compile.distributed.watchdog import lenient
 from xdit_compile.errors import AgreementError, PeerError
 
 from .communicators import Communicators, abort, abort_blocking, communicators_of, logger, state_of
-
-
-def keep_in_order(op: torch._ops.OpOverload) -> None:
-    """Have compilers run every call of an op, and all such calls in the order of the graph.
-
-    Ranks compile different graphs. Left free, inductor drops a collective whose result is empty on this rank only, and
-    may order independent ones by sizes that differ between ranks; the peers then wait for ever. With inductor the order
-    also takes ``inductor_order.pin_order``.
-    """
-    _register_effectful_op(op, _EffectType.ORDERED)
-
 
 Make = Callable[[], Mapping[str, dist.ProcessGroup]]
 Pulse = Callable[[str, float], None]
@@ -320,3 +308,13 @@ def peer_error(group: dist.ProcessGroup, what: str, why: str) -> PeerError:
         f"{what} over ranks {dist.get_process_group_ranks(group)} failed on rank {dist.get_rank()} "
         f"({why}); a peer stopped or did not answer in time, look at the first rank that failed"
     )
+
+
+def check_count(members: dist.ProcessGroup, count: int) -> None:
+    """Refuse sizes or splits for another number of ranks than a group has.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if dist.get_world_size(members) != count:
+        raise ValueError(f"{count} sizes for a group of {dist.get_world_size(members)} ranks")
