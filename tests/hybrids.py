@@ -16,7 +16,7 @@ from xdit_compile.ir.program import Program
 from xdit_compile.ir.results import Template
 from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan
-from xdit_compile.simulate.mesh import run_simulated
+from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 Kept = dict[str | int, torch.Tensor]
 

@@ -16,14 +16,15 @@ from zoo import transformers as zoo
 from xdit_compile.capture.capture import capture
 from xdit_compile.compiler import Analysis
 from xdit_compile.distributed.mesh import Mesh
+from xdit_compile.methods import SEQUENCE
 from xdit_compile.passes.axes.infer import Inference, infer
 from xdit_compile.passes.choose.rows import choose_rows
 from xdit_compile.passes.choose.units import choose_units
-from xdit_compile.passes.local.layout import SEQUENCE, Chosen, Layout
+from xdit_compile.passes.local.layout import Chosen, Layout
 from xdit_compile.passes.partition.program import Partitioned, partition
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan import Plan
-from xdit_compile.simulate.mesh import run_simulated
+from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 CASES = {**zoo.MODELS, **zoo_more.MORE}
 

@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("passes", "kernels", "backends")
 PACKAGES = [ROOT / "xdit_compile", *(ROOT / name for name in LINKED)]
 FLOORS = (
-    "errors plan distributed ir weights capture.state capture kernels.collectives kernels passes.axes passes.local "
-    "passes.rules passes.lowering passes.partition passes.choose passes.stages passes.memory backends compiler "
-    "simulate reports runtime.tensors runtime.verify runtime runtime.methods api loading evaluation cli __main__"
+    "errors methods plan distributed ir weights capture.state capture kernels.collectives kernels passes.axes "
+    "passes.local passes.rules passes.lowering passes.partition passes.choose passes.stages passes.memory backends "
+    "compiler reports runtime.tensors runtime.verify runtime runtime.methods api loading evaluation cli "
+    "__main__"
 ).split()
 """Folders, and files that stand alone, from the ground up: each imports from those below alone."""
 LONGEST_CHAIN = 13

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 
 from xdit_compile import Plan
 from xdit_compile.errors import PlanError, UsageError
+from xdit_compile.methods import METHODS
+
+TURNED = ("ring", "tensor", "data", "cfg", "pipefusion", "distrifusion", "ulysses")
 
 
 def test_the_default_plan_fits_one_process():
@@ -52,6 +56,21 @@ def test_degrees_must_multiply_to_the_world(ulysses: int, ring: int, world: int)
 def test_each_bad_value_is_named(field: str, value: object, expected: str):
     with pytest.raises(PlanError, match="^" + re.escape(expected)):
         Plan(**{field: value}).check()
+
+
+def test_the_tables_of_methods_say_what_the_methods_say():
+    readme, advice = (Path(__file__).parents[1] / name for name in ("README.md", "docs/plans.md"))
+    for method in METHODS:
+        assert f"| {' | '.join(method.row)} |" in readme.read_text()
+        assert f"| {' | '.join(method.advice)} |" in advice.read_text()
+        assert f"{method.name}: {method.help}"[:60] in (Plan.__doc__ or "")
+
+
+def test_a_method_without_a_place_stands_where_another_would():
+    assert Plan(mesh_order=TURNED).dimensions[:3] == ("ring", "allgather", "tensor")
+    assert Plan(cfg=2, allgather=3).check(6)
+    with pytest.raises(PlanError, match="allgather shares the tokens, as ring would; take one of them"):
+        Plan(allgather=2, ring=2).check()
 
 
 def test_every_problem_is_listed_at_once_on_one_line():

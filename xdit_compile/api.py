@@ -15,13 +15,13 @@ from xdit_compile.backends.registry import find_backend
 from xdit_compile.capture.state.in_place import held, put_back, put_in_place
 from xdit_compile.capture.state.unsupported import refuse_unsupported
 from xdit_compile.distributed.devices import execution_device, refuse_moved, settle
-from xdit_compile.distributed.mesh import TEAM, Mesh
+from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.distributed.seats import Seat, compare_seats, join
 from xdit_compile.distributed.world import World
 from xdit_compile.kernels.gather_parameter import gather_whole
 from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.registry import choose
-from xdit_compile.passes.local.layout import TENSOR
+from xdit_compile.methods import TEAM, TENSOR
 from xdit_compile.reports.pipeline_report import PipelineReport, pipeline_report
 from xdit_compile.reports.report import Report, report
 from xdit_compile.runtime.diffusers_pipeline import (

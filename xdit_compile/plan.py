@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 from .errors import PlanError
+from .methods import DIMENSIONS, MESH_ORDER, METHODS, Degrees, dimensions
 
 BACKENDS = ("auto", "inductor", "nexfort", "eager")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 ATTENTIONS = ("auto", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash_attn", "yunchang")
 FALLBACKS = ("gather", "error", "unsplit")
-DEGREES = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
 SPLIT_SCHEMES = ("all", "heads", "ffn")
 VAES = ("whole", "patch", "distvae")
 _CHOICES = (
@@ -26,23 +27,13 @@ _CHOICES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Degrees):
     """How a pipeline is spread over devices.
 
     Args:
-        ulysses: ranks that exchange tokens for heads around each attention (DeepSpeed-Ulysses, arXiv:2309.14509).
-        ring: ranks around which keys and values travel (Ring Attention, arXiv:2310.01889). ``ulysses * ring`` ranks
-            split the tokens together (USP, arXiv:2405.07719).
-        cfg: ranks that share the branches of classifier-free guidance.
-        data: ranks that share the batch of every call, which is the images of a request.
-        tensor: ranks that share heads and feed-forward channels, and with them the weights (Megatron-LM,
-            arXiv:1909.08053).
-        pipefusion: stages of a pipeline of blocks, through which ``patches`` parts of the tokens flow; ranks of a stage
-            share every patch by ``ulysses``, ``ring`` and ``tensor``, pipelines the branches by ``cfg``. Keys and
-            values of other patches are the previous step's (PipeFusion, arXiv:2405.14430).
-        patches: parts of the tokens; as many as stages by default. With several, one stage works too.
-        distrifusion: ranks that share the tokens and take keys, values and rows of one another from the previous step,
-            so that nobody waits (DistriFusion, arXiv:2402.19481).
+        patches: parts of the tokens that flow through the stages of ``pipefusion``; as many as stages by default. With
+            several, one stage works too. Ranks of a stage share every patch by ``ulysses``, ``ring`` and ``tensor``,
+            pipelines the branches by ``cfg``.
         warmup_steps: first steps of a generation that compute all tokens at once, with nothing from a step before.
         stage_layers: how many blocks each stage has; the even share of their cost by default.
         split_scheme: what ``tensor`` splits: ``heads``, ``ffn`` or ``all``.
@@ -69,13 +60,6 @@ class Plan:
         timeout_s: seconds that any rank waits for another before it gives up.
     """
 
-    ulysses: int = 1
-    ring: int = 1
-    cfg: int = 1
-    data: int = 1
-    tensor: int = 1
-    pipefusion: int = 1
-    distrifusion: int = 1
     patches: int | None = None
     warmup_steps: int = 1
     stage_layers: tuple[int, ...] | None = None
@@ -84,7 +68,7 @@ class Plan:
     vae_degree: int | None = None
     vae_memory: str | int | None = None
     keep_weights: bool = False
-    mesh_order: tuple[str, ...] = DEGREES
+    mesh_order: tuple[str, ...] = MESH_ORDER
     backend: str = "auto"
     compile_mode: str = "default"
     attention: str = "auto"
@@ -106,7 +90,7 @@ class Plan:
     @property
     def is_stale(self) -> bool:
         """Whether steps take anything from the step before."""
-        return self.patch_count > 1 or self.distrifusion > 1
+        return self.patch_count > 1 or any(method.stale and self.degree(method) > 1 for method in METHODS)
 
     @property
     def replica(self) -> int:
@@ -117,17 +101,9 @@ class Plan:
     def rows(self) -> Plan:
         """The plan by which the autoencoder is split: its batch by data, its rows and the tokens of its attention by
         ring."""
-        return dataclasses.replace(
-            self,
-            cfg=1,
-            pipefusion=1,
-            distrifusion=1,
-            patches=None,
-            stage_layers=None,
-            ulysses=1,
-            tensor=1,
-            ring=(self.vae_degree or self.replica) if self.vae != "whole" else 1,
-        )
+        degrees: dict[str, Any] = {method.name: 1 for method in METHODS if method.name != "data"}
+        degrees["ring"] = (self.vae_degree or self.replica) if self.vae != "whole" else 1
+        return dataclasses.replace(self, patches=None, stage_layers=None, **degrees)
 
     @property
     def vae_bytes(self) -> int | None:
@@ -141,22 +117,26 @@ class Plan:
         return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
     @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The dimensions of the mesh, from outer to inner: one for each method."""
+        return dimensions(self.mesh_order)
+
+    @property
     def world_size(self) -> int:
         """Ranks that the plan needs in all."""
-        return math.prod(getattr(self, name) for name in DEGREES)
+        return math.prod(self.degree(method) for method in METHODS)
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Every reason why this plan cannot run, each as one clause that says what to change."""
         found = []
-        for name in DEGREES:
-            degree = getattr(self, name)
-            if not _is_count(degree, 1):
-                found.append(f"{name}={degree!r} must be a whole number of at least 1")
+        for name in DIMENSIONS:
+            if not _is_count(getattr(self, name), 1):
+                found.append(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
         for name, allowed in _CHOICES:
             if getattr(self, name) not in allowed:
                 found.append(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
-        if sorted(self.mesh_order) != sorted(DEGREES):
-            found.append(f"mesh_order={self.mesh_order!r} must name each of {', '.join(DEGREES)} once")
+        if sorted(self.mesh_order) != sorted(MESH_ORDER):
+            found.append(f"mesh_order={self.mesh_order!r} must name each of {', '.join(MESH_ORDER)} once")
         for name in ("verify", "keep_weights"):
             if not isinstance(getattr(self, name), bool):
                 found.append(f"{name}={getattr(self, name)!r} must be True or False")
@@ -187,12 +167,17 @@ class Plan:
             found.append(f"stage_layers={layers!r} must be a tuple of whole numbers of at least 1")
         elif layers is not None and len(layers) != self.pipefusion:
             found.append(f"stage_layers={layers!r} must have pipefusion={self.pipefusion} numbers, one for each stage")
-        if not found and self.distrifusion > 1:
-            others = [name for name in ("pipefusion", "ring", "ulysses") if getattr(self, name) > 1]
-            others += ["patches"] if self.patch_count > self.pipefusion else []
-            if others:
-                found.append(f"distrifusion shares the tokens, as {' and '.join(others)} would; take one of them")
-        return found
+        return found or self._rivals()
+
+    def _rivals(self) -> list[str]:
+        """Methods that share the tokens in place of one another."""
+        for method in METHODS:
+            if method.instead_of and self.degree(method) > 1:
+                others = [name for name in method.instead_of if getattr(self, name) > 1]
+                others += ["patches"] if self.patch_count > self.pipefusion else []
+                if others:
+                    return [f"{method.name} shares the tokens, as {' and '.join(others)} would; take one of them"]
+        return []
 
     def _vae_problems(self) -> list[str]:
         degree = self.vae_degree
@@ -213,7 +198,7 @@ class Plan:
 
     def _shown(self) -> list[str]:
         """The degrees worth naming: those above 1, and the two of sequence parallelism where none is."""
-        return [name for name in DEGREES if getattr(self, name) > 1] or ["ulysses", "ring"]
+        return [name for name in self.dimensions if getattr(self, name) > 1] or ["ulysses", "ring"]
 
     def check(self, world_size: int | None = None) -> Plan:
         """Return the plan itself.

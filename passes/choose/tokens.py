@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.axes import Axis, Concat, Product, atoms
 from xdit_compile.ir.sharding import Split, Unit
+from xdit_compile.methods import MEMBERS, PATCH, SEQUENCE
 from xdit_compile.passes.axes.flops import flops, portion
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.axes.operators import AttentionOp
 from xdit_compile.passes.axes.rule import OpAxes
-from xdit_compile.passes.local.layout import MEMBERS, PATCH, SEQUENCE, Layout
+from xdit_compile.passes.local.layout import Layout
 from xdit_compile.passes.local.ledger import STALE, Ledger
 from xdit_compile.passes.partition.program import partition
 from xdit_compile.plan import Plan

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from xdit_compile.methods import GATHERED, PATCH, SEQUENCE, TENSOR
 from xdit_compile.passes.axes.infer import Inference
-from xdit_compile.passes.local.layout import PATCH, SEQUENCE, TENSOR, Chosen
+from xdit_compile.passes.local.layout import Chosen
 from xdit_compile.plan import Plan
 
 from .batch import choose_batch
@@ -22,6 +23,7 @@ def choose_units(inference: Inference, plan: Plan) -> Chosen:
         **choose_batch(inference, plan.data, plan.cfg),
         PATCH: choose_tokens(inference, plan, PATCH),
         SEQUENCE: choose_tokens(inference, plan) if plan.patch_count == 1 else (),
+        GATHERED: choose_tokens(inference, plan, GATHERED),
         TENSOR: choose_features(inference, plan),
     }
 

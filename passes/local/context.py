@@ -12,12 +12,13 @@ from torch import fx
 from xdit_compile.errors import PartitionError
 from xdit_compile.ir.axes import Axis, same
 from xdit_compile.ir.sharding import Sharding
+from xdit_compile.methods import GATHERED, PATCH
 from xdit_compile.passes.axes.flops import flops
 from xdit_compile.passes.axes.infer import Frame, Place
 from xdit_compile.passes.axes.rule import OpAxes
 
 from .choose_loop import ShardedLoop
-from .layout import PATCH, Layout
+from .layout import Layout
 from .ledger import STALE, Gather, Ledger
 from .local_graph import LocalGraph, Value
 from .stale_exchange import Exchange
@@ -99,17 +100,14 @@ class LoweringContext:
             also = [other for other, own in split.items() if own == dim]
             before = dataclasses.replace(value, split={**split, name: dim})
             local, _ = self.local.gather(local, dim, value.axes[dim], name, also)
+            if name == GATHERED and _is_attended(self.frame.op_axes.get(node), at, dim):
+                self.ledger.collective("all_gather", "attention", local, before, self.local, self.parts(name))
+                continue
             sent = self.ledger.collective("all_gather", "gather", local, before, self.local, self.parts(name))
-            self.ledger.gathers.append(
-                Gather(
-                    self.place(node),
-                    "the result" if at < 0 else _reason(self.frame.op_axes.get(node), at, dim),
-                    tuple(split),
-                    sent,
-                )
-            )
+            reason = "the result" if at < 0 else _reason(self.frame.op_axes.get(node), at, dim)
+            self.ledger.gathers.append(Gather(self.place(node), reason, tuple(split), sent))
             if self.layout.refuse_gathers and at >= 0:
-                raise PartitionError(f"would gather: {self.ledger.gathers[-1].reason}")
+                raise PartitionError(f"would gather: {reason}")
         return dataclasses.replace(value, node=local, split=split)
 
     def count(self, node: fx.Node, op_axes: OpAxes, choices: Mapping[str, ShardedLoop]) -> None:
@@ -158,6 +156,11 @@ class LoweringContext:
             row = self.local.call(gather, row, 0, list(exchange.rows.sizes), exchange.rows.group)
             held = np.arange(len(exchange.rows.sizes))
         self.local.put(state, row, 0, held)
+
+
+def _is_attended(op_axes: OpAxes | None, operand: int, dim: int) -> bool:
+    """Whether a dim holds tokens of keys or values, which queries of every rank attend to."""
+    return op_axes is not None and any(loop.kind == "keys" and (operand, dim) in loop.args for loop in op_axes.loops)
 
 
 def _reason(op_axes: OpAxes | None, operand: int, dim: int) -> str:

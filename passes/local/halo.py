@@ -11,6 +11,7 @@ from torch import fx
 
 from xdit_compile.ir.sharding import Split
 from xdit_compile.kernels.collectives.row_exchange import RowExchange
+from xdit_compile.methods import PATCH
 from xdit_compile.passes.axes.local_call import LocalCall
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.axes.windows import HaloWindow
@@ -18,7 +19,6 @@ from xdit_compile.passes.axes.windows import HaloWindow
 from .choose_loop import ShardedLoop, feasible, required
 from .context import LoweringContext
 from .halo_request import Request
-from .layout import PATCH
 from .ledger import STALE
 from .local_graph import aten
 from .stale_exchange import Exchange

@@ -10,25 +10,9 @@ import torch
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.axes import Axis
 from xdit_compile.ir.sharding import Sharding, Split, Unit
+from xdit_compile.methods import MEMBERS, PATCH, SEQUENCE, TENSOR
 from xdit_compile.passes.axes.infer import Frame
 from xdit_compile.plan import Plan
-
-SEQUENCE = "sequence"
-BATCH = "cfg"
-DATA = "data"
-"""The batch where only ``data`` ranks share it, as it has too few entries for the branches of guidance too."""
-TENSOR = "tensor"
-PATCH = "patch"
-"""Parts of the tokens whose keys and values stay from call to call: they follow one another in time on one rank, or lie
-on ranks that do not wait for one another."""
-MEMBERS = {
-    PATCH: ("distrifusion",),
-    SEQUENCE: ("ring", "ulysses"),
-    BATCH: ("data", "cfg"),
-    DATA: ("data",),
-    TENSOR: ("tensor",),
-}
-"""The mesh dimensions behind each name that a program is split by."""
 
 Chosen = Mapping[str, Sequence[Unit]]
 """What is split, by the name of what splits it."""

@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 
 from xdit_compile.errors import PartitionError
+from xdit_compile.methods import PATCH
 from xdit_compile.passes.axes.infer import Frame
 from xdit_compile.passes.axes.operators import AttentionOp, ConvolutionOp, LinearOp, NormOp
 from xdit_compile.passes.axes.rule import OpAxes, values
@@ -23,7 +24,7 @@ from xdit_compile.passes.local.choose_loop import ShardedLoop, choose_all, feasi
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.emit import Emission
 from xdit_compile.passes.local.halo import fetch
-from xdit_compile.passes.local.layout import PATCH, Layout
+from xdit_compile.passes.local.layout import Layout
 from xdit_compile.passes.local.ledger import Ledger
 from xdit_compile.passes.local.local_graph import State, Value, aten
 from xdit_compile.passes.lowering import convolution, norm, small_linear, stale_attention

@@ -16,7 +16,7 @@ from xdit_compile.passes.axes.infer import Inference, infer
 from xdit_compile.passes.memory.tile_rows import cut_into
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan import Plan
-from xdit_compile.simulate.mesh import run_simulated
+from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 
 class Does(nn.Module):

@@ -12,7 +12,7 @@ import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.distributed.mesh import simulated_members
 from xdit_compile.kernels.collectives.registration import elements_sent
-from xdit_compile.simulate.mesh import run_simulated
+from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 BLOCKS = 2
 

@@ -24,7 +24,7 @@ from xdit_compile.errors import PlanError, ProviderUnavailable, UsageError
 from xdit_compile.ir.results import tensors_of
 from xdit_compile.passes.axes.infer import Inference, infer
 from xdit_compile.passes.rules.registry import rulebook
-from xdit_compile.simulate.mesh import run_simulated
+from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 SMALL = ("kl", "wan", "dc")
 

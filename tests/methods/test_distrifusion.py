@@ -33,7 +33,7 @@ from xdit_compile.kernels.collectives.registration import collective
 from xdit_compile.passes.local.ledger import STALE
 from xdit_compile.runtime.generation import Generation
 from xdit_compile.runtime.methods.distrifusion import Shared
-from xdit_compile.simulate.mesh import run_ranks
+from xdit_compile.runtime.verify.simulated_mesh import run_ranks
 from xdit_compile.weights.weights import Weights
 
 Masks = Callable[[list[torch.Tensor]], list[torch.Tensor]]

@@ -13,10 +13,10 @@ import torch
 from queues import Begin, Compute, Event, Recorder, Stuck, play, recorded
 from torch import fx, nn
 
-from xdit_compile.distributed.mesh import TEAM, Mesh, channels
+from xdit_compile.distributed.mesh import Mesh, channels
 from xdit_compile.distributed.messages import ALIGNED, length, pack, unpack
 from xdit_compile.ir.program import Input
-from xdit_compile.passes.local.layout import BATCH, DATA, MEMBERS, SEQUENCE
+from xdit_compile.methods import BATCH, DATA, MEMBERS, SEQUENCE, TEAM
 from xdit_compile.passes.stages.assign_stages import Stage
 from xdit_compile.passes.stages.stage_programs import Lie, StagePrograms
 from xdit_compile.plan import Plan

@@ -21,7 +21,7 @@ from xdit_compile.passes.axes.infer import Inference, infer
 from xdit_compile.passes.axes.rule import operator_name
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan import Plan
-from xdit_compile.simulate.mesh import run_simulated
+from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 from .samples import Case
 

@@ -11,7 +11,7 @@ from xdit_compile.capture.capture import capture
 from xdit_compile.passes.axes.infer import infer
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan import Plan
-from xdit_compile.simulate.mesh import run_simulated
+from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 SCALE_SHIFT = torch.ops.xdit_compile.scale_shift.default
 

@@ -24,7 +24,7 @@ from xdit_compile.passes.axes.infer import infer
 from xdit_compile.passes.memory.tile_rows import cut_into, in_strips, peak_of
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.runtime.methods import autoencoder
-from xdit_compile.simulate.mesh import run_simulated
+from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 LESS = (("kl", "decode"), ("wan_residual", "encode"), ("qwen", "decode"))
 """At these sizes rows at the seams do not outweigh what strips save."""

@@ -26,8 +26,8 @@ from xdit_compile.passes.lowering import attention as attention_lowering
 from xdit_compile.passes.lowering import stale_attention as kept_attention
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.runtime.verify import room, smaller
+from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 from xdit_compile.runtime.verify.verification import verify
-from xdit_compile.simulate.mesh import run_simulated
 
 TOKENS = 77
 LEFT = 3

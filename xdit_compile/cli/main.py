@@ -14,6 +14,7 @@ import click
 from xdit_compile import __version__
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError, one_line
+from xdit_compile.methods import METHODS, Method
 from xdit_compile.plan import Plan
 from xdit_compile.weights.model_folder import check_component
 
@@ -105,30 +106,9 @@ def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _degree_flags() -> dict[str, Any]:
-    return {
-        "ulysses_degree": click.option(
-            "--ulysses_degree", type=int, default=1, help="Ranks that exchange tokens for heads."
-        ),
-        "ring_degree": click.option(
-            "--ring_degree", type=int, default=1, help="Ranks around which keys and values travel."
-        ),
-        "data_parallel_degree": click.option(
-            "--data_parallel_degree", type=int, default=1, help="Ranks that share the images of a call."
-        ),
-        "tensor_parallel_degree": click.option(
-            "--tensor_parallel_degree", type=int, default=1, help="Ranks that share heads and feed-forward channels."
-        ),
-        "pipefusion_parallel_degree": click.option(
-            "--pipefusion_parallel_degree", type=int, default=1, help="Stages of blocks through which patches flow."
-        ),
+    return {method.flag: _degree_flag(method) for method in METHODS} | {
         "num_pipeline_patch": click.option(
             "--num_pipeline_patch", type=int, help="Parts of the tokens.  [default: as many as stages]"
-        ),
-        "distrifusion_parallel_degree": click.option(
-            "--distrifusion_parallel_degree",
-            type=int,
-            default=1,
-            help="Ranks that share the tokens and take the others' keys and values from the step before.",
         ),
         "warmup_steps": click.option(
             "--warmup_steps", type=int, default=1, help="First steps, which compute all tokens at once."
@@ -136,10 +116,13 @@ def _degree_flags() -> dict[str, Any]:
         "attn_layer_num_for_pp": click.option(
             "--attn_layer_num_for_pp", help="Blocks of each stage, as 10,9.  [default: even by cost]"
         ),
-        "use_cfg_parallel": click.option(
-            "--use_cfg_parallel", is_flag=True, help="Two ranks share the branches of guidance."
-        ),
     }
+
+
+def _degree_flag(method: Method) -> Any:
+    if method.flag_degree is None:
+        return click.option(f"--{method.flag}", type=int, default=1, help=f"{method.help[0].upper()}{method.help[1:]}.")
+    return click.option(f"--{method.flag}", is_flag=True, help=f"{method.flag_degree} {method.help}.")
 
 
 def _vae_flags() -> dict[str, Any]:

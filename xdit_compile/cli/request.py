@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError
+from xdit_compile.methods import METHODS, Method
 from xdit_compile.plan import Plan
 from xdit_compile.weights.model_folder import check_parts, check_size
 
@@ -229,24 +230,14 @@ def _world_problems(plan: Plan, world: World | None, nproc: int | None) -> list[
     return plan.problems(nproc or world.size)
 
 
-_DEGREES = {
-    "ulysses": "ulysses_degree",
-    "ring": "ring_degree",
-    "data": "data_parallel_degree",
-    "tensor": "tensor_parallel_degree",
-    "pipefusion": "pipefusion_parallel_degree",
-    "distrifusion": "distrifusion_parallel_degree",
-    "patches": "num_pipeline_patch",
-    "warmup_steps": "warmup_steps",
-}
-
-
 def plan_from_flags(**flags: Any) -> Plan:
     """A plan from the command line's flags, which have xDiT's names and spellings."""
+    degrees: dict[str, Any] = {method.name: _degree(method, flags[method.flag]) for method in METHODS}
     return Plan(
-        **{field: flags[name] for field, name in _DEGREES.items()},
+        **degrees,
+        patches=flags["num_pipeline_patch"],
+        warmup_steps=flags["warmup_steps"],
         stage_layers=_numbers(flags["attn_layer_num_for_pp"]),
-        cfg=2 if flags["use_cfg_parallel"] else 1,
         split_scheme="all" if flags["split_scheme"] == "row" else flags["split_scheme"],
         mesh_order=tuple(name.strip() for name in flags["mesh_order"].split(",")),
         backend=flags["backend"],
@@ -256,6 +247,11 @@ def plan_from_flags(**flags: Any) -> Plan:
         vae_degree=flags["vae_parallel_degree"],
         vae_memory=flags["vae_memory"],
     )
+
+
+def _degree(method: Method, value: int | bool) -> int:
+    """The degree that a flag's value stands for."""
+    return value if method.flag_degree is None else method.flag_degree if value else 1
 
 
 def _numbers(text: str | None) -> tuple[Any, ...] | None:

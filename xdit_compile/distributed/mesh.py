@@ -16,15 +16,11 @@ import torch
 import torch.distributed as dist
 
 from xdit_compile.errors import AgreementError, PlanError
+from xdit_compile.methods import MEMBERS, TEAM
 from xdit_compile.plan import Plan
 
-SEQUENCE = ("ring", "ulysses")
-TEAM = ("pipefusion", "distrifusion", "ring", "ulysses", "tensor")
-"""Ranks that compute one call of a denoiser together, whatever the batch."""
 REPLICA = ("cfg", *TEAM)
 """Ranks that share the rows of an autoencoder, whatever the batch."""
-BRANCHES = ("data", "cfg")
-"""Ranks that share a batch."""
 ALONE = ""
 OWN_WORDS = ("out of memory", "DefaultCPUAllocator", "Cuda failure", "CUDA error")
 """What libraries say of this rank's memory and device, in errors of any type."""
@@ -139,7 +135,7 @@ class Mesh:
 
     @classmethod
     def _of(cls, plan: Plan, rank: int) -> Mesh:
-        return cls(plan.mesh_order, tuple(getattr(plan, name) for name in plan.mesh_order), rank)
+        return cls(plan.dimensions, tuple(getattr(plan, name) for name in plan.dimensions), rank)
 
     @property
     def world_size(self) -> int:
@@ -238,13 +234,13 @@ def is_simulated(group: str) -> bool:
 
 def _sets(plan: Plan) -> list[tuple[str, ...]]:
     """The sets of dimensions along which ranks meet, each in mesh order: those that something of the plan asks for."""
-    wanted: list[tuple[str, ...]] = [(name,) for name in plan.mesh_order if name != "cfg" or plan.patch_count == 1]
-    wanted += [SEQUENCE, BRANCHES, plan.mesh_order]
+    wanted: list[tuple[str, ...]] = [(name,) for name in plan.dimensions if name != "cfg" or plan.patch_count == 1]
+    wanted += [*MEMBERS.values(), plan.dimensions]
     if plan.pipefusion > 1:
         wanted.append(TEAM)
     if plan.rows.ring == plan.replica:
         wanted.append(REPLICA)
-    return [tuple(name for name in plan.mesh_order if name in chosen) for chosen in wanted]
+    return [tuple(name for name in plan.dimensions if name in chosen) for chosen in wanted]
 
 
 def _edges(mesh: Mesh, plan: Plan) -> Iterator[tuple[int, int]]:

@@ -1,1 +1,0 @@
-"""All ranks in one process, and what they would send."""
