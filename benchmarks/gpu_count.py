@@ -1,0 +1,276 @@
+"""What a card would run for each structure of FLUX, counted without a card.
+
+Inductor generates code for an H100 (sm_90) or an A100 (sm_80) as it does with ``backend="inductor"``, and Triton
+compiles it; kernels, launches, matrix products and bytes are counted in what came out. Nothing is computed, and nothing
+is timed. A structure is a graph that equal blocks share, here that of rank 0.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import datetime
+import json
+import operator
+import pathlib
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+import torch._inductor
+from capture import flux
+from denoiser import Size
+from pretend_card import CARDS, DEVICE, Binary, Card, pretend_card
+from rich.console import Console
+from rich.table import Table
+from torch import fx, nn
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from xdit_compile import Plan
+from xdit_compile.backends.inductor import OPTIONS
+from xdit_compile.backends.inductor_order import pin_order
+from xdit_compile.capture.capture import capture
+from xdit_compile.compiler import Analysis, place
+from xdit_compile.distributed.mesh import Mesh
+from xdit_compile.errors import PlanError
+from xdit_compile.ir.program import Program
+from xdit_compile.passes.axes.infer import infer
+from xdit_compile.passes.choose.units import choose_units
+from xdit_compile.passes.rules.registry import rulebook
+
+PLANS = ("ulysses=1", "ulysses=2", "ulysses=8", "ring=8")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+SMALL = {"hidden": 128, "head_dim": 16, "tokens": 64, "text": 16}
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """What was generated for a graph: Triton kernels, their launches, products of matrices, bytes read and written."""
+
+    kernels: int
+    launches: int
+    products: int
+    moved: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """A structure: the module of its first call, how often it is called, bytes of its inputs, and its code."""
+
+    structure: str
+    path: str
+    calls: int
+    inputs: int
+    code: Code
+
+
+def count(graph: fx.GraphModule, args: Sequence[Any], compiled: list[Binary], target: str) -> Code:
+    """Compile a graph for tensors on the pretended card, and count.
+
+    Args:
+        args: fake tensors.
+        compiled: what Triton compiles, as `pretend_card` gives it.
+
+    Raises:
+        RuntimeError: Triton compiled a kernel for something else than ``target``, or not at all.
+    """
+    sources, moved = [], 0
+
+    def note(source: str) -> None:
+        nonlocal moved
+        sources.append(source)
+        moved += sum(node.get_read_write_buffers_sizes() for node in V.graph.scheduler.nodes)
+
+    pin_order()
+    with mock.patch.object(GraphLowering, "save_output_code", note):
+        torch._inductor.compile(graph, list(args), options={**OPTIONS, "fx_graph_cache": False})
+    calls = [call for source in sources for call in _calls(source)]
+    kernels = {ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "async_compile.triton"}
+    missing = kernels - {binary.kernel for binary in compiled if binary.target == target}
+    if missing:
+        raise RuntimeError(f"Triton has no code for {target} of {', '.join(sorted(missing))}")
+    names = [ast.unparse(call.func) for call in calls]
+    launches = sum(name.removesuffix(".run") in kernels for name in names)
+    products = sum(name in [f"extern_kernels.{product}" for product in PRODUCTS] for name in names)
+    return Code(len(kernels), launches, products, moved)
+
+
+def _calls(source: str) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+
+
+def on_card(structure: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with its new tensors on the card, and attention by the flash operator.
+
+    Raises:
+        ValueError: attention with a mask, which that operator does not take.
+    """
+    graph = copy.deepcopy(structure.graph)
+    for node in graph.find_nodes(op="call_function", target=ATTENTION):
+        names = [argument.name for argument in ATTENTION._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        if given.get("attn_mask") is not None or given.get("enable_gqa"):
+            raise ValueError(f"{node.name} has a mask or shares keys; the flash operator counts neither")
+        rest = {name: given[name] for name in ("dropout_p", "is_causal", "scale") if name in given}
+        with graph.inserting_before(node):
+            found = graph.call_function(FLASH, tuple(given[name] for name in ("query", "key", "value")), rest)
+            node.replace_all_uses_with(graph.call_function(operator.getitem, (found, 0)))
+        graph.erase_node(node)
+    for node in graph.nodes:
+        if node.kwargs.get("device") is not None:
+            node.update_kwarg("device", DEVICE)
+    return fx.GraphModule(structure, graph)
+
+
+class _Walk(fx.Interpreter):
+    """Counts every structure, for each form in which its arguments come, on the way through a root graph of fakes."""
+
+    def __init__(self, root: fx.GraphModule, mode: FakeTensorMode, compiled: list[Binary], target: str):
+        super().__init__(root)
+        self.found: dict[Any, Counted] = {}
+        self._mode, self._compiled, self._target = mode, compiled, target
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_module":
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        name = str(n.target)
+        structure, form = on_card(self.fetch_attr(name)), (name, *map(_form, args))
+        if form not in self.found:
+            code = count(fx.GraphModule(structure, copy.deepcopy(structure.graph)), args, self._compiled, self._target)
+            self.found[form] = Counted(name, n.meta.get("path", ""), 0, sum(map(_bytes, args)), code)
+        self.found[form] = dataclasses.replace(self.found[form], calls=self.found[form].calls + 1)
+        with self._mode:
+            return structure(*args)
+
+
+def _form(value: Any) -> Any:
+    return (value.shape, value.stride(), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def counted(program: Program, compiled: list[Binary], target: str) -> list[Counted]:
+    """Every structure of a program, in the order of their first calls."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [node.meta["val"] for node in program.root.graph.find_nodes(op="placeholder")]
+    with mode:
+        inputs = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=DEVICE) for each in fakes]
+    walk = _Walk(program.root, mode, compiled, target)
+    with torch.no_grad():
+        walk.run(*inputs)
+    return list(walk.found.values())
+
+
+def denoiser(depth: int, small: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """FLUX in bfloat16 without weights, and one call of it."""
+    if small:
+        size = Size(blocks=2 * depth, **SMALL)
+        with torch.device("meta"):
+            model = size.build()
+        call = size.inputs()
+    else:
+        model, call = flux(depth, depth)
+    half = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta", torch.bfloat16), call)
+    return nn.Module.to(model, torch.bfloat16), half
+
+
+def measure(model: nn.Module, call: dict[str, Any], plans: Sequence[Plan], card: Card) -> list[list[Counted]]:
+    """Capture once, then partition and count for every plan."""
+    program = capture(model, (), call)
+    inference = infer(program, rulebook())
+    analyses = [Analysis(program, inference, choose_units(inference, plan)) for plan in plans]
+    placed = [place(each, plan, Mesh.simulated(plan, 0)) for each, plan in zip(analyses, plans, strict=True)]
+    with pretend_card(card) as compiled:
+        return [counted(each.program, compiled, card.target) for each in placed]
+
+
+def _plans(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, Plan]:
+    """Plans by their degrees in words."""
+    found = {}
+    for text in texts:
+        if not re.fullmatch(r"\w+=\d+(,\w+=\d+)*", text):
+            raise click.BadParameter(f"{text!r} is no list of degrees such as ulysses=4,ring=2")
+        try:
+            plan = Plan(**{name: int(degree) for name, degree in re.findall(r"(\w+)=(\d+)", text)}).check()
+        except (PlanError, TypeError) as error:
+            raise click.BadParameter(f"{text!r}: {error}") from None
+        if plan.is_stale:
+            raise click.BadParameter(f"{text!r} has programs of several kinds; only those of one are counted")
+        words = text.replace("=", " ").replace(",", ", ")
+        found["one rank" if plan.world_size == 1 else words] = plan
+    return found
+
+
+def table_of(rows: list[Counted], title: str) -> Table:
+    """A row for each structure, and one for all calls together."""
+    table = Table("structure", title=title, title_justify="left")
+    for column in ("calls", "Triton kernels", "launches", "matrix products", "MB read and written", "MB of inputs"):
+        table.add_column(column, justify="right")
+    for at, row in enumerate(rows):
+        name = f"{row.structure}, {row.path}" if row.path else row.structure
+        numbers = [str(number) for number in (row.calls, row.code.kernels, row.code.launches, row.code.products)]
+        end = at == len(rows) - 1
+        table.add_row(name, *numbers, f"{row.code.moved / 1e6:,.2f}", f"{row.inputs / 1e6:,.2f}", end_section=end)
+    calls = sum(row.calls for row in rows)
+    launches, products, moved = (
+        sum(row.calls * getattr(row.code, name) for row in rows) for name in ("launches", "products", "moved")
+    )
+    table.add_row("all calls", str(calls), "", str(launches), str(products), f"{moved / 1e6:,.2f}", "")
+    return table
+
+
+@click.command()
+@click.option(
+    "--plan", "plans", multiple=True, default=PLANS, show_default=True, callback=_plans,
+    help="Degrees of a plan, such as ulysses=4,ring=2; ulysses=1 is one rank. May be repeated.",
+)  # fmt: skip
+@click.option("--depth", type=click.IntRange(2), default=2, show_default=True, help="Double blocks, and single ones.")
+@click.option("--small", is_flag=True, help="128 hidden and 64 + 16 tokens in place of 3,072 and 4,096 + 512.")
+@click.option("--target", type=click.Choice(list(CARDS)), default="sm_90", show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=pathlib.Path), help="Write everything counted here.")
+def main(plans: dict[str, Plan], depth: int, small: bool, target: str, json_file: pathlib.Path | None) -> None:
+    """Count what a card would run of FLUX under each plan. No card is needed, and nothing is timed.
+
+    Matrix products are those that cuBLAS computes. Bytes are what all operators read and write of the card's memory if
+    each touches a tensor once, as inductor's scheduler has it. Attention is counted as the flash operator: it reads
+    queries, keys and values, writes its result and nothing in between, and is neither among the launches nor among the
+    products. Nor is what a collective does inside, as with the keys and values that travel around a ring.
+    """
+    card, console = CARDS[target], Console()
+    console = console if console.is_terminal else Console(width=140)
+    model, call = denoiser(depth, small)
+    found = dict(zip(plans, measure(model, call, list(plans.values()), card), strict=True))
+    versions = {name: version(name) for name in ("torch", "triton", "diffusers")}
+    size = f"{depth} + {depth} blocks, {call['img_ids'].shape[0]:,} + {call['txt_ids'].shape[0]:,} tokens, bfloat16"
+    made = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton"))
+    for plan, rows in found.items():
+        title = f"{plan}: COUNTED, not measured on a card\nFLUX, {size}; {target} ({card.name}); {made}"
+        console.print(table_of(rows, title))
+    if json_file:
+        about = {
+            "date": datetime.date.today().isoformat(),
+            "versions": versions | {"python": platform.python_version()},
+            "card": {"target": target, **dataclasses.asdict(card)},
+            "size": {"depth": depth, "tokens": call["img_ids"].shape[0], "text": call["txt_ids"].shape[0]},
+        }
+        counts = {plan: [dataclasses.asdict(row) for row in rows] for plan, rows in found.items()}
+        json_file.write_text(json.dumps({**about, "counted": counts}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What is counted in generated code; in processes of their own, so that nothing stays of a card that is not there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = {"transformer_blocks.0": 14, "single_transformer_blocks.0": 6, "single_transformer_blocks.1": 6}
+"""Linear layers of each block, which are its matrix products."""
+ROWS, INNER, COLUMNS = 64, 32, 48
+BY_HAND = f"""
+import json
+
+import torch
+from torch import fx
+from torch._inductor import config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._triton import has_triton
+
+from gpu_count import count
+from pretend_card import CARDS, DEVICE, SETTINGS, patches, pretend_card
+
+aten = torch.ops.aten
+GRAPHS = dict(
+    product=lambda x, y: (aten.mm(x, y),),
+    one_pass=lambda x, y: (aten.relu(aten.mm(x, y)),),
+    two_passes=lambda x, y: (aten.neg(aten.relu(aten.mm(x, y))),),
+    twice=lambda x, y: (aten.relu(aten.mm(x, y)), aten.relu(aten.mm(x.neg(), y))),
+)
+
+
+def state():
+    known = [vars(patch.owner).get(patch.name, "missing") for patch in patches(CARDS["sm_90"], [])]
+    settings = [getattr(config, name) for name in SETTINGS]
+    return [*map(id, known[:-1]), known[-1], settings, torch.cuda.is_available(), has_triton()]
+
+
+def counted(card):
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        args = [torch.empty(*shape, device=DEVICE) for shape in (({ROWS}, {INNER}), ({INNER}, {COLUMNS}))]
+    with pretend_card(card) as compiled:
+        found = {{name: vars(count(fx.symbolic_trace(f), args, compiled, card.target)) for name, f in GRAPHS.items()}}
+    return {{**found, "targets": sorted({{binary.target for binary in compiled}})}}
+
+
+before = state()
+found = {{target: counted(card) for target, card in CARDS.items()}}
+try:
+    with pretend_card(CARDS["sm_90"]):
+        during = state()
+        raise KeyError
+except KeyError:
+    pass
+print(json.dumps(dict(found, during=during == before, after=state() == before)))
+"""
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def by_hand() -> dict[str, Any]:
+    """Counts of graphs of which everything is known beforehand."""
+    return json.loads(run("-c", BY_HAND).splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_80"])
+def test_counts_are_those_of_graphs_that_one_can_count(by_hand: dict[str, Any], target: str) -> None:
+    found = by_hand[target]
+    result = 4 * ROWS * COLUMNS
+    operands = 4 * (ROWS * INNER + INNER * COLUMNS)
+    assert found["product"] == {"kernels": 0, "launches": 0, "products": 1, "moved": operands + result}
+    one = {"kernels": 1, "launches": 1, "products": 1, "moved": operands + 3 * result}
+    assert found["one_pass"] == one, "a pass over the result reads and writes it once more"
+    assert found["two_passes"] == one, "passes that are fused read and write it once"
+    twice = found["twice"]
+    assert (twice["kernels"], twice["launches"], twice["products"]) == (2, 3, 2), "one kernel serves both results"
+    assert twice["moved"] == 2 * one["moved"] + 2 * 4 * ROWS * INNER
+    assert found["targets"] == [target], "Triton compiled for the card"
+
+
+def test_nothing_stays_of_the_card(by_hand: dict[str, Any]) -> None:
+    assert not by_hand["during"] and by_hand["after"]
+
+
+def test_a_part_of_the_tokens_takes_the_same_products_and_fewer_bytes(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    printed = run("gpu_count.py", "--small", "--plan", "ulysses=1", "--plan", "ulysses=2", "--json", str(out))
+    assert printed.count("COUNTED, not measured on a card") == 2
+    counted = json.loads(out.read_text())["counted"]
+    one, two = ({row["path"]: row for row in counted[plan] if row["path"]} for plan in ("one rank", "ulysses 2"))
+    for path, products in BLOCKS.items():
+        whole, part = one[path]["code"], two[path]["code"]
+        assert whole["products"] == part["products"] == products
+        assert part["moved"] < whole["moved"] and two[path]["inputs"] < one[path]["inputs"]
+        assert all(0 < code["kernels"] <= code["launches"] for code in (whole, part))
+    assert one.keys() == two.keys() == BLOCKS.keys()
+    assert [one[path]["calls"] for path in BLOCKS] == [2, 1, 1]
