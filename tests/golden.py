@@ -95,13 +95,17 @@ def coder(name: str) -> Iterator[tuple[str, str]]:
         yield f"{method}, strips", program_text(in_strips(whole.program, 1))
 
 
+RENAMED = ("incoming", "arriving")
+"""A word of the code and what it was when the graphs were kept."""
+
+
 def program_text(program: Program) -> str:
     """A root graph, what is bound to it, and the structures that it calls, under names that tell their order alone."""
     called = [str(node.target) for node in program.root.graph.nodes if node.op == "call_module"]
     order = {target: f"structure_{at}" for at, target in enumerate(dict.fromkeys(called))}
     bound = [
-        f"{given.kind} {given.target} {[dataclasses.astuple(each) for each in given.pieces]}"
-        for given in program.inputs
+        f"{spec.kind} {spec.target} {[dataclasses.astuple(each) for each in spec.pieces]}".replace(*RENAMED)
+        for spec in program.inputs
     ]
     graphs = [graph_text(program.root.graph, order)]
     graphs += [f"{order[target]}\n{graph_text(getattr(program.root, target).graph, {})}" for target in order]

@@ -51,7 +51,7 @@ class Simulated:
             for rank, results in enumerate(found):
                 wholes[rank] = wholes[rank] or [torch.full_like(x, torch.nan) for x in self.model.expected]
                 for lie, whole, part in zip(self.ranks[rank].results, wholes[rank], results, strict=True):
-                    assert part.shape == lie.likes[patch].shape
+                    assert part.shape == lie.like(whole, patch).shape
                     whole.index_copy_(whole.ndim - lie.back, torch.tensor(lie.positions[patch], dtype=torch.long), part)
         return wholes
 

@@ -164,12 +164,12 @@ class Reference:
         return (whole,) if isinstance(found, tuple) else type(found)(sample=whole)
 
 
-def along(positions: Sequence[torch.Tensor], size: int, back: int) -> list[torch.Tensor]:
+def along(positions: Sequence[Sequence[int] | torch.Tensor], size: int, back: int) -> list[torch.Tensor]:
     """Masks of patches that lie along one dim of so many positions, so many from the end."""
     found = []
     for each in positions:
         mask = torch.zeros(size, dtype=torch.bool)
-        mask[each] = True
+        mask[torch.as_tensor(each)] = True
         found.append(mask.reshape(-1, *[1] * (back - 1)))
     return found
 

@@ -40,17 +40,22 @@ class Use:
 
 
 def roles(inference: Inference) -> list[Use]:
-    """Every axis that has a role, in the order of `PRECEDENCE`; an axis may have several."""
-    found: dict[tuple[int, str], Use] = {}
+    """Every axis that has a role, in the order of `PRECEDENCE`; an axis may have several.
+
+    Returns:
+        One use for each axis and role, that of the first node. Feed-forward channels and channels between convolutions
+        are told only of axes that share no atom with an axis of another role.
+    """
+    uses: dict[tuple[int, str], Use] = {}
     for frame, node, op_axes in inference.nodes():
         for axis, role in (*_attended(op_axes), *_convolved(op_axes), *_normalised(node, op_axes)):
             if axis.size > 1:
-                found.setdefault((id(axis), role), Use(axis, role, frame, node))
-    taken = {id(atom) for use in found.values() for atom in atoms(use.axis)}
+                uses.setdefault((id(axis), role), Use(axis, role, frame, node))
+    taken = {id(atom) for use in uses.values() for atom in atoms(use.axis)}
     for use in (*_feed_forward(inference), *_convolved_channels(inference)):
         if not taken & {id(atom) for atom in atoms(use.axis)}:
-            found.setdefault((id(use.axis), use.role), use)
-    return sorted(found.values(), key=lambda use: PRECEDENCE.index(use.role))
+            uses.setdefault((id(use.axis), use.role), use)
+    return sorted(uses.values(), key=lambda use: PRECEDENCE.index(use.role))
 
 
 def _attended(op_axes: OpAxes) -> Iterable[tuple[Axis, str]]:
@@ -91,12 +96,12 @@ def _feed_forward(inference: Inference) -> Iterable[Use]:
     convolved: set[int] = set()
     for frame, node, op_axes in inference.nodes():
         if isinstance(op_axes.operator, LinearOp):
-            contracted |= {id(part) for part in end_to_end(op_axes.operand_axes[0][-1])}
-            for part in end_to_end(op_axes.result_axes[0][-1]):
-                made.setdefault(id(part), Use(part, "ffn", frame, node))
+            contracted |= {id(axis) for axis in end_to_end(op_axes.operand_axes[0][-1])}
+            for axis in end_to_end(op_axes.result_axes[0][-1]):
+                made.setdefault(id(axis), Use(axis, "ffn", frame, node))
         elif sums_channels(op_axes):
             convolved |= {
-                id(part) for axes in (op_axes.operand_axes, op_axes.result_axes) for part in end_to_end(axes[0][1])
+                id(axis) for axes in (op_axes.operand_axes, op_axes.result_axes) for axis in end_to_end(axes[0][1])
             }
     return [use for key, use in made.items() if key in contracted - convolved]
 
@@ -107,9 +112,9 @@ def _convolved_channels(inference: Inference) -> Iterable[Use]:
     contracted: collections.Counter[int] = collections.Counter()
     for frame, node, op_axes in inference.nodes():
         if sums_channels(op_axes):
-            contracted.update({id(part) for part in end_to_end(op_axes.operand_axes[0][1])})
-            for part in {id(part): part for part in end_to_end(op_axes.result_axes[0][1])}.values():
-                made.setdefault(id(part), []).append(Use(part, "channels", frame, node))
+            contracted.update({id(axis) for axis in end_to_end(op_axes.operand_axes[0][1])})
+            for axis in {id(axis): axis for axis in end_to_end(op_axes.result_axes[0][1])}.values():
+                made.setdefault(id(axis), []).append(Use(axis, "channels", frame, node))
     return [uses[0] for key, uses in made.items() if len(uses) == 1 and contracted[key] == 1]
 
 

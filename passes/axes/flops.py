@@ -71,6 +71,6 @@ _COUNTS: dict[str, Callable[[fx.Node, list[Shape], Shape], int]] = {
 }
 
 
-def portion(part: float, whole: float) -> float:
-    """The part of a whole that one rank has; none of nothing."""
-    return part / whole if whole else 0.0
+def portion(here: float, whole: float) -> float:
+    """The share, from 0 to 1, that one rank has of a whole: ``here`` of it; none of nothing."""
+    return here / whole if whole else 0.0

@@ -34,7 +34,7 @@ class Frame:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Argument:
     """An argument of a call: its axes, whether it depends on no input of the user, its value where that is known."""
 
     axes: Axes
@@ -64,12 +64,13 @@ class Inference:
     frames: list[Frame]
 
     def nodes(self) -> Iterator[tuple[Frame, fx.Node, OpAxes]]:
-        """Every typed node, in the order they run."""
+        """Every typed node with its frame and its axes, in the order they run: those of a structure once a call."""
         for frame in self.frames:
             for node, op_axes in frame.op_axes.items():
                 yield frame, node, op_axes
 
     def place(self, frame: Frame, node: fx.Node) -> Place:
+        """Where a node of a frame stands."""
         target = operator_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
         return Place(frame.call.meta.get("path", ""), node.name, target, bool(frame.call.meta.get("repeated")))
 
@@ -78,11 +79,17 @@ def infer(program: Program, book: RuleBook) -> Inference:
     """Type every node of ``program``.
 
     A rule that refuses leaves a boundary and fresh axes, never an error.
+
+    Args:
+        book: the rules; what it has none for is typed opaquely.
+
+    Returns:
+        One axis for every dim of every value. Equal axes are one object.
     """
     system = AxisSystem()
     axes: dict[fx.Node, list[Axes]] = {}
     frames = []
-    inputs = {given.name: given for given in program.inputs}
+    inputs = {spec.name: spec for spec in program.inputs}
     tables: set[fx.Node] = set()
     constants: dict[fx.Node, torch.Tensor] = {}
     for node in program.root.graph.nodes:
@@ -94,8 +101,8 @@ def infer(program: Program, book: RuleBook) -> Inference:
                 constants[node] = program.constants[str(inputs[node.name].target)]
         elif node.op == "call_module":
             graph = getattr(program.root, str(node.target)).graph
-            given = [Given(_of(axes, arg), arg in tables, constants.get(arg)) for arg in node.args]
-            frame = _frame(node, graph, given, system, book)
+            arguments = [Argument(_of(axes, arg), arg in tables, constants.get(arg)) for arg in node.args]
+            frame = _frame(node, graph, arguments, system, book)
             frames.append(frame)
             axes[node] = [_of(frame.axes, leaf) for leaf in results_of(graph)]
         elif node.op == "call_function" and node.target is operator.getitem:
@@ -112,7 +119,7 @@ def _of(axes: dict[fx.Node, list[Axes]], node: object) -> Axes:
 
 
 def results_of(graph: fx.Graph) -> Sequence[object]:
-    """The leaves of a graph's output."""
+    """The leaves of a graph's output: nodes, or values that no node makes."""
     (result,) = next(node for node in reversed(graph.nodes) if node.op == "output").args
     return result if isinstance(result, tuple | list) else (result,)
 
@@ -121,12 +128,12 @@ def _fresh(node: fx.Node, system: AxisSystem) -> list[Axes]:
     return [[system.atom(size) for size in value.shape] for value in values(node)]
 
 
-def _frame(call: fx.Node, graph: fx.Graph, given: list[Given], system: AxisSystem, book: RuleBook) -> Frame:
+def _frame(call: fx.Node, graph: fx.Graph, arguments: list[Argument], system: AxisSystem, book: RuleBook) -> Frame:
     frame = Frame(call, graph, {}, {}, set(), {})
-    arguments = iter(given)
+    remaining = iter(arguments)
     for node in graph.nodes:
         if node.op == "placeholder":
-            argument = next(arguments)
+            argument = next(remaining)
             frame.axes[node] = [argument.axes]
             if argument.table:
                 frame.tables.add(node)
@@ -167,12 +174,12 @@ def _typed(node: fx.Node, frame: Frame, operands: list[fx.Node], system: AxisSys
     def workbench() -> Rule:
         return Rule(node, [frame.axes[operand][0] for operand in operands], system, frame.tables, frame.constants)
 
-    found, rule, mark = book.find(node.target), workbench(), system.mark()
-    if found is None:
+    rule_function, rule, mark = book.find(node.target), workbench(), system.mark()
+    if rule_function is None:
         type_opaquely(rule, f"no rule for {node.target}")
         return rule.op_axes()
     try:
-        found(rule)
+        rule_function(rule)
     except Exception as error:
         system.rollback(mark)
         rule = workbench()

@@ -37,19 +37,23 @@ class LocalCall(Protocol):
         """A tensor that belongs to this rank's graph."""
 
     def take(self, node: fx.Node, dim: int, positions: np.ndarray, size: int) -> fx.Node:
-        """Positions of one dim of ``size``, in the given order."""
+        """``positions`` of a dim that has ``size`` of them on this rank, in the given order."""
 
-    def operand(self, index: int) -> fx.Node:
+    def operand(self, operand: int) -> fx.Node:
         """An operand on this rank."""
 
-    def operand_sizes(self, index: int) -> list[int]:
-        """Its shape on this rank."""
+    def operand_sizes(self, operand: int) -> list[int]:
+        """The shape of an operand on this rank."""
 
     def out_sizes(self, result: int) -> list[int]:
         """The shape of a result on this rank."""
 
     def length(self, handle: int | None, operand: int, dim: int) -> int:
-        """Positions on this rank of an axis that the rule kept, split as ``dim`` of an operand is; 0 for none."""
+        """How many positions this rank has of an axis that is split as ``dim`` of an operand is; 0 for no axis.
+
+        Args:
+            handle: what `Rule.keep` answered when it was given the axis.
+        """
 
 
 Emit = Callable[[LocalCall], fx.Node]

@@ -35,7 +35,8 @@ class ConvolutionOp:
     depthwise: bool
 
     def reach(self, dim: int) -> int:
-        """Rows of a dim of the operand from the first to the last that one row of the result reads."""
+        """Rows of a dim of the operand from the first to the last that one row of the result reads; 2 is the first dim
+        of space."""
         return self.dilation[dim - 2] * (self.kernel[dim - 2] - 1) + 1
 
 

@@ -35,7 +35,8 @@ class Loop:
     outs: tuple[tuple[int, int], ...]
 
     def dims_of(self, operand: int) -> list[int]:
-        return [dim for at, dim in self.args if at == operand]
+        """The dims of an operand on which the loop stands."""
+        return [dim for other, dim in self.args if other == operand]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,15 @@ def values(node: fx.Node) -> list[torch.Tensor]:
 
 
 class Rule:
-    """The workbench on which a rule types one node."""
+    """The workbench on which a rule types one node.
+
+    A dim is told as ``(operand, dim)`` or ``(result, dim)``, counted from the front.
+
+    Args:
+        actual: the axes that each operand brings, by dim.
+        tables: nodes of the graph that depend on no input of the user.
+        constants: nodes whose values are the same in every call, where they are known.
+    """
 
     def __init__(
         self,
@@ -132,7 +141,7 @@ class Rule:
         return operator_name(overload_of(self.node))
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
-        """A positional or keyword argument of the node."""
+        """The argument of the node at a position, or else of this name; ``default`` where it is not given."""
         return self.node.args[index] if index < len(self.node.args) else self.node.kwargs.get(name, default)
 
     def named(self, name: str, default: Any = None) -> Any:
@@ -154,20 +163,31 @@ class Rule:
         return dim % max(len(self.actual[0]), 1)
 
     def shape(self, operand: int) -> list[int]:
+        """The shape of a whole operand."""
         return [axis.size for axis in self.actual[operand]]
 
     def out_shape(self, result: int = 0) -> list[int]:
+        """The shape of a whole result."""
         return list(values(self.node)[result].shape)
 
     def merge(self, pairs: Iterable[tuple[int, int]], axis: Axis | None = None) -> Axis:
-        """Unify the given dims of operands (and ``axis``); one that refuses becomes a boundary and expects the rest."""
+        """Unify the axes of some dims of operands, and ``axis`` with them where it is given.
+
+        A dim that refuses becomes a boundary and expects the axis of the others.
+
+        Args:
+            pairs: each an operand and a dim; at least one where there is no ``axis``.
+
+        Returns:
+            The axis that all these dims are expected to have.
+        """
         for operand, dim in pairs:
-            own = self.actual[operand][dim]
+            actual = self.actual[operand][dim]
             if axis is None:
-                axis = own
+                axis = actual
                 continue
             try:
-                self.system.unify(axis, own)
+                self.system.unify(axis, actual)
             except Conflict as conflict:
                 self.refuse(operand, dim, str(conflict))
             self.operand_axes[operand][dim] = axis
@@ -175,12 +195,19 @@ class Rule:
         return axis
 
     def refuse(self, operand: int, dim: int, reason: str) -> None:
+        """Record a boundary: a dim of which the operator could not be understood."""
         self.boundaries.append(Boundary(operand, dim, reason))
 
     def loop(
         self, kind: Kind, args: Iterable[tuple[int, int]], outs: Iterable[tuple[int, int]], axis: Axis | None = None
     ) -> None:
-        """Record a loop whose operands' dims are made one axis, which its results carry."""
+        """Record a loop whose operands' dims are made one axis, which its results carry.
+
+        Args:
+            args: the operands' dims on which it stands, by ``(operand, dim)``.
+            outs: the results' dims on which it stands, by ``(result, dim)``.
+            axis: one that they are all made. Without it and without ``args`` each dim of ``outs`` has a fresh one.
+        """
         args, outs = tuple(args), tuple(outs)
         if args:
             axis = self.merge(args, axis)
@@ -198,12 +225,15 @@ class Rule:
         self._windows[dim] = windows
 
     def add_regrouping(self, in_dims: Sequence[int], out_dims: Sequence[int]) -> None:
-        """Record that neighbouring dims of the first operand were laid out anew as dims of the result."""
+        """Record that neighbouring dims of the first operand were laid out anew as dims of the first result.
+
+        The rule has named the axes of these.
+        """
         self.loops.append(Loop("map", tuple((0, dim) for dim in in_dims), tuple((0, dim) for dim in out_dims)))
 
-    def add_copies(self, own: int, dim: int) -> None:
-        """Record that all positions of a dim of the result are the one that a dim of the first operand has."""
-        self.loops.append(Loop("copies", ((0, own),), ((0, dim),)))
+    def add_copies(self, operand_dim: int, dim: int) -> None:
+        """Record that all positions of a dim of the result are the one of ``operand_dim`` of the first operand."""
+        self.loops.append(Loop("copies", ((0, operand_dim),), ((0, dim),)))
 
     def add_join(self, args: Sequence[tuple[int, int]], outs: Sequence[tuple[int, int]]) -> None:
         """Record a loop over dims that hold different parts of one axis; the rule has named the results' axes."""
@@ -214,7 +244,11 @@ class Rule:
         self._ignored.add(operand)
 
     def keep(self, axis: Axis | None) -> int | None:
-        """Hold on to an axis of which the emission asks the local length; answers with the handle to ask by."""
+        """Hold on to an axis of which the emission asks the local length.
+
+        Returns:
+            The handle by which `LocalCall.length` is asked for it; None for no axis.
+        """
         if axis is None:
             return None
         self._kept.append(axis)
@@ -226,6 +260,7 @@ class Rule:
         self.loops.append(Loop("whole", ((operand, dim),), ()))
 
     def op_axes(self) -> OpAxes:
+        """What the rule has said of the node; dims of results that it has not named get fresh axes."""
         outs = [
             [
                 axis if axis is not None else self.system.atom(size)
@@ -260,7 +295,11 @@ class RuleBook:
         self._rules: dict[str, RuleFunction] = {}
 
     def rule(self, *names: str) -> Callable[[RuleFunction], RuleFunction]:
-        """Register a function for the ATen operators of these names, whatever the overload."""
+        """Register a function for the ATen operators of these names, whatever the overload.
+
+        Raises:
+            ValueError: on registration, where one of them has a rule already.
+        """
 
         def register(function: RuleFunction) -> RuleFunction:
             for name in names:
@@ -272,17 +311,22 @@ class RuleBook:
         return register
 
     def include(self, other: RuleBook) -> None:
+        """Register every rule of another book as well.
+
+        Raises:
+            ValueError: where both books have a rule for one operator.
+        """
         for name, function in other._rules.items():
             self.rule(name)(function)
 
     def find(self, target: Any) -> RuleFunction | None:
-        """The rule of an operator; operators tagged pointwise by PyTorch need none of their own."""
+        """The rule of an operator, or None; operators tagged pointwise by PyTorch need none of their own."""
         if not isinstance(target, torch._ops.OpOverload):
             return None
-        found = self._rules.get(operator_name(target))
-        if found is None and torch.Tag.pointwise in target.tags:
-            found = self._rules["pointwise"]
-        return found
+        rule_function = self._rules.get(operator_name(target))
+        if rule_function is None and torch.Tag.pointwise in target.tags:
+            rule_function = self._rules["pointwise"]
+        return rule_function
 
 
 def operator_name(target: torch._ops.OpOverload) -> str:
@@ -292,7 +336,8 @@ def operator_name(target: torch._ops.OpOverload) -> str:
 
 
 def type_opaquely(rule: Rule, reason: str) -> None:
-    """Everything whole in, laid out in memory as it was captured, and fresh axes out."""
+    """Everything whole in, laid out in memory as it was captured, and fresh axes out; ``reason`` is that of each dim's
+    boundary."""
     rule.emit = lambda ctx: ctx.as_captured()
     for operand, axes in enumerate(rule.actual):
         for dim in range(len(axes)):

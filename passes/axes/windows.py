@@ -24,13 +24,27 @@ class Windows:
 
     @classmethod
     def sliding(cls, size: int, out: int, reach: int, stride: int, padding: int) -> Windows:
-        """The windows of a convolution or pool that reaches over ``reach`` rows."""
+        """The windows of a convolution or pool.
+
+        Args:
+            size: rows of the operand.
+            out: rows of the result.
+            reach: rows from the first to the last that one row of the result reads.
+            stride: rows of the operand from one window to the next.
+            padding: rows of padding before the first row.
+        """
         first = np.arange(out) * stride - padding
         return cls(first, first + reach - 1, first + (reach - 1) / 2, size)
 
     @classmethod
     def moved(cls, sources: np.ndarray, size: int, middle: np.ndarray | None = None) -> Windows:
-        """Of an operator whose row ``i`` is row ``sources[i]`` of its operand, or padding where that is outside."""
+        """Of an operator whose row ``i`` is row ``sources[i]`` of its operand, or padding where that is outside.
+
+        Args:
+            sources: one entry per row of the result.
+            size: rows of the operand.
+            middle: about which row of the operand each lies, never falling; ``sources`` where it is None.
+        """
         return cls(sources, sources, sources if middle is None else middle, size)
 
     def rows(self, start: int, stop: int) -> tuple[int, int]:
@@ -45,6 +59,9 @@ class Windows:
         """Where each rank's rows of the result should end so that most of what they read is its own.
 
         A row belongs to the rank that has the middle of its window.
+
+        Args:
+            ends: where each rank's rows of the operand end, in rank order.
         """
         out = len(self.first)
         return tuple(

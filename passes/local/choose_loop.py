@@ -38,7 +38,10 @@ RUNS_SPLIT = ("map", "copies", "sum", "mean", "halo")
 
 
 def feasible(op_axes: OpAxes, loop: Loop, split: Split) -> ShardedLoop | None:
-    """How ``loop`` looks when it is split: on exactly one dim per operand and result; None when it cannot be."""
+    """How ``loop`` looks when it is split: on exactly one dim per operand and result; None when it cannot be.
+
+    A regrouping, copies and windows must also leave every rank what its part of the result is made of.
+    """
     if loop.kind not in RUNS_SPLIT:
         return None
     operands = _dims(op_axes.operand_axes, loop.args, split)
@@ -66,14 +69,14 @@ def _together(op_axes: OpAxes, operands: Mapping[int, int], results: Mapping[int
 
 def _in_order(op_axes: OpAxes, operands: Mapping[int, int], results: Mapping[int, int], split: Split) -> bool:
     """Whether ranks hold neighbouring positions in rank order, before and after: then they know who has the halo."""
-    given, made = op_axes.operand_axes[0][operands[0]], op_axes.result_axes[0][results[0]]
-    return split.ends(given) is not None and split.ends(made) is not None
+    read, made = op_axes.operand_axes[0][operands[0]], op_axes.result_axes[0][results[0]]
+    return split.ends(read) is not None and split.ends(made) is not None
 
 
 def _takes_cuts_apart(op_axes: OpAxes, loop: Loop, split: Split) -> bool:
     """Whether a loop joins or cuts a concatenation that lies by the rows of its whole, not by those of its parts."""
-    axes = [op_axes.operand_axes[at][dim] for at, dim in loop.args] + [
-        op_axes.result_axes[at][dim] for at, dim in loop.outs
+    axes = [op_axes.operand_axes[operand][dim] for operand, dim in loop.args] + [
+        op_axes.result_axes[result][dim] for result, dim in loop.outs
     ]
     return any(split.cuts_whole(axis) for axis in axes) and any(not same(axes[0], axis) for axis in axes)
 
@@ -90,26 +93,29 @@ def _same_cut(op_axes: OpAxes, loop: Loop, split: Split, operand_dim: int, resul
 
 def _flat_positions(axes: Sequence[tuple[Axis, bool]], split: Split, index: int) -> np.ndarray:
     """Positions in the flattened group that a rank holds when the marked axis is split."""
-    at = next(k for k, (_, marked) in enumerate(axes) if marked)
-    outer = math.prod(axis.size for axis, _ in axes[:at])
-    inner = math.prod(axis.size for axis, _ in axes[at + 1 :])
-    axis = axes[at][0]
+    marked = next(k for k, (_, is_marked) in enumerate(axes) if is_marked)
+    outer = math.prod(axis.size for axis, _ in axes[:marked])
+    inner = math.prod(axis.size for axis, _ in axes[marked + 1 :])
+    axis = axes[marked][0]
     grid = np.arange(outer * axis.size * inner).reshape(outer, axis.size, inner)
     return grid[:, split.positions(axis, index)].reshape(-1)
 
 
 def _dims(axes: Sequence[Sequence], pairs: Sequence[tuple[int, int]], split: Split) -> dict[int, int] | None:
-    found: dict[int, int] = {}
+    split_dims: dict[int, int] = {}
     for tensor in dict.fromkeys(tensor for tensor, _ in pairs):
         dims = [dim for other, dim in pairs if other == tensor and split.splits(axes[tensor][dim])]
         if len(dims) != 1:
             return None
-        found[tensor] = dims[0]
-    return found
+        split_dims[tensor] = dims[0]
+    return split_dims
 
 
 def choose(op_axes: OpAxes, operands: Sequence[Value], split: Split) -> ShardedLoop | None:
-    """The feasible loop along which most of the operands already lies; a loop that costs nothing where none does."""
+    """The feasible loop along which most of the operands already lies, in elements of the whole tensors.
+
+    Where nothing lies along any, a map, for which operands that are whole are sliced; None where that has none either.
+    """
     best: ShardedLoop | None = None
     most = -1
     for loop in op_axes.loops:

@@ -27,6 +27,8 @@ from .stale_exchange import Exchange
 class LoweringContext:
     """The graph of one call on one rank, as it grows.
 
+    A mesh dimension is told by its name in ``layout``.
+
     Args:
         frame: the call, with the axes of its values.
         place: where a node of it stands, for the ledger.
@@ -41,10 +43,11 @@ class LoweringContext:
         self._sums: dict[int, tuple[Value, Value]] = {}
 
     def parts(self, name: str) -> int:
+        """Into how many parts a mesh dimension splits."""
         return self.layout.parts[name]
 
     def summed(self, value: Value, purpose: str = "partial sum") -> Value:
-        """The value with its partial sums added up."""
+        """The value with its partial sums added up: one all-reduce for each mesh dimension, counted as ``purpose``."""
         total = self.latest(value)
         for name in sorted(total.partial):
             node = self.local.reduce(total.node, name)
@@ -58,6 +61,7 @@ class LoweringContext:
         return self._sums.get(id(value), (value, value))[1]
 
     def sliced_where_possible(self, value: Value) -> Value:
+        """A replicated value split over every mesh dimension that can split a dim of it."""
         split: dict[str, int] = {}
         node = value.node
         for name, dim in self.layout.natural(value.axes).items():
@@ -66,17 +70,30 @@ class LoweringContext:
         return dataclasses.replace(value, node=node, split=split)
 
     def redistribute(
-        self, value: Value, expected: Sequence[Axis], required: Mapping[str, int], node: fx.Node, at: int
+        self, value: Value, expected: Sequence[Axis], required: Mapping[str, int], node: fx.Node, operand: int
     ) -> fx.Node:
-        """The value laid out so that mesh dimension ``m`` splits its dim ``required[m]`` by the expected axis."""
+        """Lay a value out as an operator wants it: summed, gathered where it lies otherwise, sliced where it is whole.
+
+        Args:
+            expected: the axis by which each of its dims is split, if it is.
+            required: the dim that each mesh dimension splits then; what is not named there splits none.
+            node: who wants it, as which ``operand``, or -1 for a result of the graph: the reason of a gather.
+
+        Returns:
+            The node of this rank's graph that holds it. Asked again, the same.
+
+        Raises:
+            PartitionError: where it would be gathered for an operator and the layout refuses that, or where a dim that
+                patches in time split would be.
+        """
         value = self.summed(value)
         key = (id(value), tuple(sorted(required.items())), tuple(id(expected[d]) for d in required.values()))
         if key not in self._redistributed:
-            self._redistributed[key] = self._redistribute(value, expected, required, node, at)
+            self._redistributed[key] = self._redistribute(value, expected, required, node, operand)
         return self._redistributed[key]
 
     def _redistribute(
-        self, value: Value, expected: Sequence[Axis], required: Mapping[str, int], node: fx.Node, at: int
+        self, value: Value, expected: Sequence[Axis], required: Mapping[str, int], node: fx.Node, operand: int
     ) -> fx.Node:
         kept = {
             name: dim
@@ -84,29 +101,29 @@ class LoweringContext:
             if required.get(name) == dim and same(value.axes[dim], expected[dim])
         }
         if kept != dict(value.split):
-            value = self._gathered(value, kept, node, at)
+            value = self._gathered(value, kept, node, operand)
         local, split = value.node, dict(value.split)
         for name, dim in required.items():
             if name not in kept:
-                also = [other for other, own in split.items() if own == dim]
+                also = [other for other, split_dim in split.items() if split_dim == dim]
                 local = self.local.slice(local, dim, expected[dim], name, also)
                 split[name] = dim
         return local
 
-    def _gathered(self, value: Value, kept: Mapping[str, int], node: fx.Node, at: int) -> Value:
+    def _gathered(self, value: Value, kept: Mapping[str, int], node: fx.Node, operand: int) -> Value:
         local, split = value.node, dict(value.split)
         for name in [name for name in split if name not in kept]:
             dim = split.pop(name)
-            also = [other for other, own in split.items() if own == dim]
+            also = [other for other, split_dim in split.items() if split_dim == dim]
             before = dataclasses.replace(value, split={**split, name: dim})
             local, _ = self.local.gather(local, dim, value.axes[dim], name, also)
-            if name == GATHERED and _is_attended(self.frame.op_axes.get(node), at, dim):
+            if name == GATHERED and _is_attended(self.frame.op_axes.get(node), operand, dim):
                 self.ledger.collective("all_gather", "attention", local, before, self.local, self.parts(name))
                 continue
             sent = self.ledger.collective("all_gather", "gather", local, before, self.local, self.parts(name))
-            reason = "the result" if at < 0 else _reason(self.frame.op_axes.get(node), at, dim)
+            reason = "the result" if operand < 0 else _reason(self.frame.op_axes.get(node), operand, dim)
             self.ledger.gathers.append(Gather(self.place(node), reason, tuple(split), sent))
-            if self.layout.refuse_gathers and at >= 0:
+            if self.layout.refuse_gathers and operand >= 0:
                 raise PartitionError(f"would gather: {reason}")
         return dataclasses.replace(value, node=local, split=split)
 
@@ -125,10 +142,11 @@ class LoweringContext:
         self.ledger.work(total, portion, tuple(choices))
 
     def exchange_all(self, dim: int, axis: Axis | None, shape: Sequence[int], dtype: torch.dtype) -> Exchange | None:
-        """How a state of ``shape`` of which every rank wants all comes from them, counted; None where one rank has all.
+        """How a state of which every rank wants all comes from them, counted; None where one rank has all.
 
         Args:
             dim: the dim that patches split: by ``axis``, or with one row for each where it is None.
+            shape: of the state on this rank, with the rows of all patches.
         """
         if not self.layout.apart:
             return None
@@ -136,19 +154,22 @@ class LoweringContext:
         held = [
             np.arange(rank, rank + 1) if axis is None else split.positions(axis, rank) for rank in range(split.parts)
         ]
-        found = Exchange.of_all(dim, held, here, self.layout.mesh.behind)
-        self.ledger.sent(STALE if self.layout.stale else "all_gather", "state", found.rows.elements_sent(shape), dtype)
-        return found
+        exchange = Exchange.of_all(dim, held, here, self.layout.mesh.behind)
+        self.ledger.sent(
+            STALE if self.layout.stale else "all_gather", "state", exchange.rows.elements_sent(shape), dtype
+        )
+        return exchange
 
     def rows_of_patches(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> tuple[fx.Node, Exchange | None]:
-        """A state of what every patch left, one row of ``shape`` for each, and how others' rows come."""
+        """A state [patches, *shape] of what every patch left, and how others' rows come; None where they need not."""
         assert self.layout.patches is not None
         whole = [self.layout.patches.parts, *shape]
         exchange = self.exchange_all(0, None, whole, dtype)
         return self.local.state(name, whole, dtype, exchange), exchange
 
     def put_row(self, state: fx.Node, exchange: Exchange | None, row: fx.Node) -> None:
-        """Put this patch's row, [1, ...], in its place; those of all ranks where they are gathered."""
+        """Put this patch's row, [1, ...], in its place of a state of `rows_of_patches`; those of all ranks where they are
+        gathered."""
         here = self.sharding.index[PATCH]
         held = np.arange(here, here + 1)
         if exchange is not None and not self.layout.stale:

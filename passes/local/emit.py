@@ -22,13 +22,20 @@ from .local_graph import aten
 
 
 class Emission:
-    """What a rule sees when it calls its operator on this rank."""
+    """What a rule sees when it calls its operator on this rank: a `LocalCall`.
+
+    Args:
+        operands: on this rank, laid out as ``choices`` want them.
+        choices: the loop that each mesh dimension splits.
+        outs: for each result the dim that each mesh dimension splits.
+        seen: for dims of the first operand that are read by windows, the rows that are there.
+    """
 
     aten = aten
 
     def __init__(
         self,
-        partitioner: LoweringContext,
+        context: LoweringContext,
         node: fx.Node,
         op_axes: OpAxes,
         operands: list[fx.Node],
@@ -37,7 +44,7 @@ class Emission:
         seen: Mapping[int, HaloWindow],
     ):
         self.seen = seen
-        self._partitioner = partitioner
+        self._context = context
         self.node = node
         self.op_axes = op_axes
         self._operands = operands
@@ -45,35 +52,39 @@ class Emission:
         self._outs = outs
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self._partitioner.local.call(target, *args, **kwargs)
+        """A call in this rank's graph."""
+        return self._context.local.call(target, *args, **kwargs)
 
     def constant(self, value: torch.Tensor) -> fx.Node:
-        """A tensor that belongs to the rewritten graph."""
-        return self._partitioner.local.constant(value)
+        """A tensor that belongs to this rank's graph."""
+        return self._context.local.constant(value)
 
     def take(self, node: fx.Node, dim: int, positions: np.ndarray, size: int) -> fx.Node:
-        """Positions of one dim of ``size``, in the given order."""
-        return self._partitioner.local.take(node, dim, positions, size)
+        """``positions`` of a dim that has ``size`` of them on this rank, in the given order."""
+        return self._context.local.take(node, dim, positions, size)
 
-    def operand(self, index: int) -> fx.Node:
-        return self._operands[index]
+    def operand(self, operand: int) -> fx.Node:
+        """An operand on this rank."""
+        return self._operands[operand]
 
     def length(self, handle: int | None, operand: int, dim: int) -> int:
-        """Local positions of an axis that the rule kept, split as ``dim`` of an operand is; 0 for none."""
+        """How many positions this rank has of an axis that the rule kept, split as ``dim`` of an operand is; 0 for no
+        axis."""
         if handle is None:
             return 0
-        names = [name for name, own in required(self._choices, operand).items() if own == dim]
-        return self._partitioner.sharding.length(self.op_axes.kept[handle], names)
+        names = [name for name, split_dim in required(self._choices, operand).items() if split_dim == dim]
+        return self._context.sharding.length(self.op_axes.kept[handle], names)
 
-    def operand_sizes(self, index: int) -> list[int]:
-        return self._partitioner.sharding.sizes(self.op_axes.operand_axes[index], required(self._choices, index))
+    def operand_sizes(self, operand: int) -> list[int]:
+        """The shape of an operand on this rank, without the rows of neighbours."""
+        return self._context.sharding.sizes(self.op_axes.operand_axes[operand], required(self._choices, operand))
 
     def out_sizes(self, result: int) -> list[int]:
-        """The local shape of a result."""
-        return self._partitioner.sharding.sizes(self.op_axes.result_axes[result], self._outs[result])
+        """The shape of a result on this rank."""
+        return self._context.sharding.sizes(self.op_axes.result_axes[result], self._outs[result])
 
     def same(self, **changed: Any) -> fx.Node:
-        """The node's own call with its operands on this rank."""
+        """The node's own call with its operands on this rank, and ``changed`` of its keyword arguments, if it has them."""
         operands = iter(self._operands)
         args, kwargs = pytree.tree_map(
             lambda leaf: next(operands) if isinstance(leaf, fx.Node) else leaf, (self.node.args, dict(self.node.kwargs))
@@ -83,11 +94,11 @@ class Emission:
 
     def as_captured(self) -> fx.Node:
         """The node's own call on operands that lie in memory as they did when it was captured: kernels may look."""
-        self._operands = [self._laid(at) for at in range(len(self._operands))]
+        self._operands = [self._laid(operand) for operand in range(len(self._operands))]
         return self.same()
 
-    def _laid(self, at: int) -> fx.Node:
-        node, captured = self._operands[at], self.op_axes.operands[at].meta["val"]
+    def _laid(self, operand: int) -> fx.Node:
+        node, captured = self._operands[operand], self.op_axes.operands[operand].meta["val"]
         if captured.is_contiguous():
             return self.call(aten.contiguous.default, node)
         order = sorted(range(captured.dim()), key=lambda dim: -captured.stride(dim))
@@ -97,7 +108,15 @@ class Emission:
         return self.call(aten.permute.default, dense, [order.index(dim) for dim in range(len(order))])
 
     def run(self, summed: Sequence[str]) -> fx.Node:
-        """The operator's call on this rank; a shard without positions needs none, and many operators refuse one."""
+        """The operator's call on this rank; a shard without positions needs none, and many operators refuse one.
+
+        Args:
+            summed: mesh dimensions that split what is contracted, so that this rank's result is one part of a sum. It
+                is made without the bias, which is added once.
+
+        Raises:
+            PartitionError: where it has a bias and nobody knows its call without one.
+        """
         made = self.node.meta["val"]
         if self._operands and isinstance(made, torch.Tensor) and 0 in self.out_sizes(0):
             return self.call(aten.new_zeros.default, self.operand(0), self.out_sizes(0), dtype=made.dtype)

@@ -27,7 +27,15 @@ from .stale_exchange import Exchange
 def fetch(
     context: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]
 ) -> tuple[fx.Node, dict[int, HaloWindow]]:
-    """The first operand with the rows that this rank's windows reach over, and what they are, by dim."""
+    """Bring the rows that this rank's windows reach over, and keep what later patches will want.
+
+    Args:
+        inputs: this rank's shard of the first operand.
+        choices: the loop that each mesh dimension splits; those of kind ``halo`` need rows.
+
+    Returns:
+        The first operand with just the rows that are read, and which these are, by the dim that is split.
+    """
     seen = {}
     keep_rows(context, op_axes, inputs, choices)
     for name, choice in choices.items():
@@ -68,13 +76,13 @@ def _kept(
     """This rank's rows and those of others that its windows reach over, as they are or as the last call left them."""
     if not request.needed:
         return inputs
-    own, seen = request.rows.own, request.seen
-    first = min(own[0], seen.start) if seen.stop > seen.start else own[0]
-    last = max(own[1], seen.stop) if seen.stop > seen.start else own[1]
+    (start, stop), seen = request.rows.own, request.seen
+    first = min(start, seen.start) if seen.stop > seen.start else start
+    last = max(stop, seen.stop) if seen.stop > seen.start else stop
     state = _state(
         context, op_axes, choices, last - first, Exchange.of_rows(request, first, context.layout.mesh.behind)
     )
-    context.local.put(state, inputs, request.rows.dim, np.arange(own[0] - first, own[1] - first))
+    context.local.put(state, inputs, request.rows.dim, np.arange(start - first, stop - first))
     if context.layout.stale:
         rows = context.local.call(aten.slice.Tensor, state, request.rows.dim, seen.start - first, seen.stop - first)
         return context.local.call(aten.clone.default, rows)
@@ -84,7 +92,10 @@ def _kept(
 
 
 def keep_rows(context: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]) -> None:
-    """Where all patches are computed at once, keep what the windows of each will want of the others'."""
+    """Where all patches are computed at once, keep what the windows of each will want of the others'.
+
+    ``inputs`` are the rows of all patches; they are written to a state.
+    """
     patches = context.layout.patches
     if patches is None or PATCH in context.sharding.splits:
         return
@@ -114,23 +125,27 @@ def _state(
 
 
 def ask(context: LoweringContext, op_axes: OpAxes, name: str, choices: Mapping[str, ShardedLoop]) -> Request:
-    """Which rows every rank wants of the first operand, counted in the ledger."""
-    found = _wanted(context.sharding.splits[name], context.sharding.index[name], op_axes, choices[name])
-    if found.needed:
+    """Which rows every rank of mesh dimension ``name`` wants of the first operand, counted in the ledger.
+
+    Args:
+        choices: the loop that each mesh dimension splits; that of ``name`` is of kind ``halo``.
+    """
+    request = _wanted(context.sharding.splits[name], context.sharding.index[name], op_axes, choices[name])
+    if request.needed:
         shard = context.sharding.sizes(op_axes.operand_axes[0], required(choices, 0))
-        numel = found.rows.elements_sent(shard)
+        numel = request.rows.elements_sent(shard)
         op = STALE if name == PATCH and context.layout.stale else "halo_exchange"
         context.ledger.sent(op, "halo", numel, op_axes.operands[0].meta["val"].dtype)
-    return dataclasses.replace(found, rows=dataclasses.replace(found.rows, group=context.local.group(name)))
+    return dataclasses.replace(request, rows=dataclasses.replace(request.rows, group=context.local.group(name)))
 
 
 def _wanted(split: Split, here: int, op_axes: OpAxes, choice: ShardedLoop) -> Request:
     dim, out = choice.operands[0], choice.results[0]
     windows = op_axes.windows[dim]
-    made, given = split.ends(op_axes.result_axes[0][out]), split.ends(op_axes.operand_axes[0][dim])
-    assert made is not None and given is not None
+    made, read = split.ends(op_axes.result_axes[0][out]), split.ends(op_axes.operand_axes[0][dim])
+    assert made is not None and read is not None
     wanted = [windows.rows(start, stop) for start, stop in zip((0, *made), made, strict=False)]
-    owned = list(zip((0, *given), given, strict=False))
+    owned = list(zip((0, *read), read, strict=False))
     starts, stops = ([rows[k] for rows in wanted] for k in range(2))
     sizes = [stop - start for start, stop in owned]
     seen = HaloWindow(windows, *wanted[here], (0, *made)[here], made[here])
@@ -139,7 +154,10 @@ def _wanted(split: Split, here: int, op_axes: OpAxes, choice: ShardedLoop) -> Re
 
 
 def moved(ctx: LocalCall, fill: float = 0.0) -> fx.Node:
-    """The first operand with every seen row put where its windows of one row say; ``fill`` stands for padding."""
+    """The first operand with every seen row put where its windows of one row say; ``fill`` stands for padding.
+
+    In each dim of ``ctx.seen`` it has this rank's rows of the result then, in others what it had.
+    """
     node = ctx.operand(0)
     for dim, seen in ctx.seen.items():
         sources = seen.windows.first[seen.first : seen.last]

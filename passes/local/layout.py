@@ -44,7 +44,7 @@ class Layout:
 
     @classmethod
     def of(cls, plan: Plan, mesh: Mesh, units: Chosen) -> Layout:
-        """The layout of a plan once the units to split are chosen."""
+        """The layout of a plan once the units to split are chosen; those over one rank alone are not split."""
         active = {dim: MEMBERS[dim] for dim in MEMBERS if units.get(dim) and mesh.size(MEMBERS[dim]) > 1}
         parts = {dim: mesh.size(members) for dim, members in active.items()}
         splits = {dim: Split(dim, parts[dim], units[dim]) for dim in active}
@@ -72,7 +72,12 @@ class Layout:
         return PATCH in self.sharding.splits and not self.apart
 
     def keeping(self, patches: Split, patch: int | None) -> Layout:
-        """The layout of a program that computes one patch and reads what the others left; of all patches for None."""
+        """The layout of a program that keeps what patches leave one another.
+
+        Args:
+            patches: how tokens are cut into patches.
+            patch: the number of the one that the program computes, reading what the others left; None for all.
+        """
         splits, index, parts = dict(self.sharding.splits), self.sharding.index, self.parts
         if SEQUENCE in splits:
             splits[SEQUENCE] = Split(SEQUENCE, parts[SEQUENCE], patches.units, within=patches)
@@ -86,19 +91,23 @@ class Layout:
         return dataclasses.replace(self, sharding=Sharding(splits, self.sharding.index), patches=None)
 
     def natural(self, axes: Sequence[Axis]) -> dict[str, int]:
-        """For each mesh dimension the first dim of a tensor that it can split."""
-        found = {}
+        """For each mesh dimension the first dim of a tensor that it can split, if there is one.
+
+        Args:
+            axes: of the tensor, by dim.
+        """
+        split_dims = {}
         for name, split in self.sharding.splits.items():
             dim = next((dim for dim, axis in enumerate(axes) if split.splits(axis)), None)
             if dim is not None:
-                found[name] = dim
-        return found
+                split_dims[name] = dim
+        return split_dims
 
     @staticmethod
     def attribute(frame: Frame, name: str) -> torch.Tensor:
-        """A tensor that a captured graph holds itself."""
+        """A tensor that a captured graph holds itself, by its dotted name."""
         owner = frame.graph.owning_module
-        for part in name.split("."):
-            owner = getattr(owner, part)
+        for child in name.split("."):
+            owner = getattr(owner, child)
         assert isinstance(owner, torch.Tensor)
         return owner

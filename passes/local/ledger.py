@@ -44,7 +44,13 @@ class Ledger:
     keys_values: int = 0
 
     def work(self, total: float, portion: float, split: tuple[str, ...]) -> None:
-        """Count ``total`` operations of which this rank does ``portion``."""
+        """Count an operator's arithmetic.
+
+        Args:
+            total: its floating-point operations on whole tensors.
+            portion: what this rank does of them, from 0 to 1.
+            split: the mesh dimensions that share it; where there are none every rank does all.
+        """
         self.flops += total
         self.flops_here += total * portion
         if not split:
@@ -59,7 +65,17 @@ class Ledger:
         self.keys_values = max(self.keys_values, size)
 
     def collective(self, op: str, purpose: str, node: Any, value: Any, local: Any, parts: int) -> int:
-        """Count an all-gather or all-reduce of ``value``; returns its bytes."""
+        """Count an all-gather or all-reduce.
+
+        Args:
+            op: ``all_gather`` or ``all_reduce``.
+            purpose: what for, as reports say it.
+            value: what this rank brings, of a shape that ``local`` knows.
+            parts: number of ranks.
+
+        Returns:
+            The bytes that leave this rank.
+        """
         numel = 1
         for size in local.sizes(value):
             numel *= size
@@ -67,7 +83,7 @@ class Ledger:
         return self.sent(op, purpose, elements, value.dtype)
 
     def sent(self, op: str, purpose: str, elements: int, dtype: Any) -> int:
-        """Count ``elements`` that leave this rank; returns their bytes."""
+        """Count a collective for which ``elements`` of ``dtype`` leave this rank; returns their bytes."""
         self.collectives.append(Collective(op, purpose, elements, elements * dtype.itemsize))
         return elements * dtype.itemsize
 

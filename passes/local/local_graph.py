@@ -57,7 +57,12 @@ class State:
 
 
 class LocalGraph:
-    """Builds the graph of one rank; every helper adds nodes and answers with one."""
+    """Builds the graph of one rank; every helper adds nodes and answers with one.
+
+    Args:
+        groups: the process group of each mesh dimension that has ranks.
+        parts: into how many parts each mesh dimension splits.
+    """
 
     def __init__(self, sharding: Sharding, groups: Mapping[str, str], parts: Mapping[str, int]):
         self.graph = fx.Graph()
@@ -70,6 +75,7 @@ class LocalGraph:
         self._pieces: dict[tuple, fx.Node] = {}
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of an operator."""
         return self.graph.call_function(target, args, kwargs)
 
     def constant(self, value: torch.Tensor) -> fx.Node:
@@ -79,7 +85,13 @@ class LocalGraph:
         return self.graph.get_attr(name)
 
     def state(self, name: str, shape: Sequence[int], dtype: torch.dtype, exchange: Exchange | None = None) -> fx.Node:
-        """A tensor that stays from call to call; the graph takes it after all its other arguments."""
+        """A tensor that stays from call to call; the graph takes it after all its other arguments.
+
+        Args:
+            name: one name is one state.
+            shape: of what this rank has of it.
+            exchange: how other ranks' rows of it come; None where they need not.
+        """
         if name in self._states:
             return self._states[name]
         self.states.append(State(name, tuple(shape), dtype, exchange))
@@ -89,19 +101,20 @@ class LocalGraph:
         return self._states[name]
 
     def put(self, state: fx.Node, rows: fx.Node, dim: int, positions: np.ndarray) -> None:
-        """Write rows to their positions in a state."""
-        at = 0
+        """Write rows to their ``positions`` along ``dim`` of a state, one for each of the rows."""
+        begin = 0
         for start, stop in runs(positions):
-            end = at + stop - start
-            piece = rows if end - at == len(positions) else self.call(aten.slice.Tensor, rows, dim, at, end)
+            end = begin + stop - start
+            piece = rows if end - begin == len(positions) else self.call(aten.slice.Tensor, rows, dim, begin, end)
             self.call(torch.ops.xdit_compile.put_rows.default, state, piece, dim, start)
-            at = end
+            begin = end
 
     def sizes(self, value: Value) -> list[int]:
+        """The shape of a value on this rank."""
         return self.sharding.sizes(value.axes, value.split)
 
     def take(self, node: fx.Node, dim: int, positions: np.ndarray, size: int) -> fx.Node:
-        """Positions of one dim of ``size``, in the given order."""
+        """``positions`` of a dim that has ``size`` of them here, in the given order."""
         if len(positions) == size and np.array_equal(positions, np.arange(size)):
             return node
         key = (node, dim, positions.tobytes())
@@ -119,27 +132,50 @@ class LocalGraph:
         return slices[0] if len(slices) == 1 else self.call(aten.cat.default, slices, dim)
 
     def slice(self, node: fx.Node, dim: int, axis: Axis, name: str, also: Sequence[str]) -> fx.Node:
-        """This rank's positions along mesh dimension ``name`` of a dim that ``also`` splits already."""
+        """This rank's positions of a dim that one more mesh dimension splits.
+
+        Args:
+            axis: the whole dim's.
+            name: the mesh dimension.
+            also: those that split the dim already.
+        """
         held = self.sharding.positions(axis, also)
         kept = np.flatnonzero(np.isin(held, self.sharding.positions(axis, [*also, name])))
         return self.cut(node, dim, kept, len(held), name)
 
     def cut(self, node: fx.Node, dim: int, positions: np.ndarray, size: int, name: str) -> fx.Node:
-        """What a rank of mesh dimension ``name`` takes of one dim of ``size``."""
+        """What a rank of mesh dimension ``name`` takes of a dim that has ``size`` positions here.
+
+        The node says so, for weights of which only this is kept then.
+        """
         taken = self.take(node, dim, positions, size)
         if taken is not node:
             taken.meta[SLICE] = (node, name, WeightSlice(dim, runs(positions)))
         return taken
 
     def gather(self, node: fx.Node, dim: int, axis: Axis, name: str, also: Sequence[str]) -> tuple[fx.Node, list[int]]:
-        """All positions along mesh dimension ``name`` in their true order; also each rank's share."""
+        """All positions of a dim that a mesh dimension splits, in their true order.
+
+        Args:
+            axis: the whole dim's.
+            name: the mesh dimension.
+            also: others that split the dim too, and go on doing so.
+
+        Returns:
+            The node, and how many positions each rank brought.
+
+        Raises:
+            PartitionError: where the mesh dimension has no group.
+        """
         held = [self.sharding.positions(axis, [*also, name], {name: index}) for index in range(self.parts[name])]
         sizes = [len(positions) for positions in held]
         gathered = self.call(torch.ops.xdit_compile.all_gather.default, node, dim, sizes, self.group(name))
-        arrived = np.concatenate(held)
-        return self.take(gathered, dim, np.argsort(arrived, kind="stable"), len(arrived)), sizes
+        gathered_positions = np.concatenate(held)
+        order = np.argsort(gathered_positions, kind="stable")
+        return self.take(gathered, dim, order, len(gathered_positions)), sizes
 
     def reduce(self, node: fx.Node, name: str) -> fx.Node:
+        """The sum over the ranks of a mesh dimension."""
         return self.call(torch.ops.xdit_compile.all_reduce.default, node, self.group(name), "sum")
 
     def group(self, name: str) -> str:
@@ -153,7 +189,7 @@ class LocalGraph:
         return self.groups[name]
 
     def finish(self, results: Sequence[Any]) -> fx.GraphModule:
-        """The module of this graph with ``results`` as its output."""
+        """The module of this graph with ``results``, nodes or None, as its output."""
         self.graph.output(tuple(results))
         self.graph.eliminate_dead_code()
         owner = torch.nn.Module()

@@ -41,7 +41,13 @@ class Exchange:
 
     @classmethod
     def of_all(cls, dim: int, held: Sequence[np.ndarray], index: int, group: str) -> Exchange:
-        """Every rank wants everything; ``held`` are the positions in the state of each rank's rows."""
+        """Every rank wants everything.
+
+        Args:
+            dim: where rows are counted.
+            held: for each rank the positions of its rows in the state.
+            index: this rank's number in the group.
+        """
         sizes, count = tuple(map(len, held)), len(held)
         others = tuple(run for rank, positions in enumerate(held) if rank != index for run in runs(positions))
         rows = RowExchange(dim, (0,) * count, (sum(sizes),) * count, sizes, index, group)
@@ -49,27 +55,27 @@ class Exchange:
 
     @classmethod
     def of_rows(cls, request: Request, first: int, group: str) -> Exchange:
-        """Rows that windows reach over; the state begins with row ``first`` of all."""
+        """Rows that windows reach over; the state begins with row ``first``, counted over all ranks."""
         rows = dataclasses.replace(request.rows, group=group)
         others = tuple((start - first, stop - first) for start, stop in rows.got if stop > start)
         return cls(rows, ((rows.own[0] - first, rows.own[1] - first),), others)
 
-    def finish(self, graph: fx.Graph, state: fx.Node, arriving: fx.Node) -> None:
-        """Take in what arrived."""
+    def finish(self, graph: fx.Graph, state: fx.Node, incoming: fx.Node) -> None:
+        """Write what arrived to its place in a state; ``incoming`` is what `start` made in the call before."""
         rows = self.rows
         counts = [b - a for a, b in rows.got]
         room = max(rows.sizes) if rows.whole else 0
         flat = [end for run in self.others for end in run if run[1] > run[0]]
-        graph.call_function(ops.stale_finish.default, (state, arriving, rows.dim, counts, flat, room, rows.group))
+        graph.call_function(ops.stale_finish.default, (state, incoming, rows.dim, counts, flat, room, rows.group))
 
     def start(self, graph: fx.Graph, state: fx.Node) -> fx.Node:
-        """Send off this rank's rows; what will arrive."""
+        """Send off this rank's rows of a state; the node is flat room for what will arrive, by rank."""
         rows = self.rows
         pieces: list[Any] = [graph.call_function(aten.slice.Tensor, (state, rows.dim, *run)) for run in self.own]
-        own = pieces[0] if len(pieces) == 1 else graph.call_function(aten.cat.default, (pieces, rows.dim))
+        outgoing = pieces[0] if len(pieces) == 1 else graph.call_function(aten.cat.default, (pieces, rows.dim))
         if rows.whole:
-            return graph.call_function(ops.gather_start.default, (own, rows.dim, list(rows.sizes), rows.group))
-        return graph.call_function(ops.halo_start.default, (own, *rows.arguments))
+            return graph.call_function(ops.gather_start.default, (outgoing, rows.dim, list(rows.sizes), rows.group))
+        return graph.call_function(ops.halo_start.default, (outgoing, *rows.arguments))
 
 
 def runs(positions: np.ndarray) -> Runs:

@@ -44,14 +44,14 @@ class Partitioned:
     """One rank's program and what it does beside arithmetic in one call of the module.
 
     ``wholes`` are the nodes of the root that hold captured values whole, by the names that these have there. What
-    ``leaving`` names is on its way to the next call, after the results among the outputs of the root.
+    ``outgoing`` names is on its way to the next call, after the results among the outputs of the root.
     """
 
     program: Program
     layout: Layout
     ledger: Ledger
     wholes: Mapping[str, fx.Node] = dataclasses.field(default_factory=dict)
-    leaving: tuple[str, ...] = ()
+    outgoing: tuple[str, ...] = ()
 
 
 def partition(
@@ -91,7 +91,7 @@ class _ProgramPartitioner:
         self.env: dict[fx.Node, Form] = {}
         self.ledger = Ledger()
         self.added: list[Input] = []
-        self.leaving: dict[str, fx.Node] = {}
+        self.outgoing: dict[str, fx.Node] = {}
         self.known: dict[Any, tuple[str, LocalStructure]] = {}
         self.wanted, self.whole, self.split = self._demands()
 
@@ -129,7 +129,7 @@ class _ProgramPartitioner:
         inputs = (*self.inference.program.inputs, *self.added)
         program = keep_slices(dataclasses.replace(self.inference.program, root=module, inputs=inputs), TENSOR)
         wholes = {node.name: form.whole.node for node, form in self.env.items() if form.whole is not None}
-        return Partitioned(program, self.layout, self.ledger, wholes, tuple(self.leaving))
+        return Partitioned(program, self.layout, self.ledger, wholes, tuple(self.outgoing))
 
     def _given(self, call: fx.Node) -> None:
         """The results of a call that another program makes."""
@@ -253,16 +253,16 @@ class _ProgramPartitioner:
             local.meta["val"] = torch.empty(state.shape, dtype=state.dtype, device="meta")
             found.append(local)
             if self.layout.stale and state.exchange is not None:
-                arriving = self._added(name, "arriving", _arriving(call, state))
-                arriving.meta["val"] = torch.empty(0, dtype=state.dtype, device="meta")
-                state.exchange.finish(self.graph, local, arriving)
+                incoming = self._added(name, "incoming", _incoming(call, state))
+                incoming.meta["val"] = torch.empty(0, dtype=state.dtype, device="meta")
+                state.exchange.finish(self.graph, local, incoming)
         return found
 
     def _leave(self, call: fx.Node, structure: LocalStructure, states: Sequence[fx.Node]) -> None:
         """Send this rank's rows of what a call kept to the ranks that will want them in the next call."""
         for state, local in zip(structure.states, states, strict=True):
             if self.layout.stale and state.exchange is not None:
-                self.leaving[_arriving(call, state)] = state.exchange.start(self.graph, local)
+                self.outgoing[_incoming(call, state)] = state.exchange.start(self.graph, local)
 
     def _request(self, item: fx.Node | None, final: set[fx.Node], shared: bool) -> tuple[str, ...]:
         """In which forms a result is needed."""
@@ -302,12 +302,12 @@ class _ProgramPartitioner:
                 return leaf
             return self.env[leaf].best(self.gather).node
 
-        self.graph.output((*(final(leaf) for leaf in sequence_of(node.args[0])), *self.leaving.values()))
+        self.graph.output((*(final(leaf) for leaf in sequence_of(node.args[0])), *self.outgoing.values()))
 
 
-def _arriving(call: fx.Node, state: State) -> str:
+def _incoming(call: fx.Node, state: State) -> str:
     """Name of what is on its way for a state of a call."""
-    return f"{call.name}_{state.name}_arriving"
+    return f"{call.name}_{state.name}_incoming"
 
 
 class Fingerprint:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import fx
 
 from xdit_compile.errors import PartitionError
 from xdit_compile.ir.program import Program
+from xdit_compile.ir.subgraph import reached, subgraph
 from xdit_compile.methods import PATCH
 from xdit_compile.passes.axes.flops import flops
 from xdit_compile.passes.axes.infer import Inference
@@ -142,17 +142,17 @@ def cut(program: Program, stages: Stages, varying: Iterable[str], count: int) ->
             place[node] = stages[node.meta["captured"]]
         elif node.op != "output":
             place[node] = max((place[each] for each in node.all_input_nodes), default=EVERYWHERE)
-    return [_stage(program, place, at, count) for at in range(count)]
+    return [_stage(program, place, stage, count) for stage in range(count)]
 
 
-def _stage(program: Program, place: dict[fx.Node, int], at: int, count: int) -> Stage:
+def _stage(program: Program, place: dict[fx.Node, int], stage: int, count: int) -> Stage:
     """The calls of one stage, those that every stage makes where it needs them, and what travels past it."""
     (output,) = program.root.graph.find_nodes(op="output")
-    received = _crossing(program, place, at - 1) if at else []
-    sent = _crossing(program, place, at) if at < count - 1 else []
-    own = {node for node, stage in place.items() if stage in (EVERYWHERE, at)}
-    part = _part(program, sent if at < count - 1 else list(output.args[0]), own, received)
-    return Stage(part, *(tuple(node.meta["val"] for node in nodes) for nodes in (received, sent)))
+    received = _crossing(program, place, stage - 1) if stage else []
+    sent = _crossing(program, place, stage) if stage < count - 1 else []
+    here = {node for node, of_node in place.items() if of_node in (EVERYWHERE, stage)}
+    of_stage = _part(program, sent if stage < count - 1 else list(output.args[0]), here, received)
+    return Stage(of_stage, *(tuple(node.meta["val"] for node in nodes) for nodes in (received, sent)))
 
 
 def only(program: Program, results: Sequence[fx.Node]) -> Program:
@@ -160,25 +160,16 @@ def only(program: Program, results: Sequence[fx.Node]) -> Program:
     return _part(program, results, set(program.root.graph.nodes), ())
 
 
-def _part(program: Program, results: Sequence[object], own: set[fx.Node], received: Sequence[fx.Node]) -> Program:
+def _part(program: Program, results: Sequence[object], here: set[fx.Node], received: Sequence[fx.Node]) -> Program:
     """A program of some nodes of a root, given other values after its own inputs."""
-    needed = _needed(results, own)
-    graph, copies, kept = fx.Graph(), {}, []
+    needed, graph = reached(results, here.__contains__), program.root.graph
+    given = [node for node in graph.find_nodes(op="placeholder") if node in needed and node not in received]
+    inputs = {node: node.name for node in given} | {node: f"{node.name}_received" for node in received}
+    nodes = [node for node in graph.nodes if node in needed]
+    modules = {str(node.target): getattr(program.root, str(node.target)) for node in nodes if node.op == "call_module"}
     specs = {spec.name: spec for spec in program.inputs}
-    for node in program.root.graph.find_nodes(op="placeholder"):
-        if node in needed and node not in received:
-            copies[node] = graph.node_copy(node)
-            kept.append(specs[node.name])
-    for node in received:
-        copies[node] = graph.placeholder(f"{node.name}_received")
-        copies[node].meta["val"] = node.meta["val"]
-    for node in program.root.graph.nodes:
-        if node in needed and node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    leaves: list[Any] = [copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in results]
-    graph.output(tuple(leaves))
-    modules = {str(node.target): getattr(program.root, str(node.target)) for node in copies if node.op == "call_module"}
-    return dataclasses.replace(program, root=fx.GraphModule(modules, graph), inputs=tuple(kept))
+    root = fx.GraphModule(modules, subgraph(inputs, nodes, results))
+    return dataclasses.replace(program, root=root, inputs=tuple(specs[node.name] for node in given))
 
 
 def _crossing(program: Program, place: dict[fx.Node, int], stage: int) -> list[fx.Node]:
@@ -188,16 +179,4 @@ def _crossing(program: Program, place: dict[fx.Node, int], stage: int) -> list[f
         made = EVERYWHERE < place.get(node, EVERYWHERE) <= stage
         if made and node.op != "call_module" and any(place.get(user, stage + 1) > stage for user in node.users):
             found.append(node)
-    return found
-
-
-def _needed(results: Sequence[object], own: set[fx.Node]) -> set[fx.Node]:
-    """What is computed or given here: the results, and what is behind them, as far as it is among ``own``."""
-    found: set[fx.Node] = set()
-    pending = [leaf for leaf in results if isinstance(leaf, fx.Node)]
-    while pending:
-        node = pending.pop()
-        if node not in found and node in own:
-            found.add(node)
-            pending += node.all_input_nodes
     return found

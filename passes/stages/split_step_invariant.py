@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx
 
 from xdit_compile.ir.program import Program
+from xdit_compile.ir.subgraph import reached, subgraph
 
 
 def separate(program: Program, varying: Collection[str]) -> Program:
@@ -50,14 +51,14 @@ class _Separator:
 
     def _split(self, call: fx.Node, structure: fx.GraphModule) -> None:
         formals = structure.graph.find_nodes(op="placeholder")
-        given = dict(zip(formals, call.args, strict=True))
-        fixed, changing = _sorted(structure.graph, {formal for formal in formals if given[formal] in self.varies})
+        actuals = dict(zip(formals, call.args, strict=True))
+        fixed, changing = _sorted(structure.graph, {formal for formal in formals if actuals[formal] in self.varies})
         results: Any = structure.graph.output_node().args[0]
         users: dict[Any, fx.Node] = {user.args[1]: user for user in call.users}
         asked = [results[k] for k in users]
         read = {node for each in changing for node in each.all_input_nodes}
         between = [node for node in fixed if node in asked or node in read]
-        values = {formal: self.copies[actual] for formal, actual in given.items() if isinstance(actual, fx.Node)}
+        values = {formal: self.copies[actual] for formal, actual in actuals.items() if isinstance(actual, fx.Node)}
         if between:
             values |= self._call(f"{call.target}_{call.name}_fixed", structure, between, values, call)
         rest = [node for node in dict.fromkeys(asked) if node not in values]
@@ -76,24 +77,18 @@ class _Separator:
         call: fx.Node,
     ) -> dict[fx.Node, fx.Node]:  # fmt: skip
         """One more call, of what it takes to make ``results`` of a structure from ``values``."""
-        nodes = _behind(results, values)
-        graph, inner = fx.Graph(), {}
+        nodes = reached(results, lambda node: node not in values)
         taken = [node for node in values if any(user in nodes for user in node.users) or node in results]
-        for node in taken:
-            inner[node] = graph.placeholder(node.name)
-            inner[node].meta.update(node.meta)
-        for node in structure.graph.nodes:
-            if node in nodes:
-                inner[node] = graph.node_copy(node, inner.__getitem__)
-        graph.output(tuple(inner[node] for node in results))
+        copied = [node for node in structure.graph.nodes if node in nodes]
+        graph = subgraph({node: node.name for node in taken}, copied, results)
         self.modules[name] = fx.GraphModule(structure, graph)
         made = self.graph.call_module(name, tuple(values[node] for node in taken))
         made.meta.update(call.meta, val=tuple(node.meta["val"] for node in results))
-        found = {}
+        items = {}
         for k, node in enumerate(results):
-            found[node] = self.graph.call_function(operator.getitem, (made, k))
-            found[node].meta["val"] = node.meta["val"]
-        return found
+            items[node] = self.graph.call_function(operator.getitem, (made, k))
+            items[node].meta["val"] = node.meta["val"]
+        return items
 
 
 def _sorted(graph: fx.Graph, formals: set[fx.Node]) -> tuple[dict[fx.Node, None], set[fx.Node]]:
@@ -108,14 +103,3 @@ def _sorted(graph: fx.Graph, formals: set[fx.Node]) -> tuple[dict[fx.Node, None]
         elif any(each.op == "placeholder" or each in fixed for each in node.all_input_nodes):
             fixed[node] = None
     return fixed, changing
-
-
-def _behind(results: Iterable[fx.Node], values: Collection[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    pending = [node for node in results if node not in values]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += [each for each in node.all_input_nodes if each not in values]
-    return found

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import fx
 
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import PartitionError
 from xdit_compile.ir.axes import Axis
+from xdit_compile.ir.patch_layout import PatchLayout
 from xdit_compile.ir.program import Input, Kind, Program
 from xdit_compile.ir.sharding import Split
 from xdit_compile.methods import SEQUENCE
@@ -24,15 +24,6 @@ from .choose_patches import choose_patches, one_patch, varying
 
 
 @dataclasses.dataclass(frozen=True)
-class Lie:
-    """How patches lie in a tensor: the positions of each along the dim that is ``back`` from the end."""
-
-    back: int
-    positions: tuple[tuple[int, ...], ...]
-    likes: tuple[torch.Tensor, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class PatchPrograms:
     """The programs of all tokens and of each patch, of all stages together.
 
@@ -41,14 +32,16 @@ class PatchPrograms:
         patches: the program of each patch.
         varying: names of the inputs that change from step to step as the result does.
         inputs: how the patches lie in each input that is cut, by its position among the flat inputs.
-        results: the same for each result, with the shapes of its patches.
+        results: the same for each result.
+        wholes: tensors of the shapes and dtypes of the results, on the meta device.
     """
 
     full: Partitioned
     patches: tuple[Program, ...]
     varying: tuple[str, ...]
-    inputs: Mapping[int, Lie]
-    results: tuple[Lie, ...]
+    inputs: Mapping[int, PatchLayout]
+    results: tuple[PatchLayout, ...]
+    wholes: tuple[torch.Tensor, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +55,8 @@ class StagePrograms:
         patches: its part of the program of each patch.
         varying: positions among the flat inputs of those that change from step to step as the result does.
         inputs: how the patches lie in each input that is cut, by its position among the flat inputs.
-        results: the same for each result, with the shapes of its patches.
+        results: the same for each result.
+        wholes: tensors of the shapes and dtypes of the results, on the meta device.
     """
 
     stage: int
@@ -71,13 +65,18 @@ class StagePrograms:
     shared: tuple[str, ...]
     patches: tuple[Stage, ...]
     varying: tuple[int, ...]
-    inputs: Mapping[int, Lie]
-    results: tuple[Lie, ...]
+    inputs: Mapping[int, PatchLayout]
+    results: tuple[PatchLayout, ...]
+    wholes: tuple[torch.Tensor, ...]
 
     @property
     def programs(self) -> list[Program]:
         """All that the rank runs."""
         return [self.full.program, self.common, *(patch.program for patch in self.patches)]
+
+    def likes(self, patch: int) -> list[torch.Tensor]:
+        """Tensors of the shapes and dtypes of the results of one patch, on the meta device."""
+        return [layout.like(whole, patch) for layout, whole in zip(self.results, self.wholes, strict=True)]
 
     def taken(self, kind: Kind) -> dict[str | int, tuple[Input, torch.Tensor]]:
         """The inputs of one kind that programs take, by target, each with a tensor of its whole shape."""
@@ -99,25 +98,26 @@ def partition_patches(inference: Inference, units: Chosen, plan: Plan, mesh: Mes
     names = varying(inference, split)
     layout = Layout.of(plan, mesh, {**units, SEQUENCE: split.units})
     full = partition(inference, layout.keeping(split, None), shared=everywhere(inference, names))
-    patches = tuple(one_patch(inference, layout, split, at).program for at in range(split.parts))
+    patches = tuple(one_patch(inference, layout, split, patch).program for patch in range(split.parts))
     users = _users(inference)
     placeholders = inference.program.root.graph.find_nodes(op="placeholder")
-    given = [node for node in placeholders if node.name in users]
-    inputs = {users[node.name]: _lie(inference.axes[node][0], node, split) for node in given}
+    inputs = {users[node.name]: _laid(inference.axes[node][0], split) for node in placeholders if node.name in users}
     (output,) = inference.program.root.graph.find_nodes(op="output")
-    results = [_lie(inference.axes[leaf][0], leaf, split) for leaf in output.args[0]]
-    for at, patch in enumerate(patches):
-        (output,) = patch.root.graph.find_nodes(op="output")
-        for leaf, lie in zip(output.args[0], results, strict=True):
-            if lie is None or leaf.meta["val"].shape != lie.likes[at].shape:
+    results = [_laid(inference.axes[leaf][0], split) for leaf in output.args[0]]
+    wholes = tuple(torch.empty_like(leaf.meta["val"], device="meta") for leaf in output.args[0])
+    for index, patch in enumerate(patches):
+        (local,) = patch.root.graph.find_nodes(op="output")
+        for leaf, laid, whole in zip(local.args[0], results, wholes, strict=True):
+            if laid is None or leaf.meta["val"].shape != laid.like(whole, index).shape:
                 reason = "a result is not cut as the input is"
                 raise PartitionError(f"pipefusion cannot cut this denoiser into {split.parts} patches: {reason}")
     return PatchPrograms(
         full,
         patches,
         tuple(names),
-        {at: lie for at, lie in inputs.items() if lie is not None},
-        tuple(lie for lie in results if lie is not None),
+        {position: laid for position, laid in inputs.items() if laid is not None},
+        tuple(laid for laid in results if laid is not None),
+        wholes,
     )
 
 
@@ -135,18 +135,19 @@ def cut_stages(
     """
     names, count, full = programs.varying, plan.pipefusion, programs.full
     stages, stage = assign(inference, names, count, plan.stage_layers, places), mesh.coordinate("pipefusion")
-    own = tuple(cut(each, stages, names, count)[stage] for each in programs.patches)
-    wanted = dict.fromkeys(str(each.target) for one in own for each in one.program.inputs if each.kind == "shared")
+    mine = tuple(cut(each, stages, names, count)[stage] for each in programs.patches)
+    wanted = dict.fromkeys(str(each.target) for one in mine for each in one.program.inputs if each.kind == "shared")
     users = _users(inference)
     return StagePrograms(
         stage,
         cut(full.program, stages, names, count)[stage],
         only(full.program, [full.wholes[name] for name in wanted]),
         tuple(wanted),
-        own,
+        mine,
         tuple(users[name] for name in names),
         programs.inputs,
         programs.results,
+        programs.wholes,
     )
 
 
@@ -155,11 +156,10 @@ def _users(inference: Inference) -> dict[str, int]:
     return {given.name: int(given.target) for given in inference.program.inputs if given.kind == "user"}
 
 
-def _lie(axes: Sequence[Axis], node: fx.Node, split: Split) -> Lie | None:
+def _laid(axes: Sequence[Axis], split: Split) -> PatchLayout | None:
+    """How patches lie in a tensor of these axes; None where it is not cut."""
     dim = next((dim for dim, axis in enumerate(axes) if split.splits(axis)), None)
     if dim is None:
         return None
-    held = tuple(tuple(map(int, split.positions(axes[dim], at))) for at in range(split.parts))
-    sizes, dtype = [axis.size for axis in axes], node.meta["val"].dtype
-    likes = [torch.empty([*sizes[:dim], len(each), *sizes[dim + 1 :]], dtype=dtype, device="meta") for each in held]
-    return Lie(len(axes) - dim, held, tuple(likes))
+    held = tuple(tuple(map(int, split.positions(axes[dim], patch))) for patch in range(split.parts))
+    return PatchLayout(len(axes) - dim, held)

@@ -32,7 +32,7 @@ from xdit_compile.distributed.mesh import Mesh, is_simulated, simulated_members
 from xdit_compile.kernels.collectives.registration import collective
 from xdit_compile.passes.local.ledger import STALE
 from xdit_compile.runtime.generation import Generation
-from xdit_compile.runtime.methods.distrifusion import Shared
+from xdit_compile.runtime.methods.distrifusion import StaleCall
 from xdit_compile.runtime.verify.simulated_mesh import run_ranks
 from xdit_compile.weights.weights import Weights
 
@@ -297,7 +297,7 @@ def test_calls_that_nothing_tells_apart_are_exact():
         assert difference(found, expected) < 2e-5
 
 
-def shared_by(name: str, ranks: int) -> tuple[Captured, list[Shared]]:
+def shared_by(name: str, ranks: int) -> tuple[Captured, list[StaleCall]]:
     """A model's programs on every rank of a simulated mesh."""
     model, plan = captured(name), Plan(distrifusion=ranks)
     analysis = model.analysis(plan)
@@ -305,7 +305,7 @@ def shared_by(name: str, ranks: int) -> tuple[Captured, list[Shared]]:
     for rank in range(ranks):
         fresh, stale = (place(analysis, plan, Mesh.simulated(plan, rank), stale=late) for late in (False, True))
         ways = fresh.program, fresh.program.root, stale.program, stale.program.root
-        found.append(Shared(analysis, *ways, stale.leaving, frozenset(), ()))
+        found.append(StaleCall(analysis, *ways, stale.outgoing, frozenset(), ()))
     return model, found
 
 
@@ -325,11 +325,11 @@ def test_after_the_warm_up_nobody_waits_but_for_the_result(name, ranks):
             assert sent == 2 * 5 * held * 90 * (ranks - 1), "keys and values of five blocks, to every other rank"
 
 
-def asked_for(shared: Shared, calls: int) -> list[Event]:
+def asked_for(shared: StaleCall, calls: int) -> list[Event]:
     """What a rank asks others for in some calls that go on at once, if every structure computes for a second."""
     numbers, arriving = itertools.count(), dict[str, int]()
     events: list[Event] = []
-    names = {given.name: str(given.target) for given in shared.stale.inputs if given.kind == "arriving"}
+    names = {given.name: str(given.target) for given in shared.stale.inputs if given.kind == "incoming"}
 
     def begin(node: fx.Node) -> int:
         (group,) = (arg for arg in node.args if isinstance(arg, str) and is_simulated(arg))
@@ -349,8 +349,8 @@ def asked_for(shared: Shared, calls: int) -> list[Event]:
             elif node.target is ops.stale_finish.default and arriving:
                 events.append(Wait(arriving[names[node.args[1].name]]))
         (output,) = shared.stale.root.graph.find_nodes(op="output")
-        sent = output.args[0][len(output.args[0]) - len(shared.leaving) :]
-        arriving = {name: left[node] for name, node in zip(shared.leaving, sent, strict=True)}
+        sent = output.args[0][len(output.args[0]) - len(shared.outgoing) :]
+        arriving = {name: left[node] for name, node in zip(shared.outgoing, sent, strict=True)}
     return events
 
 
@@ -363,7 +363,7 @@ def test_what_is_waited_for_stands_behind_nothing_that_is_not(name):
     seconds, computed = 5.0, sum(isinstance(event, Compute) for event in once[0])
     waited = sum(isinstance(event, Wait) for event in once[0])
     exchanges = [event for event in once[0] if isinstance(event, Begin) and event.queue in behind]
-    assert len(exchanges) == len(shared[0].leaving) > 2 and waited == 1
+    assert len(exchanges) == len(shared[0].outgoing) > 2 and waited == 1
     assert play(once, seconds) == computed + seconds
     assert play(once, seconds, lambda name: "") > 2 * (computed + seconds)
     play(thrice, seconds)
@@ -407,7 +407,9 @@ def test_a_step_again_is_the_same(name, ranks):
         found = run_ranks(programs, given)
         for rank, each in enumerate(shared):
             if step:
-                states[rank].update(zip(each.leaving, found[rank][len(found[rank]) - len(each.leaving) :], strict=True))
+                states[rank].update(
+                    zip(each.outgoing, found[rank][len(found[rank]) - len(each.outgoing) :], strict=True)
+                )
             assert worst_difference(assemble(programs[rank], found[rank]), model.expected) < 2e-5
         programs = [each.stale for each in shared]
-    assert shared[0].leaving
+    assert shared[0].outgoing

@@ -70,7 +70,7 @@ def by_reference(name: str, cuts: Any, steps: int, warmup: int) -> torch.Tensor:
     case = PIPELINES[name]
     scale, tokens, branch = CASES[name]
     pipe = case.build()
-    held = [positions[::scale] // scale for positions in cuts.positions]
+    held = [torch.tensor(positions[::scale]) // scale for positions in cuts.positions]
     masks = along(cuts.positions, cuts.size, cuts.back)
     pipe.transformer.forward = Reference(
         pipe.transformer, lambda count: tokens(held, count), masks, warmup, branch, (lambda size: held, 1)
@@ -82,7 +82,7 @@ def by_reference(name: str, cuts: Any, steps: int, warmup: int) -> torch.Tensor:
 def test_the_staleness_is_the_published_one(name):
     found, runner = generate(name, Plan(patches=3, backend="eager"), 5)
     (flow,) = runner.calls
-    expected = by_reference(name, flow.results[0], 5, 1)
+    expected = by_reference(name, flow.pipeline.results[0], 5, 1)
     exact, _ = generate(name, None, 5)
     assert difference(found, expected) < 2e-5 < 1e-3 < difference(found, exact)
 
@@ -149,8 +149,8 @@ def test_schedulers_run_patch_by_patch(name, scheduler):
     runner = runner_of(pipe.transformer)
     assert runner.collected == 2 + DRAINS.get(scheduler, 0), "once to verify, once for the result"
     (flow,) = runner.calls
-    cuts = flow.results[0]
-    held = [positions[::scale] // scale for positions in cuts.positions]
+    cuts = flow.pipeline.results[0]
+    held = [torch.tensor(positions[::scale]) // scale for positions in cuts.positions]
     plain = case.build()
     change(plain)
     masks = along(cuts.positions, cuts.size, cuts.back)
@@ -390,8 +390,8 @@ def test_in_float64_it_is_the_published_staleness_to_the_last_digits():
     with xdit_compile.generation(module):
         found = steps_of(module, args, kwargs, [])
     (flow,) = runner_of(module).calls
-    cuts = flow.results[0]
-    held = [positions[::2] // 2 for positions in cuts.positions]
+    cuts = flow.pipeline.results[0]
+    held = [torch.tensor(positions[::2]) // 2 for positions in cuts.positions]
     tokens = grid((7, 11), 1, after=13)
     masks = along(cuts.positions, cuts.size, cuts.back)
     plain = Reference(case.build().double(), lambda count: tokens(held, count), masks, 1)

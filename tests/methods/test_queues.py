@@ -15,10 +15,11 @@ from torch import fx, nn
 
 from xdit_compile.distributed.mesh import Mesh, channels
 from xdit_compile.distributed.messages import ALIGNED, length, pack, unpack
+from xdit_compile.ir.patch_layout import PatchLayout
 from xdit_compile.ir.program import Input
 from xdit_compile.methods import BATCH, DATA, MEMBERS, SEQUENCE, TEAM
 from xdit_compile.passes.stages.assign_stages import Stage
-from xdit_compile.passes.stages.stage_programs import Lie, StagePrograms
+from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan
 from xdit_compile.runtime.generation import Generation
 from xdit_compile.runtime.methods.pipefusion import Flow, PipelineRunner
@@ -71,14 +72,13 @@ def stages_on(plan: Plan, mesh: Mesh, recorder: Recorder) -> Stages:
         return Stage(program, () if first else between, () if last else between)
 
     positions = tuple(tuple(range(at * ROWS, (at + 1) * ROWS)) for at in range(count))
-    lie = Lie(2, positions, tensors((1, ROWS, 4)) * count)
+    layout, whole = PatchLayout(2, positions), tensors((1, ROWS * count, 4))
     full, patches = stage(ROWS * count, "user"), tuple(stage(ROWS, "patch") for _ in range(count))
     common: Any = types.SimpleNamespace(inputs=(), root=empty)
-    pipeline = StagePrograms(runner.stage, full, common, (), patches, (0,), {0: lie}, (lie,))
-    cut = runner._cut(lie, {})
+    pipeline = StagePrograms(runner.stage, full, common, (), patches, (0,), {0: layout}, (layout,), whole)
     runs = tuple(functools.partial(run, rows) for rows in (ROWS * count, *[ROWS] * count))
     analysis: Any = types.SimpleNamespace(units={})
-    runner.flow = Flow(analysis, full.program, runs[0], pipeline, tuple, runs, {0: cut}, (cut,))
+    runner.flow = Flow(analysis, full.program, runs[0], pipeline, tuple, runs)
     return runner
 
 

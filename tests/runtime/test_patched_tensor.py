@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from xdit_compile.runtime.tensors.patched_tensor import Cut, Part, PatchedTensor, whole_of
+from xdit_compile.ir.patch_layout import PatchLayout
+from xdit_compile.runtime.tensors.patched_tensor import Part, PatchedTensor, whole_of
 
 X = torch.arange(2 * 3 * 7 * 4, dtype=torch.float32).reshape(2, 3, 7, 4).sin()
 Y = torch.linspace(-1, 1, 2 * 3 * 7 * 4).reshape(2, 3, 7, 4)
-POSITIONS = (torch.tensor([0, 3, 4]), torch.tensor([1, 2]), torch.tensor([5, 6]))
+POSITIONS = ((0, 3, 4), (1, 2), (5, 6))
 """Rows of three patches, not all neighbours."""
 
 
@@ -21,12 +22,12 @@ def patched(here: bool, counts: list[int]) -> PatchedTensor:
 
     def collect(tensor: PatchedTensor) -> torch.Tensor:
         counts.append(1)
-        return tensor.cut.join([part.value() for part in tensor.parts])
+        return tensor.patch_layout.join([part.value() for part in tensor.parts])
 
-    cut = Cut(POSITIONS, 2, collect)
-    values = [cut.take(X, at).clone() for at in range(3)]
+    layout = PatchLayout(2, POSITIONS)
+    values = [layout.take(X, at).clone() for at in range(3)]
     parts = [Part.of(value) if here else Part(value.to("meta"), make=lambda v=value: v) for value in values]
-    return PatchedTensor(parts, cut, X.device)
+    return PatchedTensor(parts, layout, X.device, collect)
 
 
 APART: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -40,6 +41,8 @@ APART: dict[str, Callable[[torch.Tensor], Any]] = {
     "stacked behind": lambda x: torch.stack([x, x], dim=-1).select(-1, 0),
     "moved": lambda x: x.permute(0, 2, 3, 1).unsqueeze(-1).squeeze(-1).transpose(0, 1),
     "history": lambda x: torch.einsum("k,bk...->b...", torch.tensor([0.5, 2.0]), torch.stack([x, Y * x], dim=1)),
+    "frequencies": lambda x: torch.fft.fft(x.flip(1), dim=1).abs().amax(1),
+    "normed": lambda x: torch.nn.functional.layer_norm(x, (4,)).sum(1),
     "in place": lambda x: x.clone().add_(Y).mul_(2).copy_(Y[:1]),
     "in place, dtype": lambda x: x.to(torch.float16).add_(Y),
     "drawn": lambda x: x + torch.randn_like(x, dtype=torch.float32),
@@ -135,7 +138,7 @@ def test_views_write_to_what_they_look_into(change, collected, here):
     found, expected = change(x), change(plain)
     assert len(counts) <= collected
     torch.testing.assert_close(whole_of(found), expected)
-    torch.testing.assert_close(x.cut.join([part.value() for part in x.parts]), plain)
+    torch.testing.assert_close(x.patch_layout.join([part.value() for part in x.parts]), plain)
 
 
 def test_another_form_in_place_is_refused():

@@ -36,7 +36,7 @@ def _given(spec: Input, leaves: list[Any], kept: Mapping[str | int, torch.Tensor
     if spec.kind == "user":
         return leaves[int(spec.target)].contiguous()
     assert kept is not None
-    return kept[spec.target] if spec.kind in ("state", "arriving") else _dense(kept[spec.target])
+    return kept[spec.target] if spec.kind in ("state", "incoming") else _dense(kept[spec.target])
 
 
 def _dense(value: torch.Tensor) -> torch.Tensor:

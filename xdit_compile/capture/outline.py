@@ -11,6 +11,7 @@ from torch import fx
 
 from xdit_compile.ir.arguments import sequence_of
 from xdit_compile.ir.program import Input
+from xdit_compile.ir.subgraph import subgraph
 
 from .decompose import check_static, clean, lower
 from .mutations import Memory, drop_copies, rewrite_writes, spell_out_diagonals, written_arguments
@@ -129,7 +130,8 @@ class _Assembly:
                 self.values[node] = items[place]
 
     def _structure(self, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> _Structure:
-        submodule = extract(nodes, inputs, outputs)
+        graph = subgraph({node: node.name for node in inputs}, nodes, outputs)
+        submodule = fx.GraphModule(torch.nn.Module(), graph)
         if self.trace.functional:
             clean(submodule)
         else:
@@ -143,18 +145,6 @@ class _Assembly:
             self.root.add_submodule(name, submodule)
             self.lowered[key] = _Structure(name, submodule, taken, sources)
         return self.lowered[key]
-
-
-def extract(nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
-    """A graph of its own from nodes of another: ``inputs`` become placeholders and ``outputs`` a flat tuple."""
-    graph, values = fx.Graph(), {}
-    for node in inputs:
-        values[node] = graph.placeholder(node.name)
-        values[node].meta["val"] = node.meta["val"]
-    for node in nodes:
-        values[node] = graph.node_copy(node, lambda other: values[other])
-    graph.output(tuple(values[node] for node in outputs))
-    return fx.GraphModule(torch.nn.Module(), graph)
 
 
 def _common_outputs(regions: list[Region]) -> list[list[int]]:

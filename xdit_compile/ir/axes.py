@@ -124,14 +124,14 @@ class AxisSystem:
             a, b = lefts.pop(), rights.pop()
             if a.size > b.size:
                 outer, a = self.split(a, b.size)
-                lefts.extend(_factors(outer))
+                lefts.extend(factors_of(outer))
             elif b.size > a.size:
                 outer, b = self.split(b, a.size)
-                rights.extend(_factors(outer))
+                rights.extend(factors_of(outer))
             self._unify(a, b)
 
     def _unify_concats(self, left: Axis, right: Axis) -> None:
-        lefts, rights = list(reversed(_parts(left))), list(reversed(_parts(right)))
+        lefts, rights = list(reversed(parts_of(left))), list(reversed(parts_of(right)))
         while lefts and rights:
             a, b = lefts.pop(), rights.pop()
             if a.size > b.size:
@@ -251,7 +251,7 @@ class AxisSystem:
         """
         mark = self.mark()
         try:
-            factors = [factor for axis in axes for factor in _factors(resolve(axis))]
+            factors = [factor for axis in axes for factor in factors_of(resolve(axis))]
             grouped: list[Axis] = []
             for size in reversed(sizes):
                 taken: list[Axis] = []
@@ -265,7 +265,7 @@ class AxisSystem:
                         outer, low = self.split(factor, want)
                         want = 1
                         taken.append(low)
-                        factors.extend(_factors(resolve(outer)))
+                        factors.extend(factors_of(resolve(outer)))
                 grouped.append(product(taken[::-1]) if taken else self.atom(1))
             return grouped[::-1]
         except Conflict:
@@ -293,7 +293,7 @@ def resolve(axis: Axis) -> Axis:
             axis = axis.bound
         return axis if isinstance(axis, Atom) else resolve(axis)
     if isinstance(axis, Product):
-        factors = [inner for factor in axis.factors for inner in _factors(resolve(factor)) if inner.size != 1]
+        factors = [inner for factor in axis.factors for inner in factors_of(resolve(factor)) if inner.size != 1]
         if not factors:
             return resolve(axis.factors[0])
         if len(factors) == 1:
@@ -302,7 +302,7 @@ def resolve(axis: Axis) -> Axis:
             return resolve(Concat([Product((sub_axis, *factors[1:])) for sub_axis in factors[0].parts]))
         return Product(factors)
     assert isinstance(axis, Concat)
-    parts = [inner for sub_axis in axis.parts for inner in _parts(resolve(sub_axis)) if inner.size != 0]
+    parts = [inner for sub_axis in axis.parts for inner in parts_of(resolve(sub_axis)) if inner.size != 0]
     return parts[0] if len(parts) == 1 else Concat(parts)
 
 
@@ -330,9 +330,11 @@ def same(left: Axis, right: Axis) -> bool:
     return len(pairs[0]) == len(pairs[1]) and all(same(a, b) for a, b in zip(*pairs, strict=True))
 
 
-def _factors(axis: Axis) -> tuple[Axis, ...]:
+def factors_of(axis: Axis) -> tuple[Axis, ...]:
+    """The factors of a product, outermost first; any other axis alone."""
     return axis.factors if isinstance(axis, Product) else (axis,)
 
 
-def _parts(axis: Axis) -> tuple[Axis, ...]:
+def parts_of(axis: Axis) -> tuple[Axis, ...]:
+    """The parts of a concatenation, in order; any other axis alone."""
     return axis.parts if isinstance(axis, Concat) else (axis,)

@@ -32,7 +32,7 @@ class WeightSlice:
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
 
-Kind = Literal["parameter", "buffer", "constant", "user", "patch", "shared", "state", "arriving"]
+Kind = Literal["parameter", "buffer", "constant", "user", "patch", "shared", "state", "incoming"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Input:
     constant, and for a user input the position among the flat leaves of ``(args, kwargs)``; of a ``patch`` the program
     takes the positions of one patch alone. What is ``shared`` another program computed, by the name that the captured
     value has. A ``state`` is a tensor that stays from call to call, by a name that all programs of one module share;
-    what is ``arriving`` for it the call before asked other ranks for. Of a parameter or buffer with ``pieces`` the
+    what is ``incoming`` for it the call before asked other ranks for. Of a parameter or buffer with ``pieces`` the
     program takes only these, one after the other.
     """
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .axes import Axis, Concat, Product
+from .axes import Axis, Concat, factors_of, parts_of
 
 Unit = tuple[Axis, ...]
 """Consecutive factors of a product that are cut as one flat axis; most often a single atom."""
@@ -66,7 +66,7 @@ class Split:
         return cached[1]
 
     def _find(self, axis: Axis) -> tuple[int, int] | bool:
-        factors = _factors(axis)
+        factors = factors_of(axis)
         runs = []
         start = 0
         while start < len(factors):
@@ -91,12 +91,12 @@ class Split:
         if run is False:
             return axis.size
         if run is True:
-            return sum(self.length(part, index) for part in _parts(axis))
+            return sum(self.length(part, index) for part in parts_of(axis))
         outer, middle, inner = self._around(axis, run)
         return math.prod(f.size for f in (*outer, *inner)) * self._held(middle, index)
 
     def _around(self, axis: Axis, run: tuple[int, int]) -> tuple[Sequence[Axis], Sequence[Axis], Sequence[Axis]]:
-        factors = _factors(axis)
+        factors = factors_of(axis)
         return factors[: run[0]], factors[run[0] : run[1]], factors[run[1] :]
 
     def _held(self, middle: Sequence[Axis], index: int) -> int:
@@ -135,7 +135,7 @@ class Split:
         if run is False:
             return np.arange(axis.size)
         if run is True:
-            parts = _parts(axis)
+            parts = parts_of(axis)
             offsets = np.cumsum([0] + [part.size for part in parts])
             return np.concatenate([self.positions(part, index) + at for part, at in zip(parts, offsets, strict=False)])
         outer, middle, inner = self._around(axis, run)
@@ -199,11 +199,3 @@ class Sharding:
         for dim in dims:
             held = held[np.isin(held, self.splits[dim].positions(axis, index[dim]))]
         return held
-
-
-def _factors(axis: Axis) -> Sequence[Axis]:
-    return axis.factors if isinstance(axis, Product) else (axis,)
-
-
-def _parts(axis: Axis) -> Sequence[Axis]:
-    return axis.parts if isinstance(axis, Concat) else (axis,)

@@ -12,7 +12,7 @@ import torch
 
 from xdit_compile.distributed.mesh import Mesh
 
-from .stage_channel import Arriving, Pipe
+from .stage_channel import Incoming, Pipe
 
 
 class CfgPipelines:
@@ -40,7 +40,7 @@ class CfgPipelines:
             for stage in sorted({0, self._last}) if cfg_rank != self.here else ():
                 self._pipe.send(tensors, self._mesh.rank_at(cfg=cfg_rank, pipefusion=stage))
 
-    def take(self, likes: Sequence[torch.Tensor], device: torch.device, cfg_rank: int) -> Arriving:
+    def take(self, likes: Sequence[torch.Tensor], device: torch.device, cfg_rank: int) -> Incoming:
         """Ask for the results of a patch from the pipeline that computes them."""
         assert self._pipe is not None
         return self._pipe.receive(likes, device, self._mesh.rank_at(cfg=cfg_rank, pipefusion=self._last))

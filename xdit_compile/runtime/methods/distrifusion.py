@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,41 +26,41 @@ from xdit_compile.runtime.generation import BranchState, States
 from xdit_compile.runtime.runner import Computing, Runner, device_of
 from xdit_compile.weights.weights import Weights
 
+from .stepped_call import SteppedCall
+
 Run = Callable[..., tuple[Any, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Shared(CompiledCall):
+class StaleCall(SteppedCall):
     """What one signature runs on this rank: with exchanges that it waits for, and with those of the step before.
 
     Args:
         stale: the program that waits for nothing, and ``run_stale`` what runs it.
-        leaving: names of what it sends, after its results.
-        stepping: positions among the flat inputs of those that may change from step to step, and ``varying`` of those
+        outgoing: names of what it sends, after its results.
+        may_step: positions among the flat inputs of those that may change from step to step, and ``varying`` of those
             among them that do.
     """
 
     stale: Program
     run_stale: Run
-    leaving: tuple[str, ...]
-    stepping: frozenset[int]
+    outgoing: tuple[str, ...]
+    may_step: frozenset[int]
     varying: tuple[int, ...]
 
     @property
     def programs(self) -> Sequence[Program]:
         return [self.program, self.stale]
 
-    def constants(self, leaves: list[Any]) -> list[torch.Tensor]:
-        """The inputs that tell branches of guidance apart."""
-        tensors = [(at, leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        return [leaf for at, leaf in tensors if leaf.ndim > 1 and at not in self.stepping]
+    @property
+    def stepping(self) -> frozenset[int]:
+        return self.may_step
 
-    def states(self, device: torch.device) -> States:
-        """Empty states, and nothing on its way for them."""
+    @property
+    def kept(self) -> Mapping[str | int, torch.Tensor]:
         placeholders = self.stale.root.graph.find_nodes(op="placeholder")
         pairs = zip(self.stale.inputs, (node.meta["val"] for node in placeholders), strict=True)
-        kept = {given.target: like for given, like in pairs if given.kind in ("state", "arriving")}
-        return {name: torch.zeros(like.shape, dtype=like.dtype, device=device) for name, like in kept.items()}
+        return {spec.target: like for spec, like in pairs if spec.kind in ("state", "incoming")}
 
     def at_once(self, weights: Weights, leaves: list[Any], states: States) -> tuple[torch.Tensor, ...]:
         """A call that waits for other ranks."""
@@ -69,8 +69,8 @@ class Shared(CompiledCall):
     def on(self, weights: Weights, leaves: list[Any], states: States) -> tuple[torch.Tensor, ...]:
         """A call that goes on with what other ranks left, and leaves its own."""
         outputs = self.run_stale(*bind(self.stale, weights, leaves, states))
-        results = len(outputs) - len(self.leaving)
-        states.update(zip(self.leaving, outputs[results:], strict=True))
+        results = len(outputs) - len(self.outgoing)
+        states.update(zip(self.outgoing, outputs[results:], strict=True))
         return outputs[:results]
 
 
@@ -84,7 +84,7 @@ class StaleRunner(Runner):
         self.generation = self.session.generation
 
     def _computing(self, compiled_call: CompiledCall, leaves: list[Any]) -> Computing:
-        assert isinstance(compiled_call, Shared)
+        assert isinstance(compiled_call, StaleCall)
         device = device_of(leaves)
         branch = self.generation.branch(
             self, compiled_call, compiled_call.constants(leaves), lambda: compiled_call.states(device)
@@ -107,14 +107,14 @@ class StaleRunner(Runner):
     def _placed(self, analysis: Analysis, device: torch.device) -> CompiledCall:
         state = self._compiled(analysis, device)
         waiting, stale = (state.partitioned[way] for way in ("waiting", "stale"))
-        users = {given.name: int(given.target) for given in analysis.program.inputs if given.kind == "user"}
+        users = {spec.name: int(spec.target) for spec in analysis.program.inputs if spec.kind == "user"}
         some, varying = ([users[n] for n in names] for names in stepping(analysis.inference, analysis.units[PATCH]))
         ways = waiting.program, state.runs["waiting"], stale.program, state.runs["stale"]
-        return Shared(state.analysis, *ways, stale.leaving, frozenset(some), tuple(varying))
+        return StaleCall(state.analysis, *ways, stale.outgoing, frozenset(some), tuple(varying))
 
     def _found(self, compiled_call: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Waiting for other ranks, going on with what that left, and with what this left: the same, the step is."""
-        assert isinstance(compiled_call, Shared)
+        assert isinstance(compiled_call, StaleCall)
         branch = BranchState(lambda: compiled_call.states(device_of(leaves)))
         yield compiled_call.at_once(self.weights, leaves, branch.states)
         for _ in range(2):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,33 +21,33 @@ from xdit_compile.capture.state.containers import Outcome
 from xdit_compile.capture.state.signature import Signature
 from xdit_compile.compiler import Analysis
 from xdit_compile.distributed.devices import finish
+from xdit_compile.ir.patch_layout import PatchLayout
 from xdit_compile.ir.program import Program
 from xdit_compile.methods import BATCH
 from xdit_compile.passes.stages.assign_stages import Stage
-from xdit_compile.passes.stages.stage_programs import Lie, StagePrograms
+from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.runtime.cfg_branches import Call, alone
 from xdit_compile.runtime.compiled_call import CompiledCall
 from xdit_compile.runtime.generation import BranchState
 from xdit_compile.runtime.runner import Runner, device_of
-from xdit_compile.runtime.tensors.patched_tensor import Cut, Part, PatchedTensor, whole_of
+from xdit_compile.runtime.tensors.patched_tensor import Part, PatchedTensor, whole_of
 from xdit_compile.weights.weights import Weights
 
 from .cfg_pipelines import CfgPipelines
-from .stage_channel import Arriving, Pipe
+from .stage_channel import Incoming, Pipe
+from .stepped_call import SteppedCall
 
 Run = Callable[..., tuple[Any, ...]]
 Kept = dict[str | int, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Flow(CompiledCall):
+class Flow(SteppedCall):
     """What one signature runs on this rank: its stage of the program of all tokens, and of that of each patch."""
 
     pipeline: StagePrograms
     common: Run
     runs: tuple[Run, ...]
-    inputs: dict[int, Cut]
-    results: tuple[Cut, ...]
 
     @property
     def programs(self) -> Sequence[Program]:
@@ -60,24 +60,22 @@ class Flow(CompiledCall):
 
     def likes(self, patch: int) -> list[torch.Tensor]:
         """Tensors of the shapes and dtypes of the results of one patch, on the meta device."""
-        return [lie.likes[patch] for lie in self.pipeline.results]
+        return self.pipeline.likes(patch)
 
-    def constants(self, leaves: list[Any]) -> list[torch.Tensor]:
-        """The inputs that tell branches of guidance apart: neither the time of a step nor what every patch has its
-        own part of."""
-        stepping = {at for at, cut in self.inputs.items() if all(len(each) for each in cut.positions)}
-        tensors = [(at, leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        return [leaf for at, leaf in tensors if leaf.ndim > 1 and at not in stepping]
+    @property
+    def stepping(self) -> frozenset[int]:
+        """What every patch has its own part of."""
+        inputs = self.pipeline.inputs.items()
+        return frozenset(position for position, layout in inputs if all(map(len, layout.positions)))
 
-    def kept(self, weights: Weights, leaves: list[Any], branch: BranchState) -> Kept:
+    @property
+    def kept(self) -> Mapping[str | int, torch.Tensor]:
+        return {name: like for name, (_, like) in self.pipeline.taken("state").items()}
+
+    def beside(self, weights: Weights, leaves: list[Any], branch: BranchState) -> Kept:
         """What the programs of patches take beside inputs that vary: states, and what all patches need alike."""
-        found = self.common(*bind(self.pipeline.common, weights, leaves))
-        return {**branch.states, **dict(zip(self.pipeline.shared, found, strict=True))}
-
-    def states(self, device: torch.device) -> Kept:
-        """Empty states of the kinds that the programs keep."""
-        likes = {name: like for name, (_, like) in self.pipeline.taken("state").items()}
-        return {name: torch.zeros(like.shape, dtype=like.dtype, device=device) for name, like in likes.items()}
+        alike = self.common(*bind(self.pipeline.common, weights, leaves))
+        return {**branch.states, **dict(zip(self.pipeline.shared, alike, strict=True))}
 
 
 class _Drains:
@@ -164,7 +162,7 @@ class PipelineRunner(Runner):
         done: list[Sequence[torch.Tensor]] = [()] * len(flow.patches)
         if self.stage == self.last:
             done = [
-                [cut.take(each, patch) for each, cut in zip(outputs, flow.results, strict=True)]
+                [layout.take(each, patch) for each, layout in zip(outputs, flow.pipeline.results, strict=True)]
                 for patch in flow.patches
             ]
             for results in done:
@@ -186,10 +184,7 @@ class PipelineRunner(Runner):
                 stacklevel=2,
             )
         common, runs = state.runs["common"], [run for name, run in state.runs.items() if name != "common"]
-        known: dict[tuple, tuple[torch.Tensor, ...]] = {}
-        inputs = {at: self._cut(lie, known) for at, lie in pipeline.inputs.items()}
-        results = tuple(self._cut(lie, known) for lie in pipeline.results)
-        return Flow(analysis, pipeline.full.program, runs[0], pipeline, common, tuple(runs), inputs, results)
+        return Flow(analysis, pipeline.full.program, runs[0], pipeline, common, tuple(runs))
 
     def refresh(self) -> None:
         super().refresh()
@@ -199,12 +194,6 @@ class PipelineRunner(Runner):
         self.taken += compiled_call.programs
         self.weights.release(self.taken)
         self.weights.release_others(self.taken)
-
-    def _cut(self, lie: Lie, known: dict[tuple, tuple[torch.Tensor, ...]]) -> Cut:
-        positions = known.setdefault(
-            lie.positions, tuple(torch.tensor(each, dtype=torch.long) for each in lie.positions)
-        )
-        return Cut(positions, lie.back, self._collect)
 
     def _found(self, compiled_call: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """All tokens at once, and patch by patch with what that left: the same, because the step is."""
@@ -217,9 +206,9 @@ class PipelineRunner(Runner):
 
     def _compile(self, flow: Flow, leaves: list[Any], branch: BranchState) -> None:
         """Run every program of this stage once on nothing, so that all stages compile at the same time."""
-        device, common = device_of(leaves), flow.kept(self.weights, leaves, branch)
+        device, common = device_of(leaves), flow.beside(self.weights, leaves, branch)
         for index, stage in enumerate((flow.pipeline.full, *flow.pipeline.patches)):
-            patches: Kept = {k: cut.take(leaves[k], max(index - 1, 0)) for k, cut in flow.inputs.items()}
+            patches: Kept = {k: layout.take(leaves[k], max(index - 1, 0)) for k, layout in flow.pipeline.inputs.items()}
             received = [torch.zeros_like(like, device=device) for like in stage.received]
             flow.runs[index](*bind(stage.program, self.weights, leaves, {**common, **patches}), *received)
 
@@ -229,8 +218,8 @@ class PipelineRunner(Runner):
         if self.pipe is None:
             return list(results)
         if self.stage < self.last:
-            likes = [lie.likes for lie in flow.pipeline.results]
-            results = [cut.empty(parts, device) for cut, parts in zip(flow.results, likes, strict=True)]
+            pairs = zip(flow.pipeline.results, flow.likes(0), strict=True)
+            results = [layout.empty(like, device) for layout, like in pairs]
         return [self.pipe.broadcast(tensor, self.last) for tensor in results]
 
     def _stage_at_once(self, flow: Flow, leaves: list[Any], branch: BranchState) -> Sequence[torch.Tensor]:
@@ -255,17 +244,19 @@ class PipelineRunner(Runner):
         self._drains.between(self.generation.number)
         self._turn()
         device = device_of(leaves)
-        inputs = {position: self._patches(leaves[position], cut) for position, cut in flow.inputs.items()}
-        arriving = [self._asked(stage, device) for stage in flow.pipeline.patches]
+        inputs = {
+            position: self._patches(leaves[position], layout) for position, layout in flow.pipeline.inputs.items()
+        }
+        incoming = [self._asked(stage, device) for stage in flow.pipeline.patches]
         parts = self._elsewhere(flow, device)
-        common = flow.kept(self.weights, leaves, branch)
+        common = flow.beside(self.weights, leaves, branch)
         done: list[Sequence[torch.Tensor]] = []
         for patch, stage in enumerate(flow.pipeline.patches):
             wanted = {int(each.target) for each in stage.program.inputs if each.kind == "patch"}
             kept = dict(common)
             kept.update((target, inputs[target][patch].value()) for target in wanted)
             tensors = bind(stage.program, self.weights, leaves, kept)
-            outputs = flow.runs[patch + 1](*tensors, *arriving[patch]())
+            outputs = flow.runs[patch + 1](*tensors, *incoming[patch]())
             if self.pipe is not None and self.stage < self.last:
                 self.pipe.send(outputs, self.stages[self.stage + 1])
             else:
@@ -281,7 +272,10 @@ class PipelineRunner(Runner):
             self.cfg_pipelines.give(results)
 
     def _patched(self, flow: Flow, parts: list[list[Part]], device: torch.device) -> list[PatchedTensor]:
-        return [PatchedTensor([part[k] for part in parts], cut, device) for k, cut in enumerate(flow.results)]
+        return [
+            PatchedTensor([part[k] for part in parts], layout, device, self._collect)
+            for k, layout in enumerate(flow.pipeline.results)
+        ]
 
     def _turn(self) -> None:
         if self.pipe is not None:
@@ -312,12 +306,12 @@ class PipelineRunner(Runner):
             return _coming(self.cfg_pipelines.take(flow.likes(patch), device, cfg_rank), flow.likes(patch))
         return [Part(like) for like in flow.likes(patch)]
 
-    def _patches(self, leaf: torch.Tensor, cut: Cut) -> list[Part]:
+    def _patches(self, leaf: torch.Tensor, layout: PatchLayout) -> list[Part]:
         """An input patch by patch."""
-        if isinstance(leaf, PatchedTensor) and leaf.cut.positions is cut.positions and leaf.cut.back == cut.back:
+        if isinstance(leaf, PatchedTensor) and leaf.patch_layout == layout:
             return leaf.parts
         whole = whole_of(leaf)
-        return [Part.of(cut.take(whole, patch)) for patch in range(len(cut.positions))]
+        return [Part.of(layout.take(whole, patch)) for patch in range(len(layout.positions))]
 
     def _collect(self, tensor: PatchedTensor) -> torch.Tensor:
         """All patches on every rank, from the last stage, which computes every one."""
@@ -325,9 +319,9 @@ class PipelineRunner(Runner):
         begin = time.perf_counter()
         self.session.agreement.exchange("a read of all patches", None)
         if self.pipe is None or self.stage == self.last:
-            whole = tensor.cut.join([part.value() for part in tensor.parts])
+            whole = tensor.patch_layout.join([part.value() for part in tensor.parts])
         else:
-            whole = tensor.cut.empty([part.like for part in tensor.parts], tensor.device)
+            whole = tensor.patch_layout.empty(tensor.parts[0].like, tensor.device)
         whole = whole if self.pipe is None else self.pipe.broadcast(whole, self.last)
         self._drains.took(begin)
         return whole
@@ -337,9 +331,9 @@ def _here(done: Sequence[Sequence[torch.Tensor]]) -> list[list[Part]]:
     return [[Part.of(tensor) for tensor in results] for results in done]
 
 
-def _coming(arriving: Arriving, likes: Sequence[torch.Tensor]) -> list[Part]:
-    return [Part(like, make=_item(arriving, k)) for k, like in enumerate(likes)]
+def _coming(incoming: Incoming, likes: Sequence[torch.Tensor]) -> list[Part]:
+    return [Part(like, make=_item(incoming, k)) for k, like in enumerate(likes)]
 
 
-def _item(arriving: Arriving, at: int) -> Callable[[], torch.Tensor]:
-    return lambda: arriving.wait()[at]
+def _item(incoming: Incoming, index: int) -> Callable[[], torch.Tensor]:
+    return lambda: incoming.wait()[index]

@@ -17,7 +17,7 @@ WHAT = "a transfer between stages"
 
 
 @dataclasses.dataclass(eq=False)
-class Arriving:
+class Incoming:
     """Tensors on their way to this rank, or from it, as one message.
 
     Args:
@@ -72,8 +72,8 @@ class Pipe:
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
-        self._before: list[Arriving] = []
-        self._under_way: list[Arriving] = []
+        self._before: list[Incoming] = []
+        self._under_way: list[Incoming] = []
 
     def reset(self) -> None:
         """Forget what is on its way: connections were closed."""
@@ -101,15 +101,15 @@ class Pipe:
             message = pack(tensors, carrier(tensors[0].device, members))
             with answering(members, WHAT):
                 works = send(message, to, members)
-            self._under_way.append(Arriving(message, (), message.device, works, members))
+            self._under_way.append(Incoming(message, (), message.device, works, members))
 
-    def receive(self, likes: Sequence[torch.Tensor], device: torch.device, source: int) -> Arriving:
+    def receive(self, likes: Sequence[torch.Tensor], device: torch.device, source: int) -> Incoming:
         """Ask a rank for tensors of these shapes and dtypes; they are taken in even where nobody waits for them."""
         members = process_group(self._mesh.edge(source, self._mesh.rank))
         message = torch.empty(length(likes), dtype=torch.uint8, device=carrier(device, members))
         with answering(members, WHAT):
             works = receive(message, source, members) if len(message) else []
-        self._under_way.append(Arriving(message, likes, device, works, members))
+        self._under_way.append(Incoming(message, likes, device, works, members))
         return self._under_way[-1]
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,43 +47,6 @@ class Part:
             assert self._make is not None, "the values of this patch are on another rank"
             self._value, self._make = self._make(), None
         return self._value
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How patches lie in a tensor: the positions of each, along the dim that is ``back`` from the end."""
-
-    positions: tuple[torch.Tensor, ...]
-    back: int
-    collect: Callable[[Any], torch.Tensor]
-
-    @property
-    def size(self) -> int:
-        """Positions of all patches."""
-        return sum(len(each) for each in self.positions)
-
-    def take(self, whole: torch.Tensor, at: int) -> torch.Tensor:
-        """One patch of a whole tensor."""
-        positions = self.positions[at]
-        dim = whole.ndim - self.back
-        first, count = int(positions[0]) if len(positions) else 0, len(positions)
-        if torch.equal(positions, torch.arange(first, first + count)):
-            return whole.narrow(dim, first, count)
-        return whole.index_select(dim, positions.to(whole.device))
-
-    def empty(self, likes: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-        """Room for a whole tensor whose patches are like these."""
-        shape = list(likes[0].shape)
-        shape[len(shape) - self.back] = self.size
-        return torch.empty(shape, dtype=likes[0].dtype, device=device)
-
-    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The whole from its patches."""
-        order = torch.argsort(torch.cat(self.positions))
-        whole = torch.cat(list(parts), parts[0].ndim - self.back)
-        if torch.equal(order, torch.arange(len(order))):
-            return whole
-        return whole.index_select(whole.ndim - self.back, order.to(whole.device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +113,19 @@ def device_after(kwargs: Mapping[str, Any], own: torch.device) -> torch.device:
     return own if wanted is None else torch.empty(0, device=wanted).device
 
 
-def functional(func: Any) -> Callable[..., torch.Tensor]:
-    """Returns what an operator in place writes, of the dtype and shape of what it writes to."""
-    packet, overload = func._schema.name.split("::")[1].rstrip("_"), func._overloadname
-    own = getattr(getattr(aten, packet), overload)
+def functional(func: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The operator that returns what one in place writes, if there is one."""
+    packet = getattr(aten, func._schema.name.split("::")[1].rstrip("_"), None)
+    own: torch._ops.OpOverload | None = getattr(packet, func._overloadname, None)
+    return own
+
+
+def written(func: torch._ops.OpOverload) -> Callable[..., torch.Tensor]:
+    """Returns what an operator in place would leave, by the operator that returns it: in the form of what is there."""
 
     def found(target: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return own(target, *args, **kwargs).to(target.dtype).expand(target.shape)
+        made: torch.Tensor = func(target, *args, **kwargs)
+        return made.to(target.dtype).expand(target.shape)
 
     return found
 
