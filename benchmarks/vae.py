@@ -33,7 +33,8 @@ from xdit_compile.compiler import Analysis, analyse, place
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.peak_memory import peak_bytes
 from xdit_compile.passes.choose.rows import choose_rows
-from xdit_compile.passes.memory.tile_rows import cut_into, peak_of
+from xdit_compile.passes.memory.on_meta import peak_of
+from xdit_compile.passes.memory.tile_rows import cut_into
 
 MEBI, GIBI = 2**20, 2**30
 RANKS = (1, 2, 4, 8)

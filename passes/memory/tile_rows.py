@@ -11,35 +11,30 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 import xdit_compile.kernels.put_rows  # noqa: F401  (registers the op that the graphs call)
-from xdit_compile.ir.arguments import integer_of, node_of, number_of, overload_of, sequence_of
-from xdit_compile.ir.inline_calls import flatten
-from xdit_compile.ir.peak_memory import peak_bytes, with_reserve
+from xdit_compile.ir.arguments import integer_of, node_of, number_of, sequence_of
+from xdit_compile.ir.peak_memory import with_reserve
 from xdit_compile.ir.program import Program
 from xdit_compile.kernels.collectives.row_exchange import RowExchange
-from xdit_compile.passes.axes.rule import operator_name
 from xdit_compile.passes.local.local_graph import aten
 from xdit_compile.passes.lowering.norm import columns, moments_in_pieces
 from xdit_compile.passes.rules.convolution import per_dim
+
+from .on_meta import HOST, Shapes, name_of, peak_of, shapes_of
+from .row_regions import EXCHANGE, is_zero_pad, regions_of, sources_of
 
 MOST_STRIPS = 16
 LEAST_GAIN = 0.02
 """Twice as many strips must lower the peak by this part, or no more are tried."""
 SMALL = 16
 """A region whose tensors together take less than this part of the budget is left alone."""
-CONVOLUTIONS = ("conv2d", "conv3d")
 PARAMETERS = ("bias", "stride", "padding", "dilation", "groups")
-EXCHANGE = torch.ops.xdit_compile.halo_exchange.default
-Shapes = Mapping[fx.Node, torch.Tensor]
-
-
-HOST = torch.device("cpu")
 
 
 def in_strips(program: Program, budget: int, device: torch.device = HOST) -> Program:
@@ -50,7 +45,7 @@ def in_strips(program: Program, budget: int, device: torch.device = HOST) -> Pro
     found, least = program, _needed(program, device)
     if least <= budget:
         return program
-    count, shapes = 2, _shapes(program)
+    count, shapes = 2, shapes_of(program)
     while count <= MOST_STRIPS:
         cut = _cut(program, shapes, count, budget // SMALL)
         peak = _needed(cut, device)
@@ -72,58 +67,9 @@ def _needed(program: Program, device: torch.device) -> int:
     return with_reserve(peak_of(program, device), device)
 
 
-def peak_of(program: Program, device: torch.device = HOST) -> int:
-    """Bytes of activations that a program holds at one time when its operators run one by one.
-
-    On an accelerator those of a convolution's workspace are among them: its library computes in another layout of
-    memory than PyTorch's, and copies what it is given and what it gives.
-    """
-    kind = _OnMeta if device.type in ("cpu", "meta") else _WithWorkspaces
-    with torch.no_grad():
-        return peak_bytes(kind(flatten(program.root)).run, *_metas(program))
-
-
-class _OnMeta(fx.Interpreter):
-    """Runs a graph on the meta device, where attention would be taken apart and make scores that no kernel keeps."""
-
-    def run_node(self, node: fx.Node) -> Any:
-        if _name(node) == "scaled_dot_product_attention":
-            query, value = (self.env[node_of(node.args[at])] for at in (0, 2))
-            return _laid_out((*query.shape[:-1], value.shape[-1]), node.meta.get("val", query), query)
-        if node.op == "get_attr":
-            return super().run_node(node).to("meta")
-        if "device" in node.kwargs:
-            args, kwargs = self.fetch_args_kwargs_from_env(node)
-            return overload_of(node)(*args, **{**kwargs, "device": torch.device("meta")})
-        return super().run_node(node)
-
-
-class _WithWorkspaces(_OnMeta):
-    """The same, with the room beside each convolution for its operand and its result once more."""
-
-    def run_node(self, node: fx.Node) -> Any:
-        found = super().run_node(node)
-        if "conv" in _name(node):
-            count = self.env[node_of(node.args[0])].nbytes + found.nbytes
-            torch.empty(count, dtype=torch.uint8, device="meta")
-        return found
-
-
-def _laid_out(shape: Sequence[int], like: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """An empty tensor whose dims lie in memory in the order of another's: graphs have views that count on it."""
-    order = sorted(range(like.dim()), key=lambda dim: -like.stride()[dim])
-    return torch.empty_permuted(shape, order, dtype=given.dtype, device=given.device)
-
-
-def _metas(program: Program) -> list[torch.Tensor]:
-    values = [node.meta["val"] for node in program.root.graph.find_nodes(op="placeholder")]
-    shapes = [given.sizes(value.shape) for given, value in zip(program.inputs, values, strict=True)]
-    return [torch.empty(shape, dtype=value.dtype, device="meta") for shape, value in zip(shapes, values, strict=True)]
-
-
 def cut_into(program: Program, count: int, least_bytes: int) -> Program:
     """The program with every region of more than ``least_bytes`` cut into ``count`` strips."""
-    return _cut(program, _shapes(program), count, least_bytes)
+    return _cut(program, shapes_of(program), count, least_bytes)
 
 
 def _cut(program: Program, shapes: Shapes, count: int, least_bytes: int) -> Program:
@@ -133,97 +79,12 @@ def _cut(program: Program, shapes: Shapes, count: int, least_bytes: int) -> Prog
     return dataclasses.replace(program, root=fx.GraphModule(modules, program.root.graph))
 
 
-def _shapes(program: Program) -> Shapes:
-    """What every node of every structure yields, on the meta device."""
-    found: dict[fx.Node, torch.Tensor] = {}
-
-    class Recorder(_OnMeta):
-        def run_node(self, node: fx.Node) -> Any:
-            if node.op == "call_module":
-                args, _ = self.fetch_args_kwargs_from_env(node)
-                return Recorder(getattr(program.root, str(node.target))).run(*args)
-            found[node] = super().run_node(node)
-            return found[node]
-
-    with torch.no_grad():
-        Recorder(program.root).run(*_metas(program))
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Region:
-    """A convolution and the nodes before it of which every row depends on a few rows of what stands before them."""
-
-    convolution: fx.Node
-    nodes: frozenset[fx.Node]
-    bytes: int
-
-
-def _regions(graph: fx.Graph, shapes: Shapes) -> list[Region]:
-    found = []
-    for node in graph.nodes:
-        if _name(node) in CONVOLUTIONS and shapes[node].dim() >= 4 and shapes[node].numel():
-            nodes = frozenset(_behind(node, shapes))
-            if nodes:
-                found.append(Region(node, nodes, sum(_bytes(shapes[inner]) for inner in nodes)))
-    return found
-
-
-def _behind(convolution: fx.Node, shapes: Shapes) -> list[fx.Node]:
-    found, pending = [], [convolution.args[0]]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, fx.Node) and len(node.users) == 1 and (sources := _sources(node, shapes)):
-            found.append(node)
-            pending += sources if _name(node) != "group_norm" else []
-    return found
-
-
-def _sources(node: fx.Node, shapes: Shapes) -> list[fx.Node]:
-    """The operands of which a row-wise operator takes rows; none where it is not row-wise, or has one row."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(shapes[node], torch.Tensor):
-        return []
-    name, value, own = _name(node), shapes[node], node.all_input_nodes
-    if value.dim() < 4 or value.shape[-2] < 2 or not value.numel():
-        return []
-    if name == "cat":
-        inner = integer_of(node.args[1] if len(node.args) > 1 else 0) % value.dim() != value.dim() - 2
-        return own if inner and all(shapes[each].dim() == value.dim() for each in own) else []
-    if name == "group_norm" or node.target is EXCHANGE and node.args[1] == value.dim() - 2 or _is_zero_pad(node):
-        return [node_of(node.args[0])]
-    if "upsample_nearest" in name and name.endswith(("2d", "3d")):
-        given = node_of(node.args[0])
-        return [given] if value.shape[-2] % shapes[given].shape[-2] == 0 else []
-    if torch.Tag.pointwise in node.target.tags or name in ("_to_copy", "clone"):
-        long = [each for each in own if shapes[each].dim() > 1 and shapes[each].shape[-2] == value.shape[-2]]
-        return long if all(shapes[each].dim() == value.dim() for each in long) else []
-    return []
-
-
-def _is_zero_pad(node: fx.Node) -> bool:
-    name = _name(node)
-    if name not in ("pad", "constant_pad_nd"):
-        return False
-    at = 3 if name == "pad" else 2
-    value = node.args[at] if len(node.args) > at else node.kwargs.get("value")
-    constant = name != "pad" or len(node.args) < 3 or node.args[2] == "constant"
-    return constant and not value and min(sequence_of(node.args[1])) >= 0
-
-
-def _name(node: fx.Node) -> str:
-    return operator_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
-
-
-def _bytes(value: torch.Tensor) -> int:
-    return value.numel() * value.element_size()
-
-
 class _Cutter:
     """Copies a structure, with every region that matters in strips."""
 
     def __init__(self, structure: fx.GraphModule, shapes: Shapes, count: int, least_bytes: int):
         self.structure, self.shapes, self.count = structure, shapes, count
-        self.regions = [region for region in _regions(structure.graph, shapes) if region.bytes > least_bytes]
+        self.regions = [region for region in regions_of(structure.graph, shapes) if region.bytes > least_bytes]
         self.inner = {node for region in self.regions for node in region.nodes}
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
@@ -252,7 +113,7 @@ class _Cutter:
         """What a node needs once, not in every strip: rows of other ranks, statistics."""
         if node.target is EXCHANGE:
             self.arrived[node] = self._exchanged(node)
-        elif _name(node) == "group_norm":
+        elif name_of(node) == "group_norm":
             self.columns[node] = self._statistics(node)
 
     def _exchanged(self, node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
@@ -355,18 +216,18 @@ class _Cutter:
             whole = self.copies[node]
             complete = (first, last) == (0, self.shapes[node].shape[-2])
             return whole if complete else self.call(aten.slice.Tensor, whole, self.shapes[node].dim() - 2, first, last)
-        name, value = _name(node), self.shapes[node]
+        name, value = name_of(node), self.shapes[node]
         if node.target is EXCHANGE:
             return self._seen(node, first, last)
         if name == "group_norm":
             return self._normalised(node, self.rows(node_of(node.args[0]), first, last))
-        if _is_zero_pad(node):
+        if is_zero_pad(node):
             amounts = [*sequence_of(node.args[1]), 0, 0, 0, 0]
             above = amounts[2]
             return self._padded(node_of(node.args[0]), first - above, last - above, amounts[: 2 * value.dim()])
         if "upsample" in name:
             return self._enlarged(node, first, last)
-        sources = set(_sources(node, self.shapes))
+        sources = set(sources_of(node, self.shapes))
         taken = {
             each: self.rows(each, first, last) if each in sources else self.copies[each]
             for each in node.all_input_nodes

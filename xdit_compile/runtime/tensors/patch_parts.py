@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from xdit_compile.passes.rules.piecewise import without_values
+
 aten = torch.ops.aten
 
 
@@ -100,11 +102,6 @@ class _Later:
             args, kwargs = pytree.tree_map(_value, self._given)
             self._found, self._given = pytree.tree_leaves(self._func(*args, **kwargs)), None
         return self._found
-
-
-def without_values(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with which an operator gives the form of its results: those that ask for a device get none there."""
-    return {**kwargs, "device": torch.device("meta")} if kwargs.get("device") is not None else dict(kwargs)
 
 
 def device_after(kwargs: Mapping[str, Any], own: torch.device) -> torch.device:

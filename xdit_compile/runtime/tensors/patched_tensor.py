@@ -15,9 +15,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from xdit_compile.ir.patch_layout import PatchLayout
+from xdit_compile.passes.rules.piecewise import Operand, Piecewise, piecewise
 
 from .patch_parts import Part, View, called, device_after, functional, later, written
-from .patched_call import Operand, PatchedCall, patched_call
 
 aten = torch.ops.aten
 READERS = ("numpy", "tolist", "__array__", "data_ptr", "untyped_storage", "__reduce_ex__", "__deepcopy__", "__repr__")
@@ -169,7 +169,7 @@ def _is_in_place(func: torch._ops.OpOverload) -> bool:
     return func._schema.is_mutable and func._schema.name.endswith("_")
 
 
-def _how(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> PatchedCall | None:
+def _how(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Piecewise | None:
     """How patches go through an operator; None where they do not stay apart."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     patched = [leaf for leaf in leaves if isinstance(leaf, PatchedTensor)]
@@ -181,7 +181,7 @@ def _how(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> PatchedCall 
     if asked is None:
         return None
     counts = tuple(map(len, patched[0].patch_layout.positions))
-    how = patched_call(asked, tuple(map(_known, leaves)), spec, counts)
+    how = piecewise(asked, tuple(map(_known, leaves)), spec, counts)
     in_form = how is None or asked is func or how.results == (args[0].patch_layout.back,)
     return how if in_form else None
 
@@ -194,7 +194,7 @@ def _known(leaf: Any) -> Any:
     return Operand(tuple(leaf.shape), leaf.dtype, back)
 
 
-def _by_patch(func: torch._ops.OpOverload, args: tuple, kwargs: dict, how: PatchedCall) -> Any:
+def _by_patch(func: torch._ops.OpOverload, args: tuple, kwargs: dict, how: Piecewise) -> Any:
     """Call an operator on each patch by itself."""
     first = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, PatchedTensor))
     function: Callable[..., Any] = func
@@ -220,7 +220,7 @@ def _by_patch(func: torch._ops.OpOverload, args: tuple, kwargs: dict, how: Patch
     return pytree.tree_unflatten(made, spec)
 
 
-def _of_patch(args: tuple, kwargs: dict, how: PatchedCall, layout: PatchLayout, patch: int) -> tuple[tuple, dict]:
+def _of_patch(args: tuple, kwargs: dict, how: Piecewise, layout: PatchLayout, patch: int) -> tuple[tuple, dict]:
     """What one patch needs of the arguments: the patch of each, or all where it has no position for each."""
     backs = iter(how.operands)
 

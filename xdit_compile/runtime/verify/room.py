@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_compile.capture.capture import capture
 from xdit_compile.ir.peak_memory import free_bytes, with_reserve
-from xdit_compile.passes.memory.tile_rows import peak_of
+from xdit_compile.passes.memory.on_meta import peak_of
 
 PLENTY = 4096
 """Room for so many times the bytes of a call's inputs is plenty for any module; less is compared with a count."""

@@ -1,10 +1,13 @@
-"""Whether an operator can be computed patch by patch: its rule, which the partitioner goes by, is asked."""
+"""Whether an operator can be computed piece by piece along one axis: its rule, which the partitioner goes by, is asked.
+
+Patches of a denoiser's result go through schedulers so, and rows of an autoencoder in strips.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +17,15 @@ from torch.utils import _pytree as pytree
 from xdit_compile.ir.arguments import overload_of
 from xdit_compile.ir.axes import AxisSystem, resolve
 from xdit_compile.passes.axes.rule import Rule, RuleBook, values
-from xdit_compile.passes.rules.registry import rulebook
 
-from .patch_parts import without_values
+from .registry import rulebook
 
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
     """What is known of a tensor among the arguments of an operator before it is computed.
 
-    ``back`` is the dim that patches lie along, from the end; None for a tensor that is whole.
+    ``back`` is the dim that pieces lie along, from the end; None where that is not known, or the tensor has none.
     """
 
     shape: tuple[int, ...]
@@ -39,29 +41,31 @@ class Operand:
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchedCall:
-    """A call that patches go through by themselves.
+class Piecewise:
+    """A call that can be made for each piece by itself.
 
     Args:
-        operands: for every tensor among the arguments the dim that patches lie along, from the end; None for one that
-            each patch takes whole.
+        operands: for every tensor among the arguments the dim that pieces lie along, from the end; None for one that
+            each piece takes whole.
         results: the same for every tensor that the call yields.
+        contracts: whether it sums products over a dim, so that what two pieces have in common is dear to compute twice.
     """
 
     operands: tuple[int | None, ...]
     results: tuple[int, ...]
+    contracts: bool
 
 
 @functools.lru_cache(maxsize=4096)
-def patched_call(
+def piecewise(
     func: torch._ops.OpOverload, leaves: tuple[Any, ...], spec: pytree.TreeSpec, counts: tuple[int, ...]
-) -> PatchedCall | None:
-    """How patches go through an operator; None where they do not stay apart, or nobody knows.
+) -> Piecewise | None:
+    """How pieces go through an operator; None where they do not stay apart, or nobody knows.
 
     Args:
         leaves: the flat arguments, an `Operand` for each tensor.
         spec: their containers, a pair of positional and keyword arguments.
-        counts: positions of each patch.
+        counts: positions of each piece.
     """
     find = _book().find(func)
     if find is None:
@@ -101,10 +105,15 @@ def _called(func: torch._ops.OpOverload, flat: Sequence[Any], spec: pytree.TreeS
     return func(*args, **without_values(kwargs))
 
 
+def without_values(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with which an operator gives the form of its results: those that ask for a device get none there."""
+    return {**kwargs, "device": torch.device("meta")} if kwargs.get("device") is not None else dict(kwargs)
+
+
 def _followed(
     rule: Rule, operands: Sequence[Operand], leaves: Sequence[Any], spec: pytree.TreeSpec, counts: tuple[int, ...]
-) -> PatchedCall | None:
-    """Where the axis of patches goes, if every position of it is treated by itself."""
+) -> Piecewise | None:
+    """Where the axis of pieces goes, if every position of it is treated by itself."""
     cut = [(k, len(each.shape) - each.back) for k, each in enumerate(operands) if each.back is not None]
     axis = resolve(rule.actual[cut[0][0]][cut[0][1]])
     if any(resolve(rule.actual[operand][dim]) is not axis for operand, dim in cut):
@@ -119,8 +128,10 @@ def _followed(
     if any(len(dims) != 1 for dims in made) or not _fits(rule, along, made, leaves, spec, counts):
         return None
     backs = (len(each.shape) - dims[0] if dims else None for each, dims in zip(operands, along, strict=True))
-    tensors = values(rule.node)
-    return PatchedCall(tuple(backs), tuple(each.dim() - dims[0] for each, dims in zip(tensors, made, strict=True)))
+    results = (each.dim() - dims[0] for each, dims in zip(values(rule.node), made, strict=True))
+    return Piecewise(
+        tuple(backs), tuple(results), any(loop.kind == "sum" and len(loop.args) > 1 for loop in rule.loops)
+    )
 
 
 def _fits(
@@ -131,7 +142,7 @@ def _fits(
     spec: pytree.TreeSpec,
     counts: tuple[int, ...],
 ) -> bool:
-    """Whether the same call gives the right shapes for each patch: arguments may name the size of the whole."""
+    """Whether the same call gives the right shapes for each piece: arguments may name the size of the whole."""
     whole, target = values(rule.node), overload_of(rule.node)
     for count in set(counts):
         dims = iter([next(iter(each), None) for each in along])
