@@ -46,7 +46,7 @@ PIXART_REDUCES = (3 * BLOCKS + 1, 3 * BLOCKS * 2 * 4096 * 1152 + 2 * 300 * 1152)
 
 
 @pytest.mark.parametrize(("name", "reduces"), [("flux", FLUX_REDUCES), ("pixart", PIXART_REDUCES)])
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
 def test_all_reduces_of_tensor_parallel(name: str, reduces: tuple[int, int], ranks: int) -> None:
     case = zoo_real.REAL[name]
     args, kwargs = case.inputs()
@@ -63,7 +63,13 @@ def test_all_reduces_of_tensor_parallel(name: str, reduces: tuple[int, int], ran
 )
 @pytest.mark.parametrize(
     "plan",
-    [Plan(ulysses=4), Plan(ring=4), Plan(ulysses=2, ring=2), Plan(tensor=4), Plan(tensor=2, ulysses=2)],
+    [
+        pytest.param(Plan(ulysses=4), marks=pytest.mark.slow),
+        pytest.param(Plan(ring=4), marks=pytest.mark.slow),
+        Plan(ulysses=2, ring=2),
+        pytest.param(Plan(tensor=4), marks=pytest.mark.slow),
+        Plan(tensor=2, ulysses=2),
+    ],
     ids=lambda plan: " ".join(f"{name} {getattr(plan, name)}" for name in plan._shown()),
 )
 def test_keys_and_weights_that_a_rank_holds(name: str, keys: int, most: float, plan: Plan) -> None:

@@ -82,7 +82,9 @@ def test_default_calls_return_what_the_module_returns(name):
         assert not {id(tensor) for tensor in tensors_of(first)} & {id(tensor) for tensor in tensors_of(second)}
 
 
-@pytest.mark.parametrize(("name", "method"), CALLS)
+@pytest.mark.parametrize(
+    ("name", "method"), [pytest.param(*call, marks=pytest.mark.slow if call[0] == "wan" else ()) for call in CALLS]
+)
 def test_every_class_is_exact_and_gathers_nothing(name, method):
     for parts in (3, 8):
         split_by_rows(name, method, parts)

@@ -309,7 +309,7 @@ def shared_by(name: str, ranks: int) -> tuple[Captured, list[StaleCall]]:
     return model, found
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["flux", "pixart", "unet_sdxl"])
 def test_after_the_warm_up_nobody_waits_but_for_the_result(name, ranks):
     model, plan = captured(name), Plan(distrifusion=ranks)

@@ -53,7 +53,9 @@ def split(name: str, method: str, parts: tuple[int, ...]) -> None:
             assert (name, method) in WHOLE or reasons == {"the result"}
 
 
-@pytest.mark.parametrize(("name", "method"), [("ltx_noise", "decode"), ("asymmetric", "decode")])
+@pytest.mark.parametrize(
+    ("name", "method"), [pytest.param("ltx_noise", "decode", marks=pytest.mark.slow), ("asymmetric", "decode")]
+)
 def test_noise_and_masks_are_split(name, method):
     split(name, method, (3, 8))
 

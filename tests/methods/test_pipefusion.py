@@ -78,7 +78,9 @@ def by_reference(name: str, cuts: Any, steps: int, warmup: int) -> torch.Tensor:
     return case.call(pipe, steps=steps)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "flux_true_cfg" else ()) for name in CASES]
+)
 def test_the_staleness_is_the_published_one(name):
     found, runner = generate(name, Plan(patches=3, backend="eager"), 5)
     (flow,) = runner.calls
@@ -343,6 +345,7 @@ def test_explain_shows_the_stages():
     assert "2 stages, 3 patches of 26, 26, 25 rows" in str(found)
 
 
+@pytest.mark.slow
 def test_explain_shows_what_one_rank_of_a_stage_has():
     case = MODELS["flux"]
     args, kwargs = case.inputs()
@@ -404,7 +407,13 @@ REFUSED = {"lumina2_ragged", "zimage_ragged"}
 """Images of several sizes in one call."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+ALIKE = {"cogvideox_learned", "cogvideox_1_5", "flux2", "flux_unguided", "lumina2_ragged", "wan_i2v"}
+"""Models of which a close relative is in the quick run."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in MODELS]
+)
 def test_every_model_is_cut_or_refused(name):
     """The first call is verified: all tokens at once, and patch by patch on what that left, both equal the module."""
     case = MODELS[name]

@@ -13,21 +13,25 @@ MESHES = [(2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (2, 2), (2, 3), (3, 2), (8, 1)
 
 
 ALIKE = {
+    "cogvideox",
     "cogvideox_1_5",
     "cogvideox_learned",
     "cogvideox_rotary",
     "flux2",
     "flux_unguided",
+    "hunyuandit",
     "latte",
     "lumina2",
     "lumina2_ragged",
     "mochi",
+    "pixart_alpha",
     "qwenimage",
     "sd3_dual",
     "wan_i2v",
+    "zimage",
     "zimage_ragged",
 }
-"""Models of which a close relative is in the quick run."""
+"""Models that the slow run alone has: of most a close relative is in the quick one."""
 
 
 @pytest.mark.parametrize(
