@@ -42,7 +42,7 @@ def in_strips(program: Program, budget: int, device: torch.device = HOST) -> Pro
 
     Where no number is enough, the best is taken and a warning says what it needs.
     """
-    found, least = program, _needed(program, device)
+    best, least = program, _needed(program, device)
     if least <= budget:
         return program
     count, shapes = 2, shapes_of(program)
@@ -53,14 +53,14 @@ def in_strips(program: Program, budget: int, device: torch.device = HOST) -> Pro
             return cut
         if peak > (1 - LEAST_GAIN) * least:
             break
-        found, least = cut, peak
+        best, least = cut, peak
         count *= 2
     warnings.warn(
         f"vae_memory is {budget / 2**20:.0f} MiB but this rank needs {least / 2**20:.0f} MiB even in strips; "
         "use more ranks, or the autoencoder's enable_tiling()",
         stacklevel=2,
     )
-    return found
+    return best
 
 
 def _needed(program: Program, device: torch.device) -> int:
@@ -118,15 +118,15 @@ class _Cutter:
 
     def _exchanged(self, node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
         """The rows of other ranks before and after this one's own; these ask for some of which strips are made."""
-        given, rows = node_of(node.args[0]), RowExchange.of(*sequence_of(node.args[1:]))
-        shape = list(self.shapes[given].shape)
+        source, rows = node_of(node.args[0]), RowExchange.of(*sequence_of(node.args[1:]))
+        shape = list(self.shapes[source].shape)
         row, (start, _) = math.prod(shape) // shape[-2], rows.own
         sent, got, here = rows.sent, rows.got, rows.index
         pieces = [
-            self.call(aten.reshape.default, self.rows(given, a - start, b - start), [-1]) for a, b in sent if b > a
+            self.call(aten.reshape.default, self.rows(source, a - start, b - start), [-1]) for a, b in sent if b > a
         ]
         if not pieces:
-            pieces = [self._nothing(given)]
+            pieces = [self._nothing(source)]
         away = self.call(aten.cat.default, pieces)
         ins, outs = ([(b - a) * row for a, b in each] for each in (sent, got))
         flat = self.call(torch.ops.xdit_compile.all_to_all.default, away, outs, ins, rows.group)
@@ -162,11 +162,11 @@ class _Cutter:
         flat = self.call(aten.reshape.default, self.copies[inputs], [sizes[0], groups, count])
         mean, squares = moments_in_pieces(self.call, flat, count, value.dtype, wide, self.count)
         variance = self.call(aten.div.Scalar, squares, count)
-        given = [
+        factors = [
             self._cast(self.copies[each], self.shapes[each].dtype, wide) if isinstance(each, fx.Node) else None
             for each in affine
         ]
-        return columns(self.call, sizes, groups, (mean, variance), given, number_of(epsilon))
+        return columns(self.call, sizes, groups, (mean, variance), factors, number_of(epsilon))
 
     def _cast(self, node: fx.Node, dtype: torch.dtype, wanted: torch.dtype) -> fx.Node:
         return node if dtype == wanted else self.call(aten._to_copy.default, node, dtype=wanted)
@@ -174,14 +174,14 @@ class _Cutter:
     def _convolution(self, node: fx.Node) -> fx.Node:
         """The strips of a convolution's result, each written to its place."""
         result = self.shapes[node]
-        given: dict[str, Any] = dict(zip(PARAMETERS, (None, 1, 0, 1, 1), strict=True))
-        given.update(dict(zip(PARAMETERS, node.args[2:], strict=False)))
+        named: dict[str, Any] = dict(zip(PARAMETERS, (None, 1, 0, 1, 1), strict=True))
+        named.update(dict(zip(PARAMETERS, node.args[2:], strict=False)))
         kernel = self.shapes[node_of(node.args[1])].shape[2:]
-        stride, padding, dilation = (per_dim(given[name], len(kernel)) for name in PARAMETERS[1:4])
+        stride, padding, dilation = (per_dim(named[name], len(kernel)) for name in PARAMETERS[1:4])
         reach, step, above = dilation[-2] * (kernel[-2] - 1) + 1, stride[-2], padding[-2]
         padding[-2] = 0
         weight, bias = (
-            self.copies[each] if isinstance(each, fx.Node) else None for each in (node.args[1], given["bias"])
+            self.copies[each] if isinstance(each, fx.Node) else None for each in (node.args[1], named["bias"])
         )
         out = None
         total = result.shape[-2]
@@ -190,7 +190,7 @@ class _Cutter:
             if last > first:
                 low = first * step - above
                 rows = self._padded(node_of(node.args[0]), low, (last - 1) * step + reach - above)
-                strip = self.call(node.target, rows, weight, bias, stride, padding, dilation, given["groups"])
+                strip = self.call(node.target, rows, weight, bias, stride, padding, dilation, named["groups"])
                 if out is None:
                     out = self.call(aten.new_empty.default, strip, list(result.shape))
                 self.call(torch.ops.xdit_compile.put_rows.default, out, strip, result.dim() - 2, first)
@@ -237,7 +237,7 @@ class _Cutter:
 
     def _seen(self, node: fx.Node, first: int, last: int) -> fx.Node:
         """Rows of what an exchange gives: of other ranks, this rank's own, of other ranks again."""
-        given, rows = node_of(node.args[0]), RowExchange.of(*sequence_of(node.args[1:]))
+        source, rows = node_of(node.args[0]), RowExchange.of(*sequence_of(node.args[1:]))
         start, (base, end) = rows.wanted[0], rows.own
         low, high = first + start, last + start
         before, after = self.arrived[node]
@@ -245,22 +245,22 @@ class _Cutter:
         if before is not None and low < base:
             pieces.append(self.call(aten.slice.Tensor, before, dim, low - start, min(high, base) - start))
         if min(high, end) > max(low, base):
-            pieces.append(self.rows(given, max(low, base) - base, min(high, end) - base))
+            pieces.append(self.rows(source, max(low, base) - base, min(high, end) - base))
         if after is not None and high > end:
             offset = max(end, start)
             pieces.append(self.call(aten.slice.Tensor, after, dim, max(low, end) - offset, high - offset))
-        return self._joined(pieces) if pieces else self.rows(given, 0, 0)
+        return self._joined(pieces) if pieces else self.rows(source, 0, 0)
 
     def _enlarged(self, node: fx.Node, first: int, last: int) -> fx.Node:
-        given = node_of(node.args[0])
+        source = node_of(node.args[0])
         shape = list(self.shapes[node].shape)
-        factor = shape[-2] // self.shapes[given].shape[-2]
+        factor = shape[-2] // self.shapes[source].shape[-2]
         low, high = first // factor, -(-last // factor)
         shape[-2] = (high - low) * factor
         scales = list(node.args[2:])
         if scales:
             scales[-2] = None
-        made = self.call(node.target, self.rows(given, low, high), shape[2:], *scales)
+        made = self.call(node.target, self.rows(source, low, high), shape[2:], *scales)
         if (low * factor, high * factor) == (first, last):
             return made
         return self.call(aten.slice.Tensor, made, len(shape) - 2, first - low * factor, last - low * factor)

@@ -114,7 +114,7 @@ def _followed(
     rule: Rule, operands: Sequence[Operand], leaves: Sequence[Any], spec: pytree.TreeSpec, counts: tuple[int, ...]
 ) -> Piecewise | None:
     """Where the axis of pieces goes, if every position of it is treated by itself."""
-    cut = [(k, len(each.shape) - each.back) for k, each in enumerate(operands) if each.back is not None]
+    cut = [(operand, len(each.shape) - each.back) for operand, each in enumerate(operands) if each.back is not None]
     axis = resolve(rule.actual[cut[0][0]][cut[0][1]])
     if any(resolve(rule.actual[operand][dim]) is not axis for operand, dim in cut):
         return None
@@ -148,10 +148,10 @@ def _fits(
         dims = iter([next(iter(each), None) for each in along])
         flat = [leaf.like(count, next(dims)) if isinstance(leaf, Operand) else leaf for leaf in leaves]
         try:
-            found = pytree.tree_leaves(_called(target, flat, spec))
+            tensors = pytree.tree_leaves(_called(target, flat, spec))
         except Exception:
             return False
-        for tensor, each, (dim,) in zip(found, whole, made, strict=True):
+        for tensor, each, (dim,) in zip(tensors, whole, made, strict=True):
             if list(tensor.shape) != [*each.shape[:dim], count, *each.shape[dim + 1 :]]:
                 return False
     return True

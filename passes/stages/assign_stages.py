@@ -101,27 +101,27 @@ def everywhere(inference: Inference, varying: Iterable[str]) -> set[str]:
 
 def _varying(graph: fx.Graph, inputs: set[str]) -> set[fx.Node]:
     """The nodes that depend on these inputs."""
-    found: set[fx.Node] = set()
+    varies: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.name in inputs if node.op == "placeholder" else any(each in found for each in node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.name in inputs if node.op == "placeholder" else any(each in varies for each in node.all_input_nodes):
+            varies.add(node)
+    return varies
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:
     """How many neighbours each part takes so that the costliest part costs least; every part takes one at least."""
     sums = [0.0, *itertools.accumulate(costs)]
     best = {(0, 0): (0.0, 0)}
-    for part in range(1, parts + 1):
-        for end in range(part, len(costs) - (parts - part) + 1):
-            best[part, end] = min(
-                (max(best[part - 1, start][0], sums[end] - sums[start]), start)
-                for start in range(part - 1, end)
-                if (part - 1, start) in best
+    for stage in range(1, parts + 1):
+        for end in range(stage, len(costs) - (parts - stage) + 1):
+            best[stage, end] = min(
+                (max(best[stage - 1, start][0], sums[end] - sums[start]), start)
+                for start in range(stage - 1, end)
+                if (stage - 1, start) in best
             )
     ends = [len(costs)]
-    for part in range(parts, 0, -1):
-        ends.append(best[part, ends[-1]][1])
+    for stage in range(parts, 0, -1):
+        ends.append(best[stage, ends[-1]][1])
     return [stop - start for stop, start in itertools.pairwise(ends)][::-1]
 
 
@@ -163,20 +163,20 @@ def only(program: Program, results: Sequence[fx.Node]) -> Program:
 def _part(program: Program, results: Sequence[object], here: set[fx.Node], received: Sequence[fx.Node]) -> Program:
     """A program of some nodes of a root, given other values after its own inputs."""
     needed, graph = reached(results, here.__contains__), program.root.graph
-    given = [node for node in graph.find_nodes(op="placeholder") if node in needed and node not in received]
-    inputs = {node: node.name for node in given} | {node: f"{node.name}_received" for node in received}
+    placeholders = [node for node in graph.find_nodes(op="placeholder") if node in needed and node not in received]
+    inputs = {node: node.name for node in placeholders} | {node: f"{node.name}_received" for node in received}
     nodes = [node for node in graph.nodes if node in needed]
     modules = {str(node.target): getattr(program.root, str(node.target)) for node in nodes if node.op == "call_module"}
     specs = {spec.name: spec for spec in program.inputs}
     root = fx.GraphModule(modules, subgraph(inputs, nodes, results))
-    return dataclasses.replace(program, root=root, inputs=tuple(specs[node.name] for node in given))
+    return dataclasses.replace(program, root=root, inputs=tuple(specs[node.name] for node in placeholders))
 
 
 def _crossing(program: Program, place: dict[fx.Node, int], stage: int) -> list[fx.Node]:
     """The tensors made up to a stage that later ones need, in their order."""
-    found = []
+    crossing = []
     for node in program.root.graph.nodes:
         made = EVERYWHERE < place.get(node, EVERYWHERE) <= stage
         if made and node.op != "call_module" and any(place.get(user, stage + 1) > stage for user in node.users):
-            found.append(node)
-    return found
+            crossing.append(node)
+    return crossing

@@ -86,19 +86,19 @@ def _with_copies(inference: Inference, split: Split) -> Iterator[Split]:
 
 def _held_alone(inference: Inference, split: Split) -> dict[Axis, int]:
     """The axes of positions of the picture that are picked out and of their copies, with the patch that has them."""
-    found: dict[Axis, int] = {}
+    held: dict[Axis, int] = {}
     for _, _, op_axes in inference.nodes():
         for loop in op_axes.loops:
             if loop.kind not in ("halo", "copies"):
                 continue
             ((_, dim),), ((_, to),) = loop.args, loop.outs
-            given, made = op_axes.operand_axes[0][dim], op_axes.result_axes[0][to]
-            if loop.kind == "copies" and given in found:
-                found[made] = found[given]
-            elif loop.kind == "halo" and split.splits(given) and made.size == 1:
+            read, made = op_axes.operand_axes[0][dim], op_axes.result_axes[0][to]
+            if loop.kind == "copies" and read in held:
+                held[made] = held[read]
+            elif loop.kind == "halo" and split.splits(read) and made.size == 1:
                 row, _ = op_axes.windows[dim].rows(0, 1)
-                found[made] = next(at for at in range(split.parts) if row in split.positions(given, at))
-    return found
+                held[made] = next(at for at in range(split.parts) if row in split.positions(read, at))
+    return held
 
 
 def _whole(unit: Unit) -> Axis:
@@ -132,12 +132,14 @@ def varying(inference: Inference, split: Split) -> list[str]:
     no input is so, as the results are tokens of a picture that came as one, all are that have the result's positions.
     """
     finals = [axes for axes in _finals(inference) if any(split.splits(axis) for axis in axes)]
-    given = {node.name: inference.axes[node][0] for node in inference.program.root.graph.find_nodes(op="placeholder")}
+    placeholders = {
+        node.name: inference.axes[node][0] for node in inference.program.root.graph.find_nodes(op="placeholder")
+    }
     users = [each.name for each in inference.program.inputs if each.kind == "user"]
-    found = [name for name in users if any(_alike(given[name], final, split) for final in finals)]
+    found = [name for name in users if any(_alike(placeholders[name], final, split) for final in finals)]
     if found:
         return found
-    return [name for name in stepping(inference, split.units)[0] if any(map(split.splits, given[name]))]
+    return [name for name in stepping(inference, split.units)[0] if any(map(split.splits, placeholders[name]))]
 
 
 def stepping(inference: Inference, units: Iterable[Unit]) -> tuple[list[str], list[str]]:
@@ -147,14 +149,14 @@ def stepping(inference: Inference, units: Iterable[Unit]) -> tuple[list[str], li
     made = {id(atom) for axes in finals for axis in axes for atom in atoms(axis)}
     cut = {id(atom) for unit in units for axis in unit for atom in atoms(axis)} & made
     users = {given.name for given in inference.program.inputs if given.kind == "user"}
-    found, alike = [], []
+    names, alike = [], []
     for node in inference.program.root.graph.find_nodes(op="placeholder"):
         axes = inference.axes[node][0]
         if node.name in users and any(id(atom) in cut for axis in axes for atom in atoms(axis)):
-            found.append(node.name)
+            names.append(node.name)
             if any(len(axes) == len(final) and len(_resized(axes, final)) <= 1 for final in finals):
                 alike.append(node.name)
-    return found, alike
+    return names, alike
 
 
 def _alike(axes: list[Axis], final: list[Axis], split: Split) -> bool:

@@ -81,10 +81,10 @@ class StagePrograms:
     def taken(self, kind: Kind) -> dict[str | int, tuple[Input, torch.Tensor]]:
         """The inputs of one kind that programs take, by target, each with a tensor of its whole shape."""
         return {
-            given.target: (given, node.meta["val"])
+            spec.target: (spec, node.meta["val"])
             for program in self.programs
-            for given, node in zip(program.inputs, program.root.graph.find_nodes(op="placeholder"), strict=False)
-            if given.kind == kind
+            for spec, node in zip(program.inputs, program.root.graph.find_nodes(op="placeholder"), strict=False)
+            if spec.kind == kind
         }
 
 

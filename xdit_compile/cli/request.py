@@ -83,54 +83,56 @@ class PipelineRequest:
         Raises:
             UsageError: naming every problem at once.
         """
-        found = [*_world_problems(self.plan, world, nproc), *self._number_problems(), *self._choice_problems()]
-        found += self._offload_problems()
+        problems = [*_world_problems(self.plan, world, nproc), *self._number_problems(), *self._choice_problems()]
+        problems += self._offload_problems()
         for check in (lambda: self._check_model(weights), *self._more_checks()):
             try:
                 check()
             except UsageError as error:
-                found.append(str(error))
-        if found:
-            raise UsageError("; ".join(found))
+                problems.append(str(error))
+        if problems:
+            raise UsageError("; ".join(problems))
 
     def _more_checks(self) -> list[Callable[[], None]]:
         return []
 
     def _number_problems(self) -> list[str]:
-        found = []
+        problems = []
         for name in self.counts:
             value = getattr(self, name)
             if value is not None and value < 1:
-                found.append(f"--{name} {value} must be at least 1")
+                problems.append(f"--{name} {value} must be at least 1")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            found.append(f"--guidance_scale {self.guidance_scale} must be a finite number")
+            problems.append(f"--guidance_scale {self.guidance_scale} must be a finite number")
         if not 0 <= self.seed < 2**63:
-            found.append(f"--seed {self.seed} must lie between 0 and 2**63 - 1")
-        return found
+            problems.append(f"--seed {self.seed} must lie between 0 and 2**63 - 1")
+        return problems
 
     def _choice_problems(self) -> list[str]:
-        found = []
+        problems = []
         if self.dtype != "auto" and self.dtype not in DTYPES:
-            found.append(f"--dtype {self.dtype} is unknown; choose one of auto, {', '.join(DTYPES)}")
+            problems.append(f"--dtype {self.dtype} is unknown; choose one of auto, {', '.join(DTYPES)}")
         if self.device not in DEVICES:
-            found.append(f"--device {self.device} is unknown; choose one of {', '.join(DEVICES)}")
-        return found
+            problems.append(f"--device {self.device} is unknown; choose one of {', '.join(DEVICES)}")
+        return problems
 
     def _offload_problems(self) -> list[str]:
-        found = []
+        problems = []
         if self.enable_model_cpu_offload and self.enable_sequential_cpu_offload:
-            found.append("--enable_model_cpu_offload and --enable_sequential_cpu_offload exclude each other; give one")
+            problems.append(
+                "--enable_model_cpu_offload and --enable_sequential_cpu_offload exclude each other; give one"
+            )
         if self.enable_sequential_cpu_offload and self.plan.world_size > 1:
-            found.append(
+            problems.append(
                 "--enable_sequential_cpu_offload brings one layer at a time, but a split graph takes all weights at "
                 "once; give --enable_model_cpu_offload or --tensor_parallel_degree instead"
             )
         if self.enable_model_cpu_offload and self.plan.tensor > 1:
-            found.append(
+            problems.append(
                 f"--enable_model_cpu_offload moves whole models, but with --tensor_parallel_degree {self.plan.tensor} "
                 "a rank holds slices; leave one of them out"
             )
-        return found
+        return problems
 
     def _check_model(self, weights: bool) -> None:
         """A folder is looked into; what an id of the Hub stands for is seen when it is fetched."""

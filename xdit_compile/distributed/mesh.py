@@ -203,11 +203,11 @@ class Mesh:
         return self.names.index(name)
 
     def _coordinates(self) -> tuple[int, ...]:
-        rest, found = self.rank, []
+        rest, coordinates = self.rank, []
         for size in reversed(self.sizes):
             rest, coordinate = divmod(rest, size)
-            found.append(coordinate)
-        return tuple(reversed(found))
+            coordinates.append(coordinate)
+        return tuple(reversed(coordinates))
 
     def _rank(self, coordinates: Iterable[int]) -> int:
         rank = 0
@@ -276,19 +276,19 @@ def connect(mesh: Mesh, limit: datetime.timedelta, rows: int = 1) -> dict[str, d
     """
     backend = _carrying()
     made: dict[Channel, dist.ProcessGroup] = {}
-    own: dict[str, dist.ProcessGroup] = {}
+    reached: dict[str, dist.ProcessGroup] = {}
     for role, channel in channels(mesh, rows):
         if channel not in made:
             ranks = list(channel.ranks)
             with _answering(channel.ranks, limit):
                 made[channel] = dist.new_group(ranks, timeout=limit, backend=backend, group_desc=role)
         if mesh.rank in channel.ranks:
-            own[role] = made[channel]
+            reached[role] = made[channel]
     for channel, group in made.items():
         if mesh.rank in channel.ranks:
             with _answering(channel.ranks, limit):
                 _meet(channel, mesh.rank, group)
-    return own
+    return reached
 
 
 class Channel(NamedTuple):
@@ -306,15 +306,15 @@ class Channel(NamedTuple):
 def channels(mesh: Mesh, rows: int = 1) -> list[tuple[str, Channel]]:
     """Every role of a mesh with every process group that has it, in the order in which all ranks make them."""
     places = _places(mesh)
-    found = [(role, Channel(tuple(place.peers(names)))) for names, role in mesh.groups.items() for place in places]
+    roles = [(role, Channel(tuple(place.peers(names)))) for names, role in mesh.groups.items() for place in places]
     if 1 < rows < mesh.size(REPLICA):
         members = [place.peers(REPLICA) for place in places]
         runs = [tuple(each[at : at + rows]) for each in members for at in range(0, len(each), rows)]
-        found += [(mesh.rows_role(rows), Channel(run)) for run in runs]
+        roles += [(mesh.rows_role(rows), Channel(run)) for run in runs]
     if mesh.behind:
-        found += [(mesh.behind, Channel(tuple(place.peers("distrifusion")), mesh.behind)) for place in places]
-    found += [(role, Channel(edge, role, edge=True)) for edge, role in mesh.edges.items()]
-    return list(dict.fromkeys(found))
+        roles += [(mesh.behind, Channel(tuple(place.peers("distrifusion")), mesh.behind)) for place in places]
+    roles += [(role, Channel(edge, role, edge=True)) for edge, role in mesh.edges.items()]
+    return list(dict.fromkeys(roles))
 
 
 def _meet(channel: Channel, rank: int, group: dist.ProcessGroup) -> None:
@@ -396,7 +396,7 @@ def _carrying() -> str | None:
 def _devices_of(group: dist.ProcessGroup) -> list[torch.device]:
     """From where a group sends. Gloo does so from the CPU, also what lies on an accelerator."""
     served, kind = backends(group), torch.accelerator.current_accelerator()
-    found = [torch.device("cpu")] if "cpu" in served else []
+    devices = [torch.device("cpu")] if "cpu" in served else []
     if kind is not None and served.get(kind.type, "gloo") != "gloo":
-        found.append(torch.device(kind.type, torch.accelerator.current_device_index()))
-    return found
+        devices.append(torch.device(kind.type, torch.accelerator.current_device_index()))
+    return devices

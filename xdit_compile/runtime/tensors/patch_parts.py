@@ -73,17 +73,17 @@ def later(func: Callable[..., torch.Tensor], args: tuple) -> Part:
 
 def called(func: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[list[Part], Any]:
     """A function's results for one patch, and their containers: at once where all it needs is there, else later."""
-    given = (args, kwargs)
-    parts = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Part)]
-    if all(part.settled for part in parts):
-        plain_args, plain_kwargs = pytree.tree_map(_value, given)
+    arguments = (args, kwargs)
+    patches = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Part)]
+    if all(patch.settled for patch in patches):
+        plain_args, plain_kwargs = pytree.tree_map(_value, arguments)
         flat, spec = pytree.tree_flatten(func(*plain_args, **plain_kwargs))
         return [Part.of(value) for value in flat], spec
     meta_args, meta_kwargs = pytree.tree_map(_like, (args, without_values(kwargs)))
     flat, spec = pytree.tree_flatten(func(*meta_args, **meta_kwargs))
-    if not all(part.here for part in parts):
+    if not all(patch.here for patch in patches):
         return [Part(_meta(like)) for like in flat], spec
-    waiting = _Later(func, pytree.tree_map(_kept, given))
+    waiting = _Later(func, pytree.tree_map(_kept, arguments))
     return [Part(_meta(like), make=waiting.result(k)) for k, like in enumerate(flat)], spec
 
 
@@ -104,10 +104,10 @@ class _Later:
         return self._found
 
 
-def device_after(kwargs: Mapping[str, Any], own: torch.device) -> torch.device:
+def device_after(kwargs: Mapping[str, Any], device: torch.device) -> torch.device:
     """Where an operator on tensors of a device leaves its results."""
     wanted = kwargs.get("device")
-    return own if wanted is None else torch.empty(0, device=wanted).device
+    return device if wanted is None else torch.empty(0, device=wanted).device
 
 
 def functional(func: torch._ops.OpOverload) -> torch._ops.OpOverload | None:

@@ -116,10 +116,10 @@ class PatchedTensor(torch.Tensor):
         root._own, root._whole, root._changes = parts, None, root._changes + 1
         root._seen = root._changes
 
-    def _written(self, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    def _written(self, whole: torch.Tensor, patch: torch.Tensor) -> torch.Tensor:
         """One patch of the root with that of this view written to its place."""
         whole = whole.clone()
-        self._seen_through(whole).copy_(part)
+        self._seen_through(whole).copy_(patch)
         return whole
 
     @classmethod
