@@ -22,6 +22,12 @@ def choose_batch(inference: Inference, data: int, cfg: int) -> Chosen:
 
     The batch is the outermost axis that an input and a result have in common. Guidance branches that a pipeline stacks
     are halves of it, and so are several images: nothing needs to know which.
+
+    Args:
+        data, cfg: how many ranks there are of each.
+
+    Returns:
+        The batch for `BATCH`, which stands for all of them, or for `DATA`; for neither where it has too few entries.
     """
     over_all = _units(inference, data * cfg)
     return {BATCH: over_all, DATA: () if over_all else _units(inference, data)}
@@ -34,7 +40,7 @@ def _units(inference: Inference, parts: int) -> Units:
 
 
 def batch_axis(inference: Inference) -> Axis | None:
-    """The one atom that is outermost in the first dim of a result and of an input."""
+    """The one atom that is outermost in the first dim of a result and of an input; None where there is no such atom."""
     axis = _shared(inference)
     return axis if axis is not None and len(atoms(axis)) == 1 else None
 
@@ -71,7 +77,7 @@ def _cheapest(inference: Inference, plan: Plan, name: str, tried: list[Units]) -
 
 def _shared(inference: Inference) -> Axis | None:
     """What is outermost in the first dim of a result and of an input; the first result that has it counts."""
-    users = {given.name for given in inference.program.inputs if given.kind == "user"}
+    users = {spec.name for spec in inference.program.inputs if spec.kind == "user"}
     root = inference.program.root.graph
     entering = [
         _outermost(inference.axes[node][0][0])

@@ -31,17 +31,17 @@ def choose_features(inference: Inference, plan: Plan) -> Units:
         return ()
     inner = ("ffn", "channels")
     wanted = {"heads": ("heads",), "ffn": inner, "all": ("heads", *inner)}[plan.split_scheme]
-    found: dict[int, Unit] = {}
+    units: dict[int, Unit] = {}
     for use in roles(inference):
         if use.role in wanted and not (use.role == "ffn" and has_few_rows(use.node)):
             for axis in end_to_end(use.axis):
                 unit = _outermost(axis)
                 if unit.size > 1:
-                    found.setdefault(id(unit), (unit,))
-    _check_degree(plan, [_size(unit) for unit in found.values()])
+                    units.setdefault(id(unit), (unit,))
+    _check_degree(plan, [_size(unit) for unit in units.values()])
     typed = (op_axes for _, _, op_axes in inference.nodes())
     linears = [op_axes for op_axes in typed if isinstance(op_axes.operator, LinearOp) or sums_channels(op_axes)]
-    return tuple(_summable(linears, _unchained(linears, _disjoint(found.values())), plan.tensor))
+    return tuple(_summable(linears, _unchained(linears, _disjoint(units.values())), plan.tensor))
 
 
 def _check_degree(plan: Plan, sizes: list[int]) -> None:
@@ -69,9 +69,9 @@ def _disjoint(units: Iterable[Unit]) -> list[Unit]:
     taken: set[int] = set()
     kept = []
     for unit in units:
-        own = {id(atom) for axis in unit for atom in atoms(axis)}
-        if not own & taken:
-            taken |= own
+        unit_atoms = {id(atom) for axis in unit for atom in atoms(axis)}
+        if not unit_atoms & taken:
+            taken |= unit_atoms
             kept.append(unit)
     return kept
 
@@ -80,7 +80,7 @@ def _unchained(linears: Iterable[OpAxes], units: Iterable[Unit]) -> list[Unit]:
     """Units of which no linear contracts one to make another: splitting both would add a sum and save nothing."""
     partners: dict[int, set[int]] = {}
     for op_axes in linears:
-        made, contracted = ({id(_outermost(part)) for part in end_to_end(axis)} for axis in _ends(op_axes))
+        made, contracted = ({id(_outermost(sub_axis)) for sub_axis in end_to_end(axis)} for axis in _ends(op_axes))
         for one, others in ((made, contracted), (contracted, made)):
             for axis in one:
                 partners.setdefault(axis, set()).update(others)
@@ -106,11 +106,11 @@ def _summable(linears: Iterable[OpAxes], units: list[Unit], parts: int) -> list[
     while True:
         split = Split(TENSOR, parts, units)
         wrong = {
-            id(_outermost(part))
+            id(_outermost(sub_axis))
             for axis in joined
             if not split.splits(axis)
-            for part in axis.parts
-            if split.splits(part)
+            for sub_axis in axis.parts
+            if split.splits(sub_axis)
         }
         kept = [unit for unit in units if id(unit[0]) not in wrong]
         if len(kept) == len(units):

@@ -43,7 +43,7 @@ def _rows(inference: Inference, plan: Plan) -> Units:
 
 def spatial_axes(inference: Inference) -> list[Axis]:
     """Axes of the largest input that windows slide over: the last but one first, then the last, then the others."""
-    users = {given.name for given in inference.program.inputs if given.kind == "user"}
+    users = {spec.name for spec in inference.program.inputs if spec.kind == "user"}
     nodes = [node for node in inference.program.root.graph.find_nodes(op="placeholder") if node.name in users]
     if not nodes:
         return []

@@ -111,7 +111,14 @@ def _heaviest(weights: dict[int, tuple[Axis, float]]) -> list[Axis]:
 
 
 def ways(axis: Axis, parts: int) -> Iterator[Units]:
-    """Ways to cut every segment of a token axis: by a factor that as many segments as possible share, or flat."""
+    """Ways to cut every segment of a token axis: by a factor that as many segments as possible share, or flat.
+
+    Args:
+        parts: into how many it is cut; factors that divide more evenly come first.
+
+    Yields:
+        One unit for each segment, in order.
+    """
     segments = _segments(axis)
     seen = set()
     factors = _all_factors(segments)

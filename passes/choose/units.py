@@ -29,5 +29,5 @@ def choose_units(inference: Inference, plan: Plan) -> Chosen:
 
 
 def choose_within_batch(inference: Inference, plan: Plan) -> Chosen:
-    """The same for a call that is one rank's part of a batch."""
+    """The same for a call that is one rank's part of a batch, so that no rank shares it."""
     return choose_units(inference, dataclasses.replace(plan, data=1, cfg=1))

@@ -114,7 +114,7 @@ def _dims(axes: Sequence[Sequence], pairs: Sequence[tuple[int, int]], split: Spl
 def choose(op_axes: OpAxes, operands: Sequence[Value], split: Split) -> ShardedLoop | None:
     """The feasible loop along which most of the operands already lies, in elements of the whole tensors.
 
-    Where nothing lies along any, a map, for which operands that are whole are sliced; None where that has none either.
+    Where nothing lies along any it is a map, for which operands that are whole are sliced; None without such a loop.
     """
     best: ShardedLoop | None = None
     most = -1

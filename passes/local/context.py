@@ -168,8 +168,8 @@ class LoweringContext:
         return self.local.state(name, whole, dtype, exchange), exchange
 
     def put_row(self, state: fx.Node, exchange: Exchange | None, row: fx.Node) -> None:
-        """Put this patch's row, [1, ...], in its place of a state of `rows_of_patches`; those of all ranks where they are
-        gathered."""
+        """Put this patch's row, [1, ...], in its place in a state of `rows_of_patches`; where rows are gathered, those
+        of all ranks."""
         here = self.sharding.index[PATCH]
         held = np.arange(here, here + 1)
         if exchange is not None and not self.layout.stale:

@@ -84,7 +84,7 @@ class Emission:
         return self._context.sharding.sizes(self.op_axes.result_axes[result], self._outs[result])
 
     def same(self, **changed: Any) -> fx.Node:
-        """The node's own call with its operands on this rank, and ``changed`` of its keyword arguments, if it has them."""
+        """The node's own call with its operands on this rank, and ``changed`` among its keyword arguments."""
         operands = iter(self._operands)
         args, kwargs = pytree.tree_map(
             lambda leaf: next(operands) if isinstance(leaf, fx.Node) else leaf, (self.node.args, dict(self.node.kwargs))

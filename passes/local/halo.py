@@ -27,7 +27,7 @@ from .stale_exchange import Exchange
 def fetch(
     context: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]
 ) -> tuple[fx.Node, dict[int, HaloWindow]]:
-    """Bring the rows that this rank's windows reach over, and keep what later patches will want.
+    """Bring the rows that this rank's windows reach over, and keep what patches will want of one another.
 
     Args:
         inputs: this rank's shard of the first operand.

@@ -31,7 +31,11 @@ ops = torch.ops.xdit_compile
 
 
 def lower(context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
-    """What this rank runs for one attention, or None where every operand is whole."""
+    """What this rank runs for one attention, or None where every operand is whole.
+
+    Returns:
+        The result [..., heads, tokens, channels], split as its queries are.
+    """
     choices = choose_all(op_axes, operands, context.sharding.splits)
     if not choices:
         elements = sum(math.prod(axis.size for axis in axes) for axes in op_axes.operand_axes[1:3])
@@ -44,7 +48,11 @@ def lower(context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: li
 def exchanges(
     context: LoweringContext, op_axes: OpAxes, operands: list[Value], choices: dict[str, ShardedLoop]
 ) -> bool:
-    """Whether sequence ranks hold parts of the queries and of the keys, so that they exchange tokens for heads."""
+    """Whether sequence ranks hold parts of the queries and of the keys, so that they exchange tokens for heads.
+
+    Args:
+        choices: the loop that each mesh dimension splits.
+    """
     assert isinstance(op_axes.operator, AttentionOp)
     tokens = op_axes.operator.tokens
     if SEQUENCE not in choices or choices[SEQUENCE].operands.get(0) != tokens:
@@ -77,6 +85,7 @@ class LocalAttention:
         self.local = context.local
 
     def emit(self) -> list[Value]:
+        """The result of this rank's queries."""
         tensors = [self.local_operand(operand) for operand in range(len(self.operands))]
         mask = tensors[3] if len(tensors) > 3 else None
         causal = self.attention.is_causal
@@ -102,6 +111,7 @@ class LocalAttention:
         return {name: choice.results[0] for name, choice in self.choices.items()}
 
     def provider(self) -> str:
+        """The name of what computes attention, as the op takes it."""
         return "sdpa" if self.context.layout.provider == "auto" else self.context.layout.provider
 
     def _held(self, operand: int) -> int:
@@ -166,14 +176,14 @@ class Exchanged(LocalAttention):
         return [SEQUENCE]
 
     def sizes(self, operand: int) -> list[int]:
-        """The shape of an operand as what splits other dims than tokens leaves it."""
+        """The shape of an operand on this rank with all of its tokens."""
         return self.context.sharding.sizes(self.op_axes.operand_axes[operand], required(self._others(), operand))
 
     def _others(self) -> dict[str, ShardedLoop]:
         return {name: choice for name, choice in self.choices.items() if name not in self.along}
 
     def members(self, ring: int) -> list[int]:
-        """Sequence ranks of one Ulysses group."""
+        """Sequence ranks of the Ulysses group at coordinate ``ring``, by their number among all of `SEQUENCE`."""
         mesh = self.context.layout.mesh
         outer = mesh.names.index("ring") < mesh.names.index("ulysses")
         return [ring * self.ulysses + u if outer else u * self.ring + ring for u in range(self.ulysses)]
@@ -183,14 +193,19 @@ class Exchanged(LocalAttention):
         return self.context.sharding.positions(axis, self.along, {SEQUENCE: index})
 
     def attended(self, ring: int) -> np.ndarray:
-        """Positions of the keys that the ranks of one Ulysses group attend to, in the order in which they have them."""
+        """Positions of the keys that the Ulysses group at coordinate ``ring`` has, in the order in which it does."""
         return np.concatenate([self.held(self.key_axis, index) for index in self.members(ring)])
 
     def kept(self, operand: int, rows: fx.Node) -> fx.Node:
-        """Keys or values to attend to, from those that the exchange brought: heads of this rank, its group's tokens."""
+        """Keys or values to attend to, given the ``rows`` that the exchange brought: of this rank's heads."""
         return rows
 
     def emit(self) -> list[Value]:
+        """The result of this rank's queries.
+
+        Raises:
+            ValueError: for attention with dropout, or a mask of more dims than its queries.
+        """
         if self.attention.dropout_p:
             raise ValueError(f"{self.node.name}: attention with dropout cannot be split")
         q, k, v = (self.local_operand(operand) for operand in range(3))

@@ -91,9 +91,9 @@ def _overlapped(
     incoming = call(halo.halo_start.default, tensors[0], *request.rows.arguments)
     made = _call(context, node, tensors, list(convolution.padding), convolution.groups)
     left = [0 if k == dim - 2 else amount for k, amount in enumerate(convolution.padding)]
-    own, rows, taken = request.rows.own, held[dim], 0
+    (start, stop), rows, taken = request.rows.own, held[dim], 0
     for above in (True, False):
-        count = own[0] - request.seen.start if above else request.seen.stop - own[1]
+        count = start - request.seen.start if above else request.seen.stop - stop
         if count:
             near = (0, 2 * edge) if above else (rows - 2 * edge, rows)
             here = call(aten.slice.Tensor, tensors[0], dim, *near)
@@ -126,7 +126,7 @@ def _padded(
 
 
 def _call(context: LoweringContext, node: fx.Node, tensors: list[fx.Node], padding: list[int], groups: int) -> fx.Node:
-    stride, dilation = (node.args[at] if len(node.args) > at else [1] for at in (3, 5))
+    stride, dilation = (node.args[position] if len(node.args) > position else [1] for position in (3, 5))
     bias = tensors[2] if len(tensors) > 2 else None
     if "convolution" in str(node.target):
         tail = (node.args[6], node.args[7], groups)

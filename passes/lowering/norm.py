@@ -33,7 +33,11 @@ PIECES = 16
 
 
 def lower(context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
-    """The norm on this rank's positions, or None where no normalised dim is split or another way is needed."""
+    """The norm on this rank's positions, or None where no normalised dim is split or another way is needed.
+
+    Returns:
+        The result, split as the input is; after it the statistics, where the operator yields them.
+    """
     name = operator_name(overload_of(node))
     if name == "group_norm":
         return _Grouped(context, node, op_axes, operands).emit()
@@ -122,7 +126,7 @@ class _Grouped:
         changed = call(aten.sub.Tensor, row, call(aten.slice.Tensor, state, 0, here, here + 1))
         moments_ = call(aten.squeeze.dim, call(aten.add.Tensor, before, changed), 0)
         self.context.put_row(state, exchange, row)
-        mean, squares = (call(aten.slice.Tensor, moments_, 2, at, at + 1) for at in range(2))
+        mean, squares = (call(aten.slice.Tensor, moments_, 2, column, column + 1) for column in range(2))
         corrected = call(aten.sub.Tensor, squares, call(aten.mul.Tensor, mean, mean))
         return mean, call(aten.where.self, call(aten.lt.Scalar, corrected, 0), variance, corrected)
 
@@ -265,7 +269,7 @@ def _merge(
     packed = call(aten.cat.default, list(local), last)
     gathered = call(torch.ops.xdit_compile.all_gather.default, packed, last, [2] * parts, context.local.group(name))
     context.ledger.sent("all_gather", "norm statistics", 2 * rows * (parts - 1), dtype)
-    means, squares = (call(aten.slice.Tensor, gathered, last, at, 2 * parts, 2) for at in range(2))
+    means, squares = (call(aten.slice.Tensor, gathered, last, column, 2 * parts, 2) for column in range(2))
     weights = context.local.constant(torch.tensor(counts, dtype=dtype))
     mean = call(aten.sum.dim_IntList, call(aten.mul.Tensor, means, weights), [last], True)
     mean = call(aten.div.Scalar, mean, total)
@@ -276,22 +280,36 @@ def _merge(
 
 
 def moments(call: Callable[..., fx.Node], inputs: fx.Node, dims: list[int], count: int) -> tuple[fx.Node, fx.Node]:
-    """Mean and sum of squared deviations of ``count`` positions, over trailing ``dims`` kept with size 1."""
+    """Mean and sum of squared deviations over trailing ``dims``, which are kept with size 1.
+
+    Args:
+        call: adds a call to a graph, as `LocalGraph.call`.
+        inputs: of the dtype of the statistics.
+        count: how many positions ``dims`` have together; none is legal, and gives zeros.
+    """
     if count == 0:
         none = call(aten.sum.dim_IntList, inputs, dims, True)
         return none, none
     pair = call(aten.var_mean.correction, inputs, dims, correction=0, keepdim=True)
-    variance, mean = (call(operator.getitem, pair, at) for at in range(2))
+    variance, mean = (call(operator.getitem, pair, position) for position in range(2))
     return mean, call(aten.mul.Scalar, variance, count)
 
 
 def moments_in_pieces(
     call: Callable[..., fx.Node], inputs: fx.Node, count: int, dtype: torch.dtype, wide: torch.dtype, pieces: int
 ) -> tuple[fx.Node, fx.Node]:
-    """The same over the last of three dims, a piece of it at a time where ``inputs`` must be copied into ``wide``."""
+    """The same over the last of three dims, a piece of it at a time where ``inputs`` must be copied into ``wide``.
+
+    Args:
+        inputs: [batch, groups, count] of ``dtype``.
+        pieces: how many; each is copied by itself, and its statistics join those before.
+
+    Returns:
+        Mean and sum of squared deviations, [batch, groups, 1] of ``wide``.
+    """
     if dtype == wide:
         return moments(call, inputs, [2], count)
-    bounds = sorted({count * at // pieces for at in range(pieces + 1)})
+    bounds = sorted({count * piece // pieces for piece in range(pieces + 1)})
     mean = squares = None
     for start, stop in zip(bounds, bounds[1:] or bounds, strict=False):
         piece = inputs if stop - start == count else call(aten.slice.Tensor, inputs, 2, start, stop)

@@ -34,7 +34,11 @@ def has_few_rows(node: fx.Node) -> bool:
 
 
 def lower(context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
-    """The linear by columns, or None where the tensor ranks have no part in it or split it in another way."""
+    """The linear by columns, or None where the tensor ranks have no part in it or split it in another way.
+
+    Returns:
+        The result [..., out], of which every tensor rank has all columns.
+    """
     choices = choose_all(op_axes, operands, context.sharding.splits)
     if TENSOR not in context.sharding.splits or TENSOR in choices or not has_few_rows(node):
         return None

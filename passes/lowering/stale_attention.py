@@ -28,7 +28,12 @@ KEYS, VALUES = 1, 2
 
 
 def lower(context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
-    """What this rank runs for one attention, with what it keeps where its keys are cut into patches."""
+    """What this rank runs for one attention, with what it keeps where its keys are cut into patches.
+
+    Returns:
+        The result [..., heads, tokens, channels], split as its queries are; None where every operand is whole and
+        nothing is kept.
+    """
     assert isinstance(op_axes.operator, AttentionOp)
     patches, tokens = context.layout.patches, op_axes.operator.tokens
     if patches is None or not all(patches.splits(op_axes.operand_axes[operand][tokens]) for operand in (0, KEYS)):
@@ -84,11 +89,11 @@ class _KeptExchanged(Exchanged):
 
     def kept(self, operand: int, rows: fx.Node) -> fx.Node:
         order, exchange = self.attended(self.ring_rank), self.exchange
-        arrived = np.concatenate([self.held(self.key_axis, index) for index in self.members(self.ring_rank)])
+        incoming = np.concatenate([self.held(self.key_axis, index) for index in self.members(self.ring_rank)])
         places = np.empty(self.key_axis.size, dtype=int)
         places[order] = np.arange(len(order))
         dims = {KEYS: exchange.head_dim, VALUES: exchange.value_dim}
         shape = [*exchange.batch, self.heads.key_count, len(order), dims[operand]]
         state = self.local.state(f"{self.node.name}_{operand}", shape, self.operands[operand].dtype)
-        self.local.put(state, rows, len(exchange.batch) + 1, places[arrived])
+        self.local.put(state, rows, len(exchange.batch) + 1, places[incoming])
         return state

@@ -29,7 +29,10 @@ class Heads:
 
     @staticmethod
     def of(query_heads: int, key_heads: int, ranks: int, index: int) -> Heads:
-        """Query heads go with their key head; with fewer key heads than ranks, key heads are replicated."""
+        """The heads of rank ``index`` of a group of so many ranks.
+
+        Query heads go with their key head; with fewer key heads than ranks, key heads are replicated.
+        """
         group = query_heads // key_heads
         if key_heads >= ranks or group == 1:
             keys = share(key_heads, ranks, index)
@@ -114,9 +117,10 @@ class HeadExchange:
         joined = call(aten.cat.default, rows, 3)  # [U, t, batch, h c of q, k and v]
         row = batch * sum(widths)
         sent, received = [mine * row] * self.ranks, [length * row for length in lengths]
-        arrived = self._exchange(call(aten.reshape.default, joined, [-1]), sent, received)
-        arrived = call(aten.reshape.default, arrived, [total, *self.batch, sum(widths)])  # [T, ..., h c of q, k and v]
-        split = call(aten.split_with_sizes.default, arrived, widths, outer + 1)
+        incoming = self._exchange(call(aten.reshape.default, joined, [-1]), sent, received)
+        whole = [total, *self.batch, sum(widths)]
+        incoming = call(aten.reshape.default, incoming, whole)  # [T, ..., h c of q, k and v]
+        split = call(aten.split_with_sizes.default, incoming, widths, outer + 1)
         attended = []
         for position, (count, dim) in enumerate(zip(heads, dims, strict=True)):
             tensor = call(operator.getitem, split, position)  # [T, ..., h c]
@@ -132,14 +136,14 @@ class HeadExchange:
         rows = call(aten.permute.default, result, [outer + 1, *range(outer + 1), outer + 2])  # [T, ..., h, c]
         row = math.prod(self.batch) * count * self.value_dim
         sent, received = [length * row for length in lengths], [mine * row] * self.ranks
-        arrived = self._exchange(call(aten.reshape.default, rows, [-1]), sent, received)
+        incoming = self._exchange(call(aten.reshape.default, rows, [-1]), sent, received)
         shape = [self.ranks, mine, *self.batch, count, self.value_dim]
-        arrived = call(aten.reshape.default, arrived, shape)  # [U, t, ..., h, c]
+        incoming = call(aten.reshape.default, incoming, shape)  # [U, t, ..., h, c]
         order = [*range(2, outer + 2), 1, 0, outer + 2, outer + 3]
-        arrived = call(aten.permute.default, arrived, order)  # [..., t, U, h, c]
+        incoming = call(aten.permute.default, incoming, order)  # [..., t, U, h, c]
         whole = [*self.batch, mine, self.query_heads, self.value_dim]
-        arrived = call(aten.reshape.default, arrived, whole)  # [..., t, H, c]
-        return call(aten.permute.default, arrived, [*range(outer), outer + 1, outer, outer + 2])  # [..., H, t, c]
+        incoming = call(aten.reshape.default, incoming, whole)  # [..., t, H, c]
+        return call(aten.permute.default, incoming, [*range(outer), outer + 1, outer, outer + 2])  # [..., H, t, c]
 
     def _pieces_to_heads(self, *tensors: fx.Node) -> list[fx.Node]:
         """A flat piece [..., h, t, c] of queries, keys and values for every rank, since ``h`` differs from rank to rank
@@ -157,8 +161,8 @@ class HeadExchange:
             theirs = self._lengths(index)
             shapes.append([[*self.batch, h, t, c] for h, t, c in zip(counts, theirs, dims, strict=True)])
             received.append(sum(math.prod(shape) for shape in shapes[-1]))
-        arrived = self._exchange_pieces(pieces, sent, received)
-        unpacked = [self._unpack(flat, shape) for flat, shape in zip(arrived, shapes, strict=True)]
+        incoming = self._exchange_pieces(pieces, sent, received)
+        unpacked = [self._unpack(flat, shape) for flat, shape in zip(incoming, shapes, strict=True)]
         return [self.local.call(aten.cat.default, [parts[i] for parts in unpacked], heads_dim + 1) for i in range(3)]
 
     def _pieces_to_tokens(self, result: fx.Node) -> fx.Node:
@@ -171,8 +175,8 @@ class HeadExchange:
             sent.append(batch * here.query_count * length * self.value_dim)
             shapes.append([*self.batch, self.heads(index).query_count, self.query_lengths[self.index], self.value_dim])
             received.append(math.prod(shapes[-1]))
-        arrived = self._exchange_pieces(pieces, sent, received)
-        parts = [self.local.call(aten.reshape.default, x, shape) for x, shape in zip(arrived, shapes, strict=True)]
+        incoming = self._exchange_pieces(pieces, sent, received)
+        parts = [self.local.call(aten.reshape.default, x, shape) for x, shape in zip(incoming, shapes, strict=True)]
         return self.local.call(aten.cat.default, parts, heads_dim)
 
     def _lengths(self, index: int) -> tuple[int, int, int]:
@@ -195,12 +199,12 @@ class HeadExchange:
 
     def _exchange(self, packed: fx.Node, sent: list[int], received: list[int]) -> fx.Node:
         """One all-to-all of flat pieces, in order of their rank there and here."""
-        arrived = self.local.call(torch.ops.xdit_compile.all_to_all.default, packed, received, sent, self.group)
+        incoming = self.local.call(torch.ops.xdit_compile.all_to_all.default, packed, received, sent, self.group)
         self.ledger.sent("all_to_all", "attention", sum(sent) - sent[self.index], self.dtype)
-        return arrived
+        return incoming
 
     def _exchange_pieces(self, pieces: list[fx.Node], sent: list[int], received: list[int]) -> list[fx.Node]:
         """One all-to-all: ``pieces`` flat in order of their rank, back one flat piece per rank."""
-        arrived = self._exchange(self.local.call(aten.cat.default, pieces, 0), sent, received)
-        split = self.local.call(aten.split_with_sizes.default, arrived, received, 0)
+        incoming = self._exchange(self.local.call(aten.cat.default, pieces, 0), sent, received)
+        split = self.local.call(aten.split_with_sizes.default, incoming, received, 0)
         return [self.local.call(operator.getitem, split, index) for index in range(len(received))]

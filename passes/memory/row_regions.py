@@ -90,6 +90,7 @@ def _has_rows(operand: Any, value: torch.Tensor) -> bool:
 
 
 def is_zero_pad(node: fx.Node) -> bool:
+    """Whether a node puts zeros around its operand, and takes nothing off."""
     name = name_of(node)
     if name not in ("pad", "constant_pad_nd"):
         return False

@@ -28,10 +28,10 @@ def _followed(inference: Inference, split: Split) -> Split:
             if loop.kind != "halo":
                 continue
             ((_, dim),), ((_, out),) = loop.args, loop.outs
-            given, made = op_axes.operand_axes[0][dim], op_axes.result_axes[0][out]
-            if made.size == 1 or not split.splits(given) or split.splits(made):
+            read, made = op_axes.operand_axes[0][dim], op_axes.result_axes[0][out]
+            if made.size == 1 or not split.splits(read) or split.splits(made):
                 continue
-            ends = split.ends(given)
+            ends = split.ends(read)
             if ends is not None:
                 split = Split(
                     split.dim, split.parts, split.units, {**split.cuts, **_cut(made, op_axes.windows[dim].ends(ends))}

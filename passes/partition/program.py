@@ -33,10 +33,11 @@ class Form:
     split: Value | None = None
 
     def best(self, want_whole: bool) -> Value:
+        """The whole value or the split one, as wanted; the other one where that is all there is."""
         first, second = (self.whole, self.split) if want_whole else (self.split, self.whole)
-        found = first if first is not None else second
-        assert found is not None
-        return found
+        value = first if first is not None else second
+        assert value is not None
+        return value
 
 
 @dataclasses.dataclass
@@ -157,28 +158,28 @@ class _ProgramPartitioner:
 
     def _given_as_patches(self) -> None:
         """Inputs that vary come patch by patch, as the last step left them."""
-        kinds = {given.name: given for given in self.inference.program.inputs}
+        specs = {spec.name: spec for spec in self.inference.program.inputs}
         for node in [node for node in self.env if node.name in self.varying and self.one_patch]:
             value = self.env[node].whole
             assert value is not None
             dim = self.layout.natural(value.axes)[PATCH]
-            local = self._added(node.name, "patch", kinds[node.name].target)
+            local = self._added(node.name, "patch", specs[node.name].target)
             sizes = self.layout.sharding.sizes(value.axes, {PATCH: dim})
             local.meta["val"] = torch.empty(sizes, dtype=value.dtype, device="meta")
             self.env[node] = Form(split=dataclasses.replace(value, node=local, split={PATCH: dim}))
 
     def _slice_inputs(self) -> None:
         """User inputs that blocks take split are sliced once, before anything runs."""
-        kinds = {given.name: given.kind for given in self.inference.program.inputs}
+        kinds = {spec.name: spec.kind for spec in self.inference.program.inputs}
         sliced = [
             node
             for node in self.env
             if kinds[node.name] == "user" and node in self.split and self._to_slice(self.env[node].best(False))
         ]
         alone = self.layout.patches is not None
-        for at, nodes in enumerate([[node] for node in sliced] if alone else [sliced]):
+        for number, nodes in enumerate([[node] for node in sliced] if alone else [sliced]):
             if nodes:
-                self._slice(f"slice_inputs_{at}" if at else "slice_inputs", nodes)
+                self._slice(f"slice_inputs_{number}" if number else "slice_inputs", nodes)
 
     def _slice(self, name: str, sliced: Sequence[fx.Node]) -> None:
         local = LocalGraph(self.layout.sharding, self.layout.groups, self.layout.parts)
@@ -188,7 +189,7 @@ class _ProgramPartitioner:
             inner = local.graph.placeholder(node.name)
             split = dict(value.split)
             for mesh_dim, dim in self._to_slice(value).items():
-                also = [other for other, own in split.items() if own == dim]
+                also = [other for other, split_dim in split.items() if split_dim == dim]
                 inner = local.slice(inner, dim, value.axes[dim], mesh_dim, also)
                 split[mesh_dim] = dim
             results.append(dataclasses.replace(value, node=inner, split=split))
@@ -210,7 +211,7 @@ class _ProgramPartitioner:
         frame = self.frames[node]
         wanted, shared = self.wanted[node], node.name in self.shared
         formals = [n for n in frame.graph.nodes if n.op == "placeholder"]
-        given = [
+        arguments = [
             self.env[node_of(actual)].best(formal in wanted or shared)
             for formal, actual in zip(formals, node.args, strict=True)
         ]
@@ -218,11 +219,11 @@ class _ProgramPartitioner:
         results = [leaf if k in users else None for k, leaf in enumerate(results_of(frame.graph))]
         final = {item for item in users.values() if any(user.op == "output" for user in item.users)}
         requests = [self._request(users.get(k), final, shared) for k in range(len(results))]
-        name, structure = self._structure(frame, given, results, requests)
+        name, structure = self._structure(frame, arguments, results, requests)
         self.ledger.add(structure.ledger)
         states = self._states(node, structure)
         call = self._add_call(
-            name, structure.module, [*(value.node for value in given), *states],
+            name, structure.module, [*(value.node for value in arguments), *states],
             path=node.meta.get("path", ""), repeated=node.meta.get("repeated", False), captured=node.name,
         )  # fmt: skip
         self._leave(node, structure, states)
@@ -246,17 +247,17 @@ class _ProgramPartitioner:
 
     def _states(self, call: fx.Node, structure: LocalStructure) -> list[fx.Node]:
         """What a call keeps from one call of the program to the next."""
-        found = []
+        states = []
         for state in structure.states:
             name = f"{call.name}_{state.name}"
             local = self._added(name, "state", name)
             local.meta["val"] = torch.empty(state.shape, dtype=state.dtype, device="meta")
-            found.append(local)
+            states.append(local)
             if self.layout.stale and state.exchange is not None:
                 incoming = self._added(name, "incoming", _incoming(call, state))
                 incoming.meta["val"] = torch.empty(0, dtype=state.dtype, device="meta")
                 state.exchange.finish(self.graph, local, incoming)
-        return found
+        return states
 
     def _leave(self, call: fx.Node, structure: LocalStructure, states: Sequence[fx.Node]) -> None:
         """Send this rank's rows of what a call kept to the ranks that will want them in the next call."""
@@ -277,12 +278,12 @@ class _ProgramPartitioner:
         return (("whole",) if item in self.whole else ()) + (("split",) if item in self.split else ())
 
     def _structure(
-        self, frame: Frame, given: list[Value], results: list[Any], requests: list[tuple[str, ...]]
+        self, frame: Frame, arguments: list[Value], results: list[Any], requests: list[tuple[str, ...]]
     ) -> tuple[str, LocalStructure]:
         wanted = self.wanted[frame.call]
         key = (
             frame.call.target,
-            tuple(tuple(sorted(value.split.items())) for value in given),
+            tuple(tuple(sorted(value.split.items())) for value in arguments),
             tuple(requests),
             tuple(node.name for node in frame.graph.nodes if node in wanted),
             Fingerprint(self.layout).of(frame),
@@ -290,7 +291,9 @@ class _ProgramPartitioner:
         )
         if key not in self.known:
             layout = self.layout.alone() if key[-1] else self.layout
-            partitioner = StructurePartitioner(frame, layout, given, wanted, lambda n: self.inference.place(frame, n))
+            partitioner = StructurePartitioner(
+                frame, layout, arguments, wanted, lambda n: self.inference.place(frame, n)
+            )
             structure = partitioner.run(results, requests)
             count = sum(1 for name, _ in self.known.values() if name.startswith(str(frame.call.target)))
             self.known[key] = (f"{frame.call.target}_{count}" if count else str(frame.call.target), structure)
@@ -319,6 +322,8 @@ class Fingerprint:
         self._seen: list[Axis] = []
 
     def of(self, frame: Frame) -> tuple:
+        """A key that two frames of one structure share only if one local structure does for both: which dims have one
+        axis, how large it is, how it lies on the ranks, and the loops."""
         shapes: list[tuple] = []
         for node in frame.graph.find_nodes(op="placeholder"):
             shapes.append(tuple(self._describe(axis) for axis in frame.axes[node][0]))

@@ -25,5 +25,5 @@ def wants_whole(frame: Frame, wanted_results: list[fx.Node]) -> set[fx.Node]:
         if node in wanted and node.op == "call_function" and not flops(node):
             operands = tensor_operands(node)
             read = op_axes.read() if op_axes is not None else range(len(operands))
-            wanted.update(operands[at] for at in read)
+            wanted.update(operands[operand] for operand in read)
     return wanted

@@ -20,24 +20,24 @@ def keep_slices(program: Program, name: str) -> Program:
 
     The graphs of the structures are changed in place. A weight that any call takes otherwise stays whole.
     """
-    weights = {given.name: given for given in program.inputs if given.kind in ("parameter", "buffer")}
+    weights = {spec.name: spec for spec in program.inputs if spec.kind in ("parameter", "buffer")}
     actuals: dict[Use, set[fx.Node]] = {}
     for call in program.calls():
         for position, actual in enumerate(call.args):
             actuals.setdefault((str(call.target), position), set()).add(node_of(actual))
-    found = {
+    slices_of = {
         (structure, position): slices
         for structure, module in program.structures().items()
         for position, formal in enumerate(module.graph.find_nodes(op="placeholder"))
         if (slices := list(_slices(formal, name)))
     }
-    _drop_where_calls_differ(found, actuals, weights)
+    _drop_where_calls_differ(slices_of, actuals, weights)
     pieces: dict[str, tuple[WeightSlice, ...]] = {}
-    for use, slices in found.items():
+    for use, slices in slices_of.items():
         for actual in actuals[use]:
             pieces[actual.name] = _pieces(slices)
         _give_slice(program.structures()[use[0]], slices)
-    inputs = tuple(dataclasses.replace(given, pieces=pieces.get(given.name, ())) for given in program.inputs)
+    inputs = tuple(dataclasses.replace(spec, pieces=pieces.get(spec.name, ())) for spec in program.inputs)
     return dataclasses.replace(program, inputs=inputs)
 
 
@@ -66,7 +66,7 @@ def _pieces(slices: list[fx.Node]) -> tuple[WeightSlice, ...]:
 
 
 def _drop_where_calls_differ(
-    found: dict[Use, list[fx.Node]], actuals: dict[Use, set[fx.Node]], weights: dict[str, Input]
+    slices_of: dict[Use, list[fx.Node]], actuals: dict[Use, set[fx.Node]], weights: dict[str, Input]
 ) -> None:
     """Keep only uses whose actuals are weights that every other use takes in the same pieces."""
     uses: dict[fx.Node, list[Use]] = {}
@@ -75,17 +75,17 @@ def _drop_where_calls_differ(
             uses.setdefault(node, []).append(use)
 
     def agrees(use: Use) -> bool:
-        wanted = _pieces(found[use])
+        wanted = _pieces(slices_of[use])
         return all(
             node.name in weights
             and not any(user.op == "output" for user in node.users)
-            and all(other in found and _pieces(found[other]) == wanted for other in uses[node])
+            and all(other in slices_of and _pieces(slices_of[other]) == wanted for other in uses[node])
             for node in actuals[use]
         )
 
-    while wrong := [use for use in found if not agrees(use)]:
+    while wrong := [use for use in slices_of if not agrees(use)]:
         for use in wrong:
-            found.pop(use)
+            slices_of.pop(use)
 
 
 def _give_slice(module: fx.GraphModule, slices: list[fx.Node]) -> None:

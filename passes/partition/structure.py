@@ -35,7 +35,11 @@ LOWERINGS = {
     LinearOp: small_linear.lower,
     NormOp: norm.lower,
 }
-"""What runs operators that need more than one of their loops split, by the kind that their rules state."""
+"""What runs operators that need more than one of their loops split, by the kind that their rules state.
+
+Each is given the graph of the call as it grows, the node, its axes, and its operands as they lie. It gives back all
+results of the node, or None where the operator is to be called as any other.
+"""
 
 
 @dataclasses.dataclass
@@ -49,21 +53,38 @@ class LocalStructure:
 
 
 class StructurePartitioner(LoweringContext):
-    """Partitions the graph of one call."""
+    """Partitions the graph of one call.
 
-    def __init__(self, frame: Frame, layout: Layout, given: Sequence[Value], wanted: set[fx.Node], place: Any):
+    Args:
+        arguments: one for each placeholder, as it lies on the ranks.
+        wanted: nodes of which somebody wants every position.
+    """
+
+    def __init__(self, frame: Frame, layout: Layout, arguments: Sequence[Value], wanted: set[fx.Node], place: Any):
         super().__init__(frame, layout, place)
         self.env: dict[fx.Node, list[Value]] = {}
         self.wanted = wanted
-        self._given = iter(given)
+        self._arguments = iter(arguments)
 
     def run(self, results: Sequence[Any], requests: Sequence[Sequence[str]]) -> LocalStructure:
-        """Partition every node; ``requests`` names the forms in which each result is wanted, in order."""
+        """Partition every node.
+
+        Args:
+            results: the leaves of the graph's output that are wanted, None for others.
+            requests: for each the forms in which it is wanted, in order: ``whole``, ``split``, or ``gathered`` (over
+                all but patches); none for None.
+
+        Returns:
+            The local structure; of its results one for each form.
+
+        Raises:
+            PartitionError: where something cannot be split and may not be gathered; with its place.
+        """
         for node in self.frame.graph.nodes:
             if node.op == "placeholder":
-                given = next(self._given)
+                argument = next(self._arguments)
                 local = self.local.graph.placeholder(node.name)
-                self.env[node] = [dataclasses.replace(given, node=local)]
+                self.env[node] = [dataclasses.replace(argument, node=local)]
             elif node.op == "get_attr":
                 self._constant(node)
             elif node.op == "call_function" and node.target is operator.getitem:
@@ -98,7 +119,7 @@ class StructurePartitioner(LoweringContext):
     def _visit(self, node: fx.Node) -> list[Value]:
         op_axes = self.frame.op_axes[node]
         operands = [self.latest(self.env[operand][0]) for operand in op_axes.operands]
-        whole = node in self.wanted and all(operands[at].replicated for at in op_axes.read())
+        whole = node in self.wanted and all(operands[operand].replicated for operand in op_axes.read())
         try:
             lowered = None if whole else self._special(node, op_axes, operands)
             if lowered is not None:
@@ -115,25 +136,34 @@ class StructurePartitioner(LoweringContext):
     def emit(
         self, node: fx.Node, op_axes: OpAxes, operands: list[Value], choices: Mapping[str, ShardedLoop]
     ) -> list[Value]:
-        """Call the operator on this rank with the chosen loops split."""
+        """Call the operator on this rank with the chosen loops split.
+
+        Args:
+            operands: as they lie; they are laid out as the loops want them.
+            choices: the loop that each mesh dimension splits.
+
+        Returns:
+            One value for each result of the node; partial where what it sums over is split, unless a bias is added.
+        """
         apart = self._summed_over_patches(op_axes)
         if apart is not None:
             return self._patch_by_patch(node, op_axes, operands, {**choices, PATCH: apart})
         locals_ = []
-        for at, value in enumerate(operands):
-            if at in op_axes.ignored:
+        for operand, value in enumerate(operands):
+            if operand in op_axes.ignored:
                 locals_.append(value.node)
                 continue
-            locals_.append(self.redistribute(value, op_axes.operand_axes[at], required(choices, at), node, at))
+            axes, split = op_axes.operand_axes[operand], required(choices, operand)
+            locals_.append(self.redistribute(value, axes, split, node, operand))
         outs = [yielded(choices, k) for k in range(len(op_axes.result_axes))]
         summed = [name for name, choice in choices.items() if choice.loop.kind in ("sum", "mean")]
         if op_axes.windows:
             locals_[0], seen = fetch(self, op_axes, locals_[0], choices)
         else:
             seen = {}
-        context = Emission(self, node, op_axes, locals_, choices, outs, seen)
+        emission = Emission(self, node, op_axes, locals_, choices, outs, seen)
         self.count(node, op_axes, choices)
-        result = context.run(summed)
+        result = emission.run(summed)
         return self._values(node, op_axes, result, outs, summed)
 
     def _values(
@@ -141,19 +171,19 @@ class StructurePartitioner(LoweringContext):
     ) -> list[Value]:
         tensors = values(node)
         several = isinstance(node.meta["val"], tuple | list)
-        found = []
+        results = []
         for k, tensor in enumerate(tensors):
             local = self.local.call(operator.getitem, result, k) if several else result
             value = Value(local, op_axes.result_axes[k], tensor.dtype, outs[k], frozenset(summed))
             sizes = self.local.sizes(value)
             local.meta["shape"] = (node.name, sizes)
             self.ledger.hold(math.prod(sizes) * tensor.dtype.itemsize)
-            found.append(value)
+            results.append(value)
         if PATCH in summed:
-            found = [self._kept_sum(node, k, value) for k, value in enumerate(found)]
+            results = [self._kept_sum(node, k, value) for k, value in enumerate(results)]
         if op_axes.bias is not None and summed:
-            found = [self._biased(node, op_axes, value) for value in found]
-        return found
+            results = [self._biased(node, op_axes, value) for value in results]
+        return results
 
     def _summed_over_patches(self, op_axes: OpAxes) -> ShardedLoop | None:
         """The sum over tokens of which each patch must leave its own part, where all patches are computed at once."""
@@ -167,7 +197,7 @@ class StructurePartitioner(LoweringContext):
         self, node: fx.Node, op_axes: OpAxes, operands: list[Value], choices: Mapping[str, ShardedLoop]
     ) -> list[Value]:
         """One call for each patch, made as the program of that patch makes it; the last one has the sum of all."""
-        patches, found = self.layout.patches, []
+        patches, results = self.layout.patches, []
         assert patches is not None
         for patch in range(patches.parts):
             layout = self.layout.keeping(patches, patch)
@@ -175,15 +205,15 @@ class StructurePartitioner(LoweringContext):
             one.layout, one.sharding, one._redistributed = layout, layout.sharding, {}
             one.local = copy.copy(self.local)
             one.local.sharding = layout.sharding
-            found = one.emit(node, op_axes, operands, choices)
-        return found
+            results = one.emit(node, op_axes, operands, choices)
+        return results
 
-    def _kept_sum(self, node: fx.Node, at: int, value: Value) -> Value:
+    def _kept_sum(self, node: fx.Node, result: int, value: Value) -> Value:
         """The sum of what every patch left, this one's put in its place."""
         assert self.layout.patches is not None
-        part = self.local.call(aten.unsqueeze.default, value.node, 0)
-        rows = self.rows_of_patches(f"{node.name}_sum_{at}", self.local.sizes(value), value.dtype)
-        self.put_row(*rows, part)
+        row = self.local.call(aten.unsqueeze.default, value.node, 0)
+        rows = self.rows_of_patches(f"{node.name}_sum_{result}", self.local.sizes(value), value.dtype)
+        self.put_row(*rows, row)
         total = self.local.call(aten.sum.dim_IntList, rows[0], [0])
         return dataclasses.replace(value, node=total, partial=value.partial - {PATCH})
 

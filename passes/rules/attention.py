@@ -10,7 +10,10 @@ BOOK = RuleBook()
 
 @BOOK.rule("scaled_dot_product_attention")
 def attention(rule: Rule) -> None:
-    """Unifies batch and heads of queries, keys and values; tokens of keys and values; tokens of queries and result."""
+    """A map over batch, heads and query tokens, ``keys`` over tokens of keys and values; channels are needed whole.
+
+    Grouped query heads are a product of key heads and a group, and one loop with these.
+    """
     rank = len(rule.actual[0])
     if any(len(axes) != rank for axes in rule.actual[1:3]):
         type_opaquely(rule, "queries, keys and values of different ranks")
@@ -46,9 +49,9 @@ def _masked(rule: Rule, mask: int | None, dim: int, size: int | None = None) -> 
     """The mask's dim that stands under ``dim`` of the scores, if it has more than one position."""
     if mask is None:
         return []
-    own = dim - (len(rule.actual[0]) - len(rule.actual[mask]))
+    mask_dim = dim - (len(rule.actual[0]) - len(rule.actual[mask]))
     size = rule.out_shape()[dim] if size is None else size
-    return [(mask, own)] if own >= 0 and rule.shape(mask)[own] == size and size > 1 else []
+    return [(mask, mask_dim)] if mask_dim >= 0 and rule.shape(mask)[mask_dim] == size and size > 1 else []
 
 
 def _grouped_heads(rule: Rule, dim: int, masked: list[tuple[int, int]]) -> None:

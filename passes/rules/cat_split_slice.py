@@ -27,18 +27,19 @@ def _others(rule: Rule, dim: int, operands: range, result: int = 0) -> None:
 
 @BOOK.rule("cat", "concat", "concatenate")
 def cat(rule: Rule) -> None:
+    """A map over every dim; that along which tensors are joined is a concatenation of theirs."""
     rank = len(rule.out_shape())
     dim = rule.arg(1, "dim", 0) % rank
-    joined = [k for k, axes in enumerate(rule.actual) if len(axes) == rank]
+    joined = [operand for operand, axes in enumerate(rule.actual) if len(axes) == rank]
     for other in range(rank):
         if other != dim:
-            rule.loop("map", [(k, other) for k in joined], [(0, other)])
-    parts = [rule.actual[k][dim] for k in joined if rule.shape(k)[dim]]
+            rule.loop("map", [(operand, other) for operand in joined], [(0, other)])
+    filled = [operand for operand in joined if rule.shape(operand)[dim]]
+    parts = [rule.actual[operand][dim] for operand in filled]
     rule.result_axes[0][dim] = Concat(parts) if len(parts) != 1 else parts[0]
-    filled = [k for k in joined if rule.shape(k)[dim]]
-    rule.add_join([(k, dim) for k in filled], [(0, dim)])
+    rule.add_join([(operand, dim) for operand in filled], [(0, dim)])
     if len(filled) < len(rule.operands) and filled:
-        rule.emit = lambda ctx: ctx.call(ctx.aten.cat.default, [ctx.operand(k) for k in filled], dim)
+        rule.emit = lambda ctx: ctx.call(ctx.aten.cat.default, [ctx.operand(operand) for operand in filled], dim)
 
 
 @BOOK.rule("stack")
@@ -46,7 +47,7 @@ def stack(rule: Rule) -> None:
     rank = len(rule.out_shape())
     new = rule.arg(1, "dim", 0) % rank
     for dim in range(rank - 1):
-        rule.loop("map", [(k, dim) for k in range(len(rule.operands))], [(0, dim + (dim >= new))])
+        rule.loop("map", [(operand, dim) for operand in range(len(rule.operands))], [(0, dim + (dim >= new))])
 
 
 def _cut_places(node: fx.Node, dim: int) -> int:
@@ -60,6 +61,7 @@ def _cut_places(node: fx.Node, dim: int) -> int:
 
 @BOOK.rule("slice", "narrow")
 def slice_(rule: Rule) -> None:
+    """A map over the other dims; of the sliced one a part of its axis, its outer factor, or rows picked by windows."""
     shape = rule.shape(0)
     dim = rule.arg(1, "dim", 0) % len(shape)
     _others(rule, dim, range(1))
@@ -81,7 +83,11 @@ def _bounded(value: Any, size: int, default: int) -> int:
 
 
 def cut_out(rule: Rule, dim: int, start: int, length: int) -> None:
-    """The positions ``start`` to ``start + length`` of one dim; cuts its axis where that can be."""
+    """Type a cut of the positions ``start`` to ``start + length`` out of one dim of the first operand.
+
+    Windows of one row pick them; where the axis can be cut they keep their part of it. Those of a table, or of an axis
+    that is cut at very many places, are needed whole.
+    """
     axis = rule.actual[0][dim]
     if length == axis.size:
         rule.loop("map", [(0, dim)], [(0, dim)])
@@ -132,6 +138,7 @@ def _every(rule: Rule, dim: int, start: int, step: int) -> None:
 
 @BOOK.rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
 def split(rule: Rule) -> None:
+    """A map over every dim; the axis of the one that is split is cut, each result has a part."""
     rank = len(rule.actual[0])
     dim = rule.arg(2, "dim", 0) % rank
     count = len(rule.result_axes)
@@ -164,12 +171,14 @@ def split(rule: Rule) -> None:
 
 @BOOK.rule("unbind")
 def unbind(rule: Rule) -> None:
+    """A map over the other dims, with one result for each position; the one that goes is needed whole."""
     gone = rule.arg(1, "dim", 0) % len(rule.actual[0])
     _take_one(rule, gone, len(rule.result_axes))
 
 
 @BOOK.rule("select")
 def select(rule: Rule) -> None:
+    """A map over the other dims; the one that goes is needed whole."""
     gone = rule.arg(1, "dim") % len(rule.actual[0])
     _take_one(rule, gone, 1)
 
@@ -183,6 +192,7 @@ def _take_one(rule: Rule, gone: int, results: int) -> None:
 
 @BOOK.rule("slice_scatter")
 def slice_scatter(rule: Rule) -> None:
+    """A map over every dim; the source's axis is the part of the operand's that it takes the place of."""
     shape, source = rule.shape(0), rule.shape(1)
     dim = rule.arg(2, "dim", 0) % len(shape)
     _others(rule, dim, range(2))
@@ -212,15 +222,16 @@ def slice_scatter(rule: Rule) -> None:
     def emit(ctx: LocalCall) -> fx.Node:
         if step != 1:
             return ctx.call(ctx.node.target, ctx.operand(0), ctx.operand(1), dim, start, 2**63 - 1, step)
-        at = ctx.length(handle, 0, dim)
-        stop = at + ctx.operand_sizes(1)[dim]
-        return ctx.call(ctx.node.target, ctx.operand(0), ctx.operand(1), dim, at, stop)
+        first = ctx.length(handle, 0, dim)
+        stop = first + ctx.operand_sizes(1)[dim]
+        return ctx.call(ctx.node.target, ctx.operand(0), ctx.operand(1), dim, first, stop)
 
     rule.emit = emit
 
 
 @BOOK.rule("select_scatter")
 def select_scatter(rule: Rule) -> None:
+    """A map over the other dims; the one that the source does not have is needed whole."""
     gone = rule.arg(2, "dim") % len(rule.actual[0])
     for dim in range(len(rule.actual[0])):
         if dim != gone:
@@ -230,6 +241,7 @@ def select_scatter(rule: Rule) -> None:
 
 @BOOK.rule("flip", "roll")
 def disorder(rule: Rule) -> None:
+    """Dims that are turned about are needed whole and have a fresh axis then; a map over the others."""
     moved = rule.arg(1, "dims") if "flip" in str(rule.node.target) else rule.arg(2, "dims", [])
     rank = len(rule.actual[0])
     moved = {rule.wrapped(dim) for dim in ([moved] if isinstance(moved, int) else moved)} or set(range(rank))
@@ -244,13 +256,14 @@ def disorder(rule: Rule) -> None:
 def pad_sequence(rule: Rule) -> None:
     """Sequences of one length are stacked; ragged ones share no token axis."""
     batch_first = bool(rule.arg(1, "batch_first", False))
-    lengths = {rule.shape(k)[0] for k in range(len(rule.operands))}
+    lengths = {rule.shape(operand)[0] for operand in range(len(rule.operands))}
     first, tokens = (0, 1) if batch_first else (1, 0)
     for dim in range(1, len(rule.actual[0])):
-        rule.loop("map", [(k, dim) for k in range(len(rule.operands))], [(0, dim + 1)])
+        rule.loop("map", [(operand, dim) for operand in range(len(rule.operands))], [(0, dim + 1)])
     if len(lengths) > 1:
-        for k in range(len(rule.operands)):
-            rule.opaque(k, 0, "sequences of different lengths")
+        for operand in range(len(rule.operands)):
+            rule.opaque(operand, 0, "sequences of different lengths")
         return
-    rule.loop("map", [(k, 0) for k in range(len(rule.operands))], [(0, tokens)])
-    rule.emit = lambda ctx: ctx.call(ctx.aten.stack.default, [ctx.operand(k) for k in range(len(rule.operands))], first)
+    operands = range(len(rule.operands))
+    rule.loop("map", [(operand, 0) for operand in operands], [(0, tokens)])
+    rule.emit = lambda ctx: ctx.call(ctx.aten.stack.default, [ctx.operand(operand) for operand in operands], first)

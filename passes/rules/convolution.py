@@ -22,6 +22,10 @@ def per_dim(value: Any, rank: int) -> list[int]:
 
 @BOOK.rule("conv1d", "conv2d", "conv3d", "convolution")
 def convolution(rule: Rule) -> None:
+    """A map over batch and channels of the result, a sum over those of the operand, windows over space.
+
+    Of a depthwise one channels are one map; those of another grouped one are needed whole.
+    """
     rank = len(rule.actual[1]) - 2
     if len(rule.actual[0]) != len(rule.actual[1]):
         type_opaquely(rule, "a convolution without a batch dim")
@@ -91,7 +95,10 @@ def _strided(rule: Rule, dim: int, stride: int) -> Axis | None:
 
 
 def patches(rule: Rule, dim: int, kernel: int) -> None:
-    """Record that every run of ``kernel`` positions makes one."""
+    """Record that every run of ``kernel`` positions of a dim of the first operand makes one of that dim of the result.
+
+    The result has the outer factor of the axis; one that cannot be split so is needed whole.
+    """
     try:
         outer, _ = rule.system.split(rule.actual[0][dim], kernel)
     except Conflict as conflict:
@@ -108,6 +115,7 @@ def _opaque_space(rule: Rule, dims: Sequence[int], reason: str) -> None:
 
 @BOOK.rule("avg_pool2d", "avg_pool1d", "avg_pool3d", "max_pool2d")
 def pool(rule: Rule) -> None:
+    """A map over batch and channels, windows over space; a dim that is padded is needed whole."""
     rank = len(rule.actual[0])
     space = {1: 1, 2: 2, 3: 3}[int(str(rule.node.target).split("d.")[0][-1])]
     kernel = per_dim(rule.arg(1, "kernel_size"), space)

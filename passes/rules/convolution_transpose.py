@@ -16,13 +16,17 @@ BOOK = RuleBook()
 
 @BOOK.rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed(rule: Rule) -> None:
+    """A map over batch, windows over space; channels are needed whole.
+
+    A rank computes the rows that its rows of the operand are spread over, and cuts out its own.
+    """
     rank = len(rule.actual[1]) - 2
     if len(rule.actual[0]) != rank + 2:
         type_opaquely(rule, "a convolution without a batch dim")
         return
     names = ("stride", "padding", "output_padding", "dilation")
-    given = (rule.named(name, int(name in ("stride", "dilation"))) for name in names)
-    stride, padding, extra, dilation = (per_dim(value, rank) for value in given)
+    arguments = (rule.named(name, int(name in ("stride", "dilation"))) for name in names)
+    stride, padding, extra, dilation = (per_dim(value, rank) for value in arguments)
     reach = [dilation[k] * (size - 1) + 1 for k, size in enumerate(rule.shape(1)[2:])]
     rule.loop("map", [(0, 0)], [(0, 0)])
     for operand, dim in ((0, 1), (1, 0), (1, 1)):

@@ -15,6 +15,7 @@ BOOK = RuleBook()
 
 @BOOK.rule("embedding")
 def embedding(rule: Rule) -> None:
+    """A map over every dim of the indices and over channels; the rows of the table are needed whole."""
     rank = len(rule.actual[1])
     for dim in range(rank):
         rule.loop("map", [(1, dim)], [(0, dim)])
@@ -24,6 +25,10 @@ def embedding(rule: Rule) -> None:
 
 @BOOK.rule("index_select")
 def index_select(rule: Rule) -> None:
+    """A map over every dim, of which the looked-up one is the indices'; positions of that are needed whole.
+
+    Neighbouring positions that are known beforehand are a slice.
+    """
     chosen = rule.wrapped(rule.arg(1, "dim"))
     if rule.actual[0] and _is_slice(rule, chosen):
         return
@@ -37,6 +42,10 @@ def index_select(rule: Rule) -> None:
 
 @BOOK.rule("index")
 def index(rule: Rule) -> None:
+    """A map over dims that are not looked up, and over those of the indices, in the place of looked-up ones.
+
+    Positions of looked-up dims are needed whole; neighbouring ones that are known beforehand are a slice.
+    """
     indices = list(rule.arg(1, "indices"))
     used = [dim for dim, value in enumerate(indices) if isinstance(value, fx.Node)]
     one_run = used == list(range(used[0], used[-1] + 1))
@@ -58,9 +67,9 @@ def index(rule: Rule) -> None:
         out = used[0] + dim
         pairs = []
         for operand in range(1, len(rule.actual)):
-            own = dim - (spread - len(rule.actual[operand]))
-            if own >= 0 and rule.shape(operand)[own] == rule.out_shape()[out]:
-                pairs.append((operand, own))
+            operand_dim = dim - (spread - len(rule.actual[operand]))
+            if operand_dim >= 0 and rule.shape(operand)[operand_dim] == rule.out_shape()[out]:
+                pairs.append((operand, operand_dim))
         rule.loop("map", pairs, [(0, out)])
 
 
@@ -70,9 +79,9 @@ def _is_slice(rule: Rule, dim: int) -> bool:
     if positions is None or positions.dim() != 1 or len(positions) == 0:
         return False
     size, length = rule.shape(0)[dim], len(positions)
-    found = [position % size for position in positions.tolist()]
-    start = found[0]
-    if found != list(range(start, start + length)):
+    rows = [position % size for position in positions.tolist()]
+    start = rows[0]
+    if rows != list(range(start, start + length)):
         return False
     rule.cut = (dim, start, length)
     for other in range(len(rule.actual[0])):
@@ -86,6 +95,7 @@ def _is_slice(rule: Rule, dim: int) -> bool:
 
 @BOOK.rule("gather")
 def gather(rule: Rule) -> None:
+    """A map over every dim; that along which is looked up is the indices', the operand's is needed whole."""
     chosen = rule.wrapped(rule.arg(1, "dim"))
     for dim in range(len(rule.actual[0])):
         if dim == chosen:
@@ -125,11 +135,11 @@ def index_put(rule: Rule) -> None:
 def constant(rule: Rule) -> None:
     """Equal everywhere: any rank can make just its own positions. A tensor given as a model is not looked at."""
     _anything(rule)
-    at = 1 if "new_" in str(rule.node.target) else 0
+    models = 1 if "new_" in str(rule.node.target) else 0
 
     def emit(ctx: LocalCall) -> fx.Node:
-        first = [ctx.operand(0)] if at else []
-        return ctx.call(ctx.node.target, *first, ctx.out_sizes(0), *ctx.node.args[at + 1 :], **ctx.node.kwargs)
+        model = [ctx.operand(0)] if models else []
+        return ctx.call(ctx.node.target, *model, ctx.out_sizes(0), *ctx.node.args[models + 1 :], **ctx.node.kwargs)
 
     rule.emit = emit
 
@@ -169,6 +179,7 @@ def draw(rule: Rule) -> None:
 
 @BOOK.rule("tril", "triu")
 def triangle(rule: Rule) -> None:
+    """A map over leading dims; rows and columns are needed whole, as each counts from the first."""
     rank = len(rule.actual[0])
     for dim in range(rank - 2):
         rule.loop("map", [(0, dim)], [(0, dim)])

@@ -54,7 +54,7 @@ def _copied(rule: Rule, dim: int, scale: float | None) -> np.ndarray:
 
 @BOOK.rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d")
 def linear(rule: Rule) -> None:
-    """Every row is a mixture of two; one dim at a time, as the weights are products."""
+    """Every row is a mixture of two, its window; one dim at a time, as the weights are products."""
     rank, corners = len(rule.actual[0]), bool(rule.named("align_corners"))
     scales = _given_scales(rule, rank)
     _leading(rule)
@@ -101,9 +101,9 @@ def _leading(rule: Rule) -> None:
 
 def _resize(ctx: LocalCall, node: fx.Node, scales: dict[int, float], *corners: bool) -> fx.Node:
     """The operator over the dims that are whole on this rank; the others have their size already."""
-    sizes, given = ctx.out_sizes(0), ctx.operand_sizes(0)
+    sizes, held = ctx.out_sizes(0), ctx.operand_sizes(0)
     rank = len(sizes)
-    if all(dim in ctx.seen or sizes[dim] == given[dim] and scales.get(dim, 1) == 1 for dim in range(2, rank)):
+    if all(dim in ctx.seen or sizes[dim] == held[dim] and scales.get(dim, 1) == 1 for dim in range(2, rank)):
         return node
     left = [None if dim in ctx.seen else scales.get(dim) for dim in range(2, rank)]
     op = getattr(aten, operator_name(overload_of(ctx.node))).default
@@ -112,14 +112,15 @@ def _resize(ctx: LocalCall, node: fx.Node, scales: dict[int, float], *corners: b
 
 def _given_scales(rule: Rule, rank: int) -> dict[int, float]:
     """The factors by which dims are scaled where the call names them: positions follow from them, not from sizes."""
-    given = [rule.named("scale_factors")] if rule.named("scale_factors") else []
-    factors = given[0] if given else [rule.named(name) for name in ("scales_d", "scales_h", "scales_w", "scales")]
+    names = ("scales_d", "scales_h", "scales_w", "scales")
+    factors = rule.named("scale_factors") or [rule.named(name) for name in names]
     factors = [factor for factor in factors if factor is not None]
     return {rank - len(factors) + k: factor for k, factor in enumerate(factors)}
 
 
 @BOOK.rule("pixel_unshuffle")
 def pixel_unshuffle(rule: Rule) -> None:
+    """Rows and columns keep their outer factor; the inner one goes to channels, which are needed whole."""
     rank, factor = len(rule.actual[0]), rule.arg(1, "downscale_factor")
     for dim in range(rank - 3):
         rule.loop("map", [(0, dim)], [(0, dim)])
@@ -130,6 +131,7 @@ def pixel_unshuffle(rule: Rule) -> None:
 
 @BOOK.rule("pixel_shuffle")
 def pixel_shuffle(rule: Rule) -> None:
+    """Rows and columns become outer factors; the inner ones come from channels, which are needed whole."""
     factor = rule.arg(1, "upscale_factor")
     rank = len(rule.actual[0])
     for dim in range(rank - 3):

@@ -9,6 +9,7 @@ BOOK = RuleBook()
 
 @BOOK.rule("xdit_compile.kept_module")
 def kept_module(rule: Rule) -> None:
+    """A map over the dims whose positions it computes one by one; every other dim is needed whole."""
     apart, sizes, dtype = rule.args[3:]
     pairs = dict(zip(apart[::2], apart[1::2], strict=True))
     for operand, axes in enumerate(rule.actual):

@@ -10,6 +10,7 @@ BOOK = RuleBook()
 
 @BOOK.rule("linear")
 def linear(rule: Rule) -> None:
+    """A map over rows and over columns of the result, a sum over what is contracted."""
     rule.operator = LinearOp()
     last = len(rule.actual[0]) - 1
     for dim in range(last):
@@ -24,6 +25,7 @@ def linear(rule: Rule) -> None:
 
 @BOOK.rule("mm", "bmm", "matmul", "mv", "dot")
 def matmul(rule: Rule) -> None:
+    """A map over batch, rows and columns, a sum over what is contracted; a vector has no row or no column."""
     left, right = len(rule.actual[0]), len(rule.actual[1])
     rank = len(rule.out_shape())
     rule.loop("sum", [(0, left - 1), (1, max(right - 2, 0))], [])
@@ -40,20 +42,22 @@ def _batch(rule: Rule, dim: int, rank: int, batch_dims: dict[int, int]) -> None:
     size = rule.out_shape()[dim]
     users = []
     for operand, count in batch_dims.items():
-        own = dim - (rank - count)
-        if own >= 0 and rule.shape(operand)[own] == size:
-            users.append((operand, own))
+        operand_dim = dim - (rank - count)
+        if operand_dim >= 0 and rule.shape(operand)[operand_dim] == size:
+            users.append((operand, operand_dim))
     rule.loop("map", users, [(0, dim)])
 
 
 @BOOK.rule("addmm")
 def addmm(rule: Rule) -> None:
+    """A map over rows and columns, a sum over what is contracted; what is added is broadcast."""
     rule.loop(_contracted(rule), [(1, 1), (2, 0)], [])
     _added(rule, {0: [(1, 0)], 1: [(2, 1)]})
 
 
 @BOOK.rule("baddbmm")
 def baddbmm(rule: Rule) -> None:
+    """A map over batch, rows and columns, a sum over what is contracted; what is added is broadcast."""
     rule.loop(_contracted(rule), [(1, 2), (2, 1)], [])
     _added(rule, {0: [(1, 0), (2, 0)], 1: [(1, 1)], 2: [(2, 2)]})
 
@@ -67,16 +71,17 @@ def _contracted(rule: Rule) -> Kind:
 def _added(rule: Rule, users: dict[int, list[tuple[int, int]]]) -> None:
     """Dims of a result to which operand 0 is added, broadcast from the right."""
     rule.bias = 0
-    shape, own_rank = rule.out_shape(), len(rule.actual[0])
+    shape, added = rule.out_shape(), rule.shape(0)
     for dim, pairs in users.items():
-        own = dim - (len(shape) - own_rank)
-        if own >= 0 and rule.shape(0)[own] == shape[dim]:
-            pairs = [*pairs, (0, own)]
+        added_dim = dim - (len(shape) - len(added))
+        if added_dim >= 0 and added[added_dim] == shape[dim]:
+            pairs = [*pairs, (0, added_dim)]
         rule.loop("map", pairs, [(0, dim)])
 
 
 @BOOK.rule("einsum")
 def einsum(rule: Rule) -> None:
+    """One loop for each letter: a map where the result has it, else a sum. An ellipsis stands for letters."""
     equation = rule.arg(0, "equation").replace(" ", "")
     inputs, arrow, output = equation.partition("->")
     if not arrow:
@@ -136,11 +141,13 @@ def _reduce(rule: Rule, kind: Kind) -> None:
 
 @BOOK.rule("sum")
 def sum_(rule: Rule) -> None:
+    """A sum over dims that are reduced, a map over the others."""
     _reduce(rule, "sum")
 
 
 @BOOK.rule("mean")
 def mean(rule: Rule) -> None:
+    """A mean over dims that are reduced, a map over the others."""
     _reduce(rule, "mean")
 
 
@@ -149,6 +156,7 @@ def mean(rule: Rule) -> None:
     "logsumexp", "linalg_vector_norm", "norm", "median", "aminmax",
 )  # fmt: skip
 def reduce_whole(rule: Rule) -> None:
+    """A map over dims that stay; those that are reduced are needed whole, as parts cannot be added up."""
     if len(rule.operands) > 1:
         type_opaquely(rule, "no rule for this overload")
         return

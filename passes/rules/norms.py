@@ -22,6 +22,7 @@ def _over(rule: Rule, whole: set[int], kind: Kind = "whole") -> None:
 
 @BOOK.rule("layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm")
 def trailing_norm(rule: Rule) -> None:
+    """A map over leading dims; those that are normalised are needed whole, unless a lowering joins statistics."""
     rule.operator = _affine(rule)
     rank, count = len(rule.actual[0]), len(rule.arg(1, "normalized_shape"))
     for dim in range(rank - count):
@@ -40,6 +41,7 @@ def _affine(rule: Rule) -> NormOp:
 
 @BOOK.rule("group_norm")
 def group_norm(rule: Rule) -> None:
+    """A map over batch, ``stats`` over space; channels are needed whole, unless a lowering finds whole groups."""
     rule.operator = _affine(rule)
     rank = len(rule.actual[0])
     _grouped(rule, rule.shape(0)[1] // rule.arg(1, "num_groups"))
@@ -60,12 +62,14 @@ def _grouped(rule: Rule, size: int) -> None:
     "softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "_safe_softmax"
 )
 def along(rule: Rule) -> None:
+    """The one dim along which positions are related is needed whole and keeps its axis; a map over the others."""
     dim = rule.arg(1, "dim", -1)
     _over(rule, {rule.wrapped(dim)})
 
 
 @BOOK.rule("topk")
 def topk(rule: Rule) -> None:
+    """The one dim of which the largest are taken is needed whole and has a fresh axis then; a map over the others."""
     rank = len(rule.actual[0])
     chosen = rule.wrapped(rule.arg(2, "dim", -1))
     for dim in range(rank):

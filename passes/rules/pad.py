@@ -20,7 +20,7 @@ MODES = {"reflection_pad": "reflect", "replication_pad": "replicate", "_pad_circ
 @BOOK.rule("constant_pad_nd", "pad", "_pad_circular", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
            "replication_pad1d", "replication_pad2d", "replication_pad3d")  # fmt: skip
 def pad(rule: Rule) -> None:
-    """Padded with a constant, the positions that were there keep their axis as a part of the result's."""
+    """Windows of one row; padded with a constant, what was there keeps its axis as a part of the result's."""
     rank, amounts = len(rule.actual[0]), list(rule.arg(1, "pad") or rule.arg(1, "padding"))
     name = rule.name
     mode = rule.arg(2, "mode", "constant") if name == "pad" else MODES.get(name.rstrip("d123"), "constant")
@@ -46,11 +46,11 @@ def pad(rule: Rule) -> None:
     def emit(ctx: LocalCall) -> fx.Node:
         local = list(amounts)
         for dim in range(rank):
-            at = 2 * (rank - 1 - dim)
+            first = 2 * (rank - 1 - dim)
             if dim in ctx.seen:
-                local[at : at + 2] = [0, 0]
+                local[first : first + 2] = [0, 0]
             elif dim in sides:
-                local[at : at + 2] = [ctx.length(side, 0, dim) for side in sides[dim]]
+                local[first : first + 2] = [ctx.length(side, 0, dim) for side in sides[dim]]
         node = moved(ctx, fill)
         return ctx.call(aten.pad.default, node, local, mode, value) if any(local) else node
 
@@ -58,8 +58,8 @@ def pad(rule: Rule) -> None:
 
 
 def _amounts(amounts: list[int], rank: int, dim: int) -> tuple[int, int]:
-    at = 2 * (rank - 1 - dim)
-    return (amounts[at], amounts[at + 1]) if at < len(amounts) else (0, 0)
+    first = 2 * (rank - 1 - dim)
+    return (amounts[first], amounts[first + 1]) if first < len(amounts) else (0, 0)
 
 
 def _sources(size: int, amounts: tuple[int, int], mode: str) -> np.ndarray:

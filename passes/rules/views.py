@@ -19,7 +19,12 @@ BOOK = RuleBook()
 
 
 def aligned_segments(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
-    """The finest groups of neighbouring dims of two shapes that hold the same number of positions."""
+    """The finest groups of neighbouring dims of two shapes that hold the same number of positions.
+
+    Returns:
+        For each group, in order, its dims in ``before`` and in ``after``; the last one is all that is left where sizes
+        do not meet.
+    """
     groups = []
     i = j = 0
     while i < len(before) or j < len(after):
@@ -51,6 +56,7 @@ def emit_sizes(ctx: LocalCall) -> fx.Node:
 
 @BOOK.rule("view", "reshape", "_unsafe_view", "unflatten", "flatten", "_reshape_alias")
 def view(rule: Rule) -> None:
+    """A map for each group of neighbouring dims that is laid out anew; needed whole where their axes refuse that."""
     before, after = rule.shape(0), rule.out_shape()
     if rule.named("dtype") is not None:
         type_opaquely(rule, "bits read as another type")
@@ -88,6 +94,7 @@ def _keep_ones(rule: Rule, before: list[int], after: list[int]) -> None:
 
 @BOOK.rule("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T")
 def permute(rule: Rule) -> None:
+    """A map over every dim, which stands elsewhere in the result."""
     rank = len(rule.actual[0])
     order = _order(rule, rank)
     for dim, source in enumerate(order):
@@ -110,6 +117,7 @@ def unsqueeze(rule: Rule) -> None:
 
 @BOOK.rule("squeeze")
 def squeeze(rule: Rule) -> None:
+    """A map over the dims that stay."""
     shape = rule.shape(0)
     which = rule.arg(1, "dim")
     asked = range(len(shape)) if which is None else [which] if isinstance(which, int) else which
@@ -122,13 +130,15 @@ def squeeze(rule: Rule) -> None:
 
 @BOOK.rule("expand", "broadcast_to")
 def expand(rule: Rule) -> None:
+    """A map over every dim of the result; copies, too, over those that repeat a single position."""
     shape, out = rule.shape(0), rule.out_shape()
     lead = len(out) - len(shape)
     for dim, size in enumerate(out):
-        own = dim - lead
-        rule.loop("map", [(0, own)] if own >= 0 and shape[own] == size else [], [(0, dim)])
-        if own >= 0 and shape[own] == 1 < size:
-            rule.add_copies(own, dim)
+        operand_dim = dim - lead
+        kept = operand_dim >= 0 and shape[operand_dim] == size
+        rule.loop("map", [(0, operand_dim)] if kept else [], [(0, dim)])
+        if operand_dim >= 0 and shape[operand_dim] == 1 < size:
+            rule.add_copies(operand_dim, dim)
     rule.emit = lambda ctx: ctx.call(ctx.aten.expand.default, ctx.operand(0), ctx.out_sizes(0))
 
 
@@ -141,16 +151,17 @@ def expand_as(rule: Rule) -> None:
 
 @BOOK.rule("repeat")
 def repeat(rule: Rule) -> None:
+    """A map over every dim, of which a repeated one becomes a factor; copies over those of a single position."""
     shape, counts = rule.shape(0), list(rule.arg(1, "repeats"))
     lead = len(counts) - len(shape)
     for dim, count in enumerate(counts):
-        own = dim - lead
-        if own >= 0 and shape[own] == 1 < count:
-            rule.add_copies(own, dim)
-        if own < 0 or shape[own] == 1:
+        operand_dim = dim - lead
+        if operand_dim >= 0 and shape[operand_dim] == 1 < count:
+            rule.add_copies(operand_dim, dim)
+        if operand_dim < 0 or shape[operand_dim] == 1:
             continue
-        axis = rule.actual[0][own]
-        rule.loop("map", [(0, own)], [(0, dim)])
+        axis = rule.actual[0][operand_dim]
+        rule.loop("map", [(0, operand_dim)], [(0, dim)])
         if count != 1:
             rule.result_axes[0][dim] = _tiled(rule, count, axis)
 
@@ -164,6 +175,7 @@ def _tiled(rule: Rule, count: int, axis: Any) -> Any:
 
 @BOOK.rule("repeat_interleave")
 def repeat_interleave(rule: Rule) -> None:
+    """A map over every dim; the repeated one becomes an outer factor."""
     count, which = rule.arg(1, "repeats"), rule.arg(2, "dim")
     if not isinstance(count, int) or which is None:
         type_opaquely(rule, "repeats are data")
@@ -178,6 +190,7 @@ def repeat_interleave(rule: Rule) -> None:
 
 @BOOK.rule("meshgrid")
 def meshgrid(rule: Rule) -> None:
+    """A map over the one dim of every operand, which is a dim of every result."""
     count = len(rule.operands)
     swapped = count > 1 and rule.named("indexing", "ij") == "xy"
     for operand in range(count):
@@ -205,12 +218,12 @@ def as_strided(rule: Rule) -> None:
 
 def _in_memory(rule: Rule) -> torch.Tensor | None:
     """Which position of the operand each one of the result is, both counted row by row; None where it takes others."""
-    given = rule.operands[0].meta["val"]
+    operand = rule.operands[0].meta["val"]
     size, stride, offset = rule.named("size"), rule.named("stride"), rule.named("storage_offset")
-    start = 0 if offset is None else offset - given.storage_offset()
-    length = 1 + sum((extent - 1) * step for extent, step in zip(given.shape, given.stride(), strict=True))
+    start = 0 if offset is None else offset - operand.storage_offset()
+    length = 1 + sum((extent - 1) * step for extent, step in zip(operand.shape, operand.stride(), strict=True))
     memory = torch.full([max(length, 1)], -1)
-    memory.as_strided(given.shape, given.stride()).copy_(torch.arange(given.numel()).view(given.shape))
+    memory.as_strided(operand.shape, operand.stride()).copy_(torch.arange(operand.numel()).view(operand.shape))
     last = start + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True))
     places = memory.as_strided(size, stride, start).flatten() if start >= 0 and last < length else memory[:0]
     return places if math.prod(size) == len(places) and (places >= 0).all() else None

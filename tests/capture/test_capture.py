@@ -19,11 +19,11 @@ from xdit_compile.capture.interpret import run_outcome, run_program
 from xdit_compile.errors import CaptureError
 from xdit_compile.ir.program import Program
 
-RUNGS = dict(CAPTURE_METHODS)
+METHODS = dict(CAPTURE_METHODS)
 
 
 def only(*names: str) -> Any:
-    return tuple((name, RUNGS[name]) for name in names)
+    return tuple((name, METHODS[name]) for name in names)
 
 
 def assert_well_formed(program: Program) -> None:
@@ -87,15 +87,15 @@ def test_values_read_from_a_mask_become_guards(name: str) -> None:
     assert_same(program, module, *case.inputs(seed=5))
 
 
-@pytest.mark.parametrize("rung", ["export", "dynamo"])
-def test_each_rung_gives_the_same_program(rung: str) -> None:
+@pytest.mark.parametrize("method", ["export", "dynamo"])
+def test_each_method_gives_the_same_program(method: str) -> None:
     case = MODELS["pixart"]
     module = case.build()
-    program = capture(module, *case.inputs(), ladder=only(rung))
-    assert program.how == rung
+    program = capture(module, *case.inputs(), methods=only(method))
+    assert program.how == method
     assert_well_formed(program)
     assert_same(program, module, *case.inputs(seed=5))
-    first = capture(module, *case.inputs(), ladder=only("values"))
+    first = capture(module, *case.inputs(), methods=only("values"))
     assert [call.target for call in program.calls()] == [call.target for call in first.calls()]
     assert {spec.target for spec in program.inputs} == {spec.target for spec in first.inputs}
 
@@ -183,16 +183,16 @@ def held_tensors(module: nn.Module) -> list[torch.Tensor]:
     return [*module.history, *(v for holder in holders for v in holder.values() if isinstance(v, torch.Tensor))]
 
 
-@pytest.mark.parametrize("rung", ["values", "export", "dynamo"])
-def test_module_holds_no_fakes_afterwards(rung: str) -> None:
+@pytest.mark.parametrize("method", ["values", "export", "dynamo"])
+def test_module_holds_no_fakes_afterwards(method: str) -> None:
     module = Caching().eval()
     x = torch.randn(2, 3)
     expected = module(x)
     calls = len(module.history)
     try:
-        capture(module, (x,), {}, ladder=only(rung))
+        capture(module, (x,), {}, methods=only(method))
     except CaptureError:
-        assert rung == "dynamo"
+        assert method == "dynamo"
     held = held_tensors(module)
     assert len(held) > 6
     assert not any(isinstance(tensor, FakeTensor) for tensor in held)
@@ -222,7 +222,7 @@ def test_training_mode_is_refused_where_it_changes_what_is_computed() -> None:
             capture(nn.Sequential(nn.Linear(2, 2), module), (torch.randn(3, 2),), {})
 
 
-def test_reasons_of_all_rungs_are_listed() -> None:
+def test_reasons_of_all_methods_are_listed() -> None:
     class ReadsWeights(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -247,7 +247,7 @@ def test_a_program_that_disagrees_is_refused() -> None:
             return x * CountsCalls.calls
 
     with pytest.raises(CaptureError, match="differs from the module's own"):
-        capture(CountsCalls().eval(), (torch.randn(4),), {}, ladder=only("values"))
+        capture(CountsCalls().eval(), (torch.randn(4),), {}, methods=only("values"))
 
 
 def test_numbers_read_from_inputs_are_guarded_and_nothing_else() -> None:
@@ -277,7 +277,7 @@ def test_whole_reads_are_answered() -> None:
 
     module = ReadsAll().eval()
     sizes, other = torch.tensor([2, 1, 3]), torch.tensor([4.0])
-    program = capture(module, (torch.randn(6, 2), sizes, other), {}, ladder=only("values"))
+    program = capture(module, (torch.randn(6, 2), sizes, other), {}, methods=only("values"))
     assert [guard.position for guard in program.guards] == [1, 2]
     assert_same(program, module, (torch.randn(6, 2), sizes, other), {})
 
@@ -289,7 +289,7 @@ def test_repeats_become_an_index() -> None:
             return twice, torch.repeat_interleave(x, counts, 0), x[0].repeat_interleave(counts[:1])
 
     module, counts = Repeats().eval(), torch.tensor([2, 0, 3])
-    program = capture(module, (torch.randn(3, 2), counts), {}, ladder=only("values"))
+    program = capture(module, (torch.randn(3, 2), counts), {}, methods=only("values"))
     assert [guard.position for guard in program.guards] == [1]
     assert_well_formed(program)
     assert_same(program, module, (torch.randn(3, 2), counts), {})
@@ -301,7 +301,7 @@ def test_places_given_as_tensors_are_numbers_that_are_guarded() -> None:
             return x.sin().narrow(1, at[0], 2), *torch.tensor_split(x.cos(), at, 1)
 
     module, at = Cuts().eval(), torch.tensor([1, 3])
-    program = capture(module, (torch.randn(2, 5), at), {}, ladder=only("values"))
+    program = capture(module, (torch.randn(2, 5), at), {}, methods=only("values"))
     assert [guard.position for guard in program.guards] == [1]
     assert_same(program, module, (torch.randn(2, 5), at), {})
 
@@ -311,7 +311,7 @@ def test_sizes_inside_whole_operators_are_guarded() -> None:
         def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
             return torch.ops.aten.repeat_interleave.self_Tensor(x, counts, 0) * 2
 
-    program = capture(Repeats().eval(), (torch.randn(2, 2), torch.tensor([2, 1])), {}, ladder=only("values"))
+    program = capture(Repeats().eval(), (torch.randn(2, 2), torch.tensor([2, 1])), {}, methods=only("values"))
     assert [guard.position for guard in program.guards] == [1]
 
 
@@ -325,7 +325,7 @@ def test_memoised_functions_forget_what_a_trace_gave_them() -> None:
             return x + self.table(x.shape[-1])
 
     module = Memoises().eval()
-    capture(module, (torch.randn(2, 3, device="meta"),), {}, ladder=only("values"))
+    capture(module, (torch.randn(2, 3, device="meta"),), {}, methods=only("values"))
     assert not isinstance(module.table(3), FakeTensor)
 
 
@@ -341,7 +341,7 @@ def test_values_overwritten_by_unknown_ones_are_not_trusted() -> None:
             return table if table.sum() > 0 else -table
 
     with pytest.raises(CaptureError, match="reads values"):
-        capture(Overwrites().eval(), (torch.randn(2),), {}, ladder=only("values"))
+        capture(Overwrites().eval(), (torch.randn(2),), {}, methods=only("values"))
 
 
 def test_writes_to_inputs_leave_the_example_unharmed() -> None:
@@ -367,7 +367,7 @@ def test_tensors_made_by_the_code_may_be_written_to() -> None:
             return table * x
 
     module = Fills().eval()
-    program = capture(module, (torch.randn(3),), {}, ladder=only("values"))
+    program = capture(module, (torch.randn(3),), {}, methods=only("values"))
     assert_well_formed(program)
     assert_same(program, module, (torch.randn(3),), {})
     assert_same(program, module, (torch.randn(3),), {})
@@ -413,8 +413,8 @@ def test_autocast_switched_off_inside_is_inlined() -> None:
             with torch.no_grad():
                 return y.to(x.dtype) + 1
 
-    for rung in ("values", "export"):
-        program = capture(Mixed().eval(), (torch.randn(3, 3),), {}, ladder=only(rung))
+    for method in ("values", "export"):
+        program = capture(Mixed().eval(), (torch.randn(3, 3),), {}, methods=only(method))
         assert_same(program, Mixed().eval(), (torch.randn(3, 3),), {})
 
 
@@ -425,7 +425,7 @@ def test_autocast_that_converts_is_refused_with_the_reason() -> None:
                 return x @ x
 
     with pytest.raises(CaptureError, match="autocast from torch.float32 to torch.bfloat16"):
-        capture(Casts().eval(), (torch.randn(3, 3),), {}, ladder=only("values"))
+        capture(Casts().eval(), (torch.randn(3, 3),), {}, methods=only("values"))
 
 
 def test_relative_difference() -> None:

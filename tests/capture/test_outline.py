@@ -7,18 +7,19 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from zoo.transformers import MODELS
 
-from tests.capture.test_capture import RUNGS, assert_same, assert_well_formed
+from tests.capture.test_capture import METHODS, assert_same, assert_well_formed
 from xdit_compile.capture.by_values import by_values
 from xdit_compile.capture.capture import capture
 from xdit_compile.capture.decompose import clean, functionalized, lower, stays_whole
 from xdit_compile.capture.mutations import written_arguments
-from xdit_compile.capture.outline import extract, outline
+from xdit_compile.capture.outline import outline
 from xdit_compile.capture.repeated_blocks import external_values, structural_key
 from xdit_compile.capture.tracing import Flat
 from xdit_compile.ir.program import Program
+from xdit_compile.ir.subgraph import subgraph
 
 aten = torch.ops.aten
 
@@ -112,9 +113,9 @@ class Stack(nn.Module):
         return x + 1
 
 
-def captured(module: nn.Module, *args: Any, rung: str = "values") -> Program:
-    """A program by one rung alone, so that no other hides its failure, seen to agree with the module."""
-    program = capture(module.eval(), args, {}, ladder=((rung, RUNGS[rung]),))
+def captured(module: nn.Module, *args: Any, method: str = "values") -> Program:
+    """A program by one method alone, so that no other hides its failure, seen to agree with the module."""
+    program = capture(module.eval(), args, {}, methods=((method, METHODS[method]),))
     assert_well_formed(program)
     assert_same(program, module, tuple(torch.randn_like(arg) for arg in args), {})
     return program
@@ -211,10 +212,10 @@ def test_constants_and_shapes_tell_structures_apart() -> None:
     assert layout(program) == blocks("layers", 0, 0, 1, 2)
 
 
-@pytest.mark.parametrize("rung", ["values", "export"])
-def test_writes_across_a_cut_are_functionalized_first(rung: str) -> None:
+@pytest.mark.parametrize("method", ["values", "export"])
+def test_writes_across_a_cut_are_functionalized_first(method: str) -> None:
     module = Stack(Block(in_place=True), Block(in_place=True), Block(in_place=True))
-    program = captured(module, torch.randn(2, 3, 6), rung=rung)
+    program = captured(module, torch.randn(2, 3, 6), method=method)
     assert layout(program) == blocks("layers", 0, 0, 0)
 
 
@@ -226,10 +227,10 @@ class WritesThroughView(Block):
         return x
 
 
-@pytest.mark.parametrize(("rung", "found"), [("values", 0), ("export", 3)])
-def test_writes_to_a_view_of_an_earlier_block(rung: str, found: int) -> None:
+@pytest.mark.parametrize(("method", "found"), [("values", 0), ("export", 3)])
+def test_writes_to_a_view_of_an_earlier_block(method: str, found: int) -> None:
     module = Stack(WritesThroughView(), WritesThroughView(), WritesThroughView())
-    assert len(layout(captured(module, torch.randn(2, 3, 6), rung=rung))) == found
+    assert len(layout(captured(module, torch.randn(2, 3, 6), method=method))) == found
 
 
 def test_later_readers_do_not_forbid_writes() -> None:
@@ -285,7 +286,8 @@ def test_lowering_gives_what_run_decompositions_gives(name: str) -> None:
         trace = by_values(Flat(module, module.forward, args, kwargs))
         outline(trace)
         nodes = [node for node in trace.graph.graph.nodes if node.op == "call_function"]
-        whole = extract(nodes, external_values(nodes), list(trace.graph.graph.output_node().args[0]))
+        inputs = {node: node.name for node in external_values(nodes)}
+        whole = fx.GraphModule(nn.Module(), subgraph(inputs, nodes, list(trace.graph.graph.output_node().args[0])))
         assert not any(written_arguments(node) for node in whole.graph.nodes)
         slow = functionalized(whole)
         clean(slow)

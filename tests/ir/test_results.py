@@ -198,7 +198,7 @@ class Encoder(nn.Module):
 @pytest.mark.parametrize("how", [name for name, _ in CAPTURE_METHODS])
 def test_every_way_of_capture_returns_objects_with_their_tensors(how: str) -> None:
     module, x = Encoder().eval(), torch.randn(2, 4)
-    program = capture(module, (x,), {}, ladder=tuple(rung for rung in CAPTURE_METHODS if rung[0] == how))
+    program = capture(module, (x,), {}, methods=tuple(method for method in CAPTURE_METHODS if method[0] == how))
     for given in (x, x + 1):
         with torch.no_grad():
             (expected, other), (found, second) = module(given), run_program(program, module, (given,), {})

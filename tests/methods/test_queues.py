@@ -23,7 +23,7 @@ from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan
 from xdit_compile.runtime.generation import Generation
 from xdit_compile.runtime.methods.pipefusion import Flow, PipelineRunner
-from xdit_compile.runtime.session import Place
+from xdit_compile.runtime.session import Target
 from xdit_compile.runtime.tensors.patched_tensor import whole_of
 from xdit_compile.weights.weights import Weights
 
@@ -48,7 +48,7 @@ def tensors(*shapes: tuple[int, ...], device: str = "meta") -> tuple[torch.Tenso
 
 def stages_on(plan: Plan, mesh: Mesh, recorder: Recorder) -> Stages:
     session: Any = types.SimpleNamespace(
-        place=Place(plan, mesh, None),  # type: ignore[arg-type]
+        place=Target(plan, mesh, None),  # type: ignore[arg-type]
         branches=types.SimpleNamespace(active=False),
         agreement=types.SimpleNamespace(exchange=lambda *_: {}),
         generation=Generation(plan.warmup_steps),

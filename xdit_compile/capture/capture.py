@@ -30,9 +30,9 @@ from .interpret import run_outcome
 from .outline import outline
 from .tracing import Flat, Trace, by_dynamo, by_export
 
-Rung = Callable[[Flat], Trace]
+CaptureMethod = Callable[[Flat], Trace]
 
-CAPTURE_METHODS: tuple[tuple[str, Rung], ...] = (
+CAPTURE_METHODS: tuple[tuple[str, CaptureMethod], ...] = (
     ("values", by_values),
     ("export", by_export),
     ("dynamo", by_dynamo),
@@ -56,12 +56,12 @@ def capture(
     check: bool = True,
     run: bool = True,
     forward: Callable[..., Any] | None = None,
-    ladder: tuple[tuple[str, Rung], ...] = CAPTURE_METHODS,
+    methods: tuple[tuple[str, CaptureMethod], ...] = CAPTURE_METHODS,
 ) -> Program:
     """Record what a module computes of its inputs as a functional ATen program.
 
-    The module runs once as it is, which fills its caches and gives the numbers to compare with. Then the rungs of a
-    ladder are tried in turn; the first whose program agrees is taken. On the meta device nothing is run or compared;
+    The module runs once as it is, which fills its caches and gives the numbers to compare with. Then several methods
+    are tried in turn; the first whose program agrees is taken. On the meta device nothing is run or compared;
     inputs that are not there (masks, lengths) keep their values for the module's code to read.
 
     Args:
@@ -71,10 +71,10 @@ def capture(
         check: compare the program with the module.
         run: without it the module is traced alone, which takes no memory for what it computes, and nothing is compared.
         forward: what to call instead of ``module.forward``.
-        ladder: names and functions of the rungs to try.
+        methods: names and functions of the ways to record it that are tried.
 
     Raises:
-        CaptureError: with the reason of each rung; the module is as it was then.
+        CaptureError: with the reason of each method; the module is as it was then.
         NoRoomError: there is no memory to run the module.
         StateError: the module keeps something from call to call.
     """
@@ -82,7 +82,7 @@ def capture(
     flat = Flat(module, forward or module.forward, args, kwargs)
     try:
         with same_random_numbers(), given_back(module, *flat.objects):
-            return _first_that_agrees(flat, ladder, check, run)
+            return _first_that_agrees(flat, methods, check, run)
     except Exception as error:
         if not ran_out(error):
             raise
@@ -100,7 +100,7 @@ def _refuse_training(module: nn.Module) -> None:
             )
 
 
-def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: bool, run: bool) -> Program:
+def _first_that_agrees(flat: Flat, methods: tuple[tuple[str, CaptureMethod], ...], check: bool, run: bool) -> Program:
     module = flat.module
     tensors = [*flat.tensors(), *module.parameters(), *module.buffers()]
     weightless = not run or any(tensor.is_meta for tensor in tensors)
@@ -111,12 +111,12 @@ def _first_that_agrees(flat: Flat, ladder: tuple[tuple[str, Rung], ...], check: 
         flat.seen.outcome = Template.of(expected)
     reasons: list[str] = []
     about_data = False
-    for how, rung in ladder:
+    for how, method in methods:
         if how == "dynamo" and (weightless or about_data):
             continue
         try:
             with preserved(module):
-                program = _climb(flat, how, rung)
+                program = _captured_by(flat, how, method)
             if check and not weightless:
                 with full_precision():
                     compare(run_outcome(program, module, *flat.own_inputs()), expected)
@@ -178,8 +178,8 @@ def _faded(tensor: torch.Tensor) -> torch.Tensor:
     return tensor * 0.875 if tensor.is_floating_point() else tensor
 
 
-def _climb(flat: Flat, how: str, rung: Rung) -> Program:
-    trace = rung(flat)
+def _captured_by(flat: Flat, how: str, method: CaptureMethod) -> Program:
+    trace = method(flat)
     root, inputs = outline(trace)
     used = {spec.target for spec in inputs if spec.kind == "constant"}
     constants = {name: value for name, value in trace.constants.items() if name in used}

@@ -160,7 +160,7 @@ def own_name(name: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporters' warnings: a rung that fails is reported once, with its reason."""
+    """Silence the exporters' warnings: a method that fails is reported once, with its reason."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._dynamo", "torch.fx")]
     levels = [logger.level for logger in loggers]
     try:

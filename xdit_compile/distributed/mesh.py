@@ -249,11 +249,11 @@ def _edges(mesh: Mesh, plan: Plan) -> Iterator[tuple[int, int]]:
         return
     last = mesh.size("pipefusion") - 1
     for place in _places(mesh):
-        stage, half = place.coordinate("pipefusion"), place.coordinate("cfg")
+        stage, branch = place.coordinate("pipefusion"), place.coordinate("cfg")
         if last:
             yield place.rank, place.rank_at(pipefusion=(stage + 1) % (last + 1))
         for other in range(mesh.size("cfg")) if stage == last else ():
-            for end in sorted({0, last}) if other != half else ():
+            for end in sorted({0, last}) if other != branch else ():
                 yield place.rank, place.rank_at(cfg=other, pipefusion=end)
 
 

@@ -115,7 +115,7 @@ class Template:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Spot:
     """Where a part of an object stands: an item of a container, an attribute, or both."""
 
     container: Any = None
@@ -130,7 +130,7 @@ class Place:
             _set_attribute(target, self.attribute, child)
 
 
-def parts_of(value: Any) -> list[tuple[Place, Any]]:
+def members_of(value: Any) -> list[tuple[Spot, Any]]:
     """What a container or object holds directly, and where: items first, then attributes that are none of them."""
     attributes = _attributes(value)
     entries = []
@@ -138,10 +138,10 @@ def parts_of(value: Any) -> list[tuple[Place, Any]]:
     if container is not None:
         for key, child in container.items(value) if isinstance(value, dict) else enumerate(container.__iter__(value)):
             both = key if isinstance(key, str) and attributes.get(key, ABSENT) is child else None
-            entries.append((Place(container, key, both), child))
+            entries.append((Spot(container, key, both), child))
             if both is not None:
                 del attributes[both]
-    return entries + [(Place(attribute=name), child) for name, child in attributes.items()]
+    return entries + [(Spot(attribute=name), child) for name, child in attributes.items()]
 
 
 def is_open(value: Any) -> bool:
@@ -180,13 +180,13 @@ class _Walk:
         return next(_leaves(value, self._kind, set()), ABSENT) is not ABSENT
 
     def _fill(self, value: Any, target: Any) -> None:
-        for place, child in parts_of(value):
+        for place, child in members_of(value):
             new = self.of(child)
             if new is not child:
                 place.put(target, new)
 
     def _tuple(self, value: tuple) -> tuple:
-        parts = [(place, child, self.of(child)) for place, child in parts_of(value)]
+        parts = [(place, child, self.of(child)) for place, child in members_of(value)]
         if all(new is child for _, child, new in parts):
             return value
         items = [new for place, _, new in parts if place.container is not None]
@@ -205,7 +205,7 @@ def _leaves(value: Any, kind: Kind, seen: set[int], path: tuple = ()) -> Iterato
         yield path, value
     elif is_open(value) and id(value) not in seen:
         seen.add(id(value))
-        for place, child in parts_of(value):
+        for place, child in members_of(value):
             is_item = place.container is not None
             yield from _leaves(child, kind, seen, (*path, (is_item, place.key if is_item else place.attribute)))
 

@@ -34,7 +34,7 @@ from .compiled_call import CompiledCall
 from .data_parallel import Batch, Batches
 from .programs import Programs
 from .proving import Proving, device_of
-from .session import Place, Session
+from .session import Target, Session
 from .unsplit import Changing, RunsWhole, Unsplit
 
 Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
@@ -71,7 +71,7 @@ class Runner(Proving):
         session: Session,
         name: str = "module",
         *,
-        place: Place | None = None,
+        place: Target | None = None,
         computation: Callable[..., Any] | None = None,
         choose: Callable[[Inference, Plan], Chosen] = choose_units,
         gather: bool = True,

@@ -38,7 +38,7 @@ REFUSALS = (UsageError, PartitionError)
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Target:
     """What graphs are made for.
 
     Args:
@@ -69,8 +69,8 @@ class Session:
 
     def __init__(self, plan: Plan, mesh: Mesh, backend: Backend, device: torch.device | None = None):
         self.plan, self.mesh, self.device = plan, mesh, device
-        self.place = Place(plan, mesh, backend)
-        self.rows = Place(plan.rows, mesh.shared_rows(plan), backend)
+        self.place = Target(plan, mesh, backend)
+        self.rows = Target(plan.rows, mesh.shared_rows(plan), backend)
         self.agreement = Agreement.over(mesh, plan.timeout_s)
         limit = datetime.timedelta(seconds=plan.timeout_s)
         self.groups = Groups(functools.partial(connect, mesh, limit, plan.rows.ring), self.agreement.pulse)
