@@ -34,7 +34,7 @@ from .compiled_call import CompiledCall
 from .data_parallel import Batch, Batches
 from .programs import Programs
 from .proving import Proving, device_of
-from .session import Target, Session
+from .session import Session, Target
 from .unsplit import Changing, RunsWhole, Unsplit
 
 Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]

@@ -24,7 +24,7 @@ from xdit_compile.runtime.diffusers_pipeline import CODING
 from xdit_compile.runtime.draws import DrawingRunner, unmoved
 from xdit_compile.runtime.proving import device_of
 from xdit_compile.runtime.runner import Runner
-from xdit_compile.runtime.session import Target, Session
+from xdit_compile.runtime.session import Session, Target
 from xdit_compile.runtime.tensors.deferred_tensor import values_of
 from xdit_compile.weights.weights import Weights
 
