@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xdit_compile.errors import ProviderUnavailable
 
-from . import eager, inductor, nexfort
+from . import aot_eager, eager, inductor, nexfort
 from .base import Backend
 
 BEST_FIRST = ("inductor", "eager")
@@ -13,7 +13,8 @@ BEST_FIRST = ("inductor", "eager")
 
 def backends(mode: str = "default") -> dict[str, Backend]:
     """Every backend that ships; inductor in a mode of ``torch.compile``."""
-    return {backend.name: backend for backend in (inductor.Inductor(mode), nexfort.Nexfort(), eager.Eager())}
+    found = (inductor.Inductor(mode), nexfort.Nexfort(), eager.Eager(), aot_eager.AotEager())
+    return {backend.name: backend for backend in found}
 
 
 def find_backend(name: str, mode: str = "default") -> Backend:

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from .chunked import chunked_attention
 from .reference import additive, attention_reference, repeat_heads
 
 _ALIGNED = 16
@@ -187,6 +188,11 @@ def _yunchang(call: Call) -> Result:
     return out.transpose(1, 2), lse if call.lse else None
 
 
+def _chunked(call: Call) -> Result:
+    out, lse = chunked_attention(call.q, call.k, call.v, call.mask, call.is_causal, call.scale)
+    return out, lse if call.lse else None
+
+
 def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
@@ -336,3 +342,4 @@ YUNCHANG = Provider(
         *_FLASH_ATTN_LIMITS,
     ),
 )
+CHUNKED = Provider("chunked", _chunked, (_floating,), ("cpu", "cuda"))

@@ -17,10 +17,11 @@ PROVIDERS = {
         providers.SDPA_CUDNN,
         providers.FLASH_ATTN,
         providers.YUNCHANG,
+        providers.CHUNKED,
     )
 }
 
-BEST_FIRST = ("sdpa", "flash_attn", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "yunchang", "sdpa_math")
+BEST_FIRST = ("sdpa", "flash_attn", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "yunchang", "sdpa_math", "chunked")
 
 
 def choose(name: str, query: AttentionQuery) -> Provider:

@@ -10,9 +10,19 @@ from typing import Any
 from .errors import PlanError
 from .methods import DIMENSIONS, MESH_ORDER, METHODS, Degrees, dimensions
 
-BACKENDS = ("auto", "inductor", "nexfort", "eager")
+BACKENDS = ("auto", "inductor", "nexfort", "eager", "aot_eager")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
-ATTENTIONS = ("auto", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash_attn", "yunchang")
+ATTENTIONS = (
+    "auto",
+    "sdpa",
+    "sdpa_math",
+    "sdpa_flash",
+    "sdpa_efficient",
+    "sdpa_cudnn",
+    "flash_attn",
+    "yunchang",
+    "chunked",
+)
 FALLBACKS = ("gather", "error", "unsplit")
 SPLIT_SCHEMES = ("all", "heads", "ffn")
 VAES = ("whole", "patch", "distvae")
@@ -45,11 +55,13 @@ class Plan(Degrees):
         keep_weights: keep the whole weights on every rank, where ``tensor`` would let it hold its slices alone.
         mesh_order: the degrees from the farthest ranks to the nearest; those that talk most stand last.
         backend: what runs the rewritten graphs: ``inductor``, ``nexfort`` or ``eager``; ``auto`` takes ``inductor``
-            where it can be used and ``eager`` elsewhere.
+            where it can be used and ``eager`` elsewhere. ``aot_eager`` runs inductor's decompositions without the code
+            that it generates, to find which of the two makes a result differ.
         compile_mode: that of ``torch.compile`` for ``inductor``; ``max-autotune-no-cudagraphs`` times several kernels
             for each matrix product and takes the fastest, which compiles for longer. There is none with CUDA graphs:
             a graph of one block that serves all of them would copy each block's weights in every call.
-        attention: which kernel computes attention; ``auto`` takes the best that is available.
+        attention: which kernel computes attention; ``auto`` takes the best that is available. ``chunked`` needs memory
+            linear in the tokens on any device, and takes every mask and dtype.
         fallback: ``gather`` runs what cannot be split on gathered tensors and reports it, ``error`` refuses it;
             ``unsplit`` gathers, and runs a denoiser that cannot be captured, as one that keeps state from step to step,
             whole on every rank with a warning.
@@ -110,11 +122,11 @@ class Plan(Degrees):
         """``vae_memory`` as a number; None where it is none."""
         if isinstance(self.vae_memory, int):
             return self.vae_memory if self.vae_memory > 0 and self.vae_memory is not True else None
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", self.vae_memory or "", re.IGNORECASE)
-        if found is None:
+        number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", self.vae_memory or "", re.IGNORECASE)
+        if number is None:
             return None
-        power = " KMGT".find(found[2].upper() or " ")
-        return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+        power = " KMGT".find(number[2].upper() or " ")
+        return int(float(number[1]) * (1024 if number[3] else 1000) ** power)
 
     @property
     def dimensions(self) -> tuple[str, ...]:
@@ -128,46 +140,50 @@ class Plan(Degrees):
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Every reason why this plan cannot run, each as one clause that says what to change."""
-        found = []
+        problems = []
         for name in DIMENSIONS:
             if not _is_count(getattr(self, name), 1):
-                found.append(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
+                problems.append(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
         for name, allowed in _CHOICES:
             if getattr(self, name) not in allowed:
-                found.append(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+                problems.append(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
         if sorted(self.mesh_order) != sorted(MESH_ORDER):
-            found.append(f"mesh_order={self.mesh_order!r} must name each of {', '.join(MESH_ORDER)} once")
+            problems.append(f"mesh_order={self.mesh_order!r} must name each of {', '.join(MESH_ORDER)} once")
         for name in ("verify", "keep_weights"):
             if not isinstance(getattr(self, name), bool):
-                found.append(f"{name}={getattr(self, name)!r} must be True or False")
+                problems.append(f"{name}={getattr(self, name)!r} must be True or False")
         if not _is_count(self.max_programs, 1):
-            found.append(f"max_programs={self.max_programs!r} must be a whole number of at least 1")
+            problems.append(f"max_programs={self.max_programs!r} must be a whole number of at least 1")
         if not isinstance(self.timeout_s, int | float) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
-            found.append(f"timeout_s={self.timeout_s!r} must be a positive number of seconds")
-        if not found and self.compile_mode != "default" and self.backend not in ("auto", "inductor"):
-            found.append(f"compile_mode={self.compile_mode!r} is inductor's, and backend={self.backend!r}; change one")
-        if not found:
-            found += self._patch_problems() + self._vae_problems()
-        if not found and world_size is not None and self.world_size != world_size:
+            problems.append(f"timeout_s={self.timeout_s!r} must be a positive number of seconds")
+        if not problems and self.compile_mode != "default" and self.backend not in ("auto", "inductor"):
+            problems.append(
+                f"compile_mode={self.compile_mode!r} is inductor's, and backend={self.backend!r}; change one"
+            )
+        if not problems:
+            problems += self._patch_problems() + self._vae_problems()
+        if not problems and world_size is not None and self.world_size != world_size:
             degrees = " x ".join(f"{name}={getattr(self, name)}" for name in self._shown())
-            found.append(
+            problems.append(
                 f"{degrees} needs {self.world_size} processes "
                 f"but {world_size} are running; start {self.world_size} or change the degrees"
             )
-        return found
+        return problems
 
     def _patch_problems(self) -> list[str]:
-        found = []
+        problems = []
         if self.patches is not None and not _is_count(self.patches, 1):
-            found.append(f"patches={self.patches!r} must be a whole number of at least 1")
+            problems.append(f"patches={self.patches!r} must be a whole number of at least 1")
         if not _is_count(self.warmup_steps, 1):
-            found.append(f"warmup_steps={self.warmup_steps!r} must be at least 1: the first step has none before it")
+            problems.append(f"warmup_steps={self.warmup_steps!r} must be at least 1: the first step has none before it")
         layers = self.stage_layers
         if layers is not None and not (isinstance(layers, tuple) and all(_is_count(each, 1) for each in layers)):
-            found.append(f"stage_layers={layers!r} must be a tuple of whole numbers of at least 1")
+            problems.append(f"stage_layers={layers!r} must be a tuple of whole numbers of at least 1")
         elif layers is not None and len(layers) != self.pipefusion:
-            found.append(f"stage_layers={layers!r} must have pipefusion={self.pipefusion} numbers, one for each stage")
-        return found or self._rivals()
+            problems.append(
+                f"stage_layers={layers!r} must have pipefusion={self.pipefusion} numbers, one for each stage"
+            )
+        return problems or self._rivals()
 
     def _rivals(self) -> list[str]:
         """Methods that share the tokens in place of one another."""
@@ -206,9 +222,9 @@ class Plan(Degrees):
         Raises:
             PlanError: naming every problem at once.
         """
-        found = self.problems(world_size)
-        if found:
-            raise PlanError("; ".join(found))
+        problems = self.problems(world_size)
+        if problems:
+            raise PlanError("; ".join(problems))
         return self
 
 

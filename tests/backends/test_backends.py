@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from unittest import mock
 
+import procs
 import pytest
 import torch
+import torch.nn.functional as F
+from splitting import CASES, worst_difference
 from torch import fx
 from torch._dynamo.utils import counters
+from torch.utils import _pytree as pytree
 
+import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.backends import registry
+from xdit_compile.backends.aot_eager import AotEager, decomposed
 from xdit_compile.backends.base import ByStructure
 from xdit_compile.backends.eager import Eager
 from xdit_compile.backends.inductor import Inductor, compile_threads
 from xdit_compile.backends.sites import Sites
 from xdit_compile.errors import PlanError, ProviderUnavailable
+from xdit_compile.kernels import attention, collectives, draws  # noqa: F401 - they register their ops
 from xdit_compile.plan import BACKENDS
 
 
@@ -86,6 +93,79 @@ def test_a_mode_reaches_inductor_and_is_refused_elsewhere() -> None:
         Plan(compile_mode=mode, backend="eager").check()
     with pytest.raises(PlanError, match="choose one of default, max-autotune-no-cudagraphs"):
         Plan(compile_mode="reduce-overhead").check()
+
+
+class Normed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.arange(4.0))
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((F.gelu(F.layer_norm(x @ w, [4])) + self.shift).softmax(-1),)
+
+
+def root_of_norms() -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.call_module("block", tuple(graph.placeholder(name) for name in "xw")))
+    return fx.GraphModule({"block": fx.symbolic_trace(Normed())}, graph)
+
+
+def test_aot_eager_calls_what_is_left_after_the_decompositions_of_inductor() -> None:
+    root, (x, w, _) = root_of_norms(), inputs()
+    names = {str(node.target) for node in decomposed(root.block, (x, w)).graph.nodes}
+    assert {"aten.mm.default", "aten.erf.default", "aten.exp.default"} <= names
+    assert not any(word in name for name in names for word in ("layer_norm", "gelu", "softmax"))
+    torch.testing.assert_close(AotEager().compile(root)(x, w), root(x, w), atol=1e-6, rtol=1e-6)
+
+
+def test_aot_eager_shows_a_wrong_decomposition_and_eager_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import decomposition
+
+    wrong = {**decomposition.select_decomp_table(), torch.ops.aten.gelu.default: lambda x, approximate="none": x / 2}
+    monkeypatch.setattr(decomposition, "select_decomp_table", lambda: wrong)
+    root, (x, w, _) = root_of_norms(), inputs()
+    off = [(backend.compile(root)(x, w)[0] - root(x, w)[0]).abs().max() for backend in (Eager(), AotEager())]
+    assert off[0] == 0 and off[1] > 1e-2
+
+
+def test_aot_eager_keeps_ops_that_reach_others_as_calls_in_order() -> None:
+    """Also one whose result nobody reads, which the other ranks wait in; none of them is run while it is recorded."""
+    ops, graph = torch.ops.xdit_compile, fx.Graph()
+    x = graph.placeholder("x")
+    size = {"dtype": torch.float32, "device": torch.device("cpu")}
+    calls = [
+        graph.call_function(ops.all_reduce.default, (x, "no such group", "max")),
+        graph.call_function(ops.draw.default, ("randn", [1, 2, 3, 4], 0, -1), size),
+        graph.call_function(ops.all_reduce.default, (x, "no such group")),
+    ]
+    calls.append(graph.call_function(ops.attention.default, (calls[-1], x, calls[1])))
+    graph.output((calls[-1],))
+    found = decomposed(fx.GraphModule({}, graph), (torch.ones(1, 2, 3, 4),)).graph
+    assert [node.target for node in found.nodes if node.op == "call_function"] == [node.target for node in calls]
+
+
+def run_split(rank: int, name: str, *plans: Plan) -> float:
+    """The greatest difference of a model from the unsplit one under any of the plans, of its greatest value."""
+    worst = 0.0
+    for plan in plans:
+        module = CASES[name].build()
+        args, kwargs = CASES[name].inputs()
+        with torch.no_grad():
+            expected = pytree.tree_leaves(module(*args, **kwargs))
+        xdit_compile.parallelize(module, plan)
+        worst = max(worst, *[worst_difference(module(*args, **kwargs), expected) for _ in range(2)])
+        xdit_compile.restore(module)
+    return worst
+
+
+@pytest.mark.parametrize("name", ["flux", "unet_sd15"])
+def test_aot_eager_gives_what_the_module_gives(name: str) -> None:
+    assert run_split(0, name, Plan(backend="aot_eager")) <= 2e-5
+
+
+def test_aot_eager_gives_it_on_two_processes() -> None:
+    splits = ({"ulysses": 2}, {"ring": 2, "attention": "chunked"}, {"tensor": 2})
+    assert max(procs.run(run_split, 2, "flux", *[Plan(**each, backend="aot_eager") for each in splits])) <= 2e-5
 
 
 def test_nexfort_says_how_to_get_it_where_it_is_missing() -> None:

@@ -9,18 +9,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xdit_compile.errors import ProviderUnavailable
-from xdit_compile.kernels.attention import attention_reference, query_of
+from xdit_compile.kernels import chunked
+from xdit_compile.kernels.attention import attended, attention_reference, query_of
 from xdit_compile.kernels.merge_lse import merge
 from xdit_compile.kernels.providers import AttentionQuery, Call, _aligned_bias
 from xdit_compile.kernels.registry import BEST_FIRST, PROVIDERS, choose
 from xdit_compile.plan import ATTENTIONS
 
 OPS = torch.ops.xdit_compile
-ON_CPU = ("auto", "sdpa", "sdpa_math", "sdpa_flash")
-WITH_LSE = ("auto", "sdpa_math", "sdpa_flash")
+ON_CPU = ("auto", "sdpa", "sdpa_math", "sdpa_flash", "chunked")
+WITH_LSE = ("auto", "sdpa_math", "sdpa_flash", "chunked")
 MASK_SHAPES = ((7, 11), (1, 11), (11,), (2, 1, 1, 11), (1, 5, 7, 11), (2, 5, 7, 11), (2, 1, 7, 1), (1, 1, 1, 1))
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """So that these few tokens are several chunks, which divide neither queries nor keys."""
+    monkeypatch.setattr(chunked, "QUERIES", 3)
+    monkeypatch.setattr(chunked, "KEYS", 4)
 
 
 def qkv(q_shape=(2, 5, 7, 12), k_shape=(2, 5, 11, 12), v_dim=None, dtype=torch.float32, seed=0):
@@ -92,6 +102,38 @@ def test_mask_over_several_leading_dims(provider, kind):
     q, k, v = qkv((2, 3, 5, 7, 12), (2, 3, 5, 11, 12))
     agree(provider, q, k, v, masks((2, 1, 1, 1, 11), kind))
     agree(provider, q, k, v, masks((3, 5, 7, 11), kind))
+
+
+def test_a_row_of_one_large_negative_number_counts_every_key_once():
+    """In chunks of other lengths, too: a log-sum-exp of each would not tell four of these keys from three."""
+    mask = torch.zeros(2, 1, 7, 11)
+    mask[0, 0, 3] = mask[1] = torch.finfo(torch.float32).min
+    q, k, v = qkv()
+    close(OPS.attention(q, k, v, mask, provider="chunked")[1], v[1].mean(-2, keepdim=True).expand(5, 7, 12))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operator makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in pytree.tree_leaves(found) if isinstance(x, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return found
+
+
+@pytest.mark.parametrize(("mask", "is_causal"), [(None, False), (None, True), ((1500,), False), ((700, 1), False)])
+@pytest.mark.parametrize("provider", ["sdpa_math", "chunked"])
+def test_chunks_make_no_tensor_of_all_scores(provider, mask, is_causal, monkeypatch):
+    monkeypatch.undo()
+    q, k, v = qkv((1, 2, 700, 8), (1, 2, 1500, 8))
+    bias = None if mask is None else masks(mask, "additive")
+    with Largest() as largest:
+        attended(q, k, v, bias, is_causal, None, False, provider, lse=True)
+    assert (largest.elements >= 2 * 700 * 1500) == (provider == "sdpa_math")
+    assert provider == "sdpa_math" or largest.elements <= 2 * chunked.QUERIES * chunked.KEYS
 
 
 def scattered(x):

@@ -15,7 +15,7 @@ from xdit_compile import __version__
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 from xdit_compile.methods import METHODS, Method
-from xdit_compile.plan import Plan
+from xdit_compile.plan import BACKENDS, Plan
 from xdit_compile.weights.model_folder import check_component
 
 from .evaluation_request import DEFAULT_COUNT, FEATURES, EvaluationRequest
@@ -152,7 +152,7 @@ def _choice_flags() -> dict[str, Any]:
         "mesh_order": click.option(
             "--mesh_order", default=",".join(Plan.mesh_order), help="Degrees from the farthest ranks to the nearest."
         ),
-        "backend": click.option("--backend", default=Plan.backend, help="auto, inductor, nexfort or eager."),
+        "backend": click.option("--backend", default=Plan.backend, help=f"{', '.join(BACKENDS)}."),
         "compile_mode": click.option(
             "--compile_mode",
             default=Plan.compile_mode,
