@@ -89,11 +89,7 @@ def ring_attention(
     if not group:
         return attention(q, k, v, mask, False, scale, enable_gqa, provider)
     members = process_group(group)
-    position, count = dist.get_rank(members), dist.get_world_size(members)
-    if count != len(lengths) or k.shape[-2] != lengths[position]:
-        raise ValueError(
-            f"ring position {position} of {count} holds {k.shape[-2]} keys where the ranks have {list(lengths)}"
-        )
+    position, count = _place(members, k, lengths)
     choose(provider, query_of(q, k, v, mask, lse=True))
     if count == 1:
         return attention(q, k, v, mask, False, scale, enable_gqa, provider)
@@ -110,6 +106,16 @@ def ring_attention(
             k, v = _unpacked(packed.to(device), likes, lengths[here - 1])
     assert held is not None
     return token_major(held[0].to(q.dtype))
+
+
+def _place(members: dist.ProcessGroup, k: torch.Tensor, lengths: list[int]) -> tuple[int, int]:
+    """This rank's position in the ring, and how many ranks there are."""
+    position, count = dist.get_rank(members), dist.get_world_size(members)
+    if count != len(lengths) or k.shape[-2] != lengths[position]:
+        raise ValueError(
+            f"ring position {position} of {count} holds {k.shape[-2]} keys where the ranks have {list(lengths)}"
+        )
+    return position, count
 
 
 def absorbed(q: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

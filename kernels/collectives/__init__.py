@@ -6,6 +6,6 @@ package registers them.
 
 from __future__ import annotations
 
-from . import all_gather, all_reduce, all_to_all, halo
+from . import all_gather, all_reduce, all_to_all, halo, reduce_scatter
 
-__all__ = ["all_gather", "all_reduce", "all_to_all", "halo"]
+__all__ = ["all_gather", "all_reduce", "all_to_all", "halo", "reduce_scatter"]

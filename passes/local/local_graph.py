@@ -174,6 +174,17 @@ class LocalGraph:
         order = np.argsort(gathered_positions, kind="stable")
         return self.take(gathered, dim, order, len(gathered_positions)), sizes
 
+    def scatter(self, node: fx.Node, dim: int, axis: Axis, name: str, also: Sequence[str]) -> tuple[fx.Node, list[int]]:
+        """This rank's positions of a sum over mesh dimension ``name``, as `slice` would take them; also each rank's
+        share."""
+        held = self.sharding.positions(axis, also)
+        ranks = range(self.parts[name])
+        kept = [np.flatnonzero(np.isin(held, self.sharding.positions(axis, [*also, name], {name: r}))) for r in ranks]
+        sizes = [len(positions) for positions in kept]
+        ordered = self.take(node, dim, np.concatenate(kept), len(held))
+        scatter = torch.ops.xdit_compile.reduce_scatter.default
+        return self.call(scatter, ordered, dim, sizes, self.sharding.index[name], self.group(name)), sizes
+
     def reduce(self, node: fx.Node, name: str) -> fx.Node:
         """The sum over the ranks of a mesh dimension."""
         return self.call(torch.ops.xdit_compile.all_reduce.default, node, self.group(name), "sum")

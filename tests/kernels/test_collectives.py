@@ -52,6 +52,14 @@ def all_reduce_case(name, ranks, shape, *op, dtype=torch.float32):
     return name, ranks, OPS.all_reduce.default, args
 
 
+def scatter_case(name, sizes, dim, others=(3, 5), dtype=torch.float32):
+    def args(rank, group):
+        place = dim % (len(others) + 1)
+        return tensor((*others[:place], sum(sizes), *others[place:]), rank, dtype), dim, list(sizes), rank, group
+
+    return name, len(sizes), OPS.reduce_scatter.default, args
+
+
 def halo_case(name, sizes, before, after, dim=1, others=(2, 3), dtype=torch.float32):
     def args(rank, group):
         place = dim % (len(others) + 1)
@@ -101,6 +109,9 @@ CASES = [
     all_reduce_case("empty", 2, (0, 5)),
     all_reduce_case("bfloat16", 2, (3, 5), dtype=torch.bfloat16),
     all_reduce_case("int64", 2, (3, 5), dtype=torch.int64),
+    scatter_case("scattered evenly", (4, 4), 1),
+    scatter_case("scattered, uneven", (2, 0, 3), 0),
+    scatter_case("scattered, bfloat16", (3, 2), -1, dtype=torch.bfloat16),
     halo_case("one row", (4, 4, 4), 1, 1),
     halo_case("uneven", (5, 4, 4), 1, 2),
     halo_case("before only", (5, 4), 2, 0, dim=0),
@@ -226,7 +237,7 @@ def test_a_compiler_drops_none():
 
 
 def test_every_op_that_reaches_other_ranks_or_draws_is_ordered():
-    met = "all_to_all all_gather gather_start all_reduce halo_exchange halo_start ring_attention".split()
+    met = "all_to_all all_gather gather_start all_reduce reduce_scatter halo_exchange halo_start ring_attention".split()
     assert {op for op in ordered_ops() if collective(op)} == {getattr(OPS, name).default for name in met}
     assert {op for op in ordered_ops() if not collective(op)} == {OPS.halo_finish.default, OPS.draw.default}
 
