@@ -28,6 +28,9 @@ MOST_ENTRIES = 20
 MOST_FILES = 15
 MOST_OVERRULED = 15
 NEUTRAL_CLASSES = {"DiffusionPipeline", "ModelMixin", "AutoModel", "CacheMixin"}
+SAY_NOTHING = {"at", "found", "part", "given", "own"}
+LONG_LIFE = 3
+"""Lines over which a local name must say what it holds."""
 MODEL_WORDS = re.compile(
     r"\b(transformer_blocks|single_transformer_blocks|to_q|to_k|to_v|to_out|attn1|attn2|norm1|ff_context|pos_embed|"
     r"encoder_hidden_states|hidden_states|pooled_projections|image_rotary_emb|img_ids|txt_ids)\b"
@@ -192,6 +195,33 @@ def test_nothing_is_written_twice():
     command = [sys.executable, "-m", "pylint", *checked, "--persistent=n", "--recursive=y", "xdit_compile", *LINKED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_local_names_say_what_they_hold():
+    vague = []
+    for path in sources().values():
+        if path.is_relative_to(ROOT / "kernels") or path.is_relative_to(ROOT / "backends"):
+            continue
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef | ast.Lambda):
+                for name, lines in _lives(function).items():
+                    if max(lines) - min(lines) >= LONG_LIFE:
+                        vague.append(f"{path.name}:{min(lines)}: {name}")
+    assert vague == []
+
+
+def _lives(function: ast.FunctionDef | ast.Lambda) -> dict[str, list[int]]:
+    """The lines in which a function, but for those inside of it, has names that say nothing."""
+    lines: dict[str, list[int]] = {}
+    pending = list(ast.iter_child_nodes(function))
+    while pending:
+        node = pending.pop()
+        name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else None
+        if name in SAY_NOTHING:
+            lines.setdefault(name, []).append(node.lineno)
+        if not isinstance(node, ast.FunctionDef | ast.Lambda):
+            pending += ast.iter_child_nodes(node)
+    return lines
 
 
 def test_types_are_seldom_overruled():

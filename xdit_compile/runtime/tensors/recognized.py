@@ -29,13 +29,13 @@ class Recognized:
     def name(self, tensor: torch.Tensor) -> str:
         """A digest of the values."""
         version = version_of(tensor)
-        at, known = self._names.get(tensor, (None, ""))
-        if version is not None and at == version:
+        named_at, known = self._names.get(tensor, (None, ""))
+        if version is not None and named_at == version:
             return known
-        found = digest_tensors([tensor]) if tensor.is_meta else self._compared(tensor, version)
+        digest = digest_tensors([tensor]) if tensor.is_meta else self._compared(tensor, version)
         if version is not None:
-            self._names[tensor] = version, found
-        return found
+            self._names[tensor] = version, digest
+        return digest
 
     def _compared(self, tensor: torch.Tensor, version: int | None) -> str:
         met = self._met.setdefault((tensor.dtype, tensor.shape, tensor.device), OrderedDict())
