@@ -18,9 +18,9 @@ from xdit_compile.errors import VerificationError
 from xdit_compile.ir.precision import precision_for
 from xdit_compile.passes.axes.infer import infer
 from xdit_compile.passes.rules.registry import rulebook
+from xdit_compile.runtime.verify import simulated_mesh as simulated
 from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 from xdit_compile.runtime.verify.verification import ROWS, TOLERANCE, Difference, narrow_rounding, verify
-from xdit_compile.simulate import mesh as simulated
 
 
 class Narrow(nn.Module):
