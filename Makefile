@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PROMPT := a large red star in the center on a striped mint background
-TESTS := $(BIN)/python -m pytest
+TESTS := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 
 .PHONY: env demo test test-slow test-gpu conformance operators lint pipeline clean
 
@@ -24,12 +24,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: env
 	$(BIN)/xdit-compile generate --nproc 2 --ulysses_degree 2 --prompt "$(PROMPT)" --compare --output demo.png
 
-# Three workers for two cores: many tests wait on purpose, for a rank that never comes.
 test: env
-	$(TESTS) -n $(or $(JOBS),3) -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-slow: env
-	$(TESTS) -n $(or $(JOBS),2) -m slow
+	$(TESTS) -m slow
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu tests/test_on_gpu.py tests/test_kernels_on_gpu.py

@@ -1,4 +1,4 @@
-"""Two minutes of the conformance runner, and the runner itself: a fault must not pass for a result."""
+"""The conformance runner, and the runner itself: a fault must not pass for a result."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_choice_of_pipelines_under_every_plan(tmp_path: Path, chosen: Sequence
     wanted = [*exact, *(Cell(*each) for each in REFUSED[: len(exact) - len(QUICK) + 1])]
     device = "cpu" if pretend.unavailable() else pretend.NAME
     found = runner.run(wanted, Store(tmp_path), Limits(), device=device)
-    assert set(found) == set(wanted) and {cell.plan for cell in exact} == set(PLANS)
+    assert set(found) == set(wanted) and (chosen is QUICK or {cell.plan for cell in exact} == set(PLANS))
     good = {cell: (Verdict.EXACT,) if cell in exact else GOOD for cell in wanted}
     faults = {cell: answer for cell, answer in found.items() if answer.verdict not in good[cell]}
     assert {cell: (answer.verdict, answer.reason) for cell, answer in faults.items()} == {}

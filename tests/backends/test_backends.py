@@ -163,6 +163,7 @@ def test_aot_eager_gives_what_the_module_gives(name: str) -> None:
     assert run_split(0, name, Plan(backend="aot_eager")) <= 2e-5
 
 
+@pytest.mark.slow
 def test_aot_eager_gives_it_on_two_processes() -> None:
     splits = ({"ulysses": 2}, {"ring": 2, "attention": "chunked"}, {"tensor": 2})
     assert max(procs.run(run_split, 2, "flux", *[Plan(**each, backend="aot_eager") for each in splits])) <= 2e-5

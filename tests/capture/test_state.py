@@ -270,6 +270,7 @@ def on_two_ranks(rank: int, memory: dict) -> None:
         assert runner_of(pipe.transformer).weights.partial == (plan.tensor > 1)
 
 
+@pytest.mark.slow
 def test_ranks_run_whole_together_and_find_what_is_read_from_outside() -> None:
     PAIR.run(on_two_ranks)
 

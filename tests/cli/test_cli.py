@@ -121,6 +121,7 @@ def test_a_checkpoint_cut_short_is_named_by_its_file(tmp_path: Path, broken_mode
     assert files(tmp_path) == {"broken"}
 
 
+@pytest.mark.slow
 def test_latents_are_written_as_safetensors(tmp_path: Path):
     done = run("generate", *QUICK, "--output_type", "latent", "--compare", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -93,6 +93,7 @@ def test_the_figures_are_those_of_the_pictures(two_processes: tuple[Path, str]):
             assert pair["psnr"] == pytest.approx(10 * math.log10(255**2 / error), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_pictures_of_one_process_are_taken_from_an_earlier_evaluation(two_processes: tuple[Path, str]):
     folder = two_processes[0]
     again = [*QUICK, *"--num_prompts 6 --batch_size 2 --num_pipeline_patch 2 --reference evaluation".split()]
@@ -106,6 +107,7 @@ def test_pictures_of_one_process_are_taken_from_an_earlier_evaluation(two_proces
     )
 
 
+@pytest.mark.slow
 def test_own_prompts_on_one_process(tmp_path: Path):
     prompts = ["a lighthouse at dusk", "a red circle at the top", "a fox"]
     (tmp_path / "mine.txt").write_text("\n".join([prompts[0], "", *prompts[1:], " "]))

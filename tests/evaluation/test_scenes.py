@@ -125,7 +125,7 @@ def test_captions_of_an_evaluation_mix_one_thing_and_two():
     assert questions(["a fox"], 0)[0].request is None
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", [pytest.param(side, marks=pytest.mark.slow if side > 256 else ()) for side in SIDES])
 @pytest.mark.parametrize("things", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_checker_finds_every_drawn_scene_right(things: int, side: int):
     verdicts = [judge(request, draw(scene, side)) for scene, request in some(150, things)]

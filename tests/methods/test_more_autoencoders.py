@@ -105,6 +105,7 @@ def by_first_rank(name: str, given: torch.Tensor, more: dict[str, Any]) -> torch
         return module.decode(given, **more)[0]
 
 
+@pytest.mark.slow
 def test_random_numbers_are_those_of_one_process():
     procs.run(noisy, 2, 2, timeout=300)
 

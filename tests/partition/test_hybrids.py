@@ -185,6 +185,7 @@ def counted(rank: int, name: str, plan: Plan, steps: int) -> tuple[torch.Tensor,
     return case.call(pipe, steps=steps), computed
 
 
+@pytest.mark.slow
 def test_branches_in_calls_of_their_own_are_computed_once():
     """By one half of the mesh each."""
     steps, plan = 5, Plan(cfg=2, patches=2, backend="eager")

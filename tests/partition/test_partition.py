@@ -26,6 +26,7 @@ ALIKE = {
     "mochi",
     "pixart_alpha",
     "qwenimage",
+    "sana",
     "sd3_dual",
     "wan_i2v",
     "zimage",

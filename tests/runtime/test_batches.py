@@ -162,6 +162,7 @@ def run_guidance(rank: int) -> tuple[list[float], list[tuple[int, int]], list[st
     return found, counted, refused
 
 
+@pytest.mark.slow
 def test_guidance_of_calls_that_the_graph_takes_apart() -> None:
     for found, counted, refused in procs.run(run_guidance, 2, timeout=400):
         assert max(found) <= 2e-5

@@ -120,6 +120,7 @@ def compiled(rank: int, memory: dict) -> None:
         assert max(differs(memory, pipe), differs(memory, pipe)) <= 2e-5 and split_work(pipe) == (1, 2)
 
 
+@pytest.mark.slow
 def test_modules_that_are_compiled_as_well() -> None:
     PAIR.run(compiled)
 

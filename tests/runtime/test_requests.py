@@ -164,6 +164,7 @@ class Heard(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+@pytest.mark.slow
 def test_a_picture_that_one_rank_decodes_is_told() -> None:
     waiting, other = PAIR.run(decoded_on_one)
     assert "rank 0 waits in" in waiting[1] and "of decode 0" in waiting[1] and "rank 1" in waiting[1]
@@ -183,6 +184,7 @@ def of_many_sizes(rank: int, memory: dict) -> tuple[list[float], list[int]]:
     return found, [max(each.shape[-2] for each in leaves if each.dim() == 4) for leaves in inputs]
 
 
+@pytest.mark.slow
 def test_of_more_programs_the_least_recently_used_is_dropped() -> None:
     for differences, rows in PAIR.run(of_many_sizes):
         assert max(differences) <= 2e-5
