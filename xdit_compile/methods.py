@@ -235,8 +235,10 @@ def _in_order() -> list[str]:
 
 def dimensions(order: Iterable[str]) -> tuple[str, ...]:
     """The dimensions of the mesh, outer to inner, for an order of those methods that have a place of their own."""
-    beside = {method.instead_of[-1]: method.name for method in METHODS if method.nearness is None}
-    return tuple(name for each in order for name in (each, beside.get(each)) if name is not None)
+    guests = [method for method in METHODS if method.nearness is None]
+    return tuple(
+        name for each in order for name in (each, *(guest.name for guest in guests if guest.instead_of[-1] == each))
+    )
 
 
 MESH_ORDER = tuple(_in_order())

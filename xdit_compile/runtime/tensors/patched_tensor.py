@@ -178,7 +178,7 @@ def _how(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Piecewise | 
     asked: torch._ops.OpOverload | None = func
     if func._schema.is_mutable:
         asked = functional(func) if _is_in_place(func) and isinstance(args[0], PatchedTensor) else None
-    if asked is None:
+    if asked is None or torch.Tag.nondeterministic_seeded in asked.tags:
         return None
     counts = tuple(map(len, patched[0].patch_layout.positions))
     how = piecewise(asked, tuple(map(_known, leaves)), spec, counts)
