@@ -202,7 +202,7 @@ class StructurePartitioner(LoweringContext):
         for patch in range(patches.parts):
             layout = self.layout.keeping(patches, patch)
             one = copy.copy(self)
-            one.layout, one.sharding, one._redistributed = layout, layout.sharding, {}
+            one.layout, one.sharding, one._redistributed, one._scatters = layout, layout.sharding, {}, {}
             one.local = copy.copy(self.local)
             one.local.sharding = layout.sharding
             results = one.emit(node, op_axes, operands, choices)
