@@ -76,6 +76,7 @@ def test_loading_counts_what_every_rank_holds(tmp_path: pathlib.Path) -> None:
     assert len(ranks) == 2 and all(rank["share"] < 0.55 * alone["share"] for rank in ranks)
 
 
+@pytest.mark.slow
 def test_capture_counts_what_it_made(tmp_path: pathlib.Path) -> None:
     found = run("capture.py", "--double", "3", "--single", "3", "--rounds", "1", tmp_path=tmp_path)
     (one,) = found["rounds"]

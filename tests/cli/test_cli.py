@@ -114,6 +114,7 @@ def test_a_failure_is_one_line_and_exit_code_1(tmp_path: Path, broken_model: Pat
     assert files(tmp_path) == {"broken"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_cut_short_is_named_by_its_file(tmp_path: Path, broken_model: Path):
     arguments = ["--nproc", "2", "--tensor_parallel_degree", "2"]
     line = one_error(run("generate", "--model", str(broken_model), *arguments, cwd=tmp_path), exit_code=2)
@@ -237,8 +238,10 @@ def torchrun(command: list[str], cwd: Path, timeout: float = 240) -> subprocess.
 
 @pytest.mark.parametrize(
     ("flags_of_rank_1", "expected"),
-    [("--ring_degree 2", "plan"), ("--ulysses_degree 2 --height 192", "input")],
-    ids=["another plan", "other inputs"],
+    [
+        pytest.param("--ring_degree 2", "plan", id="another plan", marks=pytest.mark.slow),
+        pytest.param("--ulysses_degree 2 --height 192", "input", id="other inputs"),
+    ],
 )
 def test_a_rank_that_disagrees_ends_all(tmp_path: Path, flags_of_rank_1: str, expected: str):
     command = " ".join([*COMMAND, "generate", *QUICK])

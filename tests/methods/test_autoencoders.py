@@ -191,6 +191,7 @@ def tiled(rank: int, count: int, name: str) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kl"])
 def test_tiles_are_split_while_tiling_is_on(name):
     for rank in procs.run(tiled, 2, 2, name, timeout=300):

@@ -39,7 +39,7 @@ def check(name: str, plan: Plan) -> None:
     assert ranks[0].ledger.flops_here < 0.85 * ranks[0].ledger.flops / plan.sequence
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [pytest.param("flux", marks=pytest.mark.slow), *QUICK[1:]])
 def test_split_model_equals_the_single_device(name: str) -> None:
     for plan in MESHES:
         check(name, plan)

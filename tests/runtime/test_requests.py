@@ -311,6 +311,7 @@ def one_plan_after_the_other(rank: int, memory: dict) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_plans_one_after_the_other() -> None:
     for found in PAIR.run(one_plan_after_the_other):
         assert max(found) <= 2e-5 and max(found[1::2]) == 0

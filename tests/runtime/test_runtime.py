@@ -159,7 +159,7 @@ def test_a_rank_with_other_inputs_stops_every_rank() -> None:
 
 def another_call_later(rank: int) -> str:
     module, args, kwargs = small_module()
-    xdit_compile.parallelize(module, Plan(ulysses=2, backend="eager", timeout_s=20))
+    xdit_compile.parallelize(module, Plan(ulysses=2, backend="eager", timeout_s=10))
     module(*args, **kwargs)
     if rank == 1:
         return "left"
