@@ -11,7 +11,7 @@ from xdit_compile.distributed.mesh import is_simulated
 
 from .all_to_all import all_to_all
 from .all_to_all import simulated as simulated_all_to_all
-from .process_groups import answering, check_count, hold, process_group, settle
+from .process_groups import answering, check_count, check_place, hold, process_group, settle
 from .registration import Args, ArgsPerRank, Finish, agree, register, register_ordered
 from .row_exchange import RowExchange, count, row_of
 
@@ -76,7 +76,7 @@ def halo_exchange(
     rows = RowExchange.of(dim, starts, stops, sizes, index, group).checked(x)
     if not group:
         return x.narrow(rows.dim, starts[0], stops[0] - starts[0]).clone(memory_format=torch.contiguous_format)
-    _check_place(process_group(group), index)
+    check_place(process_group(group), index, "halo_exchange")
     return rows.joined(x, all_to_all(*rows.packed(x), group))
 
 
@@ -110,7 +110,7 @@ def halo_start(
     out = x.new_empty(sum(out_splits))
     if group:
         members = process_group(group)
-        _check_place(members, index)
+        check_place(members, index, "halo_exchange")
         check_count(members, len(in_splits))
         with answering(members, "an exchange of rows"):
             work = dist.all_to_all_single(out, away, out_splits, in_splits, group=members, async_op=True)
@@ -161,8 +161,3 @@ def _beside(
     there = arriving.narrow(0, at, math.prod(shape)).view(shape)
     parts = [here, there] if not zeros else [here, there, here.new_zeros(edge)]
     return torch.cat(parts[::-1] if before else parts, dim)
-
-
-def _check_place(members: dist.ProcessGroup, index: int) -> None:
-    if dist.get_rank(members) != index:
-        raise ValueError(f"halo_exchange at position {index} of a group where this rank has another; pass its own")

@@ -318,3 +318,13 @@ def check_count(members: dist.ProcessGroup, count: int) -> None:
     """
     if dist.get_world_size(members) != count:
         raise ValueError(f"{count} sizes for a group of {dist.get_world_size(members)} ranks")
+
+
+def check_place(members: dist.ProcessGroup, index: int, op: str) -> None:
+    """Refuse a position in a group that is not this rank's.
+
+    Raises:
+        ValueError: naming the op.
+    """
+    if dist.get_rank(members) != index:
+        raise ValueError(f"{op} at position {index} of a group where this rank has another; pass its own")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 
 from .all_to_all import all_to_all
-from .process_groups import check_count, process_group
+from .process_groups import check_count, check_place, process_group
 from .registration import Args, ArgsPerRank, Finish, agree, register
 from .row_exchange import row_of
 
@@ -85,7 +84,6 @@ def reduce_scatter(x: torch.Tensor, dim: int, sizes: list[int], index: int, grou
         return x.clone(memory_format=torch.contiguous_format)
     members = process_group(group)
     check_count(members, len(sizes))
-    if dist.get_rank(members) != index:
-        raise ValueError(f"reduce_scatter at position {index} of a group where this rank has another; pass its own")
+    check_place(members, index, "reduce_scatter")
     (packed, received, sent, _), finish = _as_all_to_all((x, dim, sizes, index, group))
     return finish(all_to_all(packed, received, sent, group))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from xdit_compile.ir.axes import Axis, Concat, atoms
+from xdit_compile.ir.axes import Axis, atoms, parts_of
 
 from .infer import Frame, Inference
 from .operators import AttentionOp, ConvolutionOp, LinearOp
@@ -96,12 +96,12 @@ def _feed_forward(inference: Inference) -> Iterable[Use]:
     convolved: set[int] = set()
     for frame, node, op_axes in inference.nodes():
         if isinstance(op_axes.operator, LinearOp):
-            contracted |= {id(axis) for axis in end_to_end(op_axes.operand_axes[0][-1])}
-            for axis in end_to_end(op_axes.result_axes[0][-1]):
+            contracted |= {id(axis) for axis in parts_of(op_axes.operand_axes[0][-1])}
+            for axis in parts_of(op_axes.result_axes[0][-1]):
                 made.setdefault(id(axis), Use(axis, "ffn", frame, node))
         elif sums_channels(op_axes):
             convolved |= {
-                id(axis) for axes in (op_axes.operand_axes, op_axes.result_axes) for axis in end_to_end(axes[0][1])
+                id(axis) for axes in (op_axes.operand_axes, op_axes.result_axes) for axis in parts_of(axes[0][1])
             }
     return [use for key, use in made.items() if key in contracted - convolved]
 
@@ -112,8 +112,8 @@ def _convolved_channels(inference: Inference) -> Iterable[Use]:
     contracted: collections.Counter[int] = collections.Counter()
     for frame, node, op_axes in inference.nodes():
         if sums_channels(op_axes):
-            contracted.update({id(axis) for axis in end_to_end(op_axes.operand_axes[0][1])})
-            for axis in {id(axis): axis for axis in end_to_end(op_axes.result_axes[0][1])}.values():
+            contracted.update({id(axis) for axis in parts_of(op_axes.operand_axes[0][1])})
+            for axis in {id(axis): axis for axis in parts_of(op_axes.result_axes[0][1])}.values():
                 made.setdefault(id(axis), []).append(Use(axis, "channels", frame, node))
     return [uses[0] for key, uses in made.items() if len(uses) == 1 and contracted[key] == 1]
 
@@ -121,8 +121,3 @@ def _convolved_channels(inference: Inference) -> Iterable[Use]:
 def sums_channels(op_axes: OpAxes) -> bool:
     """Whether an operator is a convolution of which every result sums over all channels."""
     return isinstance(op_axes.operator, ConvolutionOp) and op_axes.operator.groups == 1
-
-
-def end_to_end(axis: Axis) -> tuple[Axis, ...]:
-    """The parts of a concatenation; any other axis alone."""
-    return axis.parts if isinstance(axis, Concat) else (axis,)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from xdit_compile.distributed.mesh import Mesh
-from xdit_compile.ir.axes import Axis, Concat, Product, atoms, same
+from xdit_compile.ir.axes import Axis, Concat, atoms, outermost, same
 from xdit_compile.methods import BATCH, DATA, MEMBERS
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.local.layout import Chosen, Layout
@@ -80,17 +80,13 @@ def _shared(inference: Inference) -> Axis | None:
     users = {spec.name for spec in inference.program.inputs if spec.kind == "user"}
     root = inference.program.root.graph
     entering = [
-        _outermost(inference.axes[node][0][0])
+        outermost(inference.axes[node][0][0])
         for node in root.find_nodes(op="placeholder")
         if node.name in users and inference.axes[node][0]
     ]
     (output,) = root.find_nodes(op="output")
     for leaf in output.args[0]:
         axes = inference.axes[leaf][0] if isinstance(leaf, fx.Node) else ()
-        if axes and any(same(_outermost(axes[0]), axis) for axis in entering):
-            return _outermost(axes[0])
+        if axes and any(same(outermost(axes[0]), axis) for axis in entering):
+            return outermost(axes[0])
     return None
-
-
-def _outermost(axis: Axis) -> Axis:
-    return axis.factors[0] if isinstance(axis, Product) else axis

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 
 from xdit_compile.errors import PlanError
-from xdit_compile.ir.axes import Axis, Concat, Product, atoms
+from xdit_compile.ir.axes import Axis, Concat, atoms, outermost, parts_of
 from xdit_compile.ir.sharding import Split, Unit
 from xdit_compile.methods import TENSOR
-from xdit_compile.passes.axes.axis_roles import end_to_end, roles, sums_channels
+from xdit_compile.passes.axes.axis_roles import roles, sums_channels
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.axes.operators import LinearOp
 from xdit_compile.passes.axes.rule import OpAxes
@@ -34,8 +34,8 @@ def choose_features(inference: Inference, plan: Plan) -> Units:
     units: dict[int, Unit] = {}
     for use in roles(inference):
         if use.role in wanted and not (use.role == "ffn" and has_few_rows(use.node)):
-            for axis in end_to_end(use.axis):
-                unit = _outermost(axis)
+            for axis in parts_of(use.axis):
+                unit = outermost(axis)
                 if unit.size > 1:
                     units.setdefault(id(unit), (unit,))
     _check_degree(plan, [_size(unit) for unit in units.values()])
@@ -59,11 +59,6 @@ def _size(unit: Unit) -> int:
     return math.prod(axis.size for axis in unit)
 
 
-def _outermost(axis: Axis) -> Axis:
-    """Query heads are key heads times a group: whole groups stay together."""
-    return axis.factors[0] if isinstance(axis, Product) else axis
-
-
 def _disjoint(units: Iterable[Unit]) -> list[Unit]:
     """Units that share no atom; the first one found stays."""
     taken: set[int] = set()
@@ -80,7 +75,7 @@ def _unchained(linears: Iterable[OpAxes], units: Iterable[Unit]) -> list[Unit]:
     """Units of which no linear contracts one to make another: splitting both would add a sum and save nothing."""
     partners: dict[int, set[int]] = {}
     for op_axes in linears:
-        made, contracted = ({id(_outermost(sub_axis)) for sub_axis in end_to_end(axis)} for axis in _ends(op_axes))
+        made, contracted = ({id(outermost(sub_axis)) for sub_axis in parts_of(axis)} for axis in _ends(op_axes))
         for one, others in ((made, contracted), (contracted, made)):
             for axis in one:
                 partners.setdefault(axis, set()).update(others)
@@ -106,7 +101,7 @@ def _summable(linears: Iterable[OpAxes], units: list[Unit], parts: int) -> list[
     while True:
         split = Split(TENSOR, parts, units)
         wrong = {
-            id(_outermost(sub_axis))
+            id(outermost(sub_axis))
             for axis in joined
             if not split.splits(axis)
             for sub_axis in axis.parts

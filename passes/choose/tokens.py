@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from xdit_compile.distributed.mesh import Mesh
-from xdit_compile.ir.axes import Axis, Concat, Product, atoms
+from xdit_compile.ir.axes import Axis, Product, atoms, parts_of
 from xdit_compile.ir.sharding import Split, Unit
 from xdit_compile.methods import MEMBERS, PATCH, SEQUENCE
 from xdit_compile.passes.axes.flops import flops, portion
@@ -94,12 +94,8 @@ def token_axes(inference: Inference) -> list[Axis]:
 def _attended(op_axes: OpAxes, attention: AttentionOp) -> Axis:
     """The query tokens of an attention, with the key tokens where queries attend to themselves among others."""
     queries, keys = (axes[attention.tokens] for axes in op_axes.operand_axes[:2])
-    among = {id(part) for part in _segments(queries)}
-    return keys if among < {id(part) for part in _segments(keys)} else queries
-
-
-def _segments(axis: Axis) -> Sequence[Axis]:
-    return axis.parts if isinstance(axis, Concat) else (axis,)
+    among = {id(part) for part in parts_of(queries)}
+    return keys if among < {id(part) for part in parts_of(keys)} else queries
 
 
 def _add(weights: dict[int, tuple[Axis, float]], axis: Axis, work: float) -> None:
@@ -119,7 +115,7 @@ def ways(axis: Axis, parts: int) -> Iterator[Units]:
     Yields:
         One unit for each segment, in order.
     """
-    segments = _segments(axis)
+    segments = parts_of(axis)
     seen = set()
     factors = _all_factors(segments)
     even = sorted(factors, key=lambda factor: _largest_share(factor, parts))[:MOST_FACTORS]

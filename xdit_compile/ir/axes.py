@@ -338,3 +338,11 @@ def factors_of(axis: Axis) -> tuple[Axis, ...]:
 def parts_of(axis: Axis) -> tuple[Axis, ...]:
     """The parts of a concatenation, in order; any other axis alone."""
     return axis.parts if isinstance(axis, Concat) else (axis,)
+
+
+def outermost(axis: Axis) -> Axis:
+    """The outermost factor of a product; any other axis itself.
+
+    Query heads are key heads times a group: what is cut by it keeps whole groups together.
+    """
+    return factors_of(axis)[0]

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .patch_parts import device_after, without_values
+from xdit_compile.passes.rules.piecewise import without_values
+
+from .patch_parts import device_after
 
 aten = torch.ops.aten
 _ALSO = (
