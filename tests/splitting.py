@@ -16,7 +16,7 @@ from zoo import transformers as zoo
 from xdit_compile.capture.capture import capture
 from xdit_compile.compiler import Analysis
 from xdit_compile.distributed.mesh import Mesh
-from xdit_compile.methods import SEQUENCE
+from xdit_compile.plan.methods import SEQUENCE
 from xdit_compile.passes.axes.infer import Inference, infer
 from xdit_compile.passes.choose.rows import choose_rows
 from xdit_compile.passes.choose.units import choose_units

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("passes", "kernels", "backends")
 PACKAGES = [ROOT / "xdit_compile", *(ROOT / name for name in LINKED)]
 FLOORS = (
-    "errors methods plan distributed ir weights capture.state capture kernels.collectives kernels passes.axes "
+    "errors plan distributed ir weights capture.state cache capture kernels.collectives kernels passes.axes "
     "passes.local passes.rules passes.lowering passes.partition passes.choose passes.stages passes.memory backends "
     "compiler reports runtime.tensors runtime.verify runtime runtime.methods api loading evaluation cli "
     "__main__"

@@ -25,7 +25,7 @@ from xdit_compile.capture.state.in_place import held
 from xdit_compile.errors import AgreementError
 from xdit_compile.ir.peak_memory import release_unused, with_reserve
 from xdit_compile.passes.memory.on_meta import peak_of
-from xdit_compile.plan import COMPILE_MODES
+from xdit_compile.plan.plan import COMPILE_MODES
 
 METHODS: dict[str, dict[str, Any]] = {
     "ulysses": {"ulysses": 2},

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from xdit_compile import Plan
 from xdit_compile.errors import PlanError, UsageError
-from xdit_compile.methods import METHODS
+from xdit_compile.plan.methods import METHODS
 
 TURNED = ("ring", "tensor", "data", "cfg", "pipefusion", "distrifusion", "ulysses")
 

@@ -21,7 +21,7 @@ from xdit_compile.distributed.world import World
 from xdit_compile.kernels.gather_parameter import gather_whole
 from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.registry import choose
-from xdit_compile.methods import TEAM, TENSOR
+from xdit_compile.plan.methods import TEAM, TENSOR
 from xdit_compile.reports.pipeline_report import PipelineReport, pipeline_report
 from xdit_compile.reports.report import Report, report
 from xdit_compile.runtime.diffusers_pipeline import (

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.axes import Axis, Product, atoms, parts_of
 from xdit_compile.ir.sharding import Split, Unit
-from xdit_compile.methods import MEMBERS, PATCH, SEQUENCE
+from xdit_compile.plan.methods import MEMBERS, PATCH, SEQUENCE
 from xdit_compile.passes.axes.flops import flops, portion
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.axes.operators import AttentionOp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from xdit_compile.methods import GATHERED, PATCH, SEQUENCE, TENSOR
+from xdit_compile.plan.methods import GATHERED, PATCH, SEQUENCE, TENSOR
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.local.layout import Chosen
 from xdit_compile.plan import Plan

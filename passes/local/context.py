@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from xdit_compile.ir.axes import Axis
-from xdit_compile.methods import PATCH
+from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.flops import flops
 from xdit_compile.passes.axes.rule import OpAxes
 

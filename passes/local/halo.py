@@ -11,7 +11,7 @@ from torch import fx
 
 from xdit_compile.ir.sharding import Split
 from xdit_compile.kernels.collectives.row_exchange import RowExchange
-from xdit_compile.methods import PATCH
+from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.local_call import LocalCall
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.axes.windows import HaloWindow

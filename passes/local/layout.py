@@ -10,7 +10,7 @@ import torch
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.axes import Axis
 from xdit_compile.ir.sharding import Sharding, Split, Unit
-from xdit_compile.methods import MEMBERS, PATCH, SEQUENCE, TENSOR
+from xdit_compile.plan.methods import MEMBERS, PATCH, SEQUENCE, TENSOR
 from xdit_compile.passes.axes.infer import Frame
 from xdit_compile.plan import Plan
 

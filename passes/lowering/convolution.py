@@ -11,7 +11,7 @@ from torch import fx
 
 import xdit_compile.kernels.put_rows  # noqa: F401  (registers the op that the graph calls)
 from xdit_compile.ir.arguments import overload_of
-from xdit_compile.methods import PATCH
+from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.operators import ConvolutionOp
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.axes.windows import HaloWindow

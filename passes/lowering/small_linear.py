@@ -14,7 +14,7 @@ from torch import fx
 
 from xdit_compile.ir.arguments import node_of
 from xdit_compile.ir.sharding import share
-from xdit_compile.methods import TENSOR
+from xdit_compile.plan.methods import TENSOR
 from xdit_compile.passes.axes.flops import flops, portion
 from xdit_compile.passes.axes.rule import OpAxes, operator_name
 from xdit_compile.passes.local.choose_loop import choose_all, required, yielded

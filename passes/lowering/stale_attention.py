@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from torch import fx
 
-from xdit_compile.methods import PATCH, SEQUENCE
+from xdit_compile.plan.methods import PATCH, SEQUENCE
 from xdit_compile.passes.axes.operators import AttentionOp
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.local.choose_loop import choose_all, required

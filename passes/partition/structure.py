@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from xdit_compile.errors import PartitionError
-from xdit_compile.methods import PATCH
+from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.infer import Frame
 from xdit_compile.passes.axes.operators import AttentionOp, ConvolutionOp, LinearOp, NormOp
 from xdit_compile.passes.axes.rule import OpAxes, values

@@ -17,7 +17,7 @@ from torch import fx
 from xdit_compile.errors import PartitionError
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.subgraph import reached, subgraph
-from xdit_compile.methods import PATCH
+from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.flops import flops
 from xdit_compile.passes.axes.infer import Inference
 

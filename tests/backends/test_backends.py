@@ -24,7 +24,7 @@ from xdit_compile.backends.inductor import Inductor, compile_threads
 from xdit_compile.backends.sites import Sites
 from xdit_compile.errors import PlanError, ProviderUnavailable
 from xdit_compile.kernels import attention, collectives, draws  # noqa: F401 - they register their ops
-from xdit_compile.plan import BACKENDS
+from xdit_compile.plan.plan import BACKENDS
 
 
 def root_of_two_calls() -> fx.GraphModule:

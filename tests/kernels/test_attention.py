@@ -18,7 +18,7 @@ from xdit_compile.kernels.attention import attended, attention_reference, query_
 from xdit_compile.kernels.merge_lse import merge
 from xdit_compile.kernels.providers import AttentionQuery, Call, _aligned_bias
 from xdit_compile.kernels.registry import BEST_FIRST, PROVIDERS, choose
-from xdit_compile.plan import ATTENTIONS
+from xdit_compile.plan.plan import ATTENTIONS
 
 OPS = torch.ops.xdit_compile
 ON_CPU = ("auto", "sdpa", "sdpa_math", "sdpa_flash", "chunked")

@@ -17,7 +17,7 @@ from xdit_compile.distributed.mesh import Mesh, channels
 from xdit_compile.distributed.messages import ALIGNED, length, pack, unpack
 from xdit_compile.ir.patch_layout import PatchLayout
 from xdit_compile.ir.program import Input
-from xdit_compile.methods import BATCH, DATA, MEMBERS, SEQUENCE, TEAM
+from xdit_compile.plan.methods import BATCH, DATA, MEMBERS, SEQUENCE, TEAM
 from xdit_compile.passes.stages.assign_stages import Stage
 from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan

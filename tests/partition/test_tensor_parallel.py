@@ -15,7 +15,7 @@ import xdit_compile
 from tests.runtime.test_runtime import run_model
 from xdit_compile.capture.capture import capture, relative_difference
 from xdit_compile.errors import PlanError
-from xdit_compile.methods import TENSOR
+from xdit_compile.plan.methods import TENSOR
 from xdit_compile.passes.axes.infer import infer
 from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.rules.registry import rulebook

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from xdit_compile.errors import AgreementError, PlanError
-from xdit_compile.methods import MEMBERS, TEAM
+from xdit_compile.plan.methods import MEMBERS, TEAM
 from xdit_compile.plan import Plan
 
 REPLICA = ("cfg", *TEAM)

@@ -19,7 +19,7 @@ from xdit_compile.compiler import Analysis, Compilation, analyse, compiled
 from xdit_compile.errors import CaptureError, NoRoomError
 from xdit_compile.ir.digest import digest, digest_program, digest_shapes
 from xdit_compile.ir.precision import precision_for
-from xdit_compile.methods import BATCH
+from xdit_compile.plan.methods import BATCH
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.local.layout import Chosen

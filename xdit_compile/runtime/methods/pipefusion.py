@@ -23,7 +23,7 @@ from xdit_compile.compiler import Analysis
 from xdit_compile.distributed.devices import finish
 from xdit_compile.ir.patch_layout import PatchLayout
 from xdit_compile.ir.program import Program
-from xdit_compile.methods import BATCH
+from xdit_compile.plan.methods import BATCH
 from xdit_compile.passes.stages.assign_stages import Stage
 from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.runtime.cfg_branches import Call, alone

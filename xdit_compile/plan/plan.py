@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from .errors import PlanError
+from xdit_compile.errors import PlanError
 from .methods import DIMENSIONS, MESH_ORDER, METHODS, Degrees, dimensions
 
 BACKENDS = ("auto", "inductor", "nexfort", "eager", "aot_eager")
