@@ -16,7 +16,6 @@ from zoo import transformers as zoo
 from xdit_compile.capture.capture import capture
 from xdit_compile.compiler import Analysis
 from xdit_compile.distributed.mesh import Mesh
-from xdit_compile.plan.methods import SEQUENCE
 from xdit_compile.passes.axes.infer import Inference, infer
 from xdit_compile.passes.choose.rows import choose_rows
 from xdit_compile.passes.choose.units import choose_units
@@ -24,6 +23,7 @@ from xdit_compile.passes.local.layout import Chosen, Layout
 from xdit_compile.passes.partition.program import Partitioned, partition
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import SEQUENCE
 from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 CASES = {**zoo.MODELS, **zoo_more.MORE}

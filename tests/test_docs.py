@@ -40,8 +40,8 @@ from xdit_compile.cli.request import DEMO_PIPELINE, Request, plan_from_flags
 from xdit_compile.compiler import Analysis, analyse, place
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.verify_program import verify_program
-from xdit_compile.plan.methods import METHODS
 from xdit_compile.passes.choose.units import choose_units
+from xdit_compile.plan.methods import METHODS
 from xdit_compile.reports.pipeline_report import pipeline_report
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,11 +8,11 @@ from torch import fx
 
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.axes import Axis, Concat, atoms, outermost, same
-from xdit_compile.plan.methods import BATCH, DATA, MEMBERS
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.local.layout import Chosen, Layout
 from xdit_compile.passes.partition.program import partition
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import BATCH, DATA, MEMBERS
 
 from .tokens import Units, weigh
 

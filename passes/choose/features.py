@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from xdit_compile.errors import PlanError
 from xdit_compile.ir.axes import Axis, Concat, atoms, outermost, parts_of
 from xdit_compile.ir.sharding import Split, Unit
-from xdit_compile.plan.methods import TENSOR
 from xdit_compile.passes.axes.axis_roles import roles, sums_channels
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.axes.operators import LinearOp
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.lowering.small_linear import has_few_rows
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import TENSOR
 
 from .tokens import Units
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.axes import Axis, Product
-from xdit_compile.plan.methods import SEQUENCE
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.local.layout import Chosen, Layout
 from xdit_compile.passes.partition.program import partition
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import SEQUENCE
 
 from .batch import choose_batch
 from .tokens import Units, weigh

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.axes import Axis, Product, atoms, parts_of
 from xdit_compile.ir.sharding import Split, Unit
-from xdit_compile.plan.methods import MEMBERS, PATCH, SEQUENCE
 from xdit_compile.passes.axes.flops import flops, portion
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.axes.operators import AttentionOp
@@ -21,6 +20,7 @@ from xdit_compile.passes.local.layout import Layout
 from xdit_compile.passes.local.ledger import STALE, Ledger
 from xdit_compile.passes.partition.program import partition
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import MEMBERS, PATCH, SEQUENCE
 
 MOST_FAMILIES = 6
 """Token axes that are tried, costliest attention first."""

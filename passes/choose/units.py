@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from xdit_compile.plan.methods import GATHERED, PATCH, SEQUENCE, TENSOR
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.local.layout import Chosen
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import GATHERED, PATCH, SEQUENCE, TENSOR
 
 from .batch import choose_batch
 from .features import choose_features

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from xdit_compile.ir.axes import Axis
-from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.flops import flops
 from xdit_compile.passes.axes.rule import OpAxes
+from xdit_compile.plan.methods import PATCH
 
 from .choose_loop import ShardedLoop
 from .ledger import STALE

@@ -11,10 +11,10 @@ from torch import fx
 
 from xdit_compile.ir.sharding import Split
 from xdit_compile.kernels.collectives.row_exchange import RowExchange
-from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.local_call import LocalCall
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.axes.windows import HaloWindow
+from xdit_compile.plan.methods import PATCH
 
 from .choose_loop import ShardedLoop, feasible, required
 from .context import LoweringContext

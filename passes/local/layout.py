@@ -10,9 +10,9 @@ import torch
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.axes import Axis
 from xdit_compile.ir.sharding import Sharding, Split, Unit
-from xdit_compile.plan.methods import MEMBERS, PATCH, SEQUENCE, TENSOR
 from xdit_compile.passes.axes.infer import Frame
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import MEMBERS, PATCH, SEQUENCE, TENSOR
 
 Chosen = Mapping[str, Sequence[Unit]]
 """What is split, by the name of what splits it."""

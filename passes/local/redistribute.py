@@ -11,9 +11,9 @@ from torch import fx
 from xdit_compile.errors import PartitionError
 from xdit_compile.ir.axes import Axis, same
 from xdit_compile.ir.sharding import Sharding
-from xdit_compile.plan.methods import GATHERED
 from xdit_compile.passes.axes.infer import Frame, Place
 from xdit_compile.passes.axes.rule import OpAxes
+from xdit_compile.plan.methods import GATHERED
 
 from .layout import Layout
 from .ledger import Gather, Ledger

@@ -17,13 +17,13 @@ from torch import fx
 import xdit_compile.kernels.attention  # noqa: F401  (registers the op)
 import xdit_compile.kernels.ring  # noqa: F401  (registers the op)
 from xdit_compile.ir.axes import Axis
-from xdit_compile.plan.methods import SEQUENCE
 from xdit_compile.passes.axes.flops import flops, portion
 from xdit_compile.passes.axes.operators import AttentionOp
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.local.choose_loop import ShardedLoop, choose_all, required
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.local_graph import Value, aten
+from xdit_compile.plan.methods import SEQUENCE
 
 from .ulysses import HeadExchange
 

@@ -11,7 +11,6 @@ from torch import fx
 
 import xdit_compile.kernels.put_rows  # noqa: F401  (registers the op that the graph calls)
 from xdit_compile.ir.arguments import overload_of
-from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.operators import ConvolutionOp
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.axes.windows import HaloWindow
@@ -19,6 +18,7 @@ from xdit_compile.passes.local.choose_loop import ShardedLoop, choose_all, requi
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.halo import ask, fetch
 from xdit_compile.passes.local.local_graph import Value, aten
+from xdit_compile.plan.methods import PATCH
 
 
 def lower(context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:

@@ -19,12 +19,12 @@ import xdit_compile.kernels.scale_shift  # noqa: F401  (registers the op that th
 from xdit_compile.ir.arguments import integer_of, number_of, overload_of, sequence_of
 from xdit_compile.ir.axes import Atom, Axis, same
 from xdit_compile.ir.sharding import Split
-from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.operators import NormOp
 from xdit_compile.passes.axes.rule import OpAxes, operator_name
 from xdit_compile.passes.local.choose_loop import choose_all, yielded
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.local_graph import Value, aten
+from xdit_compile.plan.methods import PATCH
 
 ROOT_MEAN_SQUARE = ("rms_norm", "_fused_rms_norm")
 CENTRED = ("layer_norm", "native_layer_norm")

@@ -14,12 +14,12 @@ from torch import fx
 
 from xdit_compile.ir.arguments import node_of
 from xdit_compile.ir.sharding import share
-from xdit_compile.plan.methods import TENSOR
 from xdit_compile.passes.axes.flops import flops, portion
 from xdit_compile.passes.axes.rule import OpAxes, operator_name
 from xdit_compile.passes.local.choose_loop import choose_all, required, yielded
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.local_graph import Value, aten
+from xdit_compile.plan.methods import TENSOR
 
 SMALL = 1 / 16
 """A result of at most this share of its weight's elements is small."""

@@ -14,12 +14,12 @@ from __future__ import annotations
 import numpy as np
 from torch import fx
 
-from xdit_compile.plan.methods import PATCH, SEQUENCE
 from xdit_compile.passes.axes.operators import AttentionOp
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.local.choose_loop import choose_all, required
 from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.local_graph import Value
+from xdit_compile.plan.methods import PATCH, SEQUENCE
 
 from . import attention
 from .attention import Exchanged, LocalAttention, exchanges

@@ -13,11 +13,11 @@ from torch import fx
 from xdit_compile.ir.arguments import node_of, sequence_of
 from xdit_compile.ir.axes import Axis
 from xdit_compile.ir.program import Input, Kind, Program
-from xdit_compile.plan.methods import PATCH, TENSOR
 from xdit_compile.passes.axes.infer import Frame, Inference, results_of
 from xdit_compile.passes.local.layout import Layout
 from xdit_compile.passes.local.ledger import Ledger
 from xdit_compile.passes.local.local_graph import LocalGraph, State, Value
+from xdit_compile.plan.methods import PATCH, TENSOR
 
 from .align_windows import follow
 from .replicate_masks import wants_whole

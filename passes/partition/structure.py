@@ -16,7 +16,6 @@ from typing import Any
 from torch import fx
 
 from xdit_compile.errors import PartitionError
-from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.infer import Frame
 from xdit_compile.passes.axes.operators import AttentionOp, ConvolutionOp, LinearOp, NormOp
 from xdit_compile.passes.axes.rule import OpAxes, values
@@ -28,6 +27,7 @@ from xdit_compile.passes.local.layout import Layout
 from xdit_compile.passes.local.ledger import Ledger
 from xdit_compile.passes.local.local_graph import State, Value, aten
 from xdit_compile.passes.lowering import convolution, norm, small_linear, stale_attention
+from xdit_compile.plan.methods import PATCH
 
 LOWERINGS = {
     AttentionOp: stale_attention.lower,

@@ -17,9 +17,9 @@ from torch import fx
 from xdit_compile.errors import PartitionError
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.subgraph import reached, subgraph
-from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.flops import flops
 from xdit_compile.passes.axes.infer import Inference
+from xdit_compile.plan.methods import PATCH
 
 EVERYWHERE = -1
 """The stage of a call that every stage makes that needs it."""

@@ -13,12 +13,12 @@ from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import PartitionError
 from xdit_compile.ir.axes import Axis, Product, atoms
 from xdit_compile.ir.sharding import Split, Unit
-from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.choose.tokens import Units, token_axes, ways
 from xdit_compile.passes.local.layout import Layout
 from xdit_compile.passes.partition.program import Partitioned, partition
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import PATCH
 
 from .assign_stages import everywhere
 

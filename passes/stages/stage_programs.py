@@ -13,11 +13,11 @@ from xdit_compile.ir.axes import Axis
 from xdit_compile.ir.patch_layout import PatchLayout
 from xdit_compile.ir.program import Input, Kind, Program
 from xdit_compile.ir.sharding import Split
-from xdit_compile.plan.methods import SEQUENCE
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.local.layout import Chosen, Layout
 from xdit_compile.passes.partition.program import Partitioned, partition
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import SEQUENCE
 
 from .assign_stages import Stage, assign, cut, everywhere, only
 from .choose_patches import choose_patches, one_patch, varying

@@ -17,10 +17,10 @@ from xdit_compile.distributed.mesh import Mesh, channels
 from xdit_compile.distributed.messages import ALIGNED, length, pack, unpack
 from xdit_compile.ir.patch_layout import PatchLayout
 from xdit_compile.ir.program import Input
-from xdit_compile.plan.methods import BATCH, DATA, MEMBERS, SEQUENCE, TEAM
 from xdit_compile.passes.stages.assign_stages import Stage
 from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import BATCH, DATA, MEMBERS, SEQUENCE, TEAM
 from xdit_compile.runtime.generation import Generation
 from xdit_compile.runtime.methods.pipefusion import Flow, PipelineRunner
 from xdit_compile.runtime.session import Target

@@ -23,9 +23,9 @@ from xdit_compile.api import runner_of
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.axes import Product
 from xdit_compile.ir.program import Program
-from xdit_compile.plan.methods import PATCH, SEQUENCE
 from xdit_compile.passes.local.layout import Layout
 from xdit_compile.passes.stages.choose_patches import choose_patches
+from xdit_compile.plan.methods import PATCH, SEQUENCE
 
 TURNED = ("data", "cfg", "tensor", "ulysses", "ring", "pipefusion", "distrifusion")
 

@@ -15,11 +15,11 @@ import xdit_compile
 from tests.runtime.test_runtime import run_model
 from xdit_compile.capture.capture import capture, relative_difference
 from xdit_compile.errors import PlanError
-from xdit_compile.plan.methods import TENSOR
 from xdit_compile.passes.axes.infer import infer
 from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import TENSOR
 from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 MESHES = [Plan(tensor=2), Plan(tensor=3), Plan(tensor=4), Plan(tensor=2, ulysses=2), Plan(tensor=2, ring=2)]

@@ -14,8 +14,8 @@ import click
 from xdit_compile import __version__
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError, one_line
-from xdit_compile.plan.methods import METHODS, Method
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import METHODS, Method
 from xdit_compile.plan.plan import BACKENDS
 from xdit_compile.weights.model_folder import check_component
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Self
 
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError
-from xdit_compile.plan.methods import METHODS, Method
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import METHODS, Method
 from xdit_compile.weights.model_folder import check_parts, check_size
 
 DTYPES = {

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from xdit_compile.errors import AgreementError, PlanError
-from xdit_compile.plan.methods import MEMBERS, TEAM
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import MEMBERS, TEAM
 
 REPLICA = ("cfg", *TEAM)
 """Ranks that share the rows of an autoencoder, whatever the batch."""

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from xdit_compile.errors import PlanError
+
 from .methods import DIMENSIONS, MESH_ORDER, METHODS, Degrees, dimensions
 
 BACKENDS = ("auto", "inductor", "nexfort", "eager", "aot_eager")

@@ -17,10 +17,10 @@ from xdit_compile.distributed.agreement import Agreement
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.digest import digest, digest_program
 from xdit_compile.ir.program import Guard, Program
-from xdit_compile.plan.methods import BATCH, DATA, MEMBERS
 from xdit_compile.passes.choose.batch import choose_joined_batch
 from xdit_compile.passes.choose.units import choose_within_batch
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import BATCH, DATA, MEMBERS
 from xdit_compile.runtime.verify.independence import Bound, Independent, few, independent
 
 from .cfg_branches import exchanged

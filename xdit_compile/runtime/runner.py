@@ -19,11 +19,11 @@ from xdit_compile.compiler import Analysis, Compilation, analyse, compiled
 from xdit_compile.errors import CaptureError, NoRoomError
 from xdit_compile.ir.digest import digest, digest_program, digest_shapes
 from xdit_compile.ir.precision import precision_for
-from xdit_compile.plan.methods import BATCH
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.local.layout import Chosen
 from xdit_compile.plan import Plan
+from xdit_compile.plan.methods import BATCH
 from xdit_compile.reports.dump import observers
 from xdit_compile.runtime.tensors.deferred_tensor import Deferred, values_of
 from xdit_compile.runtime.verify.later_call import LaterCall

@@ -19,8 +19,8 @@ from xdit_compile.compiler import Analysis
 from xdit_compile.ir.peak_memory import if_room
 from xdit_compile.ir.precision import precision_for
 from xdit_compile.ir.program import Program
-from xdit_compile.plan.methods import PATCH
 from xdit_compile.passes.stages.choose_patches import stepping
+from xdit_compile.plan.methods import PATCH
 from xdit_compile.runtime.compiled_call import CompiledCall
 from xdit_compile.runtime.generation import BranchState, States
 from xdit_compile.runtime.runner import Computing, Runner, device_of

@@ -23,9 +23,9 @@ from xdit_compile.compiler import Analysis
 from xdit_compile.distributed.devices import finish
 from xdit_compile.ir.patch_layout import PatchLayout
 from xdit_compile.ir.program import Program
-from xdit_compile.plan.methods import BATCH
 from xdit_compile.passes.stages.assign_stages import Stage
 from xdit_compile.passes.stages.stage_programs import StagePrograms
+from xdit_compile.plan.methods import BATCH
 from xdit_compile.runtime.cfg_branches import Call, alone
 from xdit_compile.runtime.compiled_call import CompiledCall
 from xdit_compile.runtime.generation import BranchState
