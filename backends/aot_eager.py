@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .base import Backend
+from .forms import Forms, fakes_of
 from .sites import Sites
 
 
@@ -25,19 +26,18 @@ class AotEager(Backend):
 
     def compile(self, root: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
         """The root with every structure decomposed when it is first called."""
-        return Sites(root, lambda structure, args: decomposed(structure, args).forward)
+        return Sites(root, lambda structure, forms: decomposed(structure, forms).forward)
 
 
 @torch.no_grad()
-def decomposed(structure: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:
+def decomposed(structure: fx.GraphModule, forms: Forms) -> fx.GraphModule:
     """A structure in the operators that inductor generates code for.
 
     Args:
         structure: a flat graph; nothing of it is run.
-        args: those of a call, whose sizes, strides and devices count.
+        forms: of a call's arguments.
     """
     from torch._inductor.decomposition import select_decomp_table
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [mode.from_tensor(arg, static_shapes=True) if isinstance(arg, torch.Tensor) else arg for arg in args]
-        return make_fx(structure, decomposition_table=select_decomp_table())(*fakes)
+        return make_fx(structure, decomposition_table=select_decomp_table())(*fakes_of(mode, forms))

@@ -18,6 +18,10 @@ class Backend(abc.ABC):
         """Why this backend cannot be used here, with what to do about it; None where it can."""
         return None
 
+    def prepare(self) -> None:
+        """Import what compiled code needs, so that the first call does not wait for it."""
+        return None
+
     @abc.abstractmethod
     def compile(self, root: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
         """What computes the root, on the same flat tensors; each structure compiled once however often it is called."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .base import Backend
-from .inductor_order import pin_order
+from .codes import Codes
 from .sites import Sites
 
 OPTIONS = {"emulate_precision_casts": True}
@@ -36,26 +34,25 @@ class Inductor(Backend):
 
     def __init__(self, mode: str = "default"):
         self._mode = mode
+        self.codes = Codes(self._options)
 
     def unavailable(self) -> str | None:
         if torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++"))):
             return None
         return "it needs a C++ compiler on the CPU; install g++, or use backend='eager'"
 
-    def compile(self, root: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
-        """The root with every structure compiled when it is first called."""
+    def prepare(self) -> None:
+        import torch._inductor.codegen.memory_planning
+        import torch._inductor.select_algorithm
+        import torch._inductor.standalone_compile  # noqa: F401
+
+    def compile(self, root: fx.GraphModule) -> Sites:
+        """The root with every structure compiled when it is first called, or found among those that are."""
+        return Sites(root, self.codes.run_of)
+
+    def _options(self) -> dict[str, Any]:
         threads, options = compile_threads(), {**torch._inductor.list_mode_options(self._mode), **OPTIONS}
-        if threads is not None:
-            options["compile_threads"] = threads
-        return Sites(root, lambda structure, args: _compiled(structure, args, options))
-
-
-def _compiled(structure: fx.GraphModule, args: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
-    pin_order()
-    mode = FakeTensorMode(shape_env=ShapeEnv())  # without one inductor does not look into its cache of compiled graphs
-    fakes = [mode.from_tensor(arg, static_shapes=True) if isinstance(arg, torch.Tensor) else arg for arg in args]
-    compiled: Callable[..., Any] = torch._inductor.compile(structure, fakes, options=dict(options))
-    return compiled
+        return options if threads is None else {**options, "compile_threads": threads}
 
 
 def compile_threads(environment: Mapping[str, str] = os.environ) -> int | None:

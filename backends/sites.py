@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from .forms import Forms, form_of, forms_inside
+
 Run = Callable[..., Any]
-Compile = Callable[[fx.GraphModule, Sequence[Any]], Run]
-Form = tuple[Any, ...]
+Compile = Callable[[fx.GraphModule, Forms], Run]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One thing that is compiled.
+
+    Args:
+        target: the structure's name.
+        forms: of the arguments of its calls.
+        sites: the names of these calls.
+    """
+
+    target: str
+    forms: Forms
+    sites: tuple[str, ...]
 
 
 class Sites:
-    """A root graph whose structures are compiled for the tensors of its calls, when the first of these are there.
+    """A root graph whose structures are compiled for the tensors of its calls, before the first of these or at it.
 
     A structure that is called in several forms is compiled once for each. The form of a root's inputs decides that of
     every value inside, and all of it but the strides belongs to the signature that a program is made for: so strides
@@ -24,7 +41,8 @@ class Sites:
 
     Args:
         root: wires calls of structures together.
-        compile_structure: from a structure, which it may change, and the arguments of a call to what computes it.
+        compile_structure: from a structure, which it may change, and the forms of a call's arguments to what computes
+            it.
     """
 
     def __init__(self, root: fx.GraphModule, compile_structure: Compile):
@@ -33,14 +51,14 @@ class Sites:
         self._graph = copy.deepcopy(root.graph)
         for name, node in zip(self._calls, _called(self._graph), strict=True):
             node.target = name
-        self._compiled: dict[tuple[str, Form], Run] = {}
-        self._runs: dict[Form, Run] = {}
+        self._compiled: dict[tuple[str, Forms], Run] = {}
+        self._runs: dict[Forms, Run] = {}
         self._form: tuple[Any, ...] = ()
         self._latest: Run | None = None
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """What the root computes."""
-        form = (*_precisions(), *[tensor.stride() for tensor in tensors])
+        form = (*precisions(), *[tensor.stride() for tensor in tensors])
         if self._latest is None or form != self._form:
             known = self._runs.get(form)
             if known is None:
@@ -48,7 +66,26 @@ class Sites:
             self._form, self._latest = form, known
         return self._latest(*tensors)
 
-    def _first(self, form: Form, tensors: Sequence[torch.Tensor]) -> Any:
+    def jobs(self, inputs: Forms) -> list[Job]:
+        """What has to be compiled for inputs of these forms, in the order of the calls."""
+        sites: dict[tuple[str, Forms], list[str]] = {}
+        for (name, target), forms in zip(self._calls.items(), forms_inside(self._root, inputs), strict=True):
+            sites.setdefault((target, forms), []).append(name)
+        return [Job(*key, tuple(names)) for key, names in sites.items()]
+
+    def structure(self, job: Job) -> fx.GraphModule:
+        """The graph that is compiled, in a copy that may be changed."""
+        return self._copied(job.target)
+
+    def supply(self, inputs: Forms, made: Iterable[tuple[Job, Run]]) -> None:
+        """Take what was compiled of all `jobs` for inputs of these forms."""
+        runs: dict[str, Run] = {}
+        for job, run in made:
+            self._compiled[job.target, (*precisions(), *job.forms)] = run
+            runs.update(dict.fromkeys(job.sites, run))
+        self._runs[(*precisions(), *[form.stride for form in inputs])] = fx.GraphModule(runs, self._graph).forward
+
+    def _first(self, form: Forms, tensors: Sequence[torch.Tensor]) -> Any:
         """Compile what is met on the way through a first run."""
         sites = {name: _Site(self._found, target) for name, target in self._calls.items()}
         result = fx.GraphModule(sites, self._graph).forward(*tensors)
@@ -58,13 +95,19 @@ class Sites:
         return result
 
     def _found(self, target: str, args: Sequence[Any]) -> Run:
-        key = (target, (*_precisions(), *map(_form, args)))
+        forms = tuple(map(form_of, args))
+        key = (target, (*precisions(), *forms))
         if key not in self._compiled:
-            structure = self._root.get_submodule(target)
-            assert isinstance(structure, fx.GraphModule)
-            own = fx.GraphModule(structure, copy.deepcopy(structure.graph))
-            self._compiled[key] = self._compile(own, args)
+            self._compiled[key] = self._compile(self._copied(target), forms)
         return self._compiled[key]
+
+    def _copied(self, target: str) -> fx.GraphModule:
+        structure = self._root.get_submodule(target)
+        assert isinstance(structure, fx.GraphModule)
+        copied = fx.GraphModule(structure, copy.deepcopy(structure.graph))
+        for node in copied.graph.nodes:
+            node.type = None
+        return copied
 
 
 class _Site:
@@ -79,15 +122,10 @@ class _Site:
         return self.run(*args)
 
 
-def _called(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "call_module"]
-
-
-def _precisions() -> tuple[str, ...]:
+def precisions() -> tuple[str, ...]:
+    """What products of float32 may be, as far as compilers go by it."""
     return tuple(torch._C._get_fp32_precision_getter(kind, "matmul") for kind in ("cuda", "mkldnn"))
 
 
-def _form(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return (value.shape, value.stride(), value.dtype, value.device)
+def _called(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_module"]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from xdit_compile.backends.registry import find_backend
+from xdit_compile.cache.store import open_store
 from xdit_compile.capture.state.in_place import held, put_back, put_in_place
 from xdit_compile.capture.state.unsupported import refuse_unsupported
 from xdit_compile.distributed.devices import execution_device, refuse_moved, settle
@@ -73,7 +74,7 @@ def parallelize(target: Any, plan: Plan | None = None) -> Any:
 
 def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     """What `parallelize` does, with the weights of some components given by name."""
-    backend = find_backend(plan.backend, plan.compile_mode)
+    backend, store = find_backend(plan.backend, plan.compile_mode), open_store(plan.cache)
     coders = dict(autoencoders(target)) if plan.vae != "whole" else {}
     if plan.vae != "whole" and not coders:
         raise UsageError(f"vae={plan.vae!r} but there is no autoencoder here; use vae='whole'")
@@ -87,8 +88,9 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
         refuse_unsupported(module, name)
     session = _common_session(target, {**modules, **coders}, plan)
     if session is None:
+        backend.prepare()
         device = _sit_down(plan, list(devices.values()))
-        session = Session(plan, Mesh.from_process_group(plan), backend, device)
+        session = Session(plan, Mesh.from_process_group(plan), backend, device, store)
     _stay({name: module for name, module in {**modules, **coders}.items() if not held(module)}, session)
     for name, module in modules.items():
         if not held(module):

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -51,7 +52,7 @@ class Call:
     """One call of a module, and how it is captured.
 
     Args:
-        forward, check, run: see `capture`.
+        forward, check, run, watched: see `capture`.
     """
 
     module: nn.Module
@@ -60,6 +61,7 @@ class Call:
     forward: Callable[..., Any] | None = None
     check: bool = True
     run: bool = True
+    watched: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,10 @@ def _numbered(patches: Sequence[Each]) -> dict[str, Each]:
 def _capture(state: Compilation) -> Compilation:
     assert state.call is not None
     call = state.call
-    program = capture(call.module, call.args, call.kwargs, forward=call.forward, check=call.check, run=call.run)
+    program = capture(
+        call.module, call.args, call.kwargs,
+        forward=call.forward, check=call.check, run=call.run, watched=call.watched,
+    )  # fmt: skip
     return dataclasses.replace(state, program=program, call=None)
 
 
@@ -254,14 +259,14 @@ def check(state: Compilation) -> None:
 def analyse(
     module: nn.Module, plan: Plan, args: tuple, kwargs: dict, *, forward: Callable[..., Any] | None = None,
     check: bool = True, choose: Callable[[Inference, Plan], Chosen] = choose_units, run: bool = True,
-    observers: Sequence[Observer] = (),
+    observers: Sequence[Observer] = (), watched: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Analysis:  # fmt: skip
     """The passes that are the same on every rank: capture one call of a module, name its axes, choose what to split.
 
     Raises:
         CaptureError: when no capture agrees with the module.
     """
-    call = Call(module, args, kwargs, forward, check, run)
+    call = Call(module, args, kwargs, forward, check, run, watched)
     return run_passes(Compilation(plan, call, choose), until="choose_units", observers=observers).analysis
 
 

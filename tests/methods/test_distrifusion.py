@@ -305,7 +305,7 @@ def shared_by(name: str, ranks: int) -> tuple[Captured, list[StaleCall]]:
     for rank in range(ranks):
         fresh, stale = (place(analysis, plan, Mesh.simulated(plan, rank), stale=late) for late in (False, True))
         ways = fresh.program, fresh.program.root, stale.program, stale.program.root
-        found.append(StaleCall(analysis, *ways, stale.outgoing, frozenset(), ()))
+        found.append(StaleCall(lambda: analysis, *ways, stale.outgoing, frozenset(), ()))
     return model, found
 
 

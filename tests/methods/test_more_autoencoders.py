@@ -21,8 +21,8 @@ from xdit_compile.ir.results import tensors_of
 from xdit_compile.kernels.draws import Draws, drawing
 from xdit_compile.passes.axes.infer import infer
 from xdit_compile.passes.rules.registry import rulebook
-from xdit_compile.runtime.draws import Drawn
 from xdit_compile.runtime.methods.autoencoder import cut_small
+from xdit_compile.runtime.methods.draws import Drawn
 from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 CALLS = [(name, method) for name in MORE for method in ("decode", "encode")]

@@ -22,7 +22,8 @@ from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan
 from xdit_compile.plan.methods import BATCH, DATA, MEMBERS, SEQUENCE, TEAM
 from xdit_compile.runtime.generation import Generation
-from xdit_compile.runtime.methods.pipefusion import Flow, PipelineRunner
+from xdit_compile.runtime.methods.flow import Flow
+from xdit_compile.runtime.methods.pipefusion import PipelineRunner
 from xdit_compile.runtime.session import Target
 from xdit_compile.runtime.tensors.patched_tensor import whole_of
 from xdit_compile.weights.weights import Weights
@@ -78,7 +79,7 @@ def stages_on(plan: Plan, mesh: Mesh, recorder: Recorder) -> Stages:
     pipeline = StagePrograms(runner.stage, full, common, (), patches, (0,), {0: layout}, (layout,), whole)
     runs = tuple(functools.partial(run, rows) for rows in (ROWS * count, *[ROWS] * count))
     analysis: Any = types.SimpleNamespace(units={})
-    runner.flow = Flow(analysis, full.program, runs[0], pipeline, tuple, runs)
+    runner.flow = Flow(lambda: analysis, full.program, runs[0], pipeline, tuple, runs)
     return runner
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ def capture(
     check: bool = True,
     run: bool = True,
     forward: Callable[..., Any] | None = None,
+    watched: Callable[[], AbstractContextManager[Any]] = nullcontext,
     methods: tuple[tuple[str, CaptureMethod], ...] = CAPTURE_METHODS,
 ) -> Program:
     """Record what a module computes of its inputs as a functional ATen program.
@@ -71,6 +72,7 @@ def capture(
         check: compare the program with the module.
         run: without it the module is traced alone, which takes no memory for what it computes, and nothing is compared.
         forward: what to call instead of ``module.forward``.
+        watched: around the module's own run; where it does not run, around what traces it.
         methods: names and functions of the ways to record it that are tried.
 
     Raises:
@@ -82,7 +84,7 @@ def capture(
     flat = Flat(module, forward or module.forward, args, kwargs)
     try:
         with same_random_numbers(), given_back(module, *flat.objects):
-            return _first_that_agrees(flat, methods, check, run)
+            return _first_that_agrees(flat, methods, check, run, watched)
     except Exception as error:
         if not ran_out(error):
             raise
@@ -100,13 +102,16 @@ def _refuse_training(module: nn.Module) -> None:
             )
 
 
-def _first_that_agrees(flat: Flat, methods: tuple[tuple[str, CaptureMethod], ...], check: bool, run: bool) -> Program:
+def _first_that_agrees(
+    flat: Flat, methods: tuple[tuple[str, CaptureMethod], ...], check: bool, run: bool,
+    watched: Callable[[], AbstractContextManager[Any]],
+) -> Program:  # fmt: skip
     module = flat.module
     tensors = [*flat.tensors(), *module.parameters(), *module.buffers()]
     weightless = not run or any(tensor.is_meta for tensor in tensors)
     flat.runs, expected = not weightless, None
     if flat.runs:
-        with full_precision():
+        with full_precision(), watched():
             expected = _own_outcome(flat)
         flat.seen.outcome = Template.of(expected)
     reasons: list[str] = []
@@ -115,7 +120,7 @@ def _first_that_agrees(flat: Flat, methods: tuple[tuple[str, CaptureMethod], ...
         if how == "dynamo" and (weightless or about_data):
             continue
         try:
-            with preserved(module):
+            with preserved(module), nullcontext() if flat.runs else watched():
                 program = _captured_by(flat, how, method)
             if check and not weightless:
                 with full_precision():

@@ -19,6 +19,7 @@ from xdit_compile.plan.methods import METHODS, Method
 from xdit_compile.plan.plan import BACKENDS
 from xdit_compile.weights.model_folder import check_component
 
+from .cache import cache
 from .evaluation_request import DEFAULT_COUNT, FEATURES, EvaluationRequest
 from .request import DTYPES, OUTPUT_TYPES, PipelineRequest, Request, check_inputs, find_model, plan_from_flags
 
@@ -96,7 +97,7 @@ def _rank_prefix() -> str:
 
 def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags of a plan; the command is given the plan that they make."""
-    flags = {**_degree_flags(), **_vae_flags(), **_choice_flags()}
+    flags = {**_degree_flags(), **_vae_flags(), **_choice_flags(), **_cache_flags()}
 
     @functools.wraps(command)
     def with_plan(**given: Any) -> Any:
@@ -170,6 +171,15 @@ def _choice_flags() -> dict[str, Any]:
     }
 
 
+def _cache_flags() -> dict[str, Any]:
+    return {
+        "cache_dir": click.option(
+            "--cache_dir", help="Where compiled graphs are kept.  [default: $XDIT_COMPILE_CACHE or the user's cache]"
+        ),
+        "no_cache": click.option("--no_cache", is_flag=True, help="Keep no compiled graphs, and use none."),
+    }
+
+
 def _model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags of whatever runs a pipeline."""
     return _flagged(
@@ -225,6 +235,9 @@ def _flagged(command: Callable[..., Any], *flags: Callable[..., Any]) -> Callabl
 @click.version_option(__version__)
 def cli() -> None:
     """Parallel inference for unmodified diffusers pipelines. Flags may be written with - or _."""
+
+
+cli.add_command(cache)
 
 
 @cli.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,20 @@ def set_logs(debug: bool) -> None:
     import transformers
 
     warnings.filterwarnings("ignore")
+    _show_ready()
     for theirs in (diffusers.utils.logging, transformers.utils.logging):
         theirs.set_verbosity_error()
         theirs.disable_progress_bar()
+
+
+def _show_ready() -> None:
+    """Print when a call is ready, and where its graphs came from."""
+    import logging
+
+    ready = logging.getLogger("xdit_compile.ready")
+    ready.setLevel(logging.INFO)
+    ready.propagate = False
+    ready.handlers = [logging.StreamHandler(sys.stdout)]
 
 
 def placement(request: PipelineRequest, world: World) -> tuple[torch.device, torch.dtype]:

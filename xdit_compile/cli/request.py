@@ -248,7 +248,19 @@ def plan_from_flags(**flags: Any) -> Plan:
         vae=flags["vae_provider"] if flags["use_parallel_vae"] else "whole",
         vae_degree=flags["vae_parallel_degree"],
         vae_memory=flags["vae_memory"],
+        cache=_cache(flags["cache_dir"], flags["no_cache"]),
     )
+
+
+def _cache(folder: str | None, none: bool) -> str | None:
+    """Where compiled graphs are kept.
+
+    Raises:
+        UsageError: somewhere, and nowhere.
+    """
+    if folder is not None and none:
+        raise UsageError(f"--cache_dir {folder} and --no_cache exclude each other; give one")
+    return None if none else folder or "auto"
 
 
 def _degree(method: Method, value: int | bool) -> int:

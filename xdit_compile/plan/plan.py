@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from typing import Any
 
@@ -71,6 +72,8 @@ class Plan(Degrees):
         max_programs: graphs, one for each size and kind of call, that a module keeps compiled; the one that was not
             used for the longest time is dropped first.
         timeout_s: seconds that any rank waits for another before it gives up.
+        cache: the folder in which compiled graphs are kept for later processes; ``auto`` takes the one that the
+            environment variable ``XDIT_COMPILE_CACHE`` names, or the user's cache folder, and None keeps nothing.
     """
 
     patches: int | None = None
@@ -89,6 +92,7 @@ class Plan(Degrees):
     verify: bool = True
     max_programs: int = 32
     timeout_s: float = 600.0
+    cache: str | os.PathLike[str] | None = dataclasses.field(default="auto", compare=False, repr=False)
 
     @property
     def sequence(self) -> int:
@@ -155,6 +159,8 @@ class Plan(Degrees):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
         if not _is_count(self.max_programs, 1):
             problems.append(f"max_programs={self.max_programs!r} must be a whole number of at least 1")
+        if self.cache is not None and not isinstance(self.cache, str | os.PathLike):
+            problems.append(f"cache={self.cache!r} must be a folder, 'auto' or None")
         if not isinstance(self.timeout_s, int | float) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
             problems.append(f"timeout_s={self.timeout_s!r} must be a positive number of seconds")
         if not problems and self.compile_mode != "default" and self.backend not in ("auto", "inductor"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from xdit_compile.compiler import Analysis
 from xdit_compile.ir.program import Program
 
 from .data_parallel import Batch, SharedCall
+from .stored.stored_call import StoredCall
+
+Run = Callable[..., tuple[Any, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,15 +24,24 @@ class CompiledCall:
     """What one signature runs on this rank.
 
     Args:
+        analysed: what the passes found that are the same on every rank. Of a call that was kept nothing is known but
+            what its programs are, and this captures it anew.
         batch: how ranks share its samples; set once it is known.
         room: whether every rank had the memory for the module itself to run beside all else.
+        stored: what was kept of the call, where another process made it.
     """
 
-    analysis: Analysis
+    analysed: Callable[[], Analysis]
     program: Program
-    run: Callable[..., tuple[Any, ...]]
+    run: Run
     batch: Batch | None = dataclasses.field(default=None, kw_only=True)
     room: bool = dataclasses.field(default=True, kw_only=True)
+    stored: StoredCall | None = dataclasses.field(default=None, kw_only=True)
+
+    @functools.cached_property
+    def analysis(self) -> Analysis:
+        """What the passes found that are the same on every rank."""
+        return self.analysed()
 
     @property
     def shared(self) -> SharedCall | None:
@@ -38,19 +50,44 @@ class CompiledCall:
 
     @property
     def whole(self) -> Program:
-        """The captured program of the whole call."""
-        return self.analysis.program if self.shared is None else self.shared.whole
+        """A program that takes what the whole call takes, and says what comes of it."""
+        if self.shared is not None:
+            return self.shared.whole
+        return self.analysis.program if self.stored is None else self.program
 
     @property
     def made(self) -> list[torch.Tensor]:
         """Fake tensors of the forms of the results of the whole call."""
+        if self.stored is not None:
+            return [torch.empty(form.shape, dtype=form.dtype, device="meta") for form in self.stored.results]
         (output,) = self.whole.root.graph.find_nodes(op="output")
         return [leaf.meta["val"] for leaf in output.args[0]]
 
     @property
     def programs(self) -> Sequence[Program]:
         """All that this rank runs."""
-        return [self.program]
+        return [program for program, _ in self.parts.values()]
+
+    @property
+    def parts(self) -> Mapping[str, tuple[Program, Run]]:
+        """The programs by name, each with what computes it."""
+        return {"call": (self.program, self.run)}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What else it takes to make this again of its programs, in values that plain data can say."""
+        return {}
+
+    @property
+    def over(self) -> str:
+        """Which ranks share the batch."""
+        return "" if self.batch is None else self.batch.over
+
+    @property
+    def unshared(self) -> tuple[Any, ...] | None:
+        """Why other ranks do not share it, and how many samples it has; None where they do."""
+        reason = None if self.batch is None else self.batch.unshared
+        return None if reason is None else (reason.why, reason.samples)
 
     @functools.cached_property
     def _guards(self) -> Guards:

@@ -61,20 +61,20 @@ class Batch:
     """How the batch of a call is shared.
 
     Args:
-        analysis: of what a rank runs.
-        shared: where that is a part of the call.
+        over: which ranks share it: `BATCH`, `DATA` or none.
+        shared: the whole call, where a rank runs a part of it.
         unshared: why ranks do not all have a part of it, and how many samples it seems to have; None where they do.
     """
 
-    analysis: Analysis
+    over: str
     shared: SharedCall | None = None
     unshared: Bound | None = None
 
-    @property
-    def over(self) -> str:
-        """Which ranks share it: `BATCH`, `DATA` or none."""
-        names = [name for name in (BATCH, DATA) if self.analysis.units.get(name)]
-        return self.shared.name if self.shared is not None else next(iter(names), "")
+    @classmethod
+    def of(cls, analysis: Analysis, shared: SharedCall | None = None, unshared: Bound | None = None) -> Batch:
+        """How the batch of what a rank runs is shared."""
+        names = [name for name in (BATCH, DATA) if analysis.units.get(name)]
+        return cls(shared.name if shared is not None else next(iter(names), ""), shared, unshared)
 
 
 class Batches:
@@ -93,8 +93,8 @@ class Batches:
     def of(
         self, module: nn.Module, forward: Callable[..., Any], analysis: Analysis, call: tuple[tuple, dict],
         partial: bool,
-    ) -> Batch:  # fmt: skip
-        """How a call is shared; the same on all ranks, which have agreed on the whole of it before.
+    ) -> tuple[Analysis, Batch]:  # fmt: skip
+        """What a rank runs, and how a call is shared; all ranks say the same, and have agreed on the call before.
 
         Args:
             partial: whether weights are not all here, or the memory for them to be used, so that the module cannot be
@@ -102,17 +102,19 @@ class Batches:
         """
         names = {name: self._mesh.size(MEMBERS[name]) for name in (BATCH, DATA)}
         if analysis.units.get(BATCH) or names[BATCH] == 1:
-            return Batch(analysis)
+            return analysis, Batch.of(analysis)
         counts = _counts(analysis.program)
         if analysis.units.get(DATA):
-            return Batch(analysis, unshared=Bound(few(counts[0], names[BATCH]), counts[0]))
+            return analysis, Batch.of(analysis, unshared=Bound(few(counts[0], names[BATCH]), counts[0]))
         parts = [count for count in dict.fromkeys(names.values()) if count > 1]
         verdict = self._tried(module, forward, call, parts, counts, partial, analysis.program.outcome.form.changes)
         if isinstance(verdict, Bound):
-            return Batch(*self._joined(analysis, verdict))
+            joined_analysis, unshared = self._joined(analysis, verdict)
+            return joined_analysis, Batch.of(joined_analysis, unshared=unshared)
         name = next(name for name, count in names.items() if count == verdict.cut.parts)
         part_analysis, shared = self._cut(module, forward, analysis, call, verdict, name)
-        return Batch(part_analysis, shared, None if name == BATCH else Bound(few(verdict.cut.samples, names[BATCH])))
+        unshared = None if name == BATCH else Bound(few(verdict.cut.samples, names[BATCH]))
+        return part_analysis, Batch.of(part_analysis, shared, unshared)
 
     def _tried(
         self, module: nn.Module, forward: Callable[..., Any], call: tuple[tuple, dict], parts: list[int],
@@ -135,13 +137,13 @@ class Batches:
             return Bound("mixes its samples on another rank", verdict.cut.samples)
         return verdict
 
-    def _joined(self, analysis: Analysis, bound: Bound) -> tuple[Analysis, None, Bound | None]:
+    def _joined(self, analysis: Analysis, bound: Bound) -> tuple[Analysis, Bound | None]:
         """A batch that the graph takes apart, where sharing it nevertheless is worth it."""
         if not self._by_trial:
-            return analysis, None, bound
+            return analysis, bound
         units = choose_joined_batch(analysis.inference, self._plan)
         joined = dataclasses.replace(analysis, units={**analysis.units, **units})
-        return joined, None, None if units[BATCH] else bound
+        return joined, None if units[BATCH] else bound
 
     def _cut(
         self, module: nn.Module, forward: Callable[..., Any], analysis: Analysis, call: tuple[tuple, dict],

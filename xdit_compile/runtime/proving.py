@@ -123,7 +123,7 @@ class Proving:
             with as_it_was(self.module):
                 analysis = analyse(self.module, self.plan, args, kwargs, forward=computation, choose=self._choose)
             small = self._placed(analysis, device_of(pytree.tree_leaves((args, kwargs))))
-            return dataclasses.replace(small, batch=Batch(analysis)), ""
+            return dataclasses.replace(small, batch=Batch.of(analysis)), ""
         except StateError:
             raise
         except Exception as error:  # noqa: BLE001 - any refusal of the module's own code

@@ -12,28 +12,25 @@ from torch.utils import _pytree as pytree
 from xdit_compile.capture.interpret import assemble, bind
 from xdit_compile.capture.state.containers import Outcome, leave, observed
 from xdit_compile.capture.state.in_place import as_it_was, found_method, refuse_lost
-from xdit_compile.capture.state.signature import Fingerprint, Signature, fingerprint, kept, signature
+from xdit_compile.capture.state.signature import Fingerprint, fingerprint, kept, signature
 from xdit_compile.capture.state.unchanged import Watch
-from xdit_compile.capture.state.unsupported import moves_weights, refuse_draws, refuse_unsupported
-from xdit_compile.compiler import Analysis, Compilation, analyse, compiled
-from xdit_compile.errors import CaptureError, NoRoomError
-from xdit_compile.ir.digest import digest, digest_program, digest_shapes
+from xdit_compile.ir.digest import digest
 from xdit_compile.ir.precision import precision_for
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.local.layout import Chosen
 from xdit_compile.plan import Plan
 from xdit_compile.plan.methods import BATCH
-from xdit_compile.reports.dump import observers
 from xdit_compile.runtime.tensors.deferred_tensor import Deferred, values_of
 from xdit_compile.runtime.verify.later_call import LaterCall
 from xdit_compile.weights.weights import Gather, Weights
 
-from .cfg_branches import Call, unshared_images
+from .cfg_branches import Call
 from .compiled_call import CompiledCall
-from .data_parallel import Batch, Batches
+from .data_parallel import Batches
+from .making import Making
 from .programs import Programs
-from .proving import Proving, device_of
+from .proving import device_of
 from .session import Session, Target
 from .unsplit import Changing, RunsWhole, Unsplit
 
@@ -41,7 +38,7 @@ Computing = Callable[[list[Any]], tuple[torch.Tensor, ...]]
 """From the flat inputs of a call to the tensors of its result."""
 
 
-class Runner(Proving):
+class Runner(Making):
     """Called in place of ``module.forward``.
 
     A call whose signature is known runs at once; another is captured, partitioned, compiled and, with ``plan.verify``,
@@ -94,6 +91,7 @@ class Runner(Proving):
         self._later = LaterCall()
         self._watch: Watch | None = None
         self._agreement = session.agreement
+        self._keeper = session.keeper(weights, name, self.backend)
         self._batches = Batches(self.plan, self.mesh, session.agreement, self.cuts_calls)
         self._branches = session.branches
         session.before_request(self.renew)
@@ -195,8 +193,13 @@ class Runner(Proving):
         return compared
 
     def _is_compared(self, compiled_call: CompiledCall) -> bool:
-        due = self._compares and compiled_call.room and self._later.due(compiled_call, self.session.steps)
+        due = self._compares_later(compiled_call) and self._later.due(compiled_call, self.session.steps)
         return due and not self.weights.partial
+
+    def _compares_later(self, compiled_call: CompiledCall) -> bool:
+        """Whether a later call is to be compared, which another process may have done."""
+        done = compiled_call.stored is not None and compiled_call.stored.compared
+        return self._compares and compiled_call.room and not done
 
     def _known(self, args: tuple, kwargs: dict) -> tuple[CompiledCall, list[Any]]:
         """What runs a call of this signature, made if need be, and the flat inputs to run it with."""
@@ -249,94 +252,13 @@ class Runner(Proving):
         call = Call(self.module, self.name, kept, None if compiled_call.batch is None else compiled_call.batch.unshared)
         return assemble(compiled_call.whole, tuple(self._branches.call(call, lambda: compute(kept), likes)))
 
-    def _prepare(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> CompiledCall:
-        shapes = {"plan": digest([self.plan]), "input shape": digest_shapes(leaves)}
-        self._agreement.agree("a new program", shapes)
-        computation = self._computation
-        analysis, room = self._analysed(key, computation, args, kwargs)
-        self._agreement.agree("its graph", {"graph": digest([digest_program(analysis.program), analysis.units])})
-        batch = self._shared(analysis, computation, args, kwargs, room)
-        compiled_call = self._placed(batch.analysis, device_of(leaves))
-        compiled_call = self._proven(dataclasses.replace(compiled_call, batch=batch, room=room), computation, leaves)
-        self._settle(compiled_call)
-        return compiled_call
-
-    def _analysed(
-        self, key: Signature, computation: Callable[..., Any], args: tuple, kwargs: dict
-    ) -> tuple[Analysis, bool]:  # fmt: skip
-        """The captured call, and whether every rank had the memory to run the module for that.
-
-        Raises:
-            RunsWhole: a rank cannot capture it, and the plan says what to do then.
-        """
-        runs = not self._trace_only and self._has_room(computation, args, kwargs)
-        analysis, failed = self._attempt(key, computation, args, kwargs, runs)
-        if runs and self._agreement.any("memory for the module itself", isinstance(failed, NoRoomError)):
-            runs = False
-            analysis, failed = self._attempt(key, computation, args, kwargs, runs)
-        if self.plan.fallback == "unsplit" and self._agreement.any("a refused capture", failed is not None):
-            gone = self.weights.partial and not moves_weights(self.module)
-            if not self._agreement.any("whole weights", gone):
-                self.unsplit.add(key, failed or CaptureError("another rank could not capture it"))
-                raise RunsWhole
-        if analysis is None:
-            raise failed or CaptureError("not captured")
-        return analysis, runs
-
-    def _attempt(
-        self, key: Signature, computation: Callable[..., Any], args: tuple, kwargs: dict, runs: bool
-    ) -> tuple[Analysis | None, CaptureError | None]:  # fmt: skip
-        """The captured call, or why there is none; without ``runs`` it is recorded and not compared."""
-        try:
-            refuse_unsupported(self.module, self.name)
-            self._changing.note(key)
-            with as_it_was(self.module):
-                analysis = analyse(
-                    self.module, self.plan, args, kwargs, forward=computation, check=self.plan.verify,
-                    choose=self._choose, run=runs, observers=observers(self.name, self.mesh.rank),
-                )  # fmt: skip
-            if self._is_denoiser and self.mesh.world_size > 1:
-                refuse_draws(analysis.program)
-        except CaptureError as error:
-            return None, error
-        return analysis, None
-
-    def _shared(
-        self, analysis: Analysis, computation: Callable[..., Any], args: tuple, kwargs: dict, room: bool
-    ) -> Batch:  # fmt: skip
-        """How ranks share the batch of a call.
-
-        Raises:
-            UsageError: there are data ranks, and they have none to share.
-        """
-        if not self._is_denoiser:
-            return Batch(analysis)
-        with as_it_was(self.module):
-            batch = self._batches.of(
-                self.module, computation, analysis, (args, kwargs), self.weights.partial or not room
-            )
-        if self.plan.data > 1 and not batch.over:
-            raise unshared_images(self.plan.data, self.name, batch.unshared)
-        return batch
-
-    def _placed(self, analysis: Analysis, device: torch.device) -> CompiledCall:
-        state = self._compiled(analysis, device)
-        return CompiledCall(state.analysis, state.programs["call"], state.runs["call"])
-
-    def _compiled(self, analysis: Analysis, device: torch.device, **wanted: Any) -> Compilation:
-        """What the passes for this rank make of a call."""
-        return compiled(
-            analysis, self.plan, self.mesh, gather=self._gather, budget=self._budget, backend=self.backend,
-            device=device, observers=observers(self.name, self.mesh.rank), **wanted,
-        )  # fmt: skip
-
     def _settle(self, compiled_call: CompiledCall) -> None:
         """Bring the weights that programs need, and release what they leave, now or after the later comparison."""
         for program in compiled_call.programs:
             self.weights.load(program)
         if not self.plan.keep_weights:
             self._unreleased.append(compiled_call)
-            later = self._compares and compiled_call.room and self.session.steps > 1
+            later = self._compares_later(compiled_call) and self.session.steps > 1
             if not later or self.weights.partial:
                 self._release_all()
         self._agreement.agree("its weights", {})

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from xdit_compile.backends.base import Backend
+from xdit_compile.backends.registry import codes_of
+from xdit_compile.cache.store import Store
 from xdit_compile.distributed.agreement import Agreement
 from xdit_compile.distributed.devices import current
 from xdit_compile.distributed.mesh import Mesh, connect, first_sentence
@@ -26,12 +28,15 @@ from xdit_compile.ir.results import found_in
 from xdit_compile.kernels.collectives.communicators import finish_device
 from xdit_compile.kernels.collectives.process_groups import Groups
 from xdit_compile.plan import Plan
+from xdit_compile.weights.weights import Weights
 
 from .cfg_branches import GuidanceScheduler
 from .generation import Generation
 from .lookout import Lookout
 from .request_facts import facts_of, share_random_state
 from .shared_inputs import SharedInputs
+from .stored.keeper import Keeper
+from .stored.shelf import Shelf
 
 REFUSALS = (UsageError, PartitionError)
 """What goes by plan and graph alone, and so is no consequence of values that never came."""
@@ -65,9 +70,12 @@ class Session:
         mesh: this rank's place.
         backend: what runs graphs.
         device: where this rank computes, which is current during requests and calls.
+        store: where compiled calls outlive the process; None where they do not.
     """
 
-    def __init__(self, plan: Plan, mesh: Mesh, backend: Backend, device: torch.device | None = None):
+    def __init__(
+        self, plan: Plan, mesh: Mesh, backend: Backend, device: torch.device | None = None, store: Store | None = None
+    ):  # fmt: skip
         self.plan, self.mesh, self.device = plan, mesh, device
         self.place = Target(plan, mesh, backend)
         self.rows = Target(plan.rows, mesh.shared_rows(plan), backend)
@@ -77,6 +85,7 @@ class Session:
         self.agreement.exchange("new connections", None)
         self.groups.open()
         self._lookout = Lookout(self.agreement, self.groups)
+        self._shelf = Shelf(store, self.agreement, codes_of(backend))
         self.branches = GuidanceScheduler(mesh, self.call)
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
         self.inputs = SharedInputs(self.agreement, mesh.group(mesh.names))
@@ -119,6 +128,10 @@ class Session:
     def in_request(self) -> bool:
         """Whether an outer call is under way."""
         return self._in_request
+
+    def keeper(self, weights: Weights, name: str, backend: Backend) -> Keeper:
+        """What keeps the calls of one module, and finds those that were kept."""
+        return Keeper(self._shelf, codes_of(backend), weights, name, self.mesh.rank == 0)
 
     def close(self) -> None:
         """End what the session holds: connections and signs of life."""

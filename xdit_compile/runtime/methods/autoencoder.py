@@ -21,7 +21,7 @@ from xdit_compile.ir.peak_memory import release_unused
 from xdit_compile.passes.choose.rows import choose_rows
 from xdit_compile.runtime.compiled_call import CompiledCall
 from xdit_compile.runtime.diffusers_pipeline import CODING
-from xdit_compile.runtime.draws import DrawingRunner, unmoved
+from xdit_compile.runtime.methods.draws import DrawingRunner, unmoved
 from xdit_compile.runtime.proving import device_of
 from xdit_compile.runtime.runner import Runner
 from xdit_compile.runtime.session import Session, Target

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from xdit_compile.plan.methods import PATCH
 from xdit_compile.runtime.compiled_call import CompiledCall
 from xdit_compile.runtime.generation import BranchState, States
 from xdit_compile.runtime.runner import Computing, Runner, device_of
+from xdit_compile.runtime.stored.stored_call import StoredCall
 from xdit_compile.weights.weights import Weights
 
 from .stepped_call import SteppedCall
@@ -49,8 +50,12 @@ class StaleCall(SteppedCall):
     varying: tuple[int, ...]
 
     @property
-    def programs(self) -> Sequence[Program]:
-        return [self.program, self.stale]
+    def parts(self) -> Mapping[str, tuple[Program, Run]]:
+        return {"waiting": (self.program, self.run), "stale": (self.stale, self.run_stale)}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"outgoing": self.outgoing, "may_step": tuple(sorted(self.may_step)), "varying": self.varying}
 
     @property
     def stepping(self) -> frozenset[int]:
@@ -110,7 +115,15 @@ class StaleRunner(Runner):
         users = {spec.name: int(spec.target) for spec in analysis.program.inputs if spec.kind == "user"}
         some, varying = ([users[n] for n in names] for names in stepping(analysis.inference, analysis.units[PATCH]))
         ways = waiting.program, state.runs["waiting"], stale.program, state.runs["stale"]
-        return StaleCall(state.analysis, *ways, stale.outgoing, frozenset(some), tuple(varying))
+        return StaleCall(lambda: state.analysis, *ways, stale.outgoing, frozenset(some), tuple(varying))
+
+    def _restored(
+        self, stored: StoredCall, analysed: Callable[[], Analysis], device: torch.device
+    ) -> CompiledCall:  # fmt: skip
+        waiting, stale = (stored.programs[way] for way in ("waiting", "stale"))
+        ways = waiting, self._run_of(waiting, device), stale, self._run_of(stale, device)
+        facts = stored.facts
+        return StaleCall(analysed, *ways, facts["outgoing"], frozenset(facts["may_step"]), facts["varying"])
 
     def _found(self, compiled_call: CompiledCall, leaves: list[Any]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Waiting for other ranks, going on with what that left, and with what this left: the same, the step is."""

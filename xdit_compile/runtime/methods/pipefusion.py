@@ -7,15 +7,15 @@ before this one has ended.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from xdit_compile.backends.sites import Sites
 from xdit_compile.capture.interpret import assemble, bind
 from xdit_compile.capture.state.containers import Outcome
 from xdit_compile.capture.state.signature import Signature
@@ -30,52 +30,12 @@ from xdit_compile.runtime.cfg_branches import Call, alone
 from xdit_compile.runtime.compiled_call import CompiledCall
 from xdit_compile.runtime.generation import BranchState
 from xdit_compile.runtime.runner import Runner, device_of
+from xdit_compile.runtime.stored.stored_call import StoredCall
 from xdit_compile.runtime.tensors.patched_tensor import Part, PatchedTensor, whole_of
-from xdit_compile.weights.weights import Weights
 
 from .cfg_pipelines import CfgPipelines
+from .flow import Flow, Kept, stages_of
 from .stage_channel import Incoming, Pipe
-from .stepped_call import SteppedCall
-
-Run = Callable[..., tuple[Any, ...]]
-Kept = dict[str | int, torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Flow(SteppedCall):
-    """What one signature runs on this rank: its stage of the program of all tokens, and of that of each patch."""
-
-    pipeline: StagePrograms
-    common: Run
-    runs: tuple[Run, ...]
-
-    @property
-    def programs(self) -> Sequence[Program]:
-        return self.pipeline.programs
-
-    @property
-    def patches(self) -> range:
-        """The patches, by number."""
-        return range(len(self.pipeline.patches))
-
-    def likes(self, patch: int) -> list[torch.Tensor]:
-        """Tensors of the shapes and dtypes of the results of one patch, on the meta device."""
-        return self.pipeline.likes(patch)
-
-    @property
-    def stepping(self) -> frozenset[int]:
-        """What every patch has its own part of."""
-        inputs = self.pipeline.inputs.items()
-        return frozenset(position for position, layout in inputs if all(map(len, layout.positions)))
-
-    @property
-    def kept(self) -> Mapping[str | int, torch.Tensor]:
-        return {name: like for name, (_, like) in self.pipeline.taken("state").items()}
-
-    def beside(self, weights: Weights, leaves: list[Any], branch: BranchState) -> Kept:
-        """What the programs of patches take beside inputs that vary: states, and what all patches need alike."""
-        alike = self.common(*bind(self.pipeline.common, weights, leaves))
-        return {**branch.states, **dict(zip(self.pipeline.shared, alike, strict=True))}
 
 
 class _Drains:
@@ -136,7 +96,7 @@ class PipelineRunner(Runner):
         branch = self.generation.branch(self, flow, flow.constants(leaves), lambda: flow.states(device))
         branch.enter(tuple(leaves[at] for at in flow.pipeline.varying))
         fresh = self.generation.waits(branch)
-        if self.cfg_pipelines.count > 1 and self.generation.active and not flow.analysis.units.get(BATCH):
+        if self.cfg_pipelines.count > 1 and self.generation.active and flow.over != BATCH:
             return assemble(flow.program, tuple(self._on_one_pipeline(flow, leaves, branch, fresh)))
         tensors = self._at_once(flow, leaves, branch) if fresh else self._in_patches(flow, leaves, branch)
         return assemble(flow.program, tuple(tensors))
@@ -184,7 +144,21 @@ class PipelineRunner(Runner):
                 stacklevel=2,
             )
         common, runs = state.runs["common"], [run for name, run in state.runs.items() if name != "common"]
-        return Flow(analysis, pipeline.full.program, runs[0], pipeline, common, tuple(runs))
+        stages = pipeline.full.program, runs[0], pipeline, common, tuple(runs)
+        return Flow(lambda: analysis, *stages, dict(self.places))
+
+    def _restored(
+        self, stored: StoredCall, analysed: Callable[[], Analysis], device: torch.device
+    ) -> CompiledCall:  # fmt: skip
+        self.places.update(stored.facts["places"])
+        pipeline = stages_of(stored.programs, stored.facts)
+        common, *runs = (self._run_of(each, device) for each in (pipeline.common, *_stages(pipeline)))
+        stages = pipeline.full.program, runs[0], pipeline, common, tuple(runs)
+        return Flow(analysed, *stages, dict(self.places))
+
+    @property
+    def _besides(self) -> list[Any]:
+        return [*super()._besides, sorted(self.places.items())]
 
     def refresh(self) -> None:
         super().refresh()
@@ -205,7 +179,12 @@ class PipelineRunner(Runner):
         self._drains.seconds = 0.0
 
     def _compile(self, flow: Flow, leaves: list[Any], branch: BranchState) -> None:
-        """Run every program of this stage once on nothing, so that all stages compile at the same time."""
+        """Run every program of this stage once on nothing, so that all stages compile at the same time.
+
+        Programs that are compiled already have nothing to gain.
+        """
+        if all(isinstance(run, Sites) for run in flow.runs):
+            return
         device, common = device_of(leaves), flow.beside(self.weights, leaves, branch)
         for index, stage in enumerate((flow.pipeline.full, *flow.pipeline.patches)):
             patches: Kept = {k: layout.take(leaves[k], max(index - 1, 0)) for k, layout in flow.pipeline.inputs.items()}
@@ -325,6 +304,11 @@ class PipelineRunner(Runner):
         whole = whole if self.pipe is None else self.pipe.broadcast(whole, self.last)
         self._drains.took(begin)
         return whole
+
+
+def _stages(pipeline: StagePrograms) -> list[Program]:
+    """The programs of all tokens and of each patch."""
+    return [each.program for each in (pipeline.full, *pipeline.patches)]
 
 
 def _here(done: Sequence[Sequence[torch.Tensor]]) -> list[list[Part]]:

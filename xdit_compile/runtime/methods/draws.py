@@ -14,8 +14,7 @@ from xdit_compile.capture.known_values import really
 from xdit_compile.distributed.devices import default_generators
 from xdit_compile.errors import CaptureError
 from xdit_compile.kernels.draws import DEFAULT, SOURCES, Draws, drawing
-
-from .runner import Runner
+from xdit_compile.runtime.runner import Runner
 
 NAMES = {function: name for name, function in SOURCES.items()}
 LIKE = {torch.randn_like: "randn", torch.rand_like: "rand"}

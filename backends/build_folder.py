@@ -1,0 +1,51 @@
+"""Where compilers put the files that they make, and read them from: a folder of this process's own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+"""What inductor and triton are told their folders by, whenever they look."""
+
+
+class BuildFolder:
+    """A folder that only this user can enter, made when it is first wanted and gone when the process ends.
+
+    Inductor's own folder has a name that everybody knows, and takes what lies there for what it made itself. It is
+    left to those who keep nothing of ours.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+
+    def share(self, path: Path) -> None:
+        """Use the folder of another process of this user, and leave it to that process."""
+        self._path = path
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        if self._path is None:
+            self._path = Path(tempfile.mkdtemp(prefix="xdit_compile-"))
+            atexit.register(shutil.rmtree, self._path, ignore_errors=True)
+        return self._path
+
+    @contextmanager
+    def current(self) -> Iterator[Path]:
+        """Have compilers use the folder meanwhile."""
+        before = {name: os.environ.get(name) for name in VARIABLES}
+        os.environ.update({name: str(self.path / name.partition("_")[0].lower()) for name in VARIABLES})
+        try:
+            yield self.path
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value

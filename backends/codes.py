@@ -1,0 +1,126 @@
+"""Compiled code of structures, by all that it was compiled of: nothing is compiled twice, in no process."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import fx
+
+from xdit_compile.cache.graphs import canonical
+from xdit_compile.cache.unportable import Unportable
+
+from .artifact import Artifact, compiled, loaded
+from .build_folder import BuildFolder
+from .forms import Forms, TensorForm
+from .sites import precisions
+
+Run = Callable[..., Any]
+NO_MATTER = ("compile_threads",)
+"""Options that change nothing of what is generated."""
+
+
+class CodeStore(Protocol):
+    """Where code outlives the process."""
+
+    def read(self, name: str) -> bytes | None:
+        """What was written under a name; None where nothing was, or not that."""
+        ...
+
+    def write(self, name: str, about: Mapping[str, Any], body: bytes) -> bool:
+        """Keep bytes under a name; False where that cannot be."""
+        ...
+
+
+@dataclasses.dataclass
+class Counts:
+    """Where the code of structures came from."""
+
+    loaded: int = 0
+    compiled: int = 0
+
+
+class Codes:
+    """Compiles structures, or finds what was made of them.
+
+    Args:
+        options: of inductor's configuration.
+        store: where code outlives the process; None where it does not.
+
+    Attributes:
+        environment: digest of whatever else generated code depends on, set before code is looked for.
+    """
+
+    def __init__(
+        self,
+        options: Callable[[], Mapping[str, Any]],
+        store: CodeStore | None = None,
+    ):
+        self._options, self.store, self.environment = options, store, ""
+        self.folder = BuildFolder()
+        self._runs: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()
+        self.counts = Counts()
+
+    def name(self, structure: fx.GraphModule, forms: Forms) -> str | None:
+        """What code for arguments of these forms is kept under; None where a structure cannot be described."""
+        try:
+            _, graph = canonical(structure)
+        except Unportable:
+            return None
+        options = {name: value for name, value in self._options().items() if name not in NO_MATTER}
+        parts = [graph, list(map(_said, forms)), precisions(), sorted(options.items(), key=str), self.environment]
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+    def known(self, name: str | None) -> Run | None:
+        """Code that this process has, or finds in the store."""
+        run = None if name is None else self._runs.get(name)
+        packed = None if run is not None or name is None else self.bytes_of(name)
+        return run if packed is None or name is None else self.load(name, packed)
+
+    def bytes_of(self, name: str) -> bytes | None:
+        """Code as the store has it."""
+        return None if self.store is None else self.store.read(name)
+
+    def load(self, name: str, packed: bytes) -> Run:
+        """Code from its bytes, which are trusted."""
+        run = self._runs[name] = loaded(Artifact.unpacked(packed), self.folder)
+        self.counts.loaded += 1
+        return run
+
+    def compile(self, name: str | None, structure: fx.GraphModule, forms: Forms) -> tuple[Run, bytes | None]:
+        """Compile a structure, which may change, for arguments of these forms, and keep it.
+
+        Returns:
+            What computes it, and its bytes where the store did not take them.
+        """
+        run, artifact = compiled(structure, forms, self._options(), None if self.store is None else self.folder)
+        self.counts.compiled += 1
+        packed = None if artifact is None else artifact.packed()
+        if name is not None:
+            self._runs[name] = run
+            if packed is not None and self.store is not None:
+                written = self.store.write(name, {"for": _about(structure, forms)}, packed)
+                return run, None if written else packed
+        return run, packed
+
+    def run_of(self, structure: fx.GraphModule, forms: Forms) -> Run:
+        """What computes a structure, compiled if need be."""
+        name = self.name(structure, forms)
+        return self.known(name) or self.compile(name, structure, forms)[0]
+
+
+def _said(form: Any) -> Any:
+    """A form of an argument on whatever device of its kind."""
+    if isinstance(form, TensorForm):
+        return [form.shape, form.stride, str(form.dtype), form.device.type]
+    return repr(form)
+
+
+def _about(structure: fx.GraphModule, forms: Forms) -> str:
+    calls = sum(node.op == "call_function" for node in structure.graph.nodes)
+    shape = next((form.shape for form in forms if isinstance(form, TensorForm)), ())
+    return f"{calls} operators on {'x'.join(map(str, shape))}"

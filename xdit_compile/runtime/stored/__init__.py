@@ -1,0 +1,1 @@
+"""Calls that were compiled in another process, and what all ranks must agree on to run them."""

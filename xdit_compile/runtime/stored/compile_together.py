@@ -1,0 +1,127 @@
+"""Ranks compile different structures at the same time, and load what the others compiled."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from xdit_compile.backends.codes import Codes
+from xdit_compile.backends.forms import Forms
+from xdit_compile.backends.sites import Job, Run, Sites
+
+from .progress import Progress
+
+Exchange = Callable[[str, Any], dict[int, Any]]
+"""Says something at a stage, and gives what every other rank says there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """The code that one program wants.
+
+    Args:
+        sites: what runs it.
+        inputs: forms of the inputs of its root.
+        jobs: what is compiled, and the names that the code is kept under; None for what cannot be kept.
+    """
+
+    sites: Sites
+    inputs: Forms
+    jobs: tuple[tuple[Job, str | None], ...]
+
+    @classmethod
+    def of(cls, sites: Sites, inputs: Forms, codes: Codes) -> Wanted:
+        """What a program wants for inputs of these forms."""
+        named = [(job, codes.name(sites.structure(job), job.forms)) for job in sites.jobs(inputs)]
+        return cls(sites, inputs, tuple(named))
+
+
+@dataclasses.dataclass(frozen=True)
+class Company:
+    """Who takes code from whom.
+
+    Args:
+        rank: this one.
+        exchange: among ranks that share what they compile; gives nothing where each compiles for itself.
+        sends: whether code goes with what ranks tell one another, as they have no folder in common.
+    """
+
+    rank: int = 0
+    exchange: Exchange = lambda stage, mine: {}
+    sends: bool = False
+
+
+def compile_together(wanted: Sequence[Wanted], codes: Codes, company: Company, show: Progress) -> None:
+    """Have every program run compiled code. Every rank calls this at once, each with programs of its own.
+
+    What several ranks want one of them compiles; costly structures come first, each to the rank that has least to do.
+    After each of its structures a rank waits for the others, so that no wait is longer than one compilation takes.
+
+    Args:
+        wanted: of all programs of this rank.
+        show: told of every structure.
+    """
+    places = {name: (one, job) for one in wanted for job, name in one.jobs if name is not None}
+    runs = {name: run for name in places if (run := codes.known(name)) is not None}
+    costs = {name: _cost(*place) for name, place in places.items() if name not in runs}
+    turns = turns_of({company.rank: costs, **company.exchange("what to compile", costs)})
+    here = turns[company.rank]
+    show.begin(sum(map(len, turns.values())))
+    for turn in range(max(map(len, turns.values()))):
+        made: dict[str, str] = {}
+        if turn < len(here):
+            one, job = places[here[turn]]
+            runs[here[turn]], packed = codes.compile(here[turn], one.sites.structure(job), job.forms)
+            packed = codes.bytes_of(here[turn]) if packed is None and company.sends else packed
+            made = {here[turn]: "" if packed is None else _sent(packed)}
+        for others in company.exchange("what was compiled", made).values():
+            runs.update(_received(codes, {name: others[name] for name in others.keys() & costs.keys()}))
+        show.step(sum(turn < len(each) for each in turns.values()))
+    show.end()
+    for one in wanted:
+        one.sites.supply(one.inputs, [(job, _run(one.sites, job, name, runs, codes)) for job, name in one.jobs])
+
+
+def turns_of(costs: Mapping[int, Mapping[str, float]]) -> dict[int, list[str]]:
+    """What each rank compiles, in order; the same on all, as all know what each of them wants.
+
+    Args:
+        costs: for each rank what it wants, with what that costs.
+    """
+    turns: dict[int, list[str]] = {rank: [] for rank in costs}
+    load = dict.fromkeys(costs, 0.0)
+    cost = {name: value for each in costs.values() for name, value in each.items()}
+    for name in sorted(cost, key=lambda name: (-cost[name], name)):
+        ranks = [rank for rank in sorted(costs) if name in costs[rank]]
+        rank = min(ranks, key=load.__getitem__)
+        turns[rank].append(name)
+        load[rank] += cost[name]
+    return turns
+
+
+def _cost(one: Wanted, job: Job) -> float:
+    return float(len(one.sites.structure(job).graph.nodes))
+
+
+def _run(sites: Sites, job: Job, name: str | None, runs: Mapping[str, Run], codes: Codes) -> Run:
+    """What computes a structure; compiled here where no other rank could hand it over."""
+    if name is not None and name in runs:
+        return runs[name]
+    return codes.compile(name, sites.structure(job), job.forms)[0]
+
+
+def _sent(packed: bytes) -> str:
+    return base64.b64encode(zlib.compress(packed)).decode()
+
+
+def _received(codes: Codes, made: Mapping[str, str]) -> dict[str, Run]:
+    """Code that other ranks compiled: what came along, or what is in the store now."""
+    runs = {}
+    for name, sent in made.items():
+        run = codes.load(name, zlib.decompress(base64.b64decode(sent))) if sent else codes.known(name)
+        if run is not None:
+            runs[name] = run
+    return runs

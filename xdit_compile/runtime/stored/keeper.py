@@ -1,0 +1,197 @@
+"""What a runner does with the cache: finds calls that others made, has programs compiled, and keeps what it made."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from xdit_compile.backends.codes import Codes
+from xdit_compile.backends.forms import Forms, TensorForm, contiguous, form_of
+from xdit_compile.backends.sites import Sites
+from xdit_compile.cache.portable import describe_call, describe_module
+from xdit_compile.cache.sources import Recording, manifest, recorded
+from xdit_compile.cache.unportable import Unportable
+from xdit_compile.ir.program import Program
+from xdit_compile.plan import Plan
+from xdit_compile.weights.bindings import OF_MODULE
+from xdit_compile.weights.weights import Weights
+
+from .compile_together import Wanted, compile_together
+from .progress import Progress
+from .shelf import Shelf, Ticket
+from .stored_call import StoredCall, StoredCode
+
+Run = Callable[..., tuple[Any, ...]]
+Parts = Mapping[str, tuple[Program, Run]]
+"""Programs by name, each with what computes it."""
+APART = ("cache", "verify", "timeout_s", "max_programs", "keep_weights")
+"""Fields of a plan that change no program."""
+ready = logging.getLogger("xdit_compile.ready")
+
+
+class Keepable(Protocol):
+    """What a runner made of a call."""
+
+    @property
+    def parts(self) -> Parts: ...
+    @property
+    def facts(self) -> dict[str, Any]: ...
+    @property
+    def over(self) -> str: ...
+    @property
+    def unshared(self) -> tuple[Any, ...] | None: ...
+    @property
+    def made(self) -> Sequence[torch.Tensor]: ...
+    @property
+    def stored(self) -> StoredCall | None: ...
+
+
+class Keeper:
+    """The cache as one runner uses it.
+
+    Args:
+        name: what the module is called in messages.
+        speaks: whether this rank shows what is going on.
+    """
+
+    def __init__(self, shelf: Shelf, codes: Codes | None, weights: Weights, name: str, speaks: bool):
+        self._shelf, self._codes, self._weights, self._name, self._speaks = shelf, codes, weights, name, speaks
+        self._recording: Recording | None = None
+        self._ticket: Ticket | None = None
+        self._code: dict[str, StoredCode] = {}
+        self._show = Progress(name)
+        self._before = (0, 0)
+
+    def find(
+        self, args: tuple, kwargs: dict[str, Any], plan: Plan, besides: Sequence[Any], device: torch.device
+    ) -> StoredCall | None:  # fmt: skip
+        """What every rank has kept of a call; from here on it is counted how long it takes to be ready.
+
+        Args:
+            besides: what else decides on programs: this rank, and what its runner does.
+        """
+        fields = {each.name: getattr(plan, each.name) for each in dataclasses.fields(plan) if each.name not in APART}
+
+        def described() -> Any:
+            call = describe_call(args, kwargs)
+            return [describe_module(self._weights.module), call, str(fields), list(map(str, besides))]
+
+        self._show, self._code, self._recording = Progress(self._name, self._speaks), {}, None
+        self._before = self._counted()
+        self._ticket = self._shelf.ticket(described, {"for": self._about(args, kwargs, plan)}, device)
+        stored = self._shelf.find(self._ticket, device)
+        if stored is None:
+            self._show.stage("capturing")
+        return stored
+
+    def _about(self, args: tuple, kwargs: dict[str, Any], plan: Plan) -> str:
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        shapes = ["x".join(map(str, leaf.shape)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        degrees = [f"{name}={getattr(plan, name)}" for name in plan.dimensions if getattr(plan, name) > 1]
+        kind = type(self._weights.module).__name__
+        return f"{kind}, {self._name} of {shapes[0] if shapes else 'nothing'}, {' '.join(degrees) or 'one process'}"
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Note the Python files that run meanwhile, where the call is to be kept."""
+        if self._ticket is None:
+            yield
+            return
+        with recorded() as self._recording:
+            yield
+
+    def compile(self, parts: Parts, leaves: Sequence[Any], device: torch.device, stored: StoredCall | None) -> None:
+        """Have programs run compiled code, wherever it comes from; all ranks call this at once.
+
+        Args:
+            leaves: the flat inputs of the call.
+            stored: what was kept of it.
+        """
+        if self._codes is None:
+            return
+        wanted = []
+        for name, (program, run) in parts.items():
+            if isinstance(run, Sites):
+                known = None if stored is None else stored.code.get(name)
+                wanted.append(self._wanted(program, run, leaves, device, known))
+                self._code[name] = StoredCode(wanted[-1].inputs, wanted[-1].jobs)
+        compile_together(wanted, self._codes, self._shelf.company(), self._show)
+
+    def _wanted(
+        self, program: Program, run: Sites, leaves: Sequence[Any], device: torch.device, known: StoredCode | None
+    ) -> Wanted:  # fmt: skip
+        assert self._codes is not None
+        inputs = forms_of_inputs(program, self._weights, leaves, device)
+        if known is not None and known.inputs == inputs:
+            return Wanted(run, inputs, known.jobs)
+        return Wanted.of(run, inputs, self._codes)
+
+    def keep(self, call: Keepable, verified: bool) -> None:
+        """Keep a call that is ready; all ranks call this at once.
+
+        Args:
+            verified: whether it was compared with the module.
+        """
+        if call.stored is not None:
+            self._shelf.keep(self._ticket, dataclasses.replace(call.stored, verified=verified))
+            return
+        making = self._shelf.making()
+        if self._ticket is None:
+            return
+        recording = self._recording
+        if recording is None or recording.incomplete is not None:
+            why = "the capture was not watched" if recording is None else recording.incomplete
+            logging.getLogger("xdit_compile").info("%s is not kept for other processes: %s", self._name, why)
+            return
+        try:
+            sources = manifest(recording.files)
+        except Unportable as error:
+            logging.getLogger("xdit_compile").info("%s is not kept for other processes: %s", self._name, error)
+            return
+        results = tuple(contiguous(each.shape, each.dtype, torch.device("cpu")) for each in call.made)
+        programs = {name: program for name, (program, _) in call.parts.items()}
+        unshared = call.unshared
+        stored = StoredCall(
+            making, verified, False, call.over, unshared, call.facts, results, sources, programs, dict(self._code)
+        )
+        self._shelf.keep(self._ticket, stored)
+
+    def say(self, kept: bool) -> None:
+        """Say that a call is ready, and where its graphs came from."""
+        self._show.end()
+        loaded, compiled = (now - before for now, before in zip(self._counted(), self._before, strict=True))
+        if self._speaks:
+            captured = "" if kept else ", captured anew"
+            ready.info(
+                "%s ready in %.1f s: %d graphs from the cache, %d compiled%s",
+                self._name, self._show.seconds, loaded, compiled, captured,
+            )  # fmt: skip
+
+    def _counted(self) -> tuple[int, int]:
+        return (0, 0) if self._codes is None else (self._codes.counts.loaded, self._codes.counts.compiled)
+
+
+def forms_of_inputs(program: Program, weights: Weights, leaves: Sequence[Any], device: torch.device) -> Forms:
+    """The forms that the inputs of a program's root have when it is run.
+
+    Args:
+        leaves: the flat inputs of the call.
+        device: where states are, and what other programs and ranks hand over.
+    """
+    placeholders = program.root.graph.find_nodes(op="placeholder")
+    forms: list[TensorForm] = []
+    for spec, node in zip(program.inputs, placeholders, strict=False):
+        if spec.kind in OF_MODULE:
+            forms.append(form_of(weights.find(spec)))
+        elif spec.kind == "constant":
+            forms.append(form_of(program.constants[str(spec.target)]))
+        else:
+            here = leaves[int(spec.target)].device if spec.kind in ("user", "patch") else device
+            forms.append(contiguous(node.meta["val"].shape, node.meta["val"].dtype, here))
+    received = placeholders[len(program.inputs) :]
+    return (*forms, *(contiguous(node.meta["val"].shape, node.meta["val"].dtype, device) for node in received))

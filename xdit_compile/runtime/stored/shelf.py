@@ -1,0 +1,156 @@
+"""Keeps calls that were compiled for other processes, and finds those that others made: the same on all ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xdit_compile.backends.codes import Codes
+from xdit_compile.cache.environment import environment
+from xdit_compile.cache.portable import digest_of
+from xdit_compile.cache.sources import fits, own_sources
+from xdit_compile.cache.store import Store
+from xdit_compile.cache.unportable import Unportable
+from xdit_compile.distributed.agreement import Agreement
+
+from .compile_together import Company
+from .stored_call import StoredCall
+
+KIND = "program"
+logger = logging.getLogger("xdit_compile")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ticket:
+    """What a call is kept under on this rank: a digest of all that decides what the rank runs for it.
+
+    Args:
+        about: what it is for, in words of JSON.
+    """
+
+    name: str
+    about: dict[str, Any]
+
+
+class Shelf:
+    """The cache as one rank of a session sees it.
+
+    An entry is used where every rank has the one of the same making: what one rank finds alone would meet programs of
+    another making in its first exchange.
+
+    Args:
+        store: where entries are; None where nothing is kept.
+        agreement: the talk among all ranks.
+        codes: compiles structures, where the backend does.
+    """
+
+    def __init__(self, store: Store | None, agreement: Agreement, codes: Codes | None):
+        self._store, self._agreement, self._codes = store, agreement, codes
+        self._company: Company | None = None
+        self._sources: str | None = None
+        if codes is not None and store is not None:
+            codes.store = _CodeFiles(store)
+
+    def ticket(self, describe: Callable[[], Any], about: dict[str, Any], device: torch.device) -> Ticket | None:
+        """What a call is kept under; None where nothing is kept, or something of it cannot be described.
+
+        Args:
+            describe: says in values of JSON what decides on the programs.
+        """
+        if self._store is None:
+            return None
+        try:
+            around = {"environment": environment(device), "own sources": self._own_sources()}
+            if self._codes is not None:
+                self._codes.environment = digest_of(around)
+            return Ticket(digest_of([around, describe()]), about)
+        except Unportable as error:
+            logger.info("not kept for other processes: %s", error)
+            return None
+
+    def find(self, ticket: Ticket | None, device: torch.device) -> StoredCall | None:
+        """What is kept under a ticket, if every rank has an entry of the same making."""
+        stored = None if ticket is None else self._read(ticket, device)
+        mine = None if stored is None else [stored.making, stored.verified, stored.compared]
+        said = [mine, *self._agreement.exchange("a call that was kept", mine).values()]
+        if stored is None or not all(each is not None and each[0] == stored.making for each in said):
+            return None
+        verified, compared = (all(each[at] for each in said) for at in (1, 2))
+        return dataclasses.replace(stored, verified=verified, compared=compared)
+
+    def _read(self, ticket: Ticket, device: torch.device) -> StoredCall | None:
+        assert self._store is not None
+        entry = self._store.read(KIND, ticket.name)
+        if entry is None:
+            return None
+        try:
+            stored = StoredCall.unpacked(entry.body, device)
+        except Unportable as error:
+            logger.warning("an entry of the cache is not used: %s", error)
+            return None
+        if (changed := fits(stored.sources)) is not None:
+            logger.info("an entry of the cache is not used: %s", changed)
+            return None
+        return stored
+
+    def keep(self, ticket: Ticket | None, stored: StoredCall) -> None:
+        """Keep a call under its ticket."""
+        if ticket is None or self._store is None:
+            return
+        try:
+            body = stored.packed()
+        except Unportable as error:
+            logger.info("not kept for other processes: %s", error)
+            return
+        self._store.write(KIND, ticket.name, {**ticket.about, "verified": stored.verified}, body)
+
+    def making(self) -> str:
+        """What all entries that are made now have in common."""
+        return self._agreement.share(uuid.uuid4().bytes).hex()
+
+    def company(self) -> Company:
+        """Who takes compiled code from whom; all ranks call this at once."""
+        if self._company is None:
+            folder = None if self._store is None else _identity(self._store.folder)
+            said = self._agreement.exchange("a folder for code", folder)
+            if any(each is None for each in [folder, *said.values()]):
+                self._company = Company()
+            else:
+                sends = any(each != folder for each in said.values())
+                self._company = Company(self._agreement.rank, self._agreement.exchange, sends)
+        return self._company
+
+    def _own_sources(self) -> str:
+        if self._sources is None:
+            self._sources = own_sources()
+        return self._sources
+
+
+class _CodeFiles:
+    """The entries of a store that are compiled code."""
+
+    KIND = "code"
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    def read(self, name: str) -> bytes | None:
+        entry = self._store.read(self.KIND, name)
+        return None if entry is None else entry.body
+
+    def write(self, name: str, about: Mapping[str, Any], body: bytes) -> bool:
+        return self._store.write(self.KIND, name, about, body)
+
+
+def _identity(folder: Path) -> list[Any]:
+    """What tells a folder from every other one, on this machine and elsewhere."""
+    found = os.stat(folder)
+    return [socket.gethostname(), str(folder), found.st_dev, found.st_ino]

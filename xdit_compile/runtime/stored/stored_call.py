@@ -1,0 +1,121 @@
+"""What one rank runs for one call, as bytes: its programs, names of their code, and what runners must know."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from xdit_compile.backends.forms import Forms, TensorForm
+from xdit_compile.backends.sites import Job
+from xdit_compile.cache.programs import packed, program_from_plain, program_to_plain, unpacked
+from xdit_compile.cache.values import device_of_kind, from_plain, to_plain
+from xdit_compile.ir.program import Program
+
+SAID = ("making", "verified", "compared", "over", "unshared", "facts")
+"""Fields that plain data can say as they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredCode:
+    """The compiled code of one program.
+
+    Args:
+        inputs: forms of the inputs of its root.
+        jobs: what was compiled, and the names that it is kept under.
+    """
+
+    inputs: Forms
+    jobs: tuple[tuple[Job, str | None], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredCall:
+    """What one rank runs for one call.
+
+    Args:
+        making: what the entries of all ranks that were made at once have in common.
+        verified: whether the first call was compared with the module, and ``compared`` whether a later one was.
+        over: which ranks share the batch, as `Batch.over` says, and ``unshared`` why others do not.
+        facts: what else the runner must know, in values that plain data can say.
+        results: forms of the results of the whole call.
+        sources: digests of the Python files that ran when the call was captured.
+        programs: by name.
+        code: of the programs that are compiled, by the same names.
+    """
+
+    making: str
+    verified: bool
+    compared: bool
+    over: str
+    unshared: tuple[Any, ...] | None
+    facts: Mapping[str, Any]
+    results: tuple[TensorForm, ...]
+    sources: Mapping[str, str]
+    programs: Mapping[str, Program] = dataclasses.field(repr=False)
+    code: Mapping[str, StoredCode] = dataclasses.field(default_factory=dict, repr=False)
+
+    def packed(self) -> bytes:
+        """All of it as bytes.
+
+        Raises:
+            Unportable: something of it cannot be said.
+        """
+        plain: dict[str, Any] = {name: to_plain(getattr(self, name)) for name in SAID}
+        plain["sources"] = dict(self.sources)
+        plain["results"] = list(map(_form_to_plain, self.results))
+        plain["code"] = {name: _code_to_plain(code) for name, code in self.code.items()}
+        plain["programs"] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, program in self.programs.items():
+            plain["programs"][name], own = program_to_plain(program)
+            tensors |= {f"{name}/{key}": value for key, value in own.items()}
+        return packed(plain, tensors)
+
+    @classmethod
+    def unpacked(cls, data: bytes, device: torch.device) -> StoredCall:
+        """The call of `packed`, for a device of its kind.
+
+        Raises:
+            Unportable: other bytes, or what they speak of is not here.
+        """
+        plain, tensors = unpacked(data)
+        programs = {}
+        for name, program in plain["programs"].items():
+            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            programs[name] = program_from_plain(program, own, device)
+        return cls(
+            **{name: from_plain(plain[name]) for name in SAID},
+            results=tuple(_form_from_plain(form, device) for form in plain["results"]),
+            sources=plain["sources"],
+            programs=programs,
+            code={name: _code_from_plain(code, device) for name, code in plain["code"].items()},
+        )
+
+
+def _form_to_plain(form: Any) -> Any:
+    if not isinstance(form, TensorForm):
+        return {"value": to_plain(form)}
+    return [list(form.shape), list(form.stride), to_plain(form.dtype), form.device.type]
+
+
+def _form_from_plain(plain: Any, device: torch.device) -> Any:
+    if isinstance(plain, dict):
+        return from_plain(plain["value"])
+    shape, stride, dtype, kind = plain
+    return TensorForm(tuple(shape), tuple(stride), from_plain(dtype), device_of_kind(kind, device))
+
+
+def _code_to_plain(code: StoredCode) -> Any:
+    jobs = [[job.target, list(map(_form_to_plain, job.forms)), list(job.sites), name] for job, name in code.jobs]
+    return {"inputs": list(map(_form_to_plain, code.inputs)), "jobs": jobs}
+
+
+def _code_from_plain(plain: Any, device: torch.device) -> StoredCode:
+    jobs = [
+        (Job(target, tuple(_form_from_plain(form, device) for form in forms), tuple(sites)), name)
+        for target, forms, sites, name in plain["jobs"]
+    ]
+    return StoredCode(tuple(_form_from_plain(form, device) for form in plain["inputs"]), tuple(jobs))
