@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .build_folder import BuildFolder
-from .forms import Forms, fakes_of
+from .forms import Forms, fakes_of, give_dense
 from .inductor_order import pin_order
 
 Run = Callable[..., Any]
@@ -68,12 +68,14 @@ def compiled(
         folder: where files are made; where inductor makes them for None, and then they are not read again.
 
     Returns:
-        What computes the structure, and the same as bytes; None where inductor cannot say it in bytes.
+        What computes the structure, and the same as bytes; None where inductor cannot say it in bytes, or not all of
+        it, as where the structure holds tensors of its own.
     """
     from torch._inductor import standalone_compile
     from torch._inductor.async_compile import AsyncCompile
 
     pin_order()
+    give_dense(structure, forms)
     fakes = fakes_of(FakeTensorMode(shape_env=ShapeEnv()), forms)
     original, kernels = AsyncCompile.cpp_pybinding, {}
 
@@ -85,7 +87,11 @@ def compiled(
         run: Any = standalone_compile(
             structure, fakes, dynamic_shapes="from_example_inputs", options={"config_patches": dict(options)}, aot=True
         )
-        if folder is None or getattr(_called(run), "serialize", None) is None:
+        if (
+            folder is None
+            or structure.graph.find_nodes(op="get_attr")
+            or getattr(_called(run), "serialize", None) is None
+        ):
             return _called(run), None
         libraries = {name: Path(_loaded(kernel).__self__.__file__).read_bytes() for name, kernel in kernels.items()}
         return _called(run), Artifact(run.serialize(), libraries)

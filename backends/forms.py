@@ -11,6 +11,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from xdit_compile.ir.arguments import sequence_of
+
 
 class TensorForm(NamedTuple):
     """What compiled code depends on of a tensor."""
@@ -88,8 +90,41 @@ class _Walk:
             structure = self._root.get_submodule(target)
             assert isinstance(structure, fx.GraphModule)
             with self._mode:
-                self._known[key] = _Fakes(structure, self._mode).run(*args)
+                results = _Fakes(structure, self._mode).run(*args)
+                self._known[key] = pytree.tree_map_only(torch.Tensor, _dense, results)
         return self._known[key]
+
+
+def layout_of(result: torch.Tensor) -> torch.memory_format:
+    """The order of the dims in memory in which a structure gives a result: as it comes by itself where channels are
+    last, else dim by dim, so that all calls of what takes it are of one form."""
+    if result.ndim == 4 and result.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if result.ndim == 5 and result.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _dense(result: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(result, memory_format=layout_of(result))
+
+
+@torch.no_grad()
+def give_dense(structure: fx.GraphModule, forms: Forms) -> None:
+    """Change a structure so that every result is laid out as `layout_of` says."""
+    mode = FakeTensorMode()
+    with mode:
+        results = _Fakes(structure, mode).run(*fakes_of(mode, forms))
+    output = structure.graph.output_node()
+    leaves = list(sequence_of(output.args[0]))
+    with structure.graph.inserting_before(output):
+        for position, (leaf, result) in enumerate(zip(leaves, results, strict=True)):
+            layout = layout_of(result) if isinstance(result, torch.Tensor) else None
+            if layout is not None and not result.is_contiguous(memory_format=layout):
+                arguments: dict[str, Any] = {"memory_format": layout}
+                leaves[position] = structure.graph.call_function(torch.ops.aten.clone.default, (leaf,), arguments)
+    output.args = (tuple(leaves),)
+    structure.recompile()
 
 
 class _Fakes(fx.Interpreter):

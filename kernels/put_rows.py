@@ -29,3 +29,23 @@ def put_rows(out: torch.Tensor, rows: torch.Tensor, dim: int, start: int) -> Non
 @torch.library.register_fake("xdit_compile::put_rows", lib=_LIBRARY)
 def _(out: torch.Tensor, rows: torch.Tensor, dim: int, start: int) -> None:
     out.narrow(dim, start, rows.shape[dim])
+
+
+_LIBRARY.define(
+    "put_rows_at(Tensor(a!) out, Tensor rows, int dim, Tensor start) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+@torch.library.impl(_LIBRARY, "put_rows_at", "CompositeExplicitAutograd")
+def put_rows_at(out: torch.Tensor, rows: torch.Tensor, dim: int, start: torch.Tensor) -> None:
+    """`put_rows` whose first row is a number in memory: graphs that differ in it alone are the same.
+
+    Args:
+        start: int64, without dims, on the CPU, so that reading it waits for no device.
+    """
+    put_rows(out, rows, dim, int(start))
+
+
+@torch.library.register_fake("xdit_compile::put_rows_at", lib=_LIBRARY)
+def _(out: torch.Tensor, rows: torch.Tensor, dim: int, start: torch.Tensor) -> None:
+    out.narrow(dim, 0, rows.shape[dim])

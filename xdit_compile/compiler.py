@@ -22,6 +22,7 @@ from xdit_compile.passes.axes.verify_axes import verify_axes
 from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.local.layout import Chosen, Layout
 from xdit_compile.passes.memory.tile_rows import in_strips
+from xdit_compile.passes.partition.hoist_positions import hoist_positions
 from xdit_compile.passes.partition.program import Partitioned, partition
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.passes.stages.choose_patches import cuts, varying
@@ -177,6 +178,25 @@ def _tile_rows(state: Compilation) -> Compilation:
     return dataclasses.replace(state, partitioned=cut)
 
 
+def _hoist_positions(state: Compilation) -> Compilation:
+    def hoisted(program: Program) -> Program:
+        return hoist_positions(program, state.device)
+
+    if state.stages is None:
+        programs = {
+            name: dataclasses.replace(each, program=hoisted(each.program)) for name, each in state.partitioned.items()
+        }
+        return dataclasses.replace(state, partitioned=programs)
+    full, *patches = (
+        dataclasses.replace(stage, program=hoisted(stage.program))
+        for stage in (state.stages.full, *state.stages.patches)
+    )
+    common = hoisted(state.stages.common)
+    return dataclasses.replace(
+        state, stages=dataclasses.replace(state.stages, full=full, common=common, patches=tuple(patches))
+    )
+
+
 def _compile(state: Compilation) -> Compilation:
     assert state.backend is not None
     roots = {name: program.root.to(state.device) for name, program in state.programs.items()}
@@ -200,6 +220,7 @@ PASSES = (
     Pass("partition", _partition),
     Pass("assign_stages", _assign_stages, lambda state: state.patches is not None),
     Pass("tile_rows", _tile_rows, lambda state: state.budget is not None),
+    Pass("hoist_positions", _hoist_positions),
     Pass("compile", _compile),
 )
 """Everything that happens to a call, in this order."""

@@ -56,6 +56,7 @@ def stages_on(plan: Plan, mesh: Mesh, recorder: Recorder) -> Stages:
         before_request=lambda do: None,
         after_request=lambda do: None,
         after_failure=lambda do: None,
+        keeper=lambda *_: None,
     )
     runner = Stages(Weights(nn.Identity()), session)
     empty = fx.GraphModule({}, fx.Graph())

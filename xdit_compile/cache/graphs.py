@@ -109,9 +109,9 @@ def graph_from_plain(
 def canonical(module: fx.GraphModule) -> tuple[Plain, str]:
     """One structure as plain data that is equal for all that differ in names alone, and the digest of that.
 
-    Nodes are ``n0``, ``n1`` and so on, in order. Tensors of the structure count by their values, placeholders by shape,
-    strides and dtype where these are known (of what one rank runs they are not), operators by all of their arguments.
-    Where tensors lie does not count, and of devices among arguments the kind alone.
+    Nodes are ``n0``, ``n1`` and so on, in order. Tensors of the structure count by their values, operators by all of
+    their arguments. What forms its placeholders have is not said, nor where tensors lie, and of devices among arguments
+    the kind alone counts.
 
     Raises:
         Unportable: as in `graph_to_plain`, and a structure that calls another one.
@@ -126,7 +126,6 @@ def canonical(module: fx.GraphModule) -> tuple[Plain, str]:
         plain = _node_to_plain(node, names.__getitem__, ())
         if node.op == "placeholder":
             plain["target"] = names[node]
-            plain["val"] = to_plain(node.meta.get("val"), _without_device)
         elif node.op == "get_attr":
             plain["target"] = renamed[str(node.target)]
         nodes.append(plain)
@@ -200,7 +199,7 @@ def _digested(tensor: torch.Tensor) -> Plain:
     state = hashlib.sha256()
     if values is not None:
         state.update(values.view(torch.uint8).numpy().tobytes())
-    return {**_form_alone(form), "sha256": state.hexdigest()}
+    return {**{key: value for key, value in form.items() if key != "device"}, "sha256": state.hexdigest()}
 
 
 def _node_to_plain(
@@ -232,15 +231,6 @@ def _node_to_plain(
 
 def _on_meta(value: Any) -> Any:
     return {"tensor": tensor_form(value)} if isinstance(value, torch.Tensor) else None
-
-
-def _without_device(value: Any) -> Any:
-    """A tensor's form alone: what nodes make is on the meta device once a graph was read."""
-    return {"tensor": _form_alone(tensor_form(value))} if isinstance(value, torch.Tensor) else None
-
-
-def _form_alone(form: Plain) -> Plain:
-    return {key: value for key, value in form.items() if key != "device"}
 
 
 def _target_to_plain(node: fx.Node) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import sys
+import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,6 @@ _OTHER_SPELLINGS = {"num_frames": "video_length"}
 
 def set_logs(debug: bool) -> None:
     """Keep the libraries' warnings and loading bars off the terminal, or with ``debug`` show our own log, too."""
-    import logging
     import warnings
 
     if debug:
@@ -52,14 +51,21 @@ def set_logs(debug: bool) -> None:
         theirs.disable_progress_bar()
 
 
+class _AboveBars(logging.Handler):
+    """Prints lines above the progress bars that are open."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record))
+
+
 def _show_ready() -> None:
     """Print when a call is ready, and where its graphs came from."""
-    import logging
-
     ready = logging.getLogger("xdit_compile.ready")
     ready.setLevel(logging.INFO)
     ready.propagate = False
-    ready.handlers = [logging.StreamHandler(sys.stdout)]
+    ready.handlers = [_AboveBars()]
 
 
 def placement(request: PipelineRequest, world: World) -> tuple[torch.device, torch.dtype]:

@@ -25,7 +25,7 @@ from .cfg_branches import unshared_images
 from .compiled_call import CompiledCall, Run
 from .data_parallel import Batch, Batches
 from .proving import Proving, device_of
-from .stored.keeper import Keeper
+from .stored.keeper import APART, ROWS, Keeper
 from .stored.stored_call import StoredCall
 from .unsplit import Changing, RunsWhole, Unsplit
 
@@ -51,7 +51,8 @@ class Making(Proving):
         """What runs a new call: what was kept of one that was alike, or made of the module."""
         shapes = {"plan": digest([self.plan]), "input shape": digest_shapes(leaves)}
         self._agreement.agree("a new program", shapes)
-        stored = self._keeper.find(args, kwargs, self.plan, self._besides, device_of(leaves))
+        apart = (*APART, *ROWS) if self._is_denoiser else APART
+        stored = self._keeper.find(args, kwargs, self.plan, self._besides, device_of(leaves), apart)
         make = self._made if stored is None else functools.partial(self._remade, stored)
         compiled_call = make(key, args, kwargs, leaves)
         self._settle(compiled_call)

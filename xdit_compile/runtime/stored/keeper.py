@@ -29,8 +29,10 @@ from .stored_call import StoredCall, StoredCode
 Run = Callable[..., tuple[Any, ...]]
 Parts = Mapping[str, tuple[Program, Run]]
 """Programs by name, each with what computes it."""
-APART = ("cache", "verify", "timeout_s", "max_programs", "keep_weights")
+APART = ("cache", "verify", "timeout_s", "max_programs", "keep_weights", "warmup_steps")
 """Fields of a plan that change no program."""
+ROWS = ("vae", "vae_degree", "vae_memory")
+"""Fields of a plan that concern autoencoders alone."""
 ready = logging.getLogger("xdit_compile.ready")
 
 
@@ -68,14 +70,16 @@ class Keeper:
         self._before = (0, 0)
 
     def find(
-        self, args: tuple, kwargs: dict[str, Any], plan: Plan, besides: Sequence[Any], device: torch.device
+        self, args: tuple, kwargs: dict[str, Any], plan: Plan, besides: Sequence[Any], device: torch.device,
+        apart: Sequence[str] = APART,
     ) -> StoredCall | None:  # fmt: skip
         """What every rank has kept of a call; from here on it is counted how long it takes to be ready.
 
         Args:
             besides: what else decides on programs: this rank, and what its runner does.
+            apart: fields of the plan that do not.
         """
-        fields = {each.name: getattr(plan, each.name) for each in dataclasses.fields(plan) if each.name not in APART}
+        fields = {each.name: getattr(plan, each.name) for each in dataclasses.fields(plan) if each.name not in apart}
 
         def described() -> Any:
             call = describe_call(args, kwargs)
@@ -165,7 +169,7 @@ class Keeper:
         """Say that a call is ready, and where its graphs came from."""
         self._show.end()
         loaded, compiled = (now - before for now, before in zip(self._counted(), self._before, strict=True))
-        if self._speaks:
+        if self._speaks and self._codes is not None:
             captured = "" if kept else ", captured anew"
             ready.info(
                 "%s ready in %.1f s: %d graphs from the cache, %d compiled%s",

@@ -117,15 +117,21 @@ class Shelf:
         return self._agreement.share(uuid.uuid4().bytes).hex()
 
     def company(self) -> Company:
-        """Who takes compiled code from whom; all ranks call this at once."""
+        """Who takes compiled code from whom; all ranks call this at once.
+
+        Ranks that have a folder in common compile in one folder, too, so that what inductor finds out about the machine
+        is found out once.
+        """
         if self._company is None:
-            folder = None if self._store is None else _identity(self._store.folder)
-            said = self._agreement.exchange("a folder for code", folder)
-            if any(each is None for each in [folder, *said.values()]):
+            store, codes = self._store, self._codes
+            mine = None if store is None or codes is None else [*_identity(store.folder), str(codes.folder.path)]
+            said = {self._agreement.rank: mine, **self._agreement.exchange("a folder for code", mine)}
+            if codes is None or mine is None or any(each is None for each in said.values()):
                 self._company = Company()
             else:
-                sends = any(each != folder for each in said.values())
-                self._company = Company(self._agreement.rank, self._agreement.exchange, sends)
+                alike = [rank for rank, each in sorted(said.items()) if each[:-1] == mine[:-1]]
+                codes.folder.share(Path(said[alike[0]][-1]))
+                self._company = Company(self._agreement.rank, self._agreement.exchange, len(alike) < len(said))
         return self._company
 
     def _own_sources(self) -> str:
