@@ -14,6 +14,7 @@ from xdit_compile.compiler import Analysis
 from xdit_compile.ir.program import Program
 
 from .data_parallel import Batch, SharedCall
+from .stored.shelf import Ticket
 from .stored.stored_call import StoredCall
 
 Run = Callable[..., tuple[Any, ...]]
@@ -29,6 +30,7 @@ class CompiledCall:
         batch: how ranks share its samples; set once it is known.
         room: whether every rank had the memory for the module itself to run beside all else.
         stored: what was kept of the call, where another process made it.
+        ticket: what it is kept under.
     """
 
     analysed: Callable[[], Analysis]
@@ -37,6 +39,7 @@ class CompiledCall:
     batch: Batch | None = dataclasses.field(default=None, kw_only=True)
     room: bool = dataclasses.field(default=True, kw_only=True)
     stored: StoredCall | None = dataclasses.field(default=None, kw_only=True)
+    ticket: Ticket | None = dataclasses.field(default=None, kw_only=True)
 
     @functools.cached_property
     def analysis(self) -> Analysis:
@@ -54,6 +57,11 @@ class CompiledCall:
         if self.shared is not None:
             return self.shared.whole
         return self.analysis.program if self.stored is None else self.program
+
+    @property
+    def captured(self) -> Program:
+        """The captured program of the whole call."""
+        return self.analysis.program if self.shared is None else self.shared.whole
 
     @property
     def made(self) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from .cfg_branches import unshared_images
 from .compiled_call import CompiledCall, Run
 from .data_parallel import Batch, Batches
 from .proving import Proving, device_of
-from .stored.keeper import APART, ROWS, Keeper
+from .stored.keeper import APART, ROWS
 from .stored.stored_call import StoredCall
 from .unsplit import Changing, RunsWhole, Unsplit
 
@@ -34,7 +34,6 @@ class Making(Proving):
     """The part of a runner that makes what runs a call; all ranks go through it in step."""
 
     unsplit: Unsplit
-    _keeper: Keeper
     _batches: Batches
     _changing: Changing
     _is_denoiser: bool
@@ -90,8 +89,8 @@ class Making(Proving):
         compiled_call = dataclasses.replace(self._placed(analysis, device), batch=batch, room=room)
         self._keeper.compile(compiled_call.parts, leaves, device, None)
         compiled_call = self._proven(compiled_call, computation, leaves)
-        self._keeper.keep(compiled_call, verified=self.plan.verify and not self._trace_only)
-        return compiled_call
+        self._keeper.keep(compiled_call, leaves, device, verified=self.plan.verify and not self._trace_only)
+        return dataclasses.replace(compiled_call, ticket=self._keeper.ticket)
 
     def _remade(self, stored: StoredCall, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> CompiledCall:
         """What runs a call, made of what was kept; compared with the module where that was not done."""
@@ -101,13 +100,13 @@ class Making(Proving):
         batch = Batch(stored.over, unshared=None if stored.unshared is None else Bound(*stored.unshared))
         analysed = self._recapturing(stored, args, kwargs)
         compiled_call = self._restored(stored, analysed, device)
-        compiled_call = dataclasses.replace(compiled_call, batch=batch, stored=stored)
+        compiled_call = dataclasses.replace(compiled_call, batch=batch, stored=stored, ticket=self._keeper.ticket)
         self._keeper.compile(compiled_call.parts, leaves, device, stored)
         if stored.verified or not self.plan.verify or self._trace_only:
             return compiled_call
         room = self._has_room(computation, args, kwargs)
         compiled_call = self._proven(dataclasses.replace(compiled_call, room=room), computation, leaves)
-        self._keeper.keep(compiled_call, verified=True)
+        self._keeper.keep(compiled_call, leaves, device, verified=True)
         return compiled_call
 
     def _analysed(

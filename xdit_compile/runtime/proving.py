@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from xdit_compile.weights.weights import Weights
 
 from .compiled_call import CompiledCall
 from .data_parallel import Batch
+from .stored.keeper import Keeper
 
 logger = logging.getLogger("xdit_compile")
 
@@ -51,6 +51,7 @@ class Proving:
     mesh: Mesh
     backend: Backend
     _agreement: Agreement
+    _keeper: Keeper
     _trace_only: bool
     _choose: Callable[[Inference, Plan], Chosen]
     _own_outcome: Callable[[tuple, dict], Outcome]
@@ -142,11 +143,15 @@ class Proving:
     def _verify_later(self, compiled_call: CompiledCall, leaves: list[Any], actual: Any, expected: Any) -> None:
         if expected is not None:
             verify_later(actual, expected, self.name, self._slack(compiled_call, leaves))
+            self._keeper.compared(compiled_call.ticket, leaves, device_of(leaves))
         self._release_all()
 
     def _slack(self, compiled_call: CompiledCall, leaves: list[Any]) -> Slack:
         args, kwargs = pytree.tree_unflatten(leaves, compiled_call.whole.in_spec)
-        rounding = functools.partial(narrow_rounding, compiled_call.whole, self.module, args, kwargs)
+
+        def rounding() -> Difference:
+            return narrow_rounding(compiled_call.captured, self.module, args, kwargs)
+
         return lambda: if_room(rounding, device_of(leaves)) or Difference()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.utils import _pytree as pytree
 
 from xdit_compile.backends.codes import Codes
 from xdit_compile.backends.forms import Forms, TensorForm, contiguous, form_of
@@ -88,13 +89,13 @@ class Keeper:
         self._show, self._code, self._recording = Progress(self._name, self._speaks), {}, None
         self._before = self._counted()
         self._ticket = self._shelf.ticket(described, {"for": self._about(args, kwargs, plan)}, device)
-        stored = self._shelf.find(self._ticket, device)
+        stored = self._shelf.find(self._ticket, pytree.tree_leaves((args, kwargs)), device)
         if stored is None:
             self._show.stage("capturing")
         return stored
 
     def _about(self, args: tuple, kwargs: dict[str, Any], plan: Plan) -> str:
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        leaves = pytree.tree_leaves((args, kwargs))
         shapes = ["x".join(map(str, leaf.shape)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         degrees = [f"{name}={getattr(plan, name)}" for name in plan.dimensions if getattr(plan, name) > 1]
         kind = type(self._weights.module).__name__
@@ -135,14 +136,16 @@ class Keeper:
             return Wanted(run, inputs, known.jobs)
         return Wanted.of(run, inputs, self._codes)
 
-    def keep(self, call: Keepable, verified: bool) -> None:
+    def keep(self, call: Keepable, leaves: Sequence[Any], device: torch.device, verified: bool) -> None:
         """Keep a call that is ready; all ranks call this at once.
 
         Args:
+            leaves: its flat inputs.
             verified: whether it was compared with the module.
         """
         if call.stored is not None:
-            self._shelf.keep(self._ticket, dataclasses.replace(call.stored, verified=verified))
+            again = dataclasses.replace(call.stored, verified=verified)
+            self._shelf.keep(self._ticket, leaves, device, again)
             return
         making = self._shelf.making()
         if self._ticket is None:
@@ -163,7 +166,16 @@ class Keeper:
         stored = StoredCall(
             making, verified, False, call.over, unshared, call.facts, results, sources, programs, dict(self._code)
         )
-        self._shelf.keep(self._ticket, stored)
+        self._shelf.keep(self._ticket, leaves, device, stored)
+
+    @property
+    def ticket(self) -> Ticket | None:
+        """What the latest call is kept under."""
+        return self._ticket
+
+    def compared(self, ticket: Ticket | None, leaves: Sequence[Any], device: torch.device) -> None:
+        """Note of a call that a later one was compared with the module, too."""
+        self._shelf.compared(ticket, leaves, device)
 
     def say(self, kept: bool) -> None:
         """Say that a call is ready, and where its graphs came from."""

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,27 @@ from .compile_together import Company
 from .stored_call import StoredCall
 
 KIND = "program"
+MOST_VALUES = 8
+"""So many calls are kept that differ in nothing but values that the capture bakes in."""
 logger = logging.getLogger("xdit_compile")
 
 
 @dataclasses.dataclass(frozen=True)
 class Ticket:
-    """What a call is kept under on this rank: a digest of all that decides what the rank runs for it.
+    """What a call is kept under on this rank.
 
     Args:
+        key: a digest of all that decides what the rank runs for it, but for values that the capture bakes in.
         about: what it is for, in words of JSON.
     """
 
-    name: str
+    key: str
     about: dict[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """Where calls that differ in such values have their places."""
+        return [digest_of([self.key, place]) for place in range(MOST_VALUES)]
 
 
 class Shelf:
@@ -76,9 +84,9 @@ class Shelf:
             logger.info("not kept for other processes: %s", error)
             return None
 
-    def find(self, ticket: Ticket | None, device: torch.device) -> StoredCall | None:
-        """What is kept under a ticket, if every rank has an entry of the same making."""
-        stored = None if ticket is None else self._read(ticket, device)
+    def find(self, ticket: Ticket | None, leaves: Sequence[Any], device: torch.device) -> StoredCall | None:
+        """What is kept under a ticket for a call's flat inputs, if every rank has an entry of the same making."""
+        stored = None if ticket is None else self._first_that_fits(ticket, leaves, device)
         mine = None if stored is None else [stored.making, stored.verified, stored.compared]
         said = [mine, *self._agreement.exchange("a call that was kept", mine).values()]
         if stored is None or not all(each is not None and each[0] == stored.making for each in said):
@@ -86,13 +94,20 @@ class Shelf:
         verified, compared = (all(each[at] for each in said) for at in (1, 2))
         return dataclasses.replace(stored, verified=verified, compared=compared)
 
-    def _read(self, ticket: Ticket, device: torch.device) -> StoredCall | None:
+    def _first_that_fits(self, ticket: Ticket, leaves: Sequence[Any], device: torch.device) -> StoredCall | None:
         assert self._store is not None
-        entry = self._store.read(KIND, ticket.name)
-        if entry is None:
-            return None
+        for name in ticket.names:
+            entry = self._store.read(KIND, name)
+            if entry is None:
+                return None
+            stored = self._unpacked(entry.body, device)
+            if stored is not None and stored.fits(leaves):
+                return stored
+        return None
+
+    def _unpacked(self, body: bytes, device: torch.device) -> StoredCall | None:
         try:
-            stored = StoredCall.unpacked(entry.body, device)
+            stored = StoredCall.unpacked(body, device)
         except Unportable as error:
             logger.warning("an entry of the cache is not used: %s", error)
             return None
@@ -101,8 +116,8 @@ class Shelf:
             return None
         return stored
 
-    def keep(self, ticket: Ticket | None, stored: StoredCall) -> None:
-        """Keep a call under its ticket."""
+    def keep(self, ticket: Ticket | None, leaves: Sequence[Any], device: torch.device, stored: StoredCall) -> None:
+        """Keep a call under its ticket, in the place of one that was made for the same values or fits no more."""
         if ticket is None or self._store is None:
             return
         try:
@@ -110,7 +125,20 @@ class Shelf:
         except Unportable as error:
             logger.info("not kept for other processes: %s", error)
             return
-        self._store.write(KIND, ticket.name, {**ticket.about, "verified": stored.verified}, body)
+        name = next((name for name in ticket.names if self._is_free(name, leaves, device)), ticket.names[0])
+        self._store.write(KIND, name, {**ticket.about, "verified": stored.verified}, body)
+
+    def compared(self, ticket: Ticket | None, leaves: Sequence[Any], device: torch.device) -> None:
+        """Note of a call that a later one was compared with the module, too."""
+        stored = None if ticket is None else self._first_that_fits(ticket, leaves, device)
+        if stored is not None and not stored.compared:
+            self.keep(ticket, leaves, device, dataclasses.replace(stored, compared=True))
+
+    def _is_free(self, name: str, leaves: Sequence[Any], device: torch.device) -> bool:
+        assert self._store is not None
+        entry = self._store.read(KIND, name)
+        other = None if entry is None else self._unpacked(entry.body, device)
+        return other is None or other.fits(leaves)
 
     def making(self) -> str:
         """What all entries that are made now have in common."""

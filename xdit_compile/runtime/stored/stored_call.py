@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from xdit_compile.backends.forms import Forms, TensorForm
 from xdit_compile.backends.sites import Job
 from xdit_compile.cache.programs import packed, program_from_plain, program_to_plain, unpacked
 from xdit_compile.cache.values import device_of_kind, from_plain, to_plain
+from xdit_compile.capture.state.guards import Guards
 from xdit_compile.ir.program import Program
 
 SAID = ("making", "verified", "compared", "over", "unshared", "facts")
@@ -56,6 +57,10 @@ class StoredCall:
     sources: Mapping[str, str]
     programs: Mapping[str, Program] = dataclasses.field(repr=False)
     code: Mapping[str, StoredCode] = dataclasses.field(default_factory=dict, repr=False)
+
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Whether the values that the capture baked in are those of a call's flat inputs."""
+        return all(Guards(program.guards).fit(leaves) for program in self.programs.values())
 
     def packed(self) -> bytes:
         """All of it as bytes.
