@@ -33,10 +33,9 @@ from xdit_compile.runtime.diffusers_pipeline import (
     session_of,
     wrap_call,
 )
+from xdit_compile.runtime.methods.ahead import runner_class
 from xdit_compile.runtime.methods.autoencoder import RowMethod, Team, restore_rows, row_methods, split_rows
-from xdit_compile.runtime.methods.distrifusion import StaleRunner
 from xdit_compile.runtime.methods.distvae import attach_distvae, check_distvae, is_distvae, restore_distvae
-from xdit_compile.runtime.methods.pipefusion import PipelineRunner
 from xdit_compile.runtime.runner import Runner
 from xdit_compile.runtime.session import Session
 from xdit_compile.weights.weights import Weights
@@ -94,7 +93,7 @@ def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     _stay({name: module for name, module in {**modules, **coders}.items() if not held(module)}, session)
     for name, module in modules.items():
         if not held(module):
-            runner = _runner(plan)(weights.get(name) or Weights(module), session, name)
+            runner = runner_class(plan)(weights.get(name) or Weights(module), session, name)
             put_in_place(module, {"forward": runner})
             session.compare_weights(name, runner.weights.values)
     _split_rows({name: module for name, module in coders.items() if not held(module)}, session)
@@ -124,12 +123,6 @@ def _common_session(target: Any, modules: Mapping[str, nn.Module], plan: Plan) -
 def _pipeline_base(kind: type) -> type:
     """The class that gives pipelines ``register_modules``."""
     return next(base for base in reversed(kind.__mro__) if "register_modules" in vars(base))
-
-
-def _runner(plan: Plan) -> type[Runner]:
-    if plan.patch_count > 1:
-        return PipelineRunner
-    return StaleRunner if plan.distrifusion > 1 else Runner
 
 
 def restore(target: Any) -> Any:

@@ -356,7 +356,6 @@ def test_every_change_of_a_call_makes_another_key() -> None:
         "shape": ((one[:1], [one]), {"scale": 1.0}),
         "dtype": ((one.half(), [one]), {"scale": 1.0}),
         "device": ((one.to("meta"), [one]), {"scale": 1.0}),
-        "strides": ((torch.zeros(3, 2).t(), [one]), {"scale": 1.0}),
         "number": ((one, [one]), {"scale": 2.0}),
         "kind of number": ((one, [one]), {"scale": 1}),
         "truth": ((one, [one]), {"scale": True}),

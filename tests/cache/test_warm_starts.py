@@ -163,6 +163,7 @@ def test_nothing_is_written_where_nothing_is_to_be_kept(tmp_path: Path, monkeypa
         assert torch.equal(module(torch.ones(2, 3)), torch.full((2, 3), 2.0))
         return [path for path in tmp_path.rglob("*") if path.is_file()]
 
+    monkeypatch.chdir(tmp_path)
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name))
     folder = tmp_path / "cache"

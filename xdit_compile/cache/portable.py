@@ -56,7 +56,8 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
 def describe_call(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Describe a call without its module: the containers of its arguments, their leaves, and what is set around it.
 
-    Of tensors shape, dtype, kind of device and whether they are contiguous count; all other leaves count by value.
+    Of tensors shape, dtype and kind of device count; programs take all inputs contiguous, whatever strides they come
+    with. All other leaves count by value.
 
     Raises:
         Unportable: an argument that another process would not find again.
@@ -241,8 +242,7 @@ def _leaf(describing: Describing, number: int, leaf: Any) -> Any:
     describing.at("", f"input {number}")
     if not isinstance(leaf, torch.Tensor):
         return describing.attribute("", f"input {number}", leaf)
-    laid_out = leaf.layout == torch.strided and not leaf.is_contiguous()
-    form = [list(leaf.shape), str(leaf.dtype), leaf.device.type, *(["not contiguous"] if laid_out else [])]
+    form = [list(leaf.shape), str(leaf.dtype), leaf.device.type]
     return {"input": form if leaf.layout == torch.strided else [*form, str(leaf.layout)]}
 
 

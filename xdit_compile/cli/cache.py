@@ -118,6 +118,23 @@ def clear(cache_dir: str | None) -> None:
     _tell_removed(folder, removed, store.listed() if store else [], 0)
 
 
+@cache.command()
+@_folder_flag
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--digest", required=True, help="What build printed of the file: compiled code is trusted by that alone.")
+@click.option("--device", default="auto", help="What it is for: auto, cpu or cuda.")
+def unpack(cache_dir: str | None, file: Path, digest: str, device: str) -> None:
+    """Take in what build packed on another machine."""
+    import torch
+
+    from xdit_compile.cache.bundle import unpack as take_in
+    from xdit_compile.distributed.devices import local_device
+
+    store = Store(_folder(cache_dir))
+    place = local_device() if device == "auto" else torch.device(device)
+    click.echo(f"{_count(take_in(store, file, digest, place))} taken into {store.folder}")
+
+
 def _tell_removed(folder: Path, removed: Sequence[Listed], rest: Sequence[Listed], limit: int) -> None:
     """Say what is gone.
 

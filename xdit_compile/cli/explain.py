@@ -56,10 +56,15 @@ def explain(request: Request, component: str | None = None, inputs: str | None =
     return api.explain(call.module, request.plan, args=call.args, kwargs=call.kwargs)
 
 
-def denoiser_call(request: Request, component: str | None = None, inputs: str | None = None) -> DenoiserCall:
+def denoiser_call(
+    request: Request, component: str | None = None, inputs: str | None = None, device: str = "meta"
+) -> DenoiserCall:  # fmt: skip
     """Build the pipeline without weights and catch the first call of its denoiser.
 
-    ``component`` names the denoiser, else it is the one called first. ``inputs`` is a file that gives the arguments.
+    Args:
+        component: names the denoiser, else it is the one called first.
+        inputs: a file that gives the arguments.
+        device: where they are put.
     """
     folder = _configuration_folder(request)
     check_component(folder, component)
@@ -73,8 +78,8 @@ def denoiser_call(request: Request, component: str | None = None, inputs: str | 
         if len(candidates) != 1:
             raise UsageError(f"--inputs needs --component; choose one of {', '.join(candidates)}")
         ((name, module),) = candidates.items()
-        return DenoiserCall(name, module, *_read_inputs(inputs))
-    return _first_call(folder, request, modules, others, candidates)
+        return DenoiserCall(name, module, *_to(device, _read_inputs(inputs)))
+    return _first_call(folder, request, modules, others, candidates, device)
 
 
 def _first_call(
@@ -83,6 +88,7 @@ def _first_call(
     modules: dict[str, nn.Module],
     others: dict[str, Any],
     candidates: dict[str, nn.Module],
+    device: str,
 ) -> DenoiserCall:
     stand_ins = {name: _stand_in(module) for name, module in modules.items()}
     for name in candidates:
@@ -94,7 +100,7 @@ def _first_call(
         with torch.no_grad(), _Unvalued():
             pipe(**arguments | ({"generator": torch.Generator()} if "generator" in arguments else {}))
     except _FirstCall as call:
-        args, kwargs = _to("meta", (call.call_args, call.call_kwargs))
+        args, kwargs = _to(device, (call.call_args, call.call_kwargs))
         return DenoiserCall(call.name, candidates[call.name], args, kwargs)
     except Exception as error:
         reason = one_line(error)
@@ -233,4 +239,4 @@ def _read_inputs(path: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         raise UsageError(
             f"--inputs {path} cannot be read; save a dict of args and kwargs: {one_line(error)}"
         ) from error
-    return _to("meta", (args, kwargs))
+    return args, kwargs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +33,9 @@ _SETTINGS: dict[str, Any] = {
     "show_default": True,
     "token_normalize_func": lambda name: name.replace("-", "_"),
 }
+
+
+_PARSING = {"token_normalize_func": _SETTINGS["token_normalize_func"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -302,6 +307,52 @@ def _run(request: PipelineRequest, world: World) -> None:
         from .generate import generate as make
 
         make(request, world)
+
+
+@cli.command()
+@_model_flags
+@click.option("--prompt", default=Request.prompt[0], help="Matters where a model's code reads what it is given.")
+@click.option("--num_frames", type=int, help="Frames of a video.  [default: the pipeline's]")
+@click.option("--device", default="auto", help="What the graphs are for: auto, cpu or cuda.")
+@click.option("--size", "sizes", multiple=True, help="Such as 1024x1024, height first; give it again for more.")
+@click.option("--batch_size", "batches", type=int, multiple=True, default=(1,), help="Prompts in one call.")
+@_plan_flags
+@click.option("--also", multiple=True, help="Flags of one more plan, as '--tensor_parallel_degree 4'.")
+@click.option("--output", type=click.Path(path_type=Path), help="A file to pack all of it into, for other machines.")
+def build(
+    plan: Plan, sizes: Sequence[str], batches: Sequence[int], also: Sequence[str], prompt: str, output: Path | None,
+    **flags: Any,
+) -> None:  # fmt: skip
+    """Make the graphs of all ranks ahead of time: one process, no weights. A run with weights compares them first."""
+    plans = [plan, *(_plan_of(text, plan) for text in also)]
+    request = Request(plan=plan, prompt=(prompt,), **flags)
+    for each in plans:
+        dataclasses.replace(request, plan=each).check(None, weights=False)
+    if any(batch < 1 for batch in batches):
+        raise UsageError("--batch_size must be at least 1")
+    from .build import build as run
+
+    for line in run(request, [_size(each) for each in sizes] or [None], batches, plans, output):
+        click.echo(line)
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise UsageError(f"--size {text} must be a height and a width in pixels, such as 1024x768")
+    return int(sides[0]), int(sides[1])
+
+
+def _plan_of(text: str, like: Plan) -> Plan:
+    """The plan of some flags, with the cache of another one."""
+
+    @click.command()
+    @_plan_flags
+    def flags_of_a_plan(plan: Plan) -> Plan:
+        return plan
+
+    made: Plan = flags_of_a_plan.main(shlex.split(text), "--also", standalone_mode=False, **_PARSING)
+    return dataclasses.replace(made, cache=like.cache)
 
 
 @cli.command(hidden=True)

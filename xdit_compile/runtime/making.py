@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from xdit_compile.capture.state.in_place import as_it_was
-from xdit_compile.capture.state.signature import Signature
+from xdit_compile.capture.state.signature import Signature, signature
 from xdit_compile.capture.state.unsupported import moves_weights, refuse_draws, refuse_unsupported
 from xdit_compile.compiler import Analysis, Compilation, analyse, compiled
 from xdit_compile.errors import CaptureError, NoRoomError
@@ -50,8 +50,7 @@ class Making(Proving):
         """What runs a new call: what was kept of one that was alike, or made of the module."""
         shapes = {"plan": digest([self.plan]), "input shape": digest_shapes(leaves)}
         self._agreement.agree("a new program", shapes)
-        apart = (*APART, *ROWS) if self._is_denoiser else APART
-        stored = self._keeper.find(args, kwargs, self.plan, self._besides, device_of(leaves), apart)
+        stored = self._find(args, kwargs, device_of(leaves))
         make = self._made if stored is None else functools.partial(self._remade, stored)
         compiled_call = make(key, args, kwargs, leaves)
         self._settle(compiled_call)
@@ -73,12 +72,24 @@ class Making(Proving):
 
         return analysed
 
+    def prepare_ahead(self, args: tuple, kwargs: dict) -> bool:
+        """Make and keep what runs a call, and run nothing; whether it was there already."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        stored = self._find(args, kwargs, device_of(leaves))
+        if stored is None:
+            self._made(signature(self.module, args, kwargs), args, kwargs, leaves)
+        return stored is not None
+
+    def _find(self, args: tuple, kwargs: dict, device: torch.device) -> StoredCall | None:
+        apart = (*APART, *ROWS) if self._is_denoiser else APART
+        return self._keeper.find(args, kwargs, self.plan, self._besides, device, apart)
+
     @property
     def _besides(self) -> list[Any]:
         """What decides on the programs of a call besides the module, the call and the plan."""
         place = [self.mesh.rank, self.mesh.world_size, self.backend.name]
         kind = [type(self).__name__, self.name, self._choose.__name__, self._is_denoiser]
-        return [*place, *kind, self._gather, self._budget, self._trace_only]
+        return [*place, *kind, self._gather, self._budget, self._trace_only and not self._is_denoiser]
 
     def _made(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> CompiledCall:
         """What runs a call, made of the module, and kept for other processes."""

@@ -71,21 +71,26 @@ class Session:
         backend: what runs graphs.
         device: where this rank computes, which is current during requests and calls.
         store: where compiled calls outlive the process; None where they do not.
+        ahead: where nothing is run, as there are no other ranks, and what this one would run is made and kept: what
+            that has in common with what is made for the others.
     """
 
     def __init__(
-        self, plan: Plan, mesh: Mesh, backend: Backend, device: torch.device | None = None, store: Store | None = None
+        self, plan: Plan, mesh: Mesh, backend: Backend, device: torch.device | None = None, store: Store | None = None,
+        ahead: str | None = None,
     ):  # fmt: skip
         self.plan, self.mesh, self.device = plan, mesh, device
         self.place = Target(plan, mesh, backend)
         self.rows = Target(plan.rows, mesh.shared_rows(plan), backend)
-        self.agreement = Agreement.over(mesh, plan.timeout_s)
+        alone = Agreement("ahead", mesh.rank, [mesh.rank], plan.timeout_s)
+        self.agreement = alone if ahead is not None else Agreement.over(mesh, plan.timeout_s)
         limit = datetime.timedelta(seconds=plan.timeout_s)
         self.groups = Groups(functools.partial(connect, mesh, limit, plan.rows.ring), self.agreement.pulse)
-        self.agreement.exchange("new connections", None)
-        self.groups.open()
+        if ahead is None:
+            self.agreement.exchange("new connections", None)
+            self.groups.open()
         self._lookout = Lookout(self.agreement, self.groups)
-        self._shelf = Shelf(store, self.agreement, codes_of(backend))
+        self._shelf = Shelf(store, self.agreement, codes_of(backend), ahead)
         self.branches = GuidanceScheduler(mesh, self.call)
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
         self.inputs = SharedInputs(self.agreement, mesh.group(mesh.names))

@@ -17,7 +17,7 @@ from xdit_compile.backends.sites import Sites
 from xdit_compile.cache.portable import describe_call, describe_module
 from xdit_compile.cache.sources import Recording, manifest, recorded
 from xdit_compile.cache.unportable import Unportable
-from xdit_compile.ir.program import Program
+from xdit_compile.ir.program import Input, Program
 from xdit_compile.plan import Plan
 from xdit_compile.weights.bindings import OF_MODULE
 from xdit_compile.weights.weights import Weights
@@ -203,7 +203,7 @@ def forms_of_inputs(program: Program, weights: Weights, leaves: Sequence[Any], d
     forms: list[TensorForm] = []
     for spec, node in zip(program.inputs, placeholders, strict=False):
         if spec.kind in OF_MODULE:
-            forms.append(form_of(weights.find(spec)))
+            forms.append(_form_of_weight(spec, weights))
         elif spec.kind == "constant":
             forms.append(form_of(program.constants[str(spec.target)]))
         else:
@@ -211,3 +211,12 @@ def forms_of_inputs(program: Program, weights: Weights, leaves: Sequence[Any], d
             forms.append(contiguous(node.meta["val"].shape, node.meta["val"].dtype, here))
     received = placeholders[len(program.inputs) :]
     return (*forms, *(contiguous(node.meta["val"].shape, node.meta["val"].dtype, device) for node in received))
+
+
+def _form_of_weight(spec: Input, weights: Weights) -> TensorForm:
+    """The form of a parameter or buffer as a program takes it; nothing is read or cut for that."""
+    whole = weights.whole(spec)
+    device = torch.device(weights.device) if whole.is_meta else whole.device
+    if spec.pieces or whole.is_meta:
+        return contiguous(spec.sizes(whole.shape), whole.dtype, device)
+    return TensorForm(tuple(whole.shape), whole.stride(), whole.dtype, device)

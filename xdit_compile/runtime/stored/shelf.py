@@ -58,10 +58,12 @@ class Shelf:
         store: where entries are; None where nothing is kept.
         agreement: the talk among all ranks.
         codes: compiles structures, where the backend does.
+        making: what entries have in common with those that are made for other ranks in their absence.
     """
 
-    def __init__(self, store: Store | None, agreement: Agreement, codes: Codes | None):
+    def __init__(self, store: Store | None, agreement: Agreement, codes: Codes | None, making: str | None = None):
         self._store, self._agreement, self._codes = store, agreement, codes
+        self._making = making
         self._company: Company | None = None
         self._sources: str | None = None
         if codes is not None and store is not None:
@@ -142,7 +144,7 @@ class Shelf:
 
     def making(self) -> str:
         """What all entries that are made now have in common."""
-        return self._agreement.share(uuid.uuid4().bytes).hex()
+        return self._making or self._agreement.share(uuid.uuid4().bytes).hex()
 
     def company(self) -> Company:
         """Who takes compiled code from whom; all ranks call this at once.

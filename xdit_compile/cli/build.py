@@ -1,0 +1,107 @@
+"""Makes the graphs of all ranks ahead of time, in one process and without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from xdit_compile.cache.bundle import pack
+from xdit_compile.cache.store import Store, open_store
+from xdit_compile.distributed.world import World
+from xdit_compile.errors import UsageError, XditCompileError
+from xdit_compile.plan import Plan
+
+from .explain import denoiser_call
+from .pipeline_call import placement, set_logs
+from .request import Request
+
+
+def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Sequence[int], plans: Sequence[Plan],
+          output: Path | None) -> list[str]:  # fmt: skip
+    """Keep what every rank runs, for every size, batch and plan.
+
+    Args:
+        request: the model, the prompt and the dtype.
+        sizes: heights and widths in pixels; None for the pipeline's own.
+        batches: numbers of prompts in one call.
+        output: a file that all of it is packed into, for other machines.
+
+    Returns:
+        Lines that say what was made.
+
+    Raises:
+        UsageError: nothing can be kept, or the file cannot be written.
+        XditCompileError: the model cannot be built, or a plan cannot be done with it.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from xdit_compile.runtime.methods.ahead import build_ahead
+
+    set_logs(request.debug)
+    store = open_store(plans[0].cache)
+    if store is None:
+        raise UsageError("there is nowhere to keep graphs: give --cache_dir, or leave out --no_cache")
+    before = {(each.kind, each.name) for each in store.listed()}
+    device, _ = placement(request, World(rank=0, size=1))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    lines = []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        total = len(sizes) * len(batches) * sum(plan.world_size for plan in plans)
+        task = bar.add_task("building", total=total)
+        for size, batch in [(size, batch) for size in sizes for batch in batches]:
+            wanted = _of_size(request, size, batch)
+            bar.update(task, description=_said(size, batch))
+            call = denoiser_call(wanted, device=device.type)
+            module, args, kwargs = _without_values(call.module, call.args, call.kwargs, device)
+            for plan in plans:
+                there = build_ahead(module, call.name, args, kwargs, plan, store, lambda rank: bar.advance(task))
+                known = f", {there} of them there already" if there else ""
+                lines.append(f"{_said(size, batch)}, {_degrees(plan)}: {plan.world_size} ranks{known}")
+    lines.append(f"{len(store.listed()) - len(before)} new entries in {store.folder}")
+    if output is not None:
+        lines.append(_packed(store, output, device))
+    return lines
+
+
+def _of_size(request: Request, size: tuple[int, int] | None, batch: int) -> Request:
+    height, width = size or (request.height, request.width)
+    return dataclasses.replace(request, height=height, width=width, prompt=request.prompt[:1] * batch)
+
+
+def _without_values(
+    module: nn.Module, args: tuple, kwargs: dict, device: torch.device
+) -> tuple[nn.Module, tuple, dict]:  # fmt: skip
+    """The module with parameters of whatever values on its device, and inputs there, laid out as in a real call."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                child._parameters[name] = nn.Parameter(values, requires_grad=False)
+        for name, buffer in child._buffers.items():
+            child._buffers[name] = None if buffer is None else buffer.to(device)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, (args, kwargs))
+    return module, args, kwargs
+
+
+def _packed(store: Store, output: Path, device: torch.device) -> str:
+    try:
+        digest = pack(store, output, device)
+    except OSError as error:
+        raise XditCompileError(f"--output {output} cannot be written: {error.strerror}") from error
+    return f"wrote {output}; take it in elsewhere with: xdit-compile cache unpack {output} --digest {digest}"
+
+
+def _said(size: tuple[int, int] | None, batch: int) -> str:
+    of_size = "the pipeline's own size" if size is None else f"{size[0]} x {size[1]} pixels"
+    return f"{of_size}, {batch} prompt{'s' if batch > 1 else ''}"
+
+
+def _degrees(plan: Plan) -> str:
+    degrees: Iterable[str] = (f"{name} {getattr(plan, name)}" for name in plan.dimensions if getattr(plan, name) > 1)
+    return " ".join(degrees) or "one process"
