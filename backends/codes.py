@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from torch import fx
 
 from xdit_compile.cache.graphs import canonical
 from xdit_compile.cache.unportable import Unportable
+from xdit_compile.errors import one_line
 
 from .artifact import Artifact, compiled, loaded
 from .build_folder import BuildFolder
@@ -20,6 +22,7 @@ from .forms import Forms, TensorForm
 from .sites import precisions
 
 Run = Callable[..., Any]
+logger = logging.getLogger("xdit_compile")
 NO_MATTER = ("compile_threads",)
 """Options that change nothing of what is generated."""
 
@@ -77,9 +80,16 @@ class Codes:
 
     def known(self, name: str | None) -> Run | None:
         """Code that this process has, or finds in the store."""
-        run = None if name is None else self._runs.get(name)
-        packed = None if run is not None or name is None else self.bytes_of(name)
-        return run if packed is None or name is None else self.load(name, packed)
+        if name is None or (run := self._runs.get(name)) is not None:
+            return None if name is None else run
+        packed = self.bytes_of(name)
+        if packed is None:
+            return None
+        try:
+            return self.load(name, packed)
+        except Exception as error:  # whatever became of what it needs
+            logger.warning("compiled code of the cache cannot be loaded, and is made anew: %s", one_line(error))
+            return None
 
     def bytes_of(self, name: str) -> bytes | None:
         """Code as the store has it."""

@@ -34,7 +34,7 @@ ATTENTION = ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry",
 """Where diffusers keeps which attention processors take that were told of none."""
 
 
-def describe_module(module: nn.Module) -> dict[str, Any]:
+def describe_module(module: nn.Module, absent: str = "meta") -> dict[str, Any]:
     """Describe a module, with all that is in it and hangs on it, by the paths of its modules.
 
     Counted are: classes, the order of children, training mode; of parameters and buffers shape, dtype, kind of device,
@@ -42,13 +42,16 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
     but the root; and whatever else hangs on a module, tensors by their values. Not counted are values of weights, what
     stands around the forward of the root or in its place, and where a model was loaded from.
 
+    Args:
+        absent: the kind of device where weights would be that were released, or are yet to be read.
+
     Returns:
         Dicts, lists, strings and numbers. Tensors and objects that are there twice count as such.
 
     Raises:
         Unportable: something that another process would not find again, named with its module and attribute.
     """
-    describing = _Modules()
+    describing = _Modules(absent)
     with _understood(describing):
         return {"modules": describing.tree(module), "global hooks": describing.global_hooks()}
 
@@ -112,8 +115,9 @@ class _understood:
 class _Modules(Describing):
     """Describes modules, and what hangs on them as `Describing` does."""
 
-    def __init__(self) -> None:
+    def __init__(self, absent: str = "meta") -> None:
         super().__init__()
+        self._absent = absent
         self._paths: dict[int, str] = {}
         self._weights: dict[int, str] = {}
         self._roots: list[nn.Module] = []
@@ -205,7 +209,7 @@ class _Modules(Describing):
         if (first := self._weights[id(tensor)]) != _joined(path, name):
             return [name, {"same as": first}]
         if isinstance(tensor, Released):
-            return [name, list(tensor.shape), str(tensor.dtype), "released"]
+            return [name, list(tensor.shape), str(tensor.dtype), self._absent]
         self.at(path, name)
         return [name, *self.form(tensor), *self.subclass(tensor, plain=(torch.Tensor, nn.Parameter))]
 

@@ -100,7 +100,7 @@ class Making(Proving):
         compiled_call = dataclasses.replace(self._placed(analysis, device), batch=batch, room=room)
         self._keeper.compile(compiled_call.parts, leaves, device, None)
         compiled_call = self._proven(compiled_call, computation, leaves)
-        self._keeper.keep(compiled_call, leaves, device, verified=self.plan.verify and not self._trace_only)
+        self._keeper.keep(compiled_call, leaves, device, verified=self._was_compared)
         return dataclasses.replace(compiled_call, ticket=self._keeper.ticket)
 
     def _remade(self, stored: StoredCall, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> CompiledCall:
@@ -117,7 +117,8 @@ class Making(Proving):
             return compiled_call
         room = self._has_room(computation, args, kwargs)
         compiled_call = self._proven(dataclasses.replace(compiled_call, room=room), computation, leaves)
-        self._keeper.keep(compiled_call, leaves, device, verified=True)
+        if self._was_compared:
+            self._keeper.keep(compiled_call, leaves, device, verified=True)
         return compiled_call
 
     def _analysed(

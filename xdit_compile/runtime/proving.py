@@ -53,6 +53,8 @@ class Proving:
     _agreement: Agreement
     _keeper: Keeper
     _trace_only: bool
+    _was_compared: bool
+    """Whether the latest call that was made was compared with the module."""
     _choose: Callable[[Inference, Plan], Chosen]
     _own_outcome: Callable[[tuple, dict], Outcome]
     _release_all: Callable[[], None]
@@ -68,8 +70,12 @@ class Proving:
 
     def _proven(self, compiled_call: CompiledCall, computation: Callable[..., Any], leaves: list[Any]) -> CompiledCall:
         """What runs a call, compared with the module itself, or of a smaller call where there is no memory for that."""
-        rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1
-        if not self.plan.verify or self._trace_only or (compiled_call.room and not rewritten):
+        rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1 or compiled_call.stored is not None
+        self._was_compared = False
+        if not self.plan.verify or self._trace_only:
+            return compiled_call
+        if compiled_call.room and not rewritten:
+            self._was_compared = not self.weights.partial
             return compiled_call
         if self._agreement.any("whole weights", self.weights.partial):
             return compiled_call
@@ -96,6 +102,7 @@ class Proving:
             for actual in self._found(compiled_call, leaves):
                 verify(assemble(compiled_call.whole, actual), expected, slack)
         self._agreement.agree("its verdict", {})
+        self._was_compared = True
         return True
 
     def _rehearsed(self, compiled_call: CompiledCall, computation: Callable[..., Any], leaves: list[Any]) -> str:

@@ -84,7 +84,8 @@ class Keeper:
 
         def described() -> Any:
             call = describe_call(args, kwargs)
-            return [describe_module(self._weights.module), call, str(fields), list(map(str, besides))]
+            module = describe_module(self._weights.module, device.type)
+            return [module, call, str(fields), list(map(str, besides))]
 
         self._show, self._code, self._recording = Progress(self._name, self._speaks), {}, None
         self._before = self._counted()
@@ -117,15 +118,15 @@ class Keeper:
             leaves: the flat inputs of the call.
             stored: what was kept of it.
         """
+        company, wanted = self._shelf.company(), []
         if self._codes is None:
             return
-        wanted = []
         for name, (program, run) in parts.items():
             if isinstance(run, Sites):
                 known = None if stored is None else stored.code.get(name)
                 wanted.append(self._wanted(program, run, leaves, device, known))
                 self._code[name] = StoredCode(wanted[-1].inputs, wanted[-1].jobs)
-        compile_together(wanted, self._codes, self._shelf.company(), self._show)
+        compile_together(wanted, self._codes, company, self._show)
 
     def _wanted(
         self, program: Program, run: Sites, leaves: Sequence[Any], device: torch.device, known: StoredCode | None
@@ -181,12 +182,11 @@ class Keeper:
         """Say that a call is ready, and where its graphs came from."""
         self._show.end()
         loaded, compiled = (now - before for now, before in zip(self._counted(), self._before, strict=True))
-        if self._speaks and self._codes is not None:
-            captured = "" if kept else ", captured anew"
-            ready.info(
-                "%s ready in %.1f s: %d graphs from the cache, %d compiled%s",
-                self._name, self._show.seconds, loaded, compiled, captured,
-            )  # fmt: skip
+        if self._speaks:
+            counts = f"{loaded} graphs from the cache, {compiled} compiled"
+            graphs = counts if self._codes is not None else "not compiled"
+            where = ", from the cache" if kept and self._codes is None else "" if kept else ", captured anew"
+            ready.info("%s ready in %.1f s: %s%s", self._name, self._show.seconds, graphs, where)
 
     def _counted(self) -> tuple[int, int]:
         return (0, 0) if self._codes is None else (self._codes.counts.loaded, self._codes.counts.compiled)

@@ -20,6 +20,7 @@ from xdit_compile.cache.sources import fits, own_sources
 from xdit_compile.cache.store import Store
 from xdit_compile.cache.unportable import Unportable
 from xdit_compile.distributed.agreement import Agreement
+from xdit_compile.errors import one_line
 
 from .compile_together import Company
 from .stored_call import StoredCall
@@ -84,7 +85,9 @@ class Shelf:
             return Ticket(digest_of([around, describe()]), about)
         except Unportable as error:
             logger.info("not kept for other processes: %s", error)
-            return None
+        except Exception as error:  # whatever code of somebody else's does when it is looked at
+            logger.warning("not kept for other processes: %s: %s", type(error).__name__, one_line(error))
+        return None
 
     def find(self, ticket: Ticket | None, leaves: Sequence[Any], device: torch.device) -> StoredCall | None:
         """What is kept under a ticket for a call's flat inputs, if every rank has an entry of the same making."""
@@ -110,8 +113,8 @@ class Shelf:
     def _unpacked(self, body: bytes, device: torch.device) -> StoredCall | None:
         try:
             stored = StoredCall.unpacked(body, device)
-        except Unportable as error:
-            logger.warning("an entry of the cache is not used: %s", error)
+        except Exception as error:  # what it speaks of may have changed in any way
+            logger.warning("an entry of the cache is not used: %s: %s", type(error).__name__, one_line(error))
             return None
         if (changed := fits(stored.sources)) is not None:
             logger.info("an entry of the cache is not used: %s", changed)
@@ -126,6 +129,9 @@ class Shelf:
             body = stored.packed()
         except Unportable as error:
             logger.info("not kept for other processes: %s", error)
+            return
+        except Exception as error:  # as above
+            logger.warning("not kept for other processes: %s: %s", type(error).__name__, one_line(error))
             return
         name = next((name for name in ticket.names if self._is_free(name, leaves, device)), ticket.names[0])
         self._store.write(KIND, name, {**ticket.about, "verified": stored.verified}, body)
