@@ -101,6 +101,12 @@ class Codes:
         self.counts.loaded += 1
         return run
 
+    def take(self, name: str, structure: fx.GraphModule, forms: Forms, packed: bytes) -> Run:
+        """Code that another process made, which is kept here as well."""
+        if self.store is not None:
+            self.store.write(name, {"for": _about(structure, forms)}, packed)
+        return self.load(name, packed)
+
     def compile(self, name: str | None, structure: fx.GraphModule, forms: Forms) -> tuple[Run, bytes | None]:
         """Compile a structure, which may change, for arguments of these forms, and keep it.
 

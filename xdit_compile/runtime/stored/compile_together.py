@@ -78,7 +78,9 @@ def compile_together(wanted: Sequence[Wanted], codes: Codes, company: Company, s
             packed = codes.bytes_of(here[turn]) if packed is None and company.sends else packed
             made = {here[turn]: "" if packed is None else _sent(packed)}
         for others in company.exchange("what was compiled", made).values():
-            runs.update(_received(codes, {name: others[name] for name in others.keys() & costs.keys()}))
+            for name in others.keys() & costs.keys():
+                run = _received(codes, name, *places[name], others[name])
+                runs.update({} if run is None else {name: run})
         show.step(sum(turn < len(each) for each in turns.values()))
     show.end()
     for one in wanted:
@@ -117,11 +119,8 @@ def _sent(packed: bytes) -> str:
     return base64.b64encode(zlib.compress(packed)).decode()
 
 
-def _received(codes: Codes, made: Mapping[str, str]) -> dict[str, Run]:
-    """Code that other ranks compiled: what came along, or what is in the store now."""
-    runs = {}
-    for name, sent in made.items():
-        run = codes.load(name, zlib.decompress(base64.b64decode(sent))) if sent else codes.known(name)
-        if run is not None:
-            runs[name] = run
-    return runs
+def _received(codes: Codes, name: str, one: Wanted, job: Job, sent: str) -> Run | None:
+    """Code that another rank compiled: what came along, or what is in the store now."""
+    if not sent:
+        return codes.known(name)
+    return codes.take(name, one.sites.structure(job), job.forms, zlib.decompress(base64.b64decode(sent)))
