@@ -100,7 +100,7 @@ class Making(Proving):
         compiled_call = dataclasses.replace(self._placed(analysis, device), batch=batch, room=room)
         self._keeper.compile(compiled_call.parts, leaves, device, None)
         compiled_call = self._proven(compiled_call, computation, leaves)
-        self._keeper.keep(compiled_call, leaves, device, verified=self._was_compared)
+        self._keeper.keep(compiled_call, leaves, device, verified=self._was_compared, tried=self.plan.verify)
         return dataclasses.replace(compiled_call, ticket=self._keeper.ticket)
 
     def _remade(self, stored: StoredCall, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> CompiledCall:

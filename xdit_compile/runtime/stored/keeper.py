@@ -34,6 +34,7 @@ APART = ("cache", "verify", "timeout_s", "max_programs", "keep_weights", "warmup
 """Fields of a plan that change no program."""
 ROWS = ("vae", "vae_degree", "vae_memory")
 """Fields of a plan that concern autoencoders alone."""
+logger = logging.getLogger("xdit_compile")
 ready = logging.getLogger("xdit_compile.ready")
 
 
@@ -50,6 +51,8 @@ class Keepable(Protocol):
     def unshared(self) -> tuple[Any, ...] | None: ...
     @property
     def made(self) -> Sequence[torch.Tensor]: ...
+    @property
+    def shared(self) -> object | None: ...
     @property
     def stored(self) -> StoredCall | None: ...
 
@@ -137,12 +140,15 @@ class Keeper:
             return Wanted(run, inputs, known.jobs)
         return Wanted.of(run, inputs, self._codes)
 
-    def keep(self, call: Keepable, leaves: Sequence[Any], device: torch.device, verified: bool) -> None:
+    def keep(
+        self, call: Keepable, leaves: Sequence[Any], device: torch.device, verified: bool, tried: bool = True
+    ) -> None:  # fmt: skip
         """Keep a call that is ready; all ranks call this at once.
 
         Args:
             leaves: its flat inputs.
             verified: whether it was compared with the module.
+            tried: whether the module was tried where the graph does not say how the samples can be shared.
         """
         if call.stored is not None:
             again = dataclasses.replace(call.stored, verified=verified)
@@ -151,15 +157,10 @@ class Keeper:
         making = self._shelf.making()
         if self._ticket is None:
             return
-        recording = self._recording
-        if recording is None or recording.incomplete is not None:
-            why = "the capture was not watched" if recording is None else recording.incomplete
-            logging.getLogger("xdit_compile").info("%s is not kept for other processes: %s", self._name, why)
-            return
         try:
-            sources = manifest(recording.files)
+            sources = self._sources(call, tried)
         except Unportable as error:
-            logging.getLogger("xdit_compile").info("%s is not kept for other processes: %s", self._name, error)
+            logger.info("%s is not kept for other processes: %s", self._name, error)
             return
         results = tuple(contiguous(each.shape, each.dtype, torch.device("cpu")) for each in call.made)
         programs = {name: program for name, (program, _) in call.parts.items()}
@@ -168,6 +169,20 @@ class Keeper:
             making, verified, False, call.over, unshared, call.facts, results, sources, programs, dict(self._code)
         )
         self._shelf.keep(self._ticket, leaves, device, stored)
+
+    def _sources(self, call: Keepable, tried: bool) -> dict[str, str]:
+        """The files that ran.
+
+        Raises:
+            Unportable: not all of them are known, or the call is none that can be kept.
+        """
+        if call.shared is not None:
+            raise Unportable("each rank runs a call of some of its samples")
+        if call.unshared is not None and not tried:
+            raise Unportable("whether its samples can be shared was not tried, as verify=False asks")
+        if self._recording is None or self._recording.incomplete is not None:
+            raise Unportable("the capture was not watched" if self._recording is None else self._recording.incomplete)
+        return manifest(self._recording.files)
 
     @property
     def ticket(self) -> Ticket | None:
