@@ -79,9 +79,9 @@ def unpack(store: Store, file: Path, digest: str, device: torch.device) -> int:
 def _refuse_other(file: Path, made: dict[str, Any], here: dict[str, Any]) -> None:
     """See that what a bundle was made with is what is here; the first thing that is not is named."""
     here = json.loads(json.dumps(here))
-    for part in [part for part in {**made, **here} if made.get(part) != here.get(part)]:
-        one, other = made.get(part), here.get(part)
+    for field in [field for field in {**made, **here} if made.get(field) != here.get(field)]:
+        one, other = made.get(field), here.get(field)
         if isinstance(one, dict) and isinstance(other, dict):
             names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
-            one, other, part = one.get(names[0]), other.get(names[0]), f"{part}, {names[0]}"
-        raise UsageError(f"{file} was made for {part}: {one!r}, and here it is {other!r}; build it here")
+            one, other, field = one.get(names[0]), other.get(names[0]), f"{field}, {names[0]}"
+        raise UsageError(f"{file} was made for {field}: {one!r}, and here it is {other!r}; build it here")
