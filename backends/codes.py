@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import fx
 
 from xdit_compile.cache.graphs import canonical
+from xdit_compile.cache.store import Store
 from xdit_compile.cache.unportable import Unportable
 from xdit_compile.errors import one_line
 
@@ -37,6 +38,24 @@ class CodeStore(Protocol):
     def write(self, name: str, about: Mapping[str, Any], body: bytes) -> bool:
         """Keep bytes under a name; False where that cannot be."""
         ...
+
+
+class CodeFiles:
+    """The entries of a store that are compiled code."""
+
+    KIND = "code"
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    def read(self, name: str) -> bytes | None:
+        """What was written under a name; None where nothing was, or not that."""
+        entry = self._store.read(self.KIND, name)
+        return None if entry is None else entry.body
+
+    def write(self, name: str, about: Mapping[str, Any], body: bytes) -> bool:
+        """Keep bytes under a name; False where that cannot be."""
+        return self._store.write(self.KIND, name, about, body)
 
 
 @dataclasses.dataclass
@@ -67,6 +86,11 @@ class Codes:
         self.folder = BuildFolder()
         self._runs: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()
         self.counts = Counts()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of inductor's configuration."""
+        return dict(self._options())
 
     def name(self, structure: fx.GraphModule, forms: Forms) -> str | None:
         """What code for arguments of these forms is kept under; None where a structure cannot be described."""

@@ -11,6 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from xdit_compile.cache.values import device_of_kind, from_plain, to_plain
 from xdit_compile.ir.arguments import sequence_of
 
 
@@ -36,6 +37,21 @@ def form_of(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return TensorForm(tuple(value.shape), value.stride(), value.dtype, value.device)
+
+
+def form_to_plain(form: Any) -> Any:
+    """The form of an argument as plain data; of its device the kind."""
+    if not isinstance(form, TensorForm):
+        return {"value": to_plain(form)}
+    return [list(form.shape), list(form.stride), to_plain(form.dtype), form.device.type]
+
+
+def form_from_plain(plain: Any, device: torch.device) -> Any:
+    """The form that `form_to_plain` described, on a device of its kind."""
+    if isinstance(plain, dict):
+        return from_plain(plain["value"])
+    shape, stride, dtype, kind = plain
+    return TensorForm(tuple(shape), tuple(stride), from_plain(dtype), device_of_kind(kind, device))
 
 
 def contiguous(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> TensorForm:

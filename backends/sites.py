@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_compile.ir.inline_calls import flatten
+
 from .forms import Forms, form_of, forms_inside
 
 Run = Callable[..., Any]
@@ -55,9 +57,13 @@ class Sites:
         self._runs: dict[Forms, Run] = {}
         self._form: tuple[Any, ...] = ()
         self._latest: Run | None = None
+        self.meanwhile: Run | None = None
+        """What computes the root while its structures are compiled elsewhere."""
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """What the root computes."""
+        if self.meanwhile is not None:
+            return self.meanwhile(*tensors)
         form = (*precisions(), *[tensor.stride() for tensor in tensors])
         if self._latest is None or form != self._form:
             known = self._runs.get(form)
@@ -65,6 +71,10 @@ class Sites:
                 return self._first(form, tensors)
             self._form, self._latest = form, known
         return self._latest(*tensors)
+
+    def run_meanwhile(self) -> None:
+        """Run the root op by op from now on, until ``meanwhile`` is nothing again."""
+        self.meanwhile = flatten(self._root).forward
 
     def jobs(self, inputs: Forms) -> list[Job]:
         """What has to be compiled for inputs of these forms, in the order of the calls."""

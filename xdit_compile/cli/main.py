@@ -18,7 +18,7 @@ from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 from xdit_compile.plan import Plan
 from xdit_compile.plan.methods import METHODS, Method
-from xdit_compile.plan.plan import BACKENDS
+from xdit_compile.plan.plan import BACKENDS, COMPILES
 from xdit_compile.weights.model_folder import check_component
 
 from .cache import cache
@@ -180,6 +180,9 @@ def _cache_flags() -> dict[str, Any]:
     return {
         "cache_dir": click.option(
             "--cache_dir", help="Where compiled graphs are kept.  [default: $XDIT_COMPILE_CACHE or the user's cache]"
+        ),
+        "compile": click.option(
+            "--compile", default=Plan.compile, help=f"{' or '.join(COMPILES)}: whether a new size waits for its graphs."
         ),
         "no_cache": click.option("--no_cache", is_flag=True, help="Keep no compiled graphs, and use none."),
     }

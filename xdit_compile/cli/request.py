@@ -248,6 +248,7 @@ def plan_from_flags(**flags: Any) -> Plan:
         vae=flags["vae_provider"] if flags["use_parallel_vae"] else "whole",
         vae_degree=flags["vae_parallel_degree"],
         vae_memory=flags["vae_memory"],
+        compile=flags["compile"],
         cache=_cache(flags["cache_dir"], flags["no_cache"]),
     )
 

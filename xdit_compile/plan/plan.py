@@ -28,7 +28,9 @@ ATTENTIONS = (
 FALLBACKS = ("gather", "error", "unsplit")
 SPLIT_SCHEMES = ("all", "heads", "ffn")
 VAES = ("whole", "patch", "distvae")
+COMPILES = ("now", "background")
 _CHOICES = (
+    ("compile", COMPILES),
     ("backend", BACKENDS),
     ("compile_mode", COMPILE_MODES),
     ("attention", ATTENTIONS),
@@ -72,6 +74,8 @@ class Plan(Degrees):
         max_programs: graphs, one for each size and kind of call, that a module keeps compiled; the one that was not
             used for the longest time is dropped first.
         timeout_s: seconds that any rank waits for another before it gives up.
+        compile: ``background`` runs calls of a new size op by op at once, while another process compiles; all ranks go
+            on with what was compiled from the same step on. It takes a cache.
         cache: the folder in which compiled graphs are kept for later processes; ``auto`` takes the one that the
             environment variable ``XDIT_COMPILE_CACHE`` names, or the user's cache folder, and None keeps nothing.
     """
@@ -92,6 +96,7 @@ class Plan(Degrees):
     verify: bool = True
     max_programs: int = 32
     timeout_s: float = 600.0
+    compile: str = "now"
     cache: str | os.PathLike[str] | None = dataclasses.field(default="auto", compare=False, repr=False)
 
     @property
@@ -167,6 +172,8 @@ class Plan(Degrees):
             problems.append(
                 f"compile_mode={self.compile_mode!r} is inductor's, and backend={self.backend!r}; change one"
             )
+        if not problems and self.compile == "background" and self.cache is None:
+            problems.append("compile='background' hands graphs over by way of the cache, and cache=None; change one")
         if not problems:
             problems += self._patch_problems() + self._vae_problems()
         if not problems and world_size is not None and self.world_size != world_size:

@@ -14,6 +14,7 @@ from xdit_compile.compiler import Analysis
 from xdit_compile.ir.program import Program
 
 from .data_parallel import Batch, SharedCall
+from .stored.pending import Pending
 from .stored.shelf import Ticket
 from .stored.stored_call import StoredCall
 
@@ -31,6 +32,7 @@ class CompiledCall:
         room: whether every rank had the memory for the module itself to run beside all else.
         stored: what was kept of the call, where another process made it.
         ticket: what it is kept under.
+        pending: what is compiled in the background, while programs run op by op.
     """
 
     analysed: Callable[[], Analysis]
@@ -40,6 +42,7 @@ class CompiledCall:
     room: bool = dataclasses.field(default=True, kw_only=True)
     stored: StoredCall | None = dataclasses.field(default=None, kw_only=True)
     ticket: Ticket | None = dataclasses.field(default=None, kw_only=True)
+    pending: Pending | None = dataclasses.field(default=None, kw_only=True)
 
     @functools.cached_property
     def analysis(self) -> Analysis:

@@ -85,6 +85,24 @@ class Making(Proving):
         return self._keeper.find(args, kwargs, self.plan, self._besides, device, apart)
 
     @property
+    def _in_background(self) -> bool:
+        return self.plan.compile == "background"
+
+    def _advance(self, compiled_call: CompiledCall, leaves: list[Any]) -> None:
+        """Go on with what was compiled in the background, from the step on at which all ranks can; compared there."""
+        pending = compiled_call.pending
+        if pending is None or pending.done or not pending.advance(self._agreement.any):
+            return
+        self._keeper.say(kept=False)
+        compares = self.plan.verify and compiled_call.room and self._can_compare(leaves)
+        if compares and not self._agreement.any("whole weights", self.weights.partial):
+            self._verify(compiled_call, leaves)
+
+    def _can_compare(self, leaves: list[Any]) -> bool:
+        """Whether the module itself can be given the flat inputs of a call."""
+        return True
+
+    @property
     def _besides(self) -> list[Any]:
         """What decides on the programs of a call besides the module, the call and the plan."""
         place = [self.mesh.rank, self.mesh.world_size, self.backend.name]
@@ -98,10 +116,11 @@ class Making(Proving):
         self._agreement.agree("its graph", {"graph": digest([digest_program(analysis.program), analysis.units])})
         analysis, batch = self._shared(analysis, computation, args, kwargs, room)
         compiled_call = dataclasses.replace(self._placed(analysis, device), batch=batch, room=room)
-        self._keeper.compile(compiled_call.parts, leaves, device, None)
+        pending = self._keeper.compile(compiled_call.parts, leaves, device, None, self._in_background)
         compiled_call = self._proven(compiled_call, computation, leaves)
-        self._keeper.keep(compiled_call, leaves, device, verified=self._was_compared, tried=self.plan.verify)
-        return dataclasses.replace(compiled_call, ticket=self._keeper.ticket)
+        verified = self._was_compared and pending is None
+        self._keeper.keep(compiled_call, leaves, device, verified=verified, tried=self.plan.verify)
+        return dataclasses.replace(compiled_call, ticket=self._keeper.ticket, pending=pending)
 
     def _remade(self, stored: StoredCall, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> CompiledCall:
         """What runs a call, made of what was kept; compared with the module where that was not done."""
@@ -112,12 +131,13 @@ class Making(Proving):
         analysed = self._recapturing(stored, args, kwargs)
         compiled_call = self._restored(stored, analysed, device)
         compiled_call = dataclasses.replace(compiled_call, batch=batch, stored=stored, ticket=self._keeper.ticket)
-        self._keeper.compile(compiled_call.parts, leaves, device, stored)
+        pending = self._keeper.compile(compiled_call.parts, leaves, device, stored, self._in_background)
+        compiled_call = dataclasses.replace(compiled_call, pending=pending)
         if stored.verified or not self.plan.verify or self._trace_only:
             return compiled_call
         room = self._has_room(computation, args, kwargs)
         compiled_call = self._proven(dataclasses.replace(compiled_call, room=room), computation, leaves)
-        if self._was_compared:
+        if self._was_compared and pending is None:
             self._keeper.keep(compiled_call, leaves, device, verified=True)
         return compiled_call
 

@@ -213,6 +213,7 @@ class Runner(Making):
         if whole:
             raise RunsWhole
         if known is not None:
+            self._advance(known[1], leaves)
             return known[1], leaves
         self._unwatch()
         leaves = leaves if first else inputs.agreed(leaves)

@@ -47,11 +47,13 @@ class Company:
         rank: this one.
         exchange: among ranks that share what they compile; gives nothing where each compiles for itself.
         sends: whether code goes with what ranks tell one another, as they have no folder in common.
+        together: whether ranks have one.
     """
 
     rank: int = 0
     exchange: Exchange = lambda stage, mine: {}
     sends: bool = False
+    together: bool = False
 
 
 def compile_together(wanted: Sequence[Wanted], codes: Codes, company: Company, show: Progress) -> None:
@@ -64,9 +66,7 @@ def compile_together(wanted: Sequence[Wanted], codes: Codes, company: Company, s
         wanted: of all programs of this rank.
         show: told of every structure.
     """
-    places = {name: (one, job) for one in wanted for job, name in one.jobs if name is not None}
-    runs = {name: run for name in places if (run := codes.known(name)) is not None}
-    costs = {name: _cost(*place) for name, place in places.items() if name not in runs}
+    places, runs, costs = missing(wanted, codes)
     turns = turns_of({company.rank: costs, **company.exchange("what to compile", costs)})
     here = turns[company.rank]
     show.begin(sum(map(len, turns.values())))
@@ -85,6 +85,15 @@ def compile_together(wanted: Sequence[Wanted], codes: Codes, company: Company, s
     show.end()
     for one in wanted:
         one.sites.supply(one.inputs, [(job, _run(one.sites, job, name, runs, codes)) for job, name in one.jobs])
+
+
+def missing(
+    wanted: Sequence[Wanted], codes: Codes
+) -> tuple[dict[str, tuple[Wanted, Job]], dict[str, Run], dict[str, float]]:
+    """All code that programs want by name, what of it is there, and what of it is not, with what that costs."""
+    places = {name: (one, job) for one in wanted for job, name in one.jobs if name is not None}
+    runs = {name: run for name in places if (run := codes.known(name)) is not None}
+    return places, runs, {name: _cost(*place) for name, place in places.items() if name not in runs}
 
 
 def turns_of(costs: Mapping[int, Mapping[str, float]]) -> dict[int, list[str]]:

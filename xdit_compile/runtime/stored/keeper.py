@@ -23,6 +23,7 @@ from xdit_compile.weights.bindings import OF_MODULE
 from xdit_compile.weights.weights import Weights
 
 from .compile_together import Wanted, compile_together
+from .pending import Pending
 from .progress import Progress
 from .shelf import Shelf, Ticket
 from .stored_call import StoredCall, StoredCode
@@ -30,7 +31,7 @@ from .stored_call import StoredCall, StoredCode
 Run = Callable[..., tuple[Any, ...]]
 Parts = Mapping[str, tuple[Program, Run]]
 """Programs by name, each with what computes it."""
-APART = ("cache", "verify", "timeout_s", "max_programs", "keep_weights", "warmup_steps")
+APART = ("cache", "compile", "backend", "verify", "timeout_s", "max_programs", "keep_weights", "warmup_steps")
 """Fields of a plan that change no program."""
 ROWS = ("vae", "vae_degree", "vae_memory")
 """Fields of a plan that concern autoencoders alone."""
@@ -114,22 +115,33 @@ class Keeper:
         with recorded() as self._recording:
             yield
 
-    def compile(self, parts: Parts, leaves: Sequence[Any], device: torch.device, stored: StoredCall | None) -> None:
+    def compile(
+        self, parts: Parts, leaves: Sequence[Any], device: torch.device, stored: StoredCall | None,
+        background: bool = False,
+    ) -> Pending | None:  # fmt: skip
         """Have programs run compiled code, wherever it comes from; all ranks call this at once.
 
         Args:
             leaves: the flat inputs of the call.
             stored: what was kept of it.
+            background: whether what is missing is compiled by other processes, while programs run op by op. Ranks need
+                a folder in common for that.
+
+        Returns:
+            What is on its way then.
         """
         company, wanted = self._shelf.company(), []
         if self._codes is None:
-            return
+            return None
         for name, (program, run) in parts.items():
             if isinstance(run, Sites):
                 known = None if stored is None else stored.code.get(name)
                 wanted.append(self._wanted(program, run, leaves, device, known))
                 self._code[name] = StoredCode(wanted[-1].inputs, wanted[-1].jobs)
+        if background and self._shelf.folder is not None and company.together:
+            return Pending.begin(wanted, self._codes, company, self._shelf.folder, self._name, self._show)
         compile_together(wanted, self._codes, company, self._show)
+        return None
 
     def _wanted(
         self, program: Program, run: Sites, leaves: Sequence[Any], device: torch.device, known: StoredCode | None

@@ -7,13 +7,13 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from xdit_compile.backends.codes import Codes
+from xdit_compile.backends.codes import CodeFiles, Codes
 from xdit_compile.cache.environment import environment
 from xdit_compile.cache.portable import digest_of
 from xdit_compile.cache.sources import fits, own_sources
@@ -68,7 +68,7 @@ class Shelf:
         self._company: Company | None = None
         self._sources: str | None = None
         if codes is not None and store is not None:
-            codes.store = _CodeFiles(store)
+            codes.store = CodeFiles(store)
 
     def ticket(self, describe: Callable[[], Any], about: dict[str, Any], device: torch.device) -> Ticket | None:
         """What a call is kept under; None where nothing is kept, or something of it cannot be described.
@@ -167,29 +167,19 @@ class Shelf:
             else:
                 alike = [rank for rank, each in sorted(said.items()) if each[:-1] == mine[:-1]]
                 codes.folder.share(Path(said[alike[0]][-1]))
-                self._company = Company(self._agreement.rank, self._agreement.exchange, len(alike) < len(said))
+                apart = len(alike) < len(said)
+                self._company = Company(self._agreement.rank, self._agreement.exchange, apart, not apart)
         return self._company
+
+    @property
+    def folder(self) -> Path | None:
+        """Where entries are."""
+        return None if self._store is None else self._store.folder
 
     def _own_sources(self) -> str:
         if self._sources is None:
             self._sources = own_sources()
         return self._sources
-
-
-class _CodeFiles:
-    """The entries of a store that are compiled code."""
-
-    KIND = "code"
-
-    def __init__(self, store: Store):
-        self._store = store
-
-    def read(self, name: str) -> bytes | None:
-        entry = self._store.read(self.KIND, name)
-        return None if entry is None else entry.body
-
-    def write(self, name: str, about: Mapping[str, Any], body: bytes) -> bool:
-        return self._store.write(self.KIND, name, about, body)
 
 
 def _identity(folder: Path) -> list[Any]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from xdit_compile.backends.forms import Forms, TensorForm
+from xdit_compile.backends.forms import Forms, TensorForm, form_from_plain, form_to_plain
 from xdit_compile.backends.sites import Job
 from xdit_compile.cache.programs import packed, program_from_plain, program_to_plain, unpacked
-from xdit_compile.cache.values import device_of_kind, from_plain, to_plain
+from xdit_compile.cache.values import from_plain, to_plain
 from xdit_compile.capture.state.guards import Guards
 from xdit_compile.ir.program import Program
 
@@ -70,7 +70,7 @@ class StoredCall:
         """
         plain: dict[str, Any] = {name: to_plain(getattr(self, name)) for name in SAID}
         plain["sources"] = dict(self.sources)
-        plain["results"] = list(map(_form_to_plain, self.results))
+        plain["results"] = list(map(form_to_plain, self.results))
         plain["code"] = {name: _code_to_plain(code) for name, code in self.code.items()}
         plain["programs"] = {}
         tensors: dict[str, torch.Tensor] = {}
@@ -93,34 +93,21 @@ class StoredCall:
             programs[name] = program_from_plain(program, own, device)
         return cls(
             **{name: from_plain(plain[name]) for name in SAID},
-            results=tuple(_form_from_plain(form, device) for form in plain["results"]),
+            results=tuple(form_from_plain(form, device) for form in plain["results"]),
             sources=plain["sources"],
             programs=programs,
             code={name: _code_from_plain(code, device) for name, code in plain["code"].items()},
         )
 
 
-def _form_to_plain(form: Any) -> Any:
-    if not isinstance(form, TensorForm):
-        return {"value": to_plain(form)}
-    return [list(form.shape), list(form.stride), to_plain(form.dtype), form.device.type]
-
-
-def _form_from_plain(plain: Any, device: torch.device) -> Any:
-    if isinstance(plain, dict):
-        return from_plain(plain["value"])
-    shape, stride, dtype, kind = plain
-    return TensorForm(tuple(shape), tuple(stride), from_plain(dtype), device_of_kind(kind, device))
-
-
 def _code_to_plain(code: StoredCode) -> Any:
-    jobs = [[job.target, list(map(_form_to_plain, job.forms)), list(job.sites), name] for job, name in code.jobs]
-    return {"inputs": list(map(_form_to_plain, code.inputs)), "jobs": jobs}
+    jobs = [[job.target, list(map(form_to_plain, job.forms)), list(job.sites), name] for job, name in code.jobs]
+    return {"inputs": list(map(form_to_plain, code.inputs)), "jobs": jobs}
 
 
 def _code_from_plain(plain: Any, device: torch.device) -> StoredCode:
     jobs = [
-        (Job(target, tuple(_form_from_plain(form, device) for form in forms), tuple(sites)), name)
+        (Job(target, tuple(form_from_plain(form, device) for form in forms), tuple(sites)), name)
         for target, forms, sites, name in plain["jobs"]
     ]
-    return StoredCode(tuple(_form_from_plain(form, device) for form in plain["inputs"]), tuple(jobs))
+    return StoredCode(tuple(form_from_plain(form, device) for form in plain["inputs"]), tuple(jobs))
