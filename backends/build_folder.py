@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -18,7 +18,8 @@ class BuildFolder:
     """A folder that only this user can enter, made when it is first wanted and gone when the process ends.
 
     Inductor's own folder has a name that everybody knows, and takes what lies there for what it made itself. It is
-    left to those who keep nothing of ours.
+    left to those who keep nothing of ours. Processes that Python's multiprocessing started remove theirs, too, which
+    end without what ``atexit`` was told.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class BuildFolder:
         """The folder."""
         if self._path is None:
             self._path = Path(tempfile.mkdtemp(prefix="xdit_compile-"))
-            atexit.register(shutil.rmtree, self._path, ignore_errors=True)
+            Finalize(self, shutil.rmtree, (self._path,), {"ignore_errors": True}, exitpriority=0)
         return self._path
 
     @contextmanager
