@@ -7,6 +7,7 @@ compiles them wherever it is loaded. Here the libraries come with it. They are l
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -62,7 +63,7 @@ def compiled(
     """Compile a structure.
 
     Args:
-        structure: a flat functional graph, which may be changed.
+        structure: a flat functional graph, which stays as it is.
         forms: of a call's arguments.
         options: of inductor's configuration.
         folder: where files are made; where inductor makes them for None, and then they are not read again.
@@ -75,6 +76,7 @@ def compiled(
     from torch._inductor.async_compile import AsyncCompile
 
     pin_order()
+    structure = _copied(structure)
     give_dense(structure, forms)
     fakes = fakes_of(FakeTensorMode(shape_env=ShapeEnv()), forms)
     original, kernels = AsyncCompile.cpp_pybinding, {}
@@ -95,6 +97,14 @@ def compiled(
             return _called(run), None
         libraries = {name: Path(_loaded(kernel).__self__.__file__).read_bytes() for name, kernel in kernels.items()}
         return _called(run), Artifact(run.serialize(), libraries)
+
+
+def _copied(structure: fx.GraphModule) -> fx.GraphModule:
+    """The same graph without annotations of types, which inductor cannot describe where they are strings."""
+    copied = fx.GraphModule(structure, copy.deepcopy(structure.graph))
+    for node in copied.graph.nodes:
+        node.type = None
+    return copied
 
 
 def loaded(artifact: Artifact, folder: BuildFolder) -> Run:

@@ -8,11 +8,15 @@ from typing import Any
 
 from torch import fx, nn
 
+from .codes import Codes
+
 
 class Backend(abc.ABC):
     """Makes a root graph run, and the structures that it calls."""
 
     name: str
+    codes: Codes | None = None
+    """Where compiled code is found again; None where nothing is compiled that could be."""
 
     def unavailable(self) -> str | None:
         """Why this backend cannot be used here, with what to do about it; None where it can."""

@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch import fx
 
 from xdit_compile.cache.graphs import canonical
 from xdit_compile.cache.store import Store
 from xdit_compile.cache.unportable import Unportable
+from xdit_compile.cache.values import digest_of
 from xdit_compile.errors import one_line
+from xdit_compile.ir.precision import products
 
 from .artifact import Artifact, compiled, loaded
 from .build_folder import BuildFolder
 from .forms import Forms, TensorForm
-from .sites import precisions
 
 Run = Callable[..., Any]
 logger = logging.getLogger("xdit_compile")
 NO_MATTER = ("compile_threads",)
 """Options that change nothing of what is generated."""
-
-
-class CodeStore(Protocol):
-    """Where code outlives the process."""
-
-    def read(self, name: str) -> bytes | None:
-        """What was written under a name; None where nothing was, or not that."""
-        ...
-
-    def write(self, name: str, about: Mapping[str, Any], body: bytes) -> bool:
-        """Keep bytes under a name; False where that cannot be."""
-        ...
 
 
 class CodeFiles:
@@ -80,7 +67,7 @@ class Codes:
     def __init__(
         self,
         options: Callable[[], Mapping[str, Any]],
-        store: CodeStore | None = None,
+        store: CodeFiles | None = None,
     ):
         self._options, self.store, self.environment = options, store, ""
         self.folder = BuildFolder()
@@ -98,9 +85,8 @@ class Codes:
             _, graph = canonical(structure)
         except Unportable:
             return None
-        options = {name: value for name, value in self._options().items() if name not in NO_MATTER}
-        parts = [graph, list(map(_said, forms)), precisions(), sorted(options.items(), key=str), self.environment]
-        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+        options = {name: str(value) for name, value in self._options().items() if name not in NO_MATTER}
+        return digest_of([graph, list(map(_said, forms)), products(), options, self.environment])
 
     def known(self, name: str | None) -> Run | None:
         """Code that this process has, or finds in the store."""
@@ -132,7 +118,7 @@ class Codes:
         return self.load(name, packed)
 
     def compile(self, name: str | None, structure: fx.GraphModule, forms: Forms) -> tuple[Run, bytes | None]:
-        """Compile a structure, which may change, for arguments of these forms, and keep it.
+        """Compile a structure for arguments of these forms, and keep it.
 
         Returns:
             What computes it, and its bytes where the store did not take them.

@@ -34,7 +34,7 @@ class Inductor(Backend):
 
     def __init__(self, mode: str = "default"):
         self._mode = mode
-        self.codes = Codes(self._options)
+        self.codes: Codes = Codes(self._options)
 
     def unavailable(self) -> str | None:
         if torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++"))):

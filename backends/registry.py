@@ -6,7 +6,6 @@ from xdit_compile.errors import ProviderUnavailable
 
 from . import aot_eager, eager, inductor, nexfort
 from .base import Backend
-from .codes import Codes
 
 BEST_FIRST = ("inductor", "eager")
 """What ``auto`` tries; the last is always available."""
@@ -33,8 +32,3 @@ def find_backend(name: str, mode: str = "default") -> Backend:
     if reason is not None:
         raise ProviderUnavailable(f"backend={name!r} cannot be used here: {reason}")
     return known[name]
-
-
-def codes_of(backend: Backend) -> Codes | None:
-    """Where a backend has compiled code; None where it compiles nothing that could be kept."""
-    return backend.codes if isinstance(backend, inductor.Inductor) else None

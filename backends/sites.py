@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from xdit_compile.ir.inline_calls import flatten
+from xdit_compile.ir.precision import products
 
 from .forms import Forms, form_of, forms_inside
 
@@ -43,8 +44,8 @@ class Sites:
 
     Args:
         root: wires calls of structures together.
-        compile_structure: from a structure, which it may change, and the forms of a call's arguments to what computes
-            it.
+        compile_structure: from a structure, which it leaves as it is, and the forms of a call's arguments to what
+            computes it.
     """
 
     def __init__(self, root: fx.GraphModule, compile_structure: Compile):
@@ -64,7 +65,7 @@ class Sites:
         """What the root computes."""
         if self.meanwhile is not None:
             return self.meanwhile(*tensors)
-        form = (*precisions(), *[tensor.stride() for tensor in tensors])
+        form = (*products(), *[tensor.stride() for tensor in tensors])
         if self._latest is None or form != self._form:
             known = self._runs.get(form)
             if known is None:
@@ -83,17 +84,19 @@ class Sites:
             sites.setdefault((target, forms), []).append(name)
         return [Job(*key, tuple(names)) for key, names in sites.items()]
 
-    def structure(self, job: Job) -> fx.GraphModule:
-        """The graph that is compiled, in a copy that may be changed."""
-        return self._copied(job.target)
+    def structure(self, target: str) -> fx.GraphModule:
+        """The graph of a structure by its name."""
+        structure = self._root.get_submodule(target)
+        assert isinstance(structure, fx.GraphModule)
+        return structure
 
     def supply(self, inputs: Forms, made: Iterable[tuple[Job, Run]]) -> None:
         """Take what was compiled of all `jobs` for inputs of these forms."""
         runs: dict[str, Run] = {}
         for job, run in made:
-            self._compiled[job.target, (*precisions(), *job.forms)] = run
+            self._compiled[job.target, (*products(), *job.forms)] = run
             runs.update(dict.fromkeys(job.sites, run))
-        self._runs[(*precisions(), *[form.stride for form in inputs])] = fx.GraphModule(runs, self._graph).forward
+        self._runs[(*products(), *[form.stride for form in inputs])] = fx.GraphModule(runs, self._graph).forward
 
     def _first(self, form: Forms, tensors: Sequence[torch.Tensor]) -> Any:
         """Compile what is met on the way through a first run."""
@@ -106,18 +109,10 @@ class Sites:
 
     def _found(self, target: str, args: Sequence[Any]) -> Run:
         forms = tuple(map(form_of, args))
-        key = (target, (*precisions(), *forms))
+        key = (target, (*products(), *forms))
         if key not in self._compiled:
-            self._compiled[key] = self._compile(self._copied(target), forms)
+            self._compiled[key] = self._compile(self.structure(target), forms)
         return self._compiled[key]
-
-    def _copied(self, target: str) -> fx.GraphModule:
-        structure = self._root.get_submodule(target)
-        assert isinstance(structure, fx.GraphModule)
-        copied = fx.GraphModule(structure, copy.deepcopy(structure.graph))
-        for node in copied.graph.nodes:
-            node.type = None
-        return copied
 
 
 class _Site:
@@ -130,11 +125,6 @@ class _Site:
     def __call__(self, *args: Any) -> Any:
         self.run = self._find(self._target, args)
         return self.run(*args)
-
-
-def precisions() -> tuple[str, ...]:
-    """What products of float32 may be, as far as compilers go by it."""
-    return tuple(torch._C._get_fp32_precision_getter(kind, "matmul") for kind in ("cuda", "mkldnn"))
 
 
 def _called(graph: fx.Graph) -> list[fx.Node]:

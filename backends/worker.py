@@ -19,6 +19,7 @@ from torch import fx
 
 from xdit_compile.cache.graphs import graph_from_plain, graph_to_plain
 from xdit_compile.cache.store import Store
+from xdit_compile.ir.precision import products, set_products
 from xdit_compile.kernels import (  # noqa: F401 - they register the ops that graphs call
     attention,
     collectives,
@@ -41,17 +42,15 @@ class Worker:
     Args:
         jobs: structures with the forms of their arguments and the names that their code is wanted under.
         options: of inductor's configuration.
-        precisions: what products of float32 may be, as `sites.precisions` says.
         folder: of the store.
     """
 
     def __init__(
-        self, jobs: Sequence[tuple[fx.GraphModule, Forms, str]], options: Mapping[str, Any], precisions: Sequence[str],
-        folder: Path,
+        self, jobs: Sequence[tuple[fx.GraphModule, Forms, str]], options: Mapping[str, Any], folder: Path
     ):  # fmt: skip
         described = [[graph_to_plain(graph)[0], list(map(form_to_plain, forms)), name] for graph, forms, name in jobs]
         asked = {
-            "jobs": described, "options": dict(options), "precisions": list(precisions), "folder": str(folder),
+            "jobs": described, "options": dict(options), "precisions": products(), "folder": str(folder),
             "threads": torch.get_num_threads(),
         }  # fmt: skip
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
@@ -90,8 +89,7 @@ class Worker:
 def work(asked: dict[str, Any]) -> None:
     """Compile what was asked for, and put it into the store."""
     torch.set_num_threads(asked["threads"])
-    for kind, precision in zip(("cuda", "mkldnn"), asked["precisions"], strict=True):
-        torch._C._set_fp32_precision_setter(kind, "matmul", precision)
+    set_products(asked["precisions"])
     here = torch.accelerator.current_accelerator() or torch.device("cpu")
     codes = Codes(lambda: asked["options"], CodeFiles(Store(Path(asked["folder"]))))
     for graph, forms, name in asked["jobs"]:

@@ -170,31 +170,28 @@ def _assign_stages(state: Compilation) -> Compilation:
 
 
 def _tile_rows(state: Compilation) -> Compilation:
-    assert state.budget is not None
-    cut = {
-        name: dataclasses.replace(each, program=in_strips(each.program, state.budget, state.device))
-        for name, each in state.partitioned.items()
-    }
-    return dataclasses.replace(state, partitioned=cut)
+    budget = state.budget
+    assert budget is not None
+    return _changed(state, lambda program: in_strips(program, budget, state.device))
 
 
 def _hoist_positions(state: Compilation) -> Compilation:
-    def hoisted(program: Program) -> Program:
-        return hoist_positions(program, state.device)
+    return _changed(state, lambda program: hoist_positions(program, state.device))
 
+
+def _changed(state: Compilation, change: Callable[[Program], Program]) -> Compilation:
+    """The same with another program in the place of each that this rank runs."""
     if state.stages is None:
-        programs = {
-            name: dataclasses.replace(each, program=hoisted(each.program)) for name, each in state.partitioned.items()
+        partitioned = {
+            name: dataclasses.replace(each, program=change(each.program)) for name, each in state.partitioned.items()
         }
-        return dataclasses.replace(state, partitioned=programs)
+        return dataclasses.replace(state, partitioned=partitioned)
+    stages = state.stages
     full, *patches = (
-        dataclasses.replace(stage, program=hoisted(stage.program))
-        for stage in (state.stages.full, *state.stages.patches)
+        dataclasses.replace(each, program=change(each.program)) for each in (stages.full, *stages.patches)
     )
-    common = hoisted(state.stages.common)
-    return dataclasses.replace(
-        state, stages=dataclasses.replace(state.stages, full=full, common=common, patches=tuple(patches))
-    )
+    stages = dataclasses.replace(stages, full=full, common=change(stages.common), patches=tuple(patches))
+    return dataclasses.replace(state, stages=stages)
 
 
 def _compile(state: Compilation) -> Compilation:

@@ -33,9 +33,10 @@ import xdit_compile
 from xdit_compile import Plan
 from xdit_compile.cache import environment as environments
 from xdit_compile.cache.environment import environment
-from xdit_compile.cache.portable import describe_call, describe_module, describe_value, digest_of
+from xdit_compile.cache.portable import describe_call, describe_module, describe_value
 from xdit_compile.cache.sources import Digests, fits, manifest, own_sources, recorded
 from xdit_compile.cache.unportable import Unportable
+from xdit_compile.cache.values import digest_of
 from xdit_compile.capture.state.in_place import put_back, put_in_place
 from xdit_compile.weights.released import Refusals, released
 

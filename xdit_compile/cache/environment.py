@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from xdit_compile.ir.precision import said
+
 from .portable import describe_value
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "numpy")
@@ -31,7 +33,6 @@ APART = re.compile(
     r"|_CACHE$|_CACHE_MANAGER$|_COMPILE_THREADS$|_WORKER_START$|_WORKER_LOGPATH$"
 )
 """Environment variables that name folders, write down what happens, or say how it is done, and so change no code."""
-PRECISIONS = (("generic", "all"), *[(kind, what) for kind in ("cuda", "mkldnn") for what in ("all", "matmul", "conv")])
 ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")
 SIZES = ("l1d_cache_size", "l2_cache_size", "num_logical_cores", "num_physical_cores", "num_sockets")
 """What is said of a processor besides what it can do."""
@@ -112,7 +113,7 @@ def _numerics() -> dict[str, Any]:
     attention = [name for name in ATTENTIONS if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
     order: list[int] = getattr(torch._C, "_get_sdp_priority_order", list)()
     return {
-        "precisions": [[*place, torch._C._get_fp32_precision_getter(*place)] for place in PRECISIONS],
+        "precisions": said(),
         "float16 sums": str(torch._C._get_cublas_allow_fp16_reduced_precision_reduction()),
         "bfloat16 sums": str(torch._C._get_cublas_allow_bf16_reduced_precision_reduction()),
         "deterministic": torch.are_deterministic_algorithms_enabled(),

@@ -7,7 +7,6 @@ node was seen to make (``val``) comes back as a tensor on the meta device.
 from __future__ import annotations
 
 import hashlib
-import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from .unportable import Unportable, inside
-from .values import device_of_kind, from_plain, to_plain
+from .values import device_of_kind, digest_of, from_plain, to_plain
 
 Plain = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
@@ -131,8 +130,7 @@ def canonical(module: fx.GraphModule) -> tuple[Plain, str]:
         nodes.append(plain)
     tensors = {name: _digested(_tensor_of(module, target)) for target, name in renamed.items()}
     whole = {"nodes": nodes, "tensors": tensors}
-    text = json.dumps(whole, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return whole, hashlib.sha256(text.encode()).hexdigest()
+    return whole, digest_of(whole)
 
 
 def tensor_form(tensor: torch.Tensor) -> Plain:

@@ -7,9 +7,7 @@ tell. None, numbers and strings stand for themselves, everything else is an obje
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -87,12 +85,6 @@ def describe_value(value: Any, where: str) -> Any:
     describing = _Modules()
     with _understood(describing):
         return describing.attribute("", where, value)
-
-
-def digest_of(description: Any) -> str:
-    """A digest of a description: 64 hex digits, the same in every process."""
-    text = json.dumps(description, separators=(",", ":"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _understood:

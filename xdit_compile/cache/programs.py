@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_compile.ir.program import Guard, Input, Program, WeightSlice
-from xdit_compile.ir.results import CONTAINERS, Slot, Spot, Template, is_open, members_of
+from xdit_compile.ir.results import Slot, Spot, Template, container_of, is_open, members_of
 
 from .graphs import Plain, Tensors, graph_from_plain, graph_to_plain, restored, stored
 from .unportable import Unportable, inside
@@ -235,7 +235,7 @@ class _MadeParts:
         self._known.append(shell)
         for name in attributes:  # they keep the order in which they were set
             Spot(attribute=name).put(shell, None)
-        container = _container(cls)
+        container = container_of(cls)
         for is_item, key, attribute, part in members:
             spot = Spot(container if is_item else None, from_plain(key, self._device), attribute)
             spot.put(shell, self._part(part))
@@ -256,11 +256,6 @@ class _MadeParts:
         return from_plain(plain, self._device, self.makers)
 
 
-def _container(cls: type) -> Any:
-    """The class of Python's own whose items a class has; None for one that has attributes alone."""
-    return next((container for container in CONTAINERS if issubclass(cls, container)), None)
-
-
 def _arguments(value: Any) -> Any:
     """What a container needs to be made beside its items."""
     if isinstance(value, collections.defaultdict):
@@ -274,7 +269,7 @@ def _shell(cls: type, more: Any, count: int) -> Any:
     Raises:
         Unportable: a class that is not written in Python.
     """
-    container = _container(cls)
+    container = container_of(cls)
     try:
         made = (container or object).__new__(cls)
     except TypeError as error:

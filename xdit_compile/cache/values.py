@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import enum
+import hashlib
 import importlib
+import json
 import math
 import sys
 import types
@@ -96,6 +98,12 @@ def from_plain(plain: Any, device: torch.device | None = None, makers: Mapping[s
 def device_of_kind(kind: str, device: torch.device | None) -> torch.device:
     """The device where it is of that kind, else that kind without an index."""
     return device if device is not None and device.type == kind else torch.device(kind)
+
+
+def digest_of(plain: Any) -> str:
+    """A digest of plain data: 64 hex digits, the same in every process."""
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def path_of(thing: Any) -> str:

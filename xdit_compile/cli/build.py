@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Se
     store = open_store(plans[0].cache)
     if store is None:
         raise UsageError("there is nowhere to keep graphs: give --cache_dir, or leave out --no_cache")
-    before = {(each.kind, each.name) for each in store.listed()}
+    before = len(store.listed())
     device, _ = placement(request, World(rank=0, size=1))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     lines = []
@@ -63,7 +63,7 @@ def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Se
                 there = build_ahead(module, call.name, args, kwargs, plan, store, lambda rank: bar.advance(task))
                 known = f", {there} of them there already" if there else ""
                 lines.append(f"{_said(size, batch)}, {_degrees(plan)}: {plan.world_size} ranks{known}")
-    lines.append(f"{len(store.listed()) - len(before)} new entries in {store.folder}")
+    lines.append(f"{len(store.listed()) - before} new entries in {store.folder}")
     if output is not None:
         lines.append(_packed(store, output, device))
     return lines
@@ -103,5 +103,4 @@ def _said(size: tuple[int, int] | None, batch: int) -> str:
 
 
 def _degrees(plan: Plan) -> str:
-    degrees: Iterable[str] = (f"{name} {getattr(plan, name)}" for name in plan.dimensions if getattr(plan, name) > 1)
-    return " ".join(degrees) or "one process"
+    return " ".join(f"{name} {getattr(plan, name)}" for name in plan.used) or "one process"

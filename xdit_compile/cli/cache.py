@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import io
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from xdit_compile.cache.folder import VARIABLE, resolve
 from xdit_compile.cache.seal import KEY_NAME
 from xdit_compile.cache.store import Listed, Store
 from xdit_compile.errors import UsageError, XditCompileError
+from xdit_compile.plan.plan import bytes_in
 
 _SHORT = 12
 """Letters of a name that a table shows."""
@@ -30,10 +30,10 @@ class _Bytes(click.ParamType):
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        number = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", str(value).strip(), re.IGNORECASE)
-        if number is None:
+        size = bytes_in(str(value))
+        if size is None:
             self.fail(f"{value!r} is no number of bytes, such as 2GiB or 800MB", parameter, context)
-        return int(float(number[1]) * (1024 if number[3] else 1000) ** " KMGT".find(number[2].upper() or " "))
+        return size
 
 
 def _folder_flag(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,8 @@ import torch
 FREE = ("tf32", "bf16")
 """What a place may say that makes products of float32 another dtype's."""
 NOT_SET = "none"
+PRODUCTS = (("cuda", "matmul"), ("mkldnn", "matmul"))
+"""The places by which compilers go."""
 
 
 def precision_for(results: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
@@ -30,7 +32,7 @@ def full_precision() -> Iterator[None]:
     in the one where the other says something else, as compilers do: both say no meanwhile. Where nothing allows it,
     nothing is touched.
     """
-    before = _said()
+    before = said()
     if not any(value in FREE for value in before):
         yield
         return
@@ -47,8 +49,20 @@ def _places() -> list[tuple[str, str]]:
     return [("generic", "all"), *kinds]
 
 
-def _said() -> list[str]:
+def said() -> list[str]:
+    """What all places say."""
     return [torch._C._get_fp32_precision_getter(*place) for place in _places()]
+
+
+def products() -> tuple[str, ...]:
+    """What products of float32 may be, as far as compilers go by it."""
+    return tuple(torch._C._get_fp32_precision_getter(*place) for place in PRODUCTS)
+
+
+def set_products(values: Sequence[str]) -> None:
+    """Have products be what `products` said elsewhere."""
+    for place, value in zip(PRODUCTS, values, strict=True):
+        _say(place, value)
 
 
 def _say(place: tuple[str, str], value: str) -> None:

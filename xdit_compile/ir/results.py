@@ -134,7 +134,7 @@ def members_of(value: Any) -> list[tuple[Spot, Any]]:
     """What a container or object holds directly, and where: items first, then attributes that are none of them."""
     attributes = _attributes(value)
     entries = []
-    container = _container(value)
+    container = container_of(type(value))
     if container is not None:
         for key, child in container.items(value) if isinstance(value, dict) else enumerate(container.__iter__(value)):
             both = key if isinstance(key, str) and attributes.get(key, ABSENT) is child else None
@@ -210,14 +210,14 @@ def _leaves(value: Any, kind: Kind, seen: set[int], path: tuple = ()) -> Iterato
             yield from _leaves(child, kind, seen, (*path, (is_item, place.key if is_item else place.attribute)))
 
 
-def _container(value: Any) -> Any:
-    """The class of Python's own whose items a value has."""
-    return next((container for container in CONTAINERS if isinstance(value, container)), None)
+def container_of(cls: type) -> Any:
+    """The class of Python's own whose items a class has; None for one that has attributes alone."""
+    return next((container for container in CONTAINERS if issubclass(cls, container)), None)
 
 
 def _shallow(value: Any) -> Any:
     """A copy that holds the same parts, of which no method of the class knows."""
-    container = _container(value)
+    container = container_of(type(value))
     made = (container or object).__new__(type(value))
     if container is collections.defaultdict:
         container.__init__(made, value.default_factory)

@@ -132,16 +132,17 @@ class Plan(Degrees):
         """``vae_memory`` as a number; None where it is none."""
         if isinstance(self.vae_memory, int):
             return self.vae_memory if self.vae_memory > 0 and self.vae_memory is not True else None
-        number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", self.vae_memory or "", re.IGNORECASE)
-        if number is None:
-            return None
-        power = " KMGT".find(number[2].upper() or " ")
-        return int(float(number[1]) * (1024 if number[3] else 1000) ** power)
+        return bytes_in(self.vae_memory or "")
 
     @property
     def dimensions(self) -> tuple[str, ...]:
         """The dimensions of the mesh, from outer to inner: one for each method."""
         return dimensions(self.mesh_order)
+
+    @property
+    def used(self) -> list[str]:
+        """The names of the degrees above 1, from outer to inner."""
+        return [name for name in self.dimensions if getattr(self, name) > 1]
 
     @property
     def world_size(self) -> int:
@@ -228,7 +229,7 @@ class Plan(Degrees):
 
     def _shown(self) -> list[str]:
         """The degrees worth naming: those above 1, and the two of sequence parallelism where none is."""
-        return [name for name in self.dimensions if getattr(self, name) > 1] or ["ulysses", "ring"]
+        return self.used or ["ulysses", "ring"]
 
     def check(self, world_size: int | None = None) -> Plan:
         """Return the plan itself.
@@ -240,6 +241,15 @@ class Plan(Degrees):
         if problems:
             raise PlanError("; ".join(problems))
         return self
+
+
+def bytes_in(text: str) -> int | None:
+    """A number of bytes, or such as ``2GiB`` or ``800MB``; None where it is none."""
+    number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if number is None:
+        return None
+    power = " KMGT".find(number[2].upper() or " ")
+    return int(float(number[1]) * (1024 if number[3] else 1000) ** power)
 
 
 def _is_count(value: object, least: int) -> bool:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from xdit_compile.backends.base import Backend
-from xdit_compile.backends.registry import codes_of
 from xdit_compile.cache.store import Store
 from xdit_compile.distributed.agreement import Agreement
 from xdit_compile.distributed.devices import current
@@ -90,7 +89,7 @@ class Session:
             self.agreement.exchange("new connections", None)
             self.groups.open()
         self._lookout = Lookout(self.agreement, self.groups)
-        self._shelf = Shelf(store, self.agreement, codes_of(backend), ahead)
+        self._shelf = Shelf(store, self.agreement, backend.codes, ahead)
         self.branches = GuidanceScheduler(mesh, self.call)
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
         self.inputs = SharedInputs(self.agreement, mesh.group(mesh.names))
@@ -136,7 +135,7 @@ class Session:
 
     def keeper(self, weights: Weights, name: str, backend: Backend) -> Keeper:
         """What keeps the calls of one module, and finds those that were kept."""
-        return Keeper(self._shelf, codes_of(backend), weights, name, self.mesh.rank == 0)
+        return Keeper(self._shelf, backend.codes, weights, name, self.mesh.rank == 0)
 
     def close(self) -> None:
         """End what the session holds: connections and signs of life."""

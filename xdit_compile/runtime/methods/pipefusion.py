@@ -24,7 +24,6 @@ from xdit_compile.distributed.devices import finish
 from xdit_compile.ir.patch_layout import PatchLayout
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.stages.assign_stages import Stage
-from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan.methods import BATCH
 from xdit_compile.runtime.cfg_branches import Call, alone
 from xdit_compile.runtime.compiled_call import CompiledCall
@@ -152,9 +151,8 @@ class PipelineRunner(Runner):
     ) -> CompiledCall:  # fmt: skip
         self.places.update(stored.facts["places"])
         pipeline = stages_of(stored.programs, stored.facts)
-        common, *runs = (self._run_of(each, device) for each in (pipeline.common, *_stages(pipeline)))
-        stages = pipeline.full.program, runs[0], pipeline, common, tuple(runs)
-        return Flow(analysed, *stages, dict(self.places))
+        full, common, *patches = (self._run_of(each, device) for each in pipeline.programs)
+        return Flow(analysed, pipeline.full.program, full, pipeline, common, (full, *patches), dict(self.places))
 
     @property
     def _besides(self) -> list[Any]:
@@ -307,11 +305,6 @@ class PipelineRunner(Runner):
         whole = whole if self.pipe is None else self.pipe.broadcast(whole, self.last)
         self._drains.took(begin)
         return whole
-
-
-def _stages(pipeline: StagePrograms) -> list[Program]:
-    """The programs of all tokens and of each patch."""
-    return [each.program for each in (pipeline.full, *pipeline.patches)]
 
 
 def _here(done: Sequence[Sequence[torch.Tensor]]) -> list[list[Part]]:

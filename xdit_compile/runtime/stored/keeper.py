@@ -22,7 +22,7 @@ from xdit_compile.plan import Plan
 from xdit_compile.weights.bindings import OF_MODULE
 from xdit_compile.weights.weights import Weights
 
-from .compile_together import Wanted, compile_together
+from .compile_together import Shares, Wanted, compile_together
 from .pending import Pending
 from .progress import Progress
 from .shelf import Shelf, Ticket
@@ -102,7 +102,7 @@ class Keeper:
     def _about(self, args: tuple, kwargs: dict[str, Any], plan: Plan) -> str:
         leaves = pytree.tree_leaves((args, kwargs))
         shapes = ["x".join(map(str, leaf.shape)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        degrees = [f"{name}={getattr(plan, name)}" for name in plan.dimensions if getattr(plan, name) > 1]
+        degrees = [f"{name}={getattr(plan, name)}" for name in plan.used]
         kind = type(self._weights.module).__name__
         return f"{kind}, {self._name} of {shapes[0] if shapes else 'nothing'}, {' '.join(degrees) or 'one process'}"
 
@@ -137,10 +137,10 @@ class Keeper:
             if isinstance(run, Sites):
                 known = None if stored is None else stored.code.get(name)
                 wanted.append(self._wanted(program, run, leaves, device, known))
-                self._code[name] = StoredCode(wanted[-1].inputs, wanted[-1].jobs)
+                self._code[name] = wanted[-1].code
         if background and self._shelf.folder is not None and company.together:
             return Pending.begin(wanted, self._codes, company, self._shelf.folder, self._name, self._show)
-        compile_together(wanted, self._codes, company, self._show)
+        compile_together(Shares.agreed(wanted, self._codes, company), self._codes, company, self._show)
         return None
 
     def _wanted(
@@ -149,7 +149,7 @@ class Keeper:
         assert self._codes is not None
         inputs = forms_of_inputs(program, self._weights, leaves, device)
         if known is not None and known.inputs == inputs:
-            return Wanted(run, inputs, known.jobs)
+            return Wanted(run, known)
         return Wanted.of(run, inputs, self._codes)
 
     def keep(
@@ -246,4 +246,4 @@ def _form_of_weight(spec: Input, weights: Weights) -> TensorForm:
     device = torch.device(weights.device) if whole.is_meta else whole.device
     if spec.pieces or whole.is_meta:
         return contiguous(spec.sizes(whole.shape), whole.dtype, device)
-    return TensorForm(tuple(whole.shape), whole.stride(), whole.dtype, device)
+    return form_of(whole)

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xdit_compile.backends.codes import Codes
-from xdit_compile.backends.sites import precisions
 from xdit_compile.backends.worker import Worker
 
-from .compile_together import Company, Wanted, compile_together, missing, turns_of
+from .compile_together import Company, Shares, Wanted, compile_together
 from .progress import Progress
 
 logger = logging.getLogger("xdit_compile")
@@ -44,15 +43,13 @@ class Pending:
         Returns:
             None where all ranks have all of them, and programs run them.
         """
-        places, runs, costs = missing(wanted, codes)
-        turns = turns_of({company.rank: costs, **company.exchange("what to compile", costs)})
-        if not any(turns.values()):
-            compile_together(wanted, codes, company, show)
-            del runs  # till here they are held, or they would be loaded twice
+        shares = Shares.agreed(wanted, codes, company)
+        if not any(shares.turns.values()):
+            compile_together(shares, codes, company, show)
             return None
-        mine = [(each, *places[each]) for each in turns[company.rank]]
-        jobs = [(one.sites.structure(job), job.forms, each) for each, one, job in mine]
-        worker = Worker(jobs, codes.options, precisions(), folder) if jobs else None
+        mine = [(each, *shares.places[each]) for each in shares.turns[company.rank]]
+        jobs = [(one.sites.structure(job.target), job.forms, each) for each, one, job in mine]
+        worker = Worker(jobs, codes.options, folder) if jobs else None
         return cls(wanted, worker, codes, company, name)
 
     def advance(self, any_rank: AnyRank) -> bool:
@@ -63,7 +60,8 @@ class Pending:
             if self._worker.failure:
                 logger.warning("graphs of %s were not compiled in the background: %s", self._name, self._worker.failure)
             self._worker.stop()
-        compile_together(self._wanted, self._codes, self._company, Progress(self._name))
+        shares = Shares.agreed(self._wanted, self._codes, self._company)
+        compile_together(shares, self._codes, self._company, Progress(self._name))
         for one in self._wanted:
             one.sites.meanwhile = None
         self.done = True

@@ -15,10 +15,10 @@ import torch
 
 from xdit_compile.backends.codes import CodeFiles, Codes
 from xdit_compile.cache.environment import environment
-from xdit_compile.cache.portable import digest_of
 from xdit_compile.cache.sources import fits, own_sources
 from xdit_compile.cache.store import Store
 from xdit_compile.cache.unportable import Unportable
+from xdit_compile.cache.values import digest_of
 from xdit_compile.distributed.agreement import Agreement
 from xdit_compile.errors import one_line
 
@@ -83,15 +83,13 @@ class Shelf:
             if self._codes is not None:
                 self._codes.environment = digest_of(around)
             return Ticket(digest_of([around, describe()]), about)
-        except Unportable as error:
-            logger.info("not kept for other processes: %s", error)
         except Exception as error:  # whatever code of somebody else's does when it is looked at
-            logger.warning("not kept for other processes: %s: %s", type(error).__name__, one_line(error))
+            _say_why(error)
         return None
 
     def find(self, ticket: Ticket | None, leaves: Sequence[Any], device: torch.device) -> StoredCall | None:
         """What is kept under a ticket for a call's flat inputs, if every rank has an entry of the same making."""
-        stored = None if ticket is None else self._first_that_fits(ticket, leaves, device)
+        stored = None if ticket is None else self._place(ticket, leaves, device)[1]
         mine = None if stored is None else [stored.making, stored.verified, stored.compared]
         said = [mine, *self._agreement.exchange("a call that was kept", mine).values()]
         if stored is None or not all(each is not None and each[0] == stored.making for each in said):
@@ -99,16 +97,21 @@ class Shelf:
         verified, compared = (all(each[at] for each in said) for at in (1, 2))
         return dataclasses.replace(stored, verified=verified, compared=compared)
 
-    def _first_that_fits(self, ticket: Ticket, leaves: Sequence[Any], device: torch.device) -> StoredCall | None:
+    def _place(
+        self, ticket: Ticket, leaves: Sequence[Any], device: torch.device
+    ) -> tuple[str, StoredCall | None]:  # fmt: skip
+        """What is kept under a ticket for a call's flat inputs, and under which name; or the name where it can be."""
         assert self._store is not None
+        free = []
         for name in ticket.names:
             entry = self._store.read(KIND, name)
-            if entry is None:
-                return None
-            stored = self._unpacked(entry.body, device)
+            stored = None if entry is None else self._unpacked(entry.body, device)
             if stored is not None and stored.fits(leaves):
-                return stored
-        return None
+                return name, stored
+            free += [name] if stored is None else []
+            if entry is None:
+                break
+        return (free or ticket.names)[0], None
 
     def _unpacked(self, body: bytes, device: torch.device) -> StoredCall | None:
         try:
@@ -123,30 +126,24 @@ class Shelf:
 
     def keep(self, ticket: Ticket | None, leaves: Sequence[Any], device: torch.device, stored: StoredCall) -> None:
         """Keep a call under its ticket, in the place of one that was made for the same values or fits no more."""
-        if ticket is None or self._store is None:
-            return
-        try:
-            body = stored.packed()
-        except Unportable as error:
-            logger.info("not kept for other processes: %s", error)
-            return
-        except Exception as error:  # as above
-            logger.warning("not kept for other processes: %s: %s", type(error).__name__, one_line(error))
-            return
-        name = next((name for name in ticket.names if self._is_free(name, leaves, device)), ticket.names[0])
-        self._store.write(KIND, name, {**ticket.about, "verified": stored.verified}, body)
+        if ticket is not None and self._store is not None:
+            self._write(ticket, self._place(ticket, leaves, device)[0], stored)
 
     def compared(self, ticket: Ticket | None, leaves: Sequence[Any], device: torch.device) -> None:
         """Note of a call that a later one was compared with the module, too."""
-        stored = None if ticket is None else self._first_that_fits(ticket, leaves, device)
-        if stored is not None and not stored.compared:
-            self.keep(ticket, leaves, device, dataclasses.replace(stored, compared=True))
+        if ticket is not None:
+            name, stored = self._place(ticket, leaves, device)
+            if stored is not None and not stored.compared:
+                self._write(ticket, name, dataclasses.replace(stored, compared=True))
 
-    def _is_free(self, name: str, leaves: Sequence[Any], device: torch.device) -> bool:
+    def _write(self, ticket: Ticket, name: str, stored: StoredCall) -> None:
         assert self._store is not None
-        entry = self._store.read(KIND, name)
-        other = None if entry is None else self._unpacked(entry.body, device)
-        return other is None or other.fits(leaves)
+        try:
+            body = stored.packed()
+        except Exception as error:  # as in `ticket`
+            _say_why(error)
+        else:
+            self._store.write(KIND, name, {**ticket.about, "verified": stored.verified}, body)
 
     def making(self) -> str:
         """What all entries that are made now have in common."""
@@ -180,6 +177,14 @@ class Shelf:
         if self._sources is None:
             self._sources = own_sources()
         return self._sources
+
+
+def _say_why(error: Exception) -> None:
+    """Say why something is not kept: what cannot be described is to be expected, anything else is not."""
+    if isinstance(error, Unportable):
+        logger.info("not kept for other processes: %s", error)
+    else:
+        logger.warning("not kept for other processes: %s: %s", type(error).__name__, one_line(error))
 
 
 def _identity(folder: Path) -> list[Any]:
