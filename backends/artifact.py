@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .build_folder import BuildFolder
+from .common_folder import headers_in
 from .forms import Forms, fakes_of, give_dense
 from .inductor_order import pin_order
 
@@ -85,7 +86,7 @@ def compiled(
         kernel = kernels[_digest(argtypes, source)] = original(compiler, argtypes, source)
         return kernel
 
-    with nullcontext() if folder is None else folder.current(), _kernels_by(noted):
+    with nullcontext() if folder is None else _compiling_in(folder), _kernels_by(noted):
         run: Any = standalone_compile(
             structure, fakes, dynamic_shapes="from_example_inputs", options={"config_patches": dict(options)}, aot=True
         )
@@ -97,6 +98,12 @@ def compiled(
             return _called(run), None
         libraries = {name: Path(_loaded(kernel).__self__.__file__).read_bytes() for name, kernel in kernels.items()}
         return _called(run), Artifact(run.serialize(), libraries)
+
+
+@contextmanager
+def _compiling_in(folder: BuildFolder) -> Iterator[None]:
+    with folder.current() as path, headers_in(path):
+        yield
 
 
 def _copied(structure: fx.GraphModule) -> fx.GraphModule:

@@ -19,6 +19,7 @@ from xdit_compile.ir.precision import products
 
 from .artifact import Artifact, compiled, loaded
 from .build_folder import BuildFolder
+from .common_folder import VectorInstructions
 from .forms import Forms, TensorForm
 
 Run = Callable[..., Any]
@@ -62,6 +63,7 @@ class Codes:
 
     Attributes:
         environment: digest of whatever else generated code depends on, set before code is looked for.
+        instructions: which of them code for processors may use.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Codes:
     ):
         self._options, self.store, self.environment = options, store, ""
         self.folder = BuildFolder()
+        self.instructions = VectorInstructions()
         self._runs: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()
         self.counts = Counts()
 
@@ -107,6 +110,7 @@ class Codes:
 
     def load(self, name: str, packed: bytes) -> Run:
         """Code from its bytes, which are trusted."""
+        self.instructions.wait()
         run = self._runs[name] = loaded(Artifact.unpacked(packed), self.folder)
         self.counts.loaded += 1
         return run
@@ -123,6 +127,7 @@ class Codes:
         Returns:
             What computes it, and its bytes where the store did not take them.
         """
+        self.instructions.wait()
         run, artifact = compiled(structure, forms, self._options(), None if self.store is None else self.folder)
         self.counts.compiled += 1
         packed = None if artifact is None else artifact.packed()

@@ -14,7 +14,6 @@ import datetime
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import platform
@@ -24,10 +23,8 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
 
@@ -36,7 +33,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from comparison import TOLERANCE
-from processes import ENVIRONMENT, LIMIT_S
+from fresh import in_new_processes
+from processes import ENVIRONMENT
 from rich.console import Console
 from rich.table import Table
 
@@ -196,21 +194,7 @@ def _holding(function: Callable[..., Any]) -> list[Any]:
     return [module for module in ours if vars(module).get(function.__name__) is function]
 
 
-def _serve(end: Connection, rank: int, count: int, rendezvous: str, job: Job) -> None:
-    """One process: its `Rank`, or what went wrong."""
-    torch.set_num_threads(1)
-    try:
-        limit = datetime.timedelta(seconds=LIMIT_S)
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count, timeout=limit)
-        end.send(_start(job, pathlib.Path(f"{rendezvous}-{rank}")))
-    except Exception:
-        end.send(traceback.format_exc())
-        os._exit(1)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _start(job: Job, log: pathlib.Path) -> Rank:
+def _start(log: str, job: Job) -> Rank:
     """Load, parallelize, make pictures. That the compiler is imported is a part of parallelizing, not of the step."""
     import diffusers
     import transformers
@@ -222,7 +206,7 @@ def _start(job: Job, log: pathlib.Path) -> Rank:
     pipe = diffusers.DiffusionPipeline.from_pretrained(job.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     begin = time.perf_counter()
-    with counting(log) as counts:
+    with counting(pathlib.Path(log)) as counts:
         pipe = parallelize(pipe, plan)
         parallelize_s = time.perf_counter() - begin
         pictures = [_picture(pipe, job.steps, startup.decodes, seed) for seed in range(PICTURES)]
@@ -246,43 +230,8 @@ def _picture(pipe: Any, steps: int, decodes: bool, seed: int) -> Picture:
 
 
 def run(job: Job) -> Run:
-    """Do a job in new processes.
-
-    Raises:
-        SystemExit: a process failed, with what it said.
-    """
-    context = multiprocessing.get_context("spawn")
-    count = Plan(**STARTUPS[job.startup].degrees).world_size
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-        pairs = [context.Pipe() for _ in range(count)]
-        members = [
-            context.Process(target=_serve, args=(theirs, rank, count, f"{scratch}/rendezvous", job), daemon=True)
-            for rank, (_, theirs) in enumerate(pairs)
-        ]
-        for member, (_, theirs) in zip(members, pairs, strict=True):
-            member.start()
-            theirs.close()
-        try:
-            found = [_answer(rank, mine) for rank, (mine, _) in enumerate(pairs)]
-            for member in members:
-                member.join(LIMIT_S)
-        finally:
-            for member in members:
-                member.kill()
-    return Run(found)
-
-
-def _answer(rank: int, end: Connection) -> Rank:
-    if not end.poll(LIMIT_S):
-        raise SystemExit(f"rank {rank} did not answer within {LIMIT_S:g} s")
-    try:
-        answer = end.recv()
-    except EOFError:
-        raise SystemExit(f"rank {rank} ended without an answer") from None
-    if isinstance(answer, str):
-        raise SystemExit(f"rank {rank} failed:\n{answer}")
-    assert isinstance(answer, Rank)
-    return answer
+    """Do a job in new processes."""
+    return Run(in_new_processes(_start, Plan(**STARTUPS[job.startup].degrees).world_size, job))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,14 +306,14 @@ def main(plans: tuple[str, ...], repeats: int, steps: int, model: str, json_file
     console.print(_counted(found))
     if json_file:
         every = [one.as_json() for one in found]
-        json_file.write_text(json.dumps({**_about(), "load_average": load, "plans": every}, indent=1) + "\n")
+        json_file.write_text(json.dumps({**about(), "load_average": load, "plans": every}, indent=1) + "\n")
 
 
 def _measured(found: list[Found], load: float) -> Table:
-    versions = ", ".join(f"{name} {value}" for name, value in _about()["versions"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in about()["versions"].items())
     title = (
         f"measured: seconds to the first step or decode of new processes, one cold run and medians of "
-        f"{len(found[0].warm)} warm ones;\n{versions}; {_processor()}, {os.cpu_count()} cores, one thread per process, "
+        f"{len(found[0].warm)} warm ones;\n{versions}; {processor()}, {os.cpu_count()} cores, one thread per process, "
         f"load average {load:.1f}"
     )
     table = Table("plan", "first", title=title, title_justify="left")
@@ -397,15 +346,16 @@ def _counted(found: list[Found]) -> Table:
     return table
 
 
-def _about() -> dict[str, Any]:
+def about() -> dict[str, Any]:
+    """When and with what something was measured."""
     return {
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "diffusers")} | {"python": platform.python_version()},
-        "machine": {"cores": os.cpu_count(), "processor": _processor(), "kind": platform.machine()},
+        "machine": {"cores": os.cpu_count(), "processor": processor(), "kind": platform.machine()},
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """What the processor is called."""
     found = re.search(r"^model name\s*:\s*(.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return found[1] if found else platform.machine()

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import procs
 import pytest
+import torch
+from zoo.transformers import MODELS
+
+from xdit_compile import Plan, explain, parallelize
+from xdit_compile.cache.store import Store
+from xdit_compile.runtime.methods.ahead import build_ahead
+from xdit_compile.runtime.stored.stored_call import StoredCall
 
 FLAGS = ("--backend", "eager")
 
@@ -48,3 +58,43 @@ def test_ranks_with_weights_start_from_what_was_built(degree: str, tmp_path: Pat
         made = command(*run, "--num_inference_steps", "3", cache=cache)
         assert "from the cache" in made and "captured" not in made, made
     assert "2 of them there already" in command("build", f"--{degree}", "2", "--size", "192x256", cache=cache)
+
+
+def make_call(rank: int, folder: str) -> tuple[str, list[str], float]:
+    """How the call came to be ready, warnings, and how far its result is off."""
+    module = MODELS["pixart"].build()
+    args, kwargs = MODELS["pixart"].inputs()
+    kwargs["return_dict"] = True
+    expected = module(*args, **kwargs).sample
+    warned: list[str] = []
+    with mock.patch.object(
+        logging.getLogger("xdit_compile"), "warning", lambda text, *args: warned.append(text % args)
+    ):
+        parallelize(module, Plan(ulysses=2, backend="eager", cache=folder))
+        result = module(*args, **kwargs).sample
+    return explain(module).ready, warned, float((result - expected).abs().max() / expected.abs().max())
+
+
+def test_a_built_entry_that_is_wrong_on_one_rank_is_made_anew_on_all(tmp_path: Path) -> None:
+    store, device = Store(tmp_path / "cache"), torch.device("cpu")
+    args, kwargs = MODELS["pixart"].inputs()
+    kwargs["return_dict"] = True
+    plan = Plan(ulysses=2, backend="eager")
+    build_ahead(MODELS["pixart"].build(), "module", args, kwargs, plan, store, lambda rank: None)
+    listed, _ = entries = [each for each in store.listed() if each.kind == "program"]
+    assert len(entries) == 2
+    entry = store.read(listed.kind, listed.name)
+    assert entry is not None
+    stored = StoredCall.unpacked(entry.body, device)
+    called = [node for graph in stored.programs["call"].structures().values() for node in graph.graph.nodes]
+    norms = [node for node in called if node.target is torch.ops.aten.layer_norm.default]
+    assert norms
+    for node in norms:
+        node.args = (*node.args[:4], 0.5)
+    store.write(entry.kind, entry.name, entry.about, stored.packed())
+
+    for ready, warned, off in procs.run(make_call, 2, str(store.folder)):
+        assert "captured anew" in ready and off <= 2e-5
+        assert any("is wrong and made anew" in text for text in warned), warned
+    for ready, warned, off in procs.run(make_call, 2, str(store.folder)):
+        assert "from the cache" in ready and off <= 2e-5 and not warned

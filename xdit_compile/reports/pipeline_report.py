@@ -11,7 +11,7 @@ from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan
 
-from .report import passes_line, printed
+from .report import lines_of_making, printed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,8 @@ class PipelineReport:
     """How a plan cuts one call of a module into stages and patches.
 
     ``patches`` are the positions of each patch along the dim of the first result that is cut; ``shared`` counts the
-    elements of parameters that several stages hold, because they come before or after the blocks.
+    elements of parameters that several stages hold, because they come before or after the blocks; ``ready`` says how
+    long the call took to be ready, and where its graphs came from.
     """
 
     captured_by: str
@@ -43,6 +44,7 @@ class PipelineReport:
     parameters: int
     shared: int
     seconds: tuple[tuple[str, float], ...] = dataclasses.field(default=(), compare=False)
+    ready: str = dataclasses.field(default="", compare=False)
 
     def __str__(self) -> str:
         return printed(_rendered(self))
@@ -50,7 +52,7 @@ class PipelineReport:
     __repr__ = __str__
 
 
-def pipeline_report(analysis: Analysis, plan: Plan) -> PipelineReport:
+def pipeline_report(analysis: Analysis, plan: Plan, ready: str = "") -> PipelineReport:
     """Sum up the stages of a plan.
 
     Raises:
@@ -82,6 +84,7 @@ def pipeline_report(analysis: Analysis, plan: Plan) -> PipelineReport:
         parameters=sum(everything.values()),
         shared=sum(everything[name] for name in several),
         seconds=analysis.seconds,
+        ready=ready,
     )
 
 
@@ -111,4 +114,4 @@ def _rendered(summary: PipelineReport) -> list[Any]:
             str(entry.stage), str(entry.blocks), f"{entry.parameters:,}", f"{entry.states / 2**20:.2f}",
             f"{entry.sent / 2**20:.2f}",
         )  # fmt: skip
-    return [head, *passes_line(summary.seconds), table]
+    return [head, *lines_of_making(summary.seconds, summary.ready), table]

@@ -54,8 +54,8 @@ class Report:
 
     ``imbalance`` is the busiest rank's arithmetic over the mean; ``replicated_flops`` the share of the graph's
     arithmetic that every rank repeats; ``memory`` bytes by kind on this rank: ``weights``, the ``largest_activation``,
-    and the ``keys_values`` of the attention with most of them; ``seconds`` those of each pass. Exact methods keep
-    nothing from step to step.
+    and the ``keys_values`` of the attention with most of them; ``seconds`` those of each pass; ``ready`` how long the
+    call took to be ready, and where its graphs came from. Exact methods keep nothing from step to step.
     """
 
     ranks: int
@@ -71,6 +71,7 @@ class Report:
     flops: float
     memory: dict[str, int]
     seconds: tuple[tuple[str, float], ...] = dataclasses.field(default=(), compare=False)
+    ready: str = dataclasses.field(default="", compare=False)
 
     def __str__(self) -> str:
         return printed(_rendered(self))
@@ -89,7 +90,7 @@ def printed(parts: Iterable[Any]) -> str:
     return written.getvalue().rstrip()
 
 
-def report(analysis: Analysis, ranks: Sequence[Partitioned], here: int) -> Report:
+def report(analysis: Analysis, ranks: Sequence[Partitioned], here: int, ready: str = "") -> Report:
     """Sum up an analysis and the programs of all ranks, from the view of rank ``here``."""
     mine = ranks[here]
     ledger = mine.ledger
@@ -110,6 +111,7 @@ def report(analysis: Analysis, ranks: Sequence[Partitioned], here: int) -> Repor
         flops=ledger.flops,
         memory=_memory(mine),
         seconds=analysis.seconds,
+        ready=ready,
     )
 
 
@@ -186,9 +188,10 @@ def _memory_line(memory: dict[str, int]) -> str:
     return f"on this rank {', '.join(named)}"
 
 
-def passes_line(seconds: Sequence[tuple[str, float]]) -> list[str]:
-    """What passes took, on a line."""
-    return [f"passes: {', '.join(f'{name} {taken:.2f} s' for name, taken in seconds)}"] if seconds else []
+def lines_of_making(seconds: Sequence[tuple[str, float]], ready: str) -> list[str]:
+    """What passes took, and what became of the whole call, where that is known; each on a line."""
+    passes = [f"passes: {', '.join(f'{name} {taken:.2f} s' for name, taken in seconds)}"] if seconds else []
+    return [*passes, *([ready] if ready else [])]
 
 
 def _rendered(summary: Report) -> list[Any]:
@@ -215,7 +218,7 @@ def _rendered(summary: Report) -> list[Any]:
         f"{summary.replicated_flops:.2%} replicated; busiest rank {summary.imbalance:.3f} of the mean; "
         f"{_memory_line(summary.memory)}; {len(summary.boundaries)} boundaries"
     )
-    parts: list[Any] = [head, *passes_line(summary.seconds), axes, collectives]
+    parts: list[Any] = [head, *lines_of_making(summary.seconds, summary.ready), axes, collectives]
     parts.append(gathers if summary.gathers else "no gathers but the result")
     if summary.boundaries:
         counted = collections.Counter((entry.place.target, entry.reason) for entry in summary.boundaries)

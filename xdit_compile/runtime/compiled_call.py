@@ -33,6 +33,7 @@ class CompiledCall:
         stored: what was kept of the call, where another process made it.
         ticket: what it is kept under.
         pending: what is compiled in the background, while programs run op by op.
+        said: how long it took to be ready, and where its graphs came from.
     """
 
     analysed: Callable[[], Analysis]
@@ -43,6 +44,7 @@ class CompiledCall:
     stored: StoredCall | None = dataclasses.field(default=None, kw_only=True)
     ticket: Ticket | None = dataclasses.field(default=None, kw_only=True)
     pending: Pending | None = dataclasses.field(default=None, kw_only=True)
+    said: str = dataclasses.field(default="", kw_only=True)
 
     @functools.cached_property
     def analysis(self) -> Analysis:

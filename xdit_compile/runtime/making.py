@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from xdit_compile.capture.state.in_place import as_it_was
 from xdit_compile.capture.state.signature import Signature, signature
 from xdit_compile.capture.state.unsupported import moves_weights, refuse_draws, refuse_unsupported
 from xdit_compile.compiler import Analysis, Compilation, analyse, compiled
-from xdit_compile.errors import CaptureError, NoRoomError
+from xdit_compile.errors import CaptureError, NoRoomError, VerificationError, one_line
 from xdit_compile.ir.digest import digest, digest_program, digest_shapes
 from xdit_compile.ir.program import Program
 from xdit_compile.reports.dump import observers
@@ -28,6 +29,8 @@ from .proving import Proving, device_of
 from .stored.keeper import APART, ROWS
 from .stored.stored_call import StoredCall
 from .unsplit import Changing, RunsWhole, Unsplit
+
+logger = logging.getLogger("xdit_compile")
 
 
 class Making(Proving):
@@ -54,8 +57,8 @@ class Making(Proving):
         make = self._made if stored is None else functools.partial(self._remade, stored)
         compiled_call = make(key, args, kwargs, leaves)
         self._settle(compiled_call)
-        self._keeper.say(kept=stored is not None)
-        return compiled_call
+        said = self._keeper.say(kept=compiled_call.stored is not None)
+        return dataclasses.replace(compiled_call, said=said)
 
     def _recapturing(self, stored: StoredCall, args: tuple, kwargs: dict) -> Callable[[], Analysis]:
         """What finds out about a call of which nothing is known but its programs; it holds no input of the call."""
@@ -136,7 +139,14 @@ class Making(Proving):
         if stored.verified or not self.plan.verify or self._trace_only:
             return compiled_call
         room = self._has_room(computation, args, kwargs)
-        compiled_call = self._proven(dataclasses.replace(compiled_call, room=room), computation, leaves)
+        try:
+            compiled_call = self._proven(dataclasses.replace(compiled_call, room=room), computation, leaves)
+        except VerificationError as error:
+            logger.warning("what was kept of a call of %s is wrong and made anew: %s", self.name, one_line(error))
+            if pending is not None:
+                pending.stop()
+            self._keeper.drop(leaves, device)
+            return self._made(key, args, kwargs, leaves)
         if self._was_compared and pending is None:
             self._keeper.keep(compiled_call, leaves, device, verified=True)
         return compiled_call

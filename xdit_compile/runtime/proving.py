@@ -22,7 +22,7 @@ from xdit_compile.capture.state.module_snapshot import same_random_numbers
 from xdit_compile.compiler import Analysis, analyse
 from xdit_compile.distributed.agreement import Agreement
 from xdit_compile.distributed.mesh import Mesh
-from xdit_compile.errors import StateError
+from xdit_compile.errors import StateError, VerificationError
 from xdit_compile.ir.digest import digest, digest_program
 from xdit_compile.ir.peak_memory import if_room
 from xdit_compile.ir.precision import precision_for
@@ -93,15 +93,23 @@ class Proving:
         return dataclasses.replace(compiled_call, room=False)
 
     def _verify(self, compiled_call: CompiledCall, leaves: list[Any]) -> bool:
-        """Compare a call with the module itself; False where a rank has not the memory to run that."""
+        """Compare a call with the module itself; False where a rank has not the memory to run that.
+
+        Raises:
+            VerificationError: on all ranks, where the results of one differ by more than rounding.
+        """
         with precision_for(compiled_call.made):
             expected = self._expected(compiled_call, leaves)
             if self._agreement.any("what the module itself gives", expected is None):
                 return False
-            slack = self._slack(compiled_call, leaves)
+            slack, wrong = self._slack(compiled_call, leaves), None
             for actual in self._found(compiled_call, leaves):
-                verify(assemble(compiled_call.whole, actual), expected, slack)
-        self._agreement.agree("its verdict", {})
+                try:
+                    verify(assemble(compiled_call.whole, actual), expected, slack)
+                except VerificationError as error:
+                    wrong = wrong or error
+        if self._agreement.any("a wrong result", wrong is not None):
+            raise wrong or VerificationError("another rank's result is not the unsplit one; it says how it differs")
         self._was_compared = True
         return True
 

@@ -96,6 +96,7 @@ class Keeper:
         self._ticket = self._shelf.ticket(described, {"for": self._about(args, kwargs, plan)}, device)
         stored = self._shelf.find(self._ticket, pytree.tree_leaves((args, kwargs)), device)
         if stored is None:
+            self._shelf.expect(device)
             self._show.stage("capturing")
         return stored
 
@@ -196,6 +197,10 @@ class Keeper:
             raise Unportable("the capture was not watched" if self._recording is None else self._recording.incomplete)
         return manifest(self._recording.files)
 
+    def drop(self, leaves: Sequence[Any], device: torch.device) -> None:
+        """Keep the latest call no more: what was kept of it is wrong."""
+        self._shelf.drop(self._ticket, leaves, device)
+
     @property
     def ticket(self) -> Ticket | None:
         """What the latest call is kept under."""
@@ -205,15 +210,17 @@ class Keeper:
         """Note of a call that a later one was compared with the module, too."""
         self._shelf.compared(ticket, leaves, device)
 
-    def say(self, kept: bool) -> None:
-        """Say that a call is ready, and where its graphs came from."""
+    def say(self, kept: bool) -> str:
+        """Say that a call is ready, and where its graphs came from, in the words that are returned."""
         self._show.end()
         loaded, compiled = (now - before for now, before in zip(self._counted(), self._before, strict=True))
+        counts = f"{loaded} graphs from the cache, {compiled} compiled"
+        graphs = counts if self._codes is not None else "not compiled"
+        where = ", from the cache" if kept and self._codes is None else "" if kept else ", captured anew"
+        said = f"{self._name} ready in {self._show.seconds:.1f} s: {graphs}{where}"
         if self._speaks:
-            counts = f"{loaded} graphs from the cache, {compiled} compiled"
-            graphs = counts if self._codes is not None else "not compiled"
-            where = ", from the cache" if kept and self._codes is None else "" if kept else ", captured anew"
-            ready.info("%s ready in %.1f s: %s%s", self._name, self._show.seconds, graphs, where)
+            ready.info("%s", said)
+        return said
 
     def _counted(self) -> tuple[int, int]:
         return (0, 0) if self._codes is None else (self._codes.counts.loaded, self._codes.counts.compiled)

@@ -52,6 +52,11 @@ class Pending:
         worker = Worker(jobs, codes.options, folder) if jobs else None
         return cls(wanted, worker, codes, company, name)
 
+    def stop(self) -> None:
+        """Let go of what is on its way; programs stay as they are."""
+        if self._worker is not None:
+            self._worker.stop()
+
     def advance(self, any_rank: AnyRank) -> bool:
         """Go on with compiled code, once the processes of all ranks have ended; whether that is so now."""
         if any_rank("graphs made in the background", self._worker is not None and not self._worker.done):

@@ -136,6 +136,11 @@ class Shelf:
             if stored is not None and not stored.compared:
                 self._write(ticket, name, dataclasses.replace(stored, compared=True))
 
+    def drop(self, ticket: Ticket | None, leaves: Sequence[Any], device: torch.device) -> None:
+        """Keep a call no more."""
+        if ticket is not None and self._store is not None:
+            self._store.remove(KIND, self._place(ticket, leaves, device)[0])
+
     def _write(self, ticket: Ticket, name: str, stored: StoredCall) -> None:
         assert self._store is not None
         try:
@@ -149,21 +154,34 @@ class Shelf:
         """What all entries that are made now have in common."""
         return self._making or self._agreement.share(uuid.uuid4().bytes).hex()
 
+    def expect(self, device: torch.device) -> None:
+        """Have the first rank find out about the machine, while all capture what is to be compiled for a device."""
+        if self._codes is not None and device.type == "cpu" and (self._agreement.alone or self._agreement.rank == 0):
+            self._codes.instructions.find_meanwhile()
+
     def company(self) -> Company:
         """Who takes compiled code from whom; all ranks call this at once.
 
-        Ranks that have a folder in common compile in one folder, too, so that what inductor finds out about the machine
-        is found out once.
+        Ranks that have a folder in common compile in one folder, too, and what inductor finds out about the machine is
+        found out by one of them.
         """
         if self._company is None:
             store, codes = self._store, self._codes
-            mine = None if store is None or codes is None else [*_identity(store.folder), str(codes.folder.path)]
+            place = None if store is None or codes is None else _identity(store.folder)
+            mine = (
+                None
+                if place is None or codes is None
+                else [place, str(codes.folder.path), codes.instructions.all_work()]
+            )
             said = {self._agreement.rank: mine, **self._agreement.exchange("a folder for code", mine)}
             if codes is None or mine is None or any(each is None for each in said.values()):
                 self._company = Company()
             else:
-                alike = [rank for rank, each in sorted(said.items()) if each[:-1] == mine[:-1]]
-                codes.folder.share(Path(said[alike[0]][-1]))
+                alike = [rank for rank, each in sorted(said.items()) if each[0] == place]
+                _, folder, all_work = said[alike[0]]
+                codes.folder.share(Path(folder))
+                if all_work:
+                    codes.instructions.take_all()
                 apart = len(alike) < len(said)
                 self._company = Company(self._agreement.rank, self._agreement.exchange, apart, not apart)
         return self._company
