@@ -71,7 +71,7 @@ def compiled(
 
     Returns:
         What computes the structure, and the same as bytes; None where inductor cannot say it in bytes, or not all of
-        it, as where the structure holds tensors of its own.
+        it, as where the structure holds tensors of its own, or a library is not there any more.
     """
     from torch._inductor import standalone_compile
     from torch._inductor.async_compile import AsyncCompile
@@ -96,7 +96,10 @@ def compiled(
             or getattr(_called(run), "serialize", None) is None
         ):
             return _called(run), None
-        libraries = {name: Path(_loaded(kernel).__self__.__file__).read_bytes() for name, kernel in kernels.items()}
+        try:
+            libraries = {name: Path(_loaded(kernel).__self__.__file__).read_bytes() for name, kernel in kernels.items()}
+        except FileNotFoundError:  # it was loaded from the folder of a process that is gone
+            return _called(run), None
         return _called(run), Artifact(run.serialize(), libraries)
 
 

@@ -18,7 +18,8 @@ class BuildFolder:
     """A folder that only this user can enter, made when it is first wanted and gone when the process ends.
 
     Inductor's own folder has a name that everybody knows, and takes what lies there for what it made itself. It is
-    left to those who keep nothing of ours. Processes that Python's multiprocessing started remove theirs, too, which
+    left to those who keep nothing of ours. It outlives whoever wanted it: a library that is loaded is taken again by whatever
+    else names it in this process, and is read where it lies. Processes that Python's multiprocessing started remove theirs, too, which
     end without what ``atexit`` was told.
     """
 
@@ -34,7 +35,7 @@ class BuildFolder:
         """The folder."""
         if self._path is None:
             self._path = Path(tempfile.mkdtemp(prefix="xdit_compile-"))
-            Finalize(self, shutil.rmtree, (self._path,), {"ignore_errors": True}, exitpriority=0)
+            Finalize(None, shutil.rmtree, (self._path,), {"ignore_errors": True}, exitpriority=0)
         return self._path
 
     @contextmanager

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -131,7 +132,8 @@ def _changed(name: str) -> dict[str, Any]:
     unset = _unset()
     changed = {}
     for key, entry in sorted(entries.items()):
-        override = getattr(entry.user_override, "get", lambda entry=entry: entry.user_override)()
+        override = entry.user_override
+        override = override.get() if isinstance(override, ContextVar) else override
         otherwise = entry.default if entry.env_value_default is unset else entry.env_value_default
         if override is not unset and override != otherwise and not key.startswith(UNIMPORTANT):
             changed[key] = describe_value(override, f"{name}.{key}")
