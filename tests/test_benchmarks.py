@@ -154,3 +154,24 @@ def test_evaluations_of_stale_methods_become_a_table_and_a_curve(tmp_path: pathl
     ]
     assert all(row.startswith("| DistriFusion, 2 ranks | ") and "50.0 (25.0 to 75.0)" in row for row in rows)
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_startup_counts_nothing_made_in_warm_runs(tmp_path: pathlib.Path) -> None:
+    (found,) = run("startup.py", "--plans", "cfg 2", "--repeats", "1", "--steps", "2", tmp_path=tmp_path)["plans"]
+    (cold,), (warm,) = found["cold"], found["warm"]
+    assert found["difference"] == 0 and found["cold_s"] > found["warm_s"] > 0
+    for before, after in zip(cold["counts"], warm["counts"], strict=True):
+        assert before["captures"] and before["passes"] and after["graphs loaded"]
+        assert not any(count for name, count in after.items() if name != "graphs loaded")
+
+
+@pytest.mark.slow
+def test_cold_start_compares_results_before_it_tells(tmp_path: pathlib.Path) -> None:
+    options = ("--blocks", "1", "--single_blocks", "1", "--repeats", "1", "--degrees", "2")
+    found = run("cold_start.py", *options, tmp_path=tmp_path)
+    assert {"parallelize", "compile_repeated_blocks", "torch.compile"} == found["starts"].keys()
+    for (start,) in found["starts"].values():
+        assert start["difference"] <= LARGEST_DIFFERENCE and start["total_s"] >= start["compile_s"] > 0
+    assert found["starts"]["parallelize"][0]["capture_s"] > 0
+    assert found["alone_cpu_s"]["2"][0] > 0 and found["together_cpu_s"]["2"][0] > 0
