@@ -40,13 +40,14 @@ from xdit_compile import Plan
 from xdit_compile.backends.inductor import OPTIONS
 from xdit_compile.backends.inductor_order import pin_order
 from xdit_compile.capture.capture import capture
-from xdit_compile.compiler import Analysis, place
+from xdit_compile.compiler import Analysis, compiled
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import PlanError
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.axes.infer import infer
 from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.rules.registry import rulebook
+from xdit_compile.plan.plan import OPTIONAL_PASSES
 
 PLANS = ("ulysses=1", "ulysses=2", "ulysses=8", "ring=8")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -76,12 +77,12 @@ class Counted:
     code: Code
 
 
-def count(graph: fx.GraphModule, args: Sequence[Any], compiled: list[Binary], target: str) -> Code:
+def count(graph: fx.GraphModule, args: Sequence[Any], binaries: list[Binary], target: str) -> Code:
     """Compile a graph for tensors on the pretended card, and count.
 
     Args:
         args: fake tensors.
-        compiled: what Triton compiles, as `pretend_card` gives it.
+        binaries: what Triton compiles, as `pretend_card` gives it.
 
     Raises:
         RuntimeError: Triton compiled a kernel for something else than ``target``, or not at all.
@@ -98,7 +99,7 @@ def count(graph: fx.GraphModule, args: Sequence[Any], compiled: list[Binary], ta
         torch._inductor.compile(graph, list(args), options={**OPTIONS, "fx_graph_cache": False})
     calls = [call for source in sources for call in _calls(source)]
     kernels = {ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "async_compile.triton"}
-    missing = kernels - {binary.kernel for binary in compiled if binary.target == target}
+    missing = kernels - {binary.kernel for binary in binaries if binary.target == target}
     if missing:
         raise RuntimeError(f"Triton has no code for {target} of {', '.join(sorted(missing))}")
     names = [ast.unparse(call.func) for call in calls]
@@ -137,10 +138,10 @@ def on_card(structure: fx.GraphModule) -> fx.GraphModule:
 class _Walk(fx.Interpreter):
     """Counts every structure, for each form in which its arguments come, on the way through a root graph of fakes."""
 
-    def __init__(self, root: fx.GraphModule, mode: FakeTensorMode, compiled: list[Binary], target: str):
+    def __init__(self, root: fx.GraphModule, mode: FakeTensorMode, binaries: list[Binary], target: str):
         super().__init__(root)
         self.found: dict[Any, Counted] = {}
-        self._mode, self._compiled, self._target = mode, compiled, target
+        self._mode, self._binaries, self._target = mode, binaries, target
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_module":
@@ -149,7 +150,7 @@ class _Walk(fx.Interpreter):
         name = str(n.target)
         structure, form = on_card(self.fetch_attr(name)), (name, *map(_form, args))
         if form not in self.found:
-            code = count(fx.GraphModule(structure, copy.deepcopy(structure.graph)), args, self._compiled, self._target)
+            code = count(fx.GraphModule(structure, copy.deepcopy(structure.graph)), args, self._binaries, self._target)
             self.found[form] = Counted(name, n.meta.get("path", ""), 0, sum(map(_bytes, args)), code)
         self.found[form] = dataclasses.replace(self.found[form], calls=self.found[form].calls + 1)
         with self._mode:
@@ -164,13 +165,13 @@ def _bytes(value: Any) -> int:
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
-def counted(program: Program, compiled: list[Binary], target: str) -> list[Counted]:
+def counted(program: Program, binaries: list[Binary], target: str) -> list[Counted]:
     """Every structure of a program, in the order of their first calls."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     fakes = [node.meta["val"] for node in program.root.graph.find_nodes(op="placeholder")]
     with mode:
         inputs = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=DEVICE) for each in fakes]
-    walk = _Walk(program.root, mode, compiled, target)
+    walk = _Walk(program.root, mode, binaries, target)
     with torch.no_grad():
         walk.run(*inputs)
     return list(walk.found.values())
@@ -194,9 +195,12 @@ def measure(model: nn.Module, call: dict[str, Any], plans: Sequence[Plan], card:
     program = capture(model, (), call)
     inference = infer(program, rulebook())
     analyses = [Analysis(program, inference, choose_units(inference, plan)) for plan in plans]
-    placed = [place(each, plan, Mesh.simulated(plan, 0)) for each, plan in zip(analyses, plans, strict=True)]
-    with pretend_card(card) as compiled:
-        return [counted(each.program, compiled, card.target) for each in placed]
+    states = [
+        compiled(each, plan, Mesh.simulated(plan, 0), until="join_linears")
+        for each, plan in zip(analyses, plans, strict=True)
+    ]
+    with pretend_card(card) as binaries:
+        return [counted(state.programs["call"], binaries, card.target) for state in states]
 
 
 def _plans(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, Plan]:
@@ -242,8 +246,12 @@ def table_of(rows: list[Counted], title: str) -> Table:
 @click.option("--depth", type=click.IntRange(2), default=2, show_default=True, help="Double blocks, and single ones.")
 @click.option("--small", is_flag=True, help="128 hidden and 64 + 16 tokens in place of 3,072 and 4,096 + 512.")
 @click.option("--target", type=click.Choice(list(CARDS)), default="sm_90", show_default=True)
+@click.option("--without", type=click.Choice(OPTIONAL_PASSES), multiple=True, help="Passes to leave out.")
 @click.option("--json", "json_file", type=click.Path(path_type=pathlib.Path), help="Write everything counted here.")
-def main(plans: dict[str, Plan], depth: int, small: bool, target: str, json_file: pathlib.Path | None) -> None:
+def main(
+    plans: dict[str, Plan], depth: int, small: bool, target: str, without: tuple[str, ...],
+    json_file: pathlib.Path | None,
+) -> None:  # fmt: skip
     """Count what a card would run of FLUX under each plan. No card is needed, and nothing is timed.
 
     Matrix products are those that cuBLAS computes. Bytes are what all operators read and write of the card's memory if
@@ -254,18 +262,21 @@ def main(plans: dict[str, Plan], depth: int, small: bool, target: str, json_file
     card, console = CARDS[target], Console()
     console = console if console.is_terminal else Console(width=140)
     model, call = denoiser(depth, small)
-    found = dict(zip(plans, measure(model, call, list(plans.values()), card), strict=True))
+    chosen = [dataclasses.replace(plan, without=without) for plan in plans.values()]
+    found = dict(zip(plans, measure(model, call, chosen, card), strict=True))
     versions = {name: version(name) for name in ("torch", "triton", "diffusers")}
     size = f"{depth} + {depth} blocks, {call['img_ids'].shape[0]:,} + {call['txt_ids'].shape[0]:,} tokens, bfloat16"
     made = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton"))
     for plan, rows in found.items():
-        title = f"{plan}: COUNTED, not measured on a card\nFLUX, {size}; {target} ({card.name}); {made}"
+        left_out = f", without {', '.join(without)}" if without else ""
+        title = f"{plan}{left_out}: COUNTED, not measured on a card\nFLUX, {size}; {target} ({card.name}); {made}"
         console.print(table_of(rows, title))
     if json_file:
         about = {
             "date": datetime.date.today().isoformat(),
             "versions": versions | {"python": platform.python_version()},
             "card": {"target": target, **dataclasses.asdict(card)},
+            "without": list(without),
             "size": {"depth": depth, "tokens": call["img_ids"].shape[0], "text": call["txt_ids"].shape[0]},
         }
         counts = {plan: [dataclasses.asdict(row) for row in rows] for plan, rows in found.items()}

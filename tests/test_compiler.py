@@ -48,7 +48,7 @@ def test_every_pass_of_every_method_is_timed_and_dumped(degrees, programs, skipp
     assert set(state.programs) == set(state.runs) == programs
     files = {path.name for path in (tmp_path / "rank1").iterdir()}
     assert {file.split("_")[0] for file in files} == {str(NAMES.index(name) + 1) for name in ran}
-    assert {f"9_compile_{name}_root.py" for name in programs} <= files
+    assert {f"{len(NAMES)}_compile_{name}_root.py" for name in programs} <= files
 
 
 def test_passes_stop_where_they_are_told():

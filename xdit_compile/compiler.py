@@ -20,6 +20,7 @@ from xdit_compile.ir.verify_program import verify_program
 from xdit_compile.passes.axes.infer import Inference, infer
 from xdit_compile.passes.axes.verify_axes import verify_axes
 from xdit_compile.passes.choose.units import choose_units
+from xdit_compile.passes.fuse.join_linears import join_linears
 from xdit_compile.passes.local.layout import Chosen, Layout
 from xdit_compile.passes.memory.tile_rows import in_strips
 from xdit_compile.passes.partition.hoist_positions import hoist_positions
@@ -179,6 +180,10 @@ def _hoist_positions(state: Compilation) -> Compilation:
     return _changed(state, lambda program: hoist_positions(program, state.device))
 
 
+def _join_linears(state: Compilation) -> Compilation:
+    return _changed(state, join_linears)
+
+
 def _changed(state: Compilation, change: Callable[[Program], Program]) -> Compilation:
     """The same with another program in the place of each that this rank runs."""
     if state.stages is None:
@@ -218,6 +223,7 @@ PASSES = (
     Pass("assign_stages", _assign_stages, lambda state: state.patches is not None),
     Pass("tile_rows", _tile_rows, lambda state: state.budget is not None),
     Pass("hoist_positions", _hoist_positions),
+    Pass("join_linears", _join_linears, lambda state: "join_linears" not in state.plan.without),
     Pass("compile", _compile),
 )
 """Everything that happens to a call, in this order."""

@@ -242,15 +242,18 @@ class Exchanged(LocalAttention):
         """Key heads repeated so that they stand one to one with query heads, where whole groups were torn apart."""
         if self._are_whole_groups():
             return keys
-        group = self.exchange.query_heads // self.exchange.key_heads
-        wanted = np.arange(*self.heads.queries) // group - self.heads.keys[0]
+        wanted = np.arange(*self.heads.queries) // self._group - self.heads.keys[0]
         index = self.local.constant(torch.from_numpy(wanted))
         return self.local.call(aten.index_select.default, keys, len(self.exchange.batch), index)
 
     def _are_whole_groups(self) -> bool:
         """Whether every key head is here with all query heads that attend to it."""
-        group = self.exchange.query_heads // self.exchange.key_heads
-        return group == 1 or self.heads.query_count == self.heads.key_count * group
+        return self._group == 1 or self.heads.query_count == self.heads.key_count * self._group
+
+    @property
+    def _group(self) -> int:
+        """Query heads that attend to one key head; none where a rank of ``tensor`` has no heads."""
+        return self.exchange.query_heads // max(self.exchange.key_heads, 1)
 
     def _grouped(self) -> bool:
         return self.attention.enable_gqa and self._are_whole_groups()

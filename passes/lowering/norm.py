@@ -148,7 +148,7 @@ def columns(
     """
     (mean, variance), (weight, bias) = statistics, affine
     scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, epsilon))
-    each = [sizes[0], groups, sizes[1] // groups]
+    each = [sizes[0], groups, sizes[1] // max(groups, 1)]
     mean, scale = (
         call(aten.reshape.default, call(aten.expand.default, statistic, each), list(sizes[:2]))
         for statistic in (mean, scale)

@@ -20,6 +20,7 @@ import xdit_compile.kernels.put_rows  # noqa: F401  (registers the ops that the 
 from xdit_compile.ir.arguments import integer_of, node_of, sequence_of
 from xdit_compile.ir.digest import digest_tensors
 from xdit_compile.ir.program import Input, Program
+from xdit_compile.ir.subgraph import placeholders_first
 
 aten, ops = torch.ops.aten, torch.ops.xdit_compile
 
@@ -140,7 +141,7 @@ class _Root:
 
 def _hoisted(structure: fx.GraphModule) -> _Hoisted:
     module = fx.GraphModule(structure, copy.deepcopy(structure.graph))
-    placeholders = module.graph.find_nodes(op="placeholder")
+    placeholders = placeholders_first(module.graph)
     added: list[_Slice | _Positions] = []
     if placeholders:
         for node in list(module.graph.nodes):

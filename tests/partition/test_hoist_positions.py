@@ -120,6 +120,19 @@ def test_what_is_written_to_is_not_sliced_before() -> None:
     assert torch.equal(found, y[1:3] + 1) and torch.equal(x[2:4], y[1:3])
 
 
+def test_arguments_may_come_after_what_uses_others() -> None:
+    def build(graph: fx.Graph, x: fx.Node, y: fx.Node, z: fx.Node) -> list[fx.Node]:
+        rows = [graph.call_function(aten.slice.Tensor, (each, 0, 1, 3)) for each in (x, y)]
+        made = graph.call_function(aten.cat.default, (rows, 0))
+        made.append(z)
+        return [made, z]
+
+    program = hoist_positions(program_of(build), CPU)
+    x, y, z = torch.zeros(6, 4), torch.ones(6, 4), torch.full((6, 4), 2.0)
+    (found,) = program.root(x, y, z)
+    assert torch.equal(found, torch.cat([x[1:3], y[1:3]]))
+
+
 def test_what_only_slices_is_gone() -> None:
     model = captured("flux")
     plan = Plan(ulysses=2)

@@ -186,8 +186,8 @@ def test_what_an_earlier_program_takes_whole_is_not_released() -> None:
     earlier, later = (
         [Input(name, "parameter", name, pieces) for name in ("1.weight", "2.weight")] for pieces in ((), HALF)
     )
-    weights.release([SimpleNamespace(inputs=earlier[:1])])  # type: ignore[list-item]
-    weights.release([SimpleNamespace(inputs=later)])  # type: ignore[list-item]
+    weights.release([SimpleNamespace(parameters=lambda: earlier[:1])])  # type: ignore[list-item]
+    weights.release([SimpleNamespace(parameters=lambda: later)])  # type: ignore[list-item]
     assert [name for name, each in module.named_parameters() if each.is_meta] == ["2.weight"]
 
 

@@ -146,12 +146,14 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _input_to_plain(each: Input) -> list[Any]:
-    return [each.name, each.kind, each.target, [[piece.dim, list(map(list, piece.runs))] for piece in each.pieces]]
+    pieces = [[piece.dim, list(map(list, piece.runs))] for piece in each.pieces]
+    return [each.name, each.kind, each.target, pieces, list(map(_input_to_plain, each.members))]
 
 
 def _input_from_plain(plain: list[Any]) -> Input:
-    name, kind, target, pieces = plain
-    return Input(name, kind, target, tuple(WeightSlice(dim, tuple(map(tuple, runs))) for dim, runs in pieces))
+    name, kind, target, pieces, members = plain
+    slices = tuple(WeightSlice(dim, tuple(map(tuple, runs))) for dim, runs in pieces)
+    return Input(name, kind, target, slices, tuple(map(_input_from_plain, members)))
 
 
 def _spec_to_plain(spec: pytree.TreeSpec) -> Any:

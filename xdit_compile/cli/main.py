@@ -18,7 +18,7 @@ from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 from xdit_compile.plan import Plan
 from xdit_compile.plan.methods import METHODS, Method
-from xdit_compile.plan.plan import BACKENDS, COMPILES
+from xdit_compile.plan.plan import BACKENDS, COMPILES, OPTIONAL_PASSES
 from xdit_compile.weights.model_folder import check_component
 
 from .cache import cache
@@ -164,6 +164,9 @@ def _choice_flags() -> dict[str, Any]:
             "--compile_mode",
             default=Plan.compile_mode,
             help="Inductor's: default, or max-autotune-no-cudagraphs, which compiles for longer.",
+        ),
+        "without": click.option(
+            "--without", default="", help=f"Passes to leave out, by comma: {', '.join(OPTIONAL_PASSES)}."
         ),
         "attention": click.option(
             "--attention", default=Plan.attention, help="Attention provider; auto takes the best available."

@@ -244,6 +244,7 @@ def plan_from_flags(**flags: Any) -> Plan:
         mesh_order=tuple(name.strip() for name in flags["mesh_order"].split(",")),
         backend=flags["backend"],
         compile_mode=flags["compile_mode"],
+        without=tuple(name.strip() for name in flags["without"].split(",") if name.strip()),
         attention=flags["attention"],
         vae=flags["vae_provider"] if flags["use_parallel_vae"] else "whole",
         vae_degree=flags["vae_parallel_degree"],

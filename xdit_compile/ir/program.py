@@ -32,7 +32,7 @@ class WeightSlice:
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
 
-Kind = Literal["parameter", "buffer", "constant", "user", "patch", "shared", "state", "incoming"]
+Kind = Literal["parameter", "buffer", "constant", "user", "patch", "shared", "state", "incoming", "joined"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,15 @@ class Input:
     takes the positions of one patch alone. What is ``shared`` another program computed, by the name that the captured
     value has. A ``state`` is a tensor that stays from call to call, by a name that all programs of one module share;
     what is ``incoming`` for it the call before asked other ranks for. Of a parameter or buffer with ``pieces`` the
-    program takes only these, one after the other.
+    program takes only these, one after the other. What is ``joined`` are its ``members``, parameters, one below the
+    other along the first dim.
     """
 
     name: str
     kind: Kind
     target: str | int
     pieces: tuple[WeightSlice, ...] = ()
+    members: tuple[Input, ...] = ()
 
     def sizes(self, whole: Sequence[int]) -> list[int]:
         """The shape that is taken of a tensor of shape ``whole``."""
@@ -83,6 +85,10 @@ class Program:
     guards: tuple[Guard, ...] = ()
     how: str = ""
     kept: tuple[KeptModule, ...] = ()
+
+    def parameters(self) -> list[Input]:
+        """The parameters that the program takes, those that it takes as one tensor with others included."""
+        return [each for spec in self.inputs for each in (spec.members or (spec,)) if each.kind == "parameter"]
 
     def structures(self) -> dict[str, fx.GraphModule]:
         """The distinct structures by name."""

@@ -39,3 +39,12 @@ def subgraph(inputs: Mapping[fx.Node, str], nodes: Iterable[fx.Node], outputs: S
     leaves: list[Any] = [copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in outputs]
     graph.output(tuple(leaves))
     return graph
+
+
+def placeholders_first(graph: fx.Graph) -> list[fx.Node]:
+    """Put the placeholders of a graph before all else, in their order, so that further ones can follow them."""
+    placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in placeholders:
+        first.prepend(node)
+    return placeholders

@@ -29,6 +29,8 @@ FALLBACKS = ("gather", "error", "unsplit")
 SPLIT_SCHEMES = ("all", "heads", "ffn")
 VAES = ("whole", "patch", "distvae")
 COMPILES = ("now", "background")
+OPTIONAL_PASSES = ("join_linears",)
+"""Passes that change how fast something runs, and can be left out."""
 _CHOICES = (
     ("compile", COMPILES),
     ("backend", BACKENDS),
@@ -76,6 +78,7 @@ class Plan(Degrees):
         timeout_s: seconds that any rank waits for another before it gives up.
         compile: ``background`` runs calls of a new size op by op at once, while another process compiles; all ranks go
             on with what was compiled from the same step on. It takes a cache.
+        without: names of passes to leave out: ``join_linears`` makes one product of linears that read the same value.
         cache: the folder in which compiled graphs are kept for later processes; ``auto`` takes the one that the
             environment variable ``XDIT_COMPILE_CACHE`` names, or the user's cache folder, and None keeps nothing.
     """
@@ -97,6 +100,7 @@ class Plan(Degrees):
     max_programs: int = 32
     timeout_s: float = 600.0
     compile: str = "now"
+    without: tuple[str, ...] = ()
     cache: str | os.PathLike[str] | None = dataclasses.field(default="auto", compare=False, repr=False)
 
     @property
@@ -165,6 +169,8 @@ class Plan(Degrees):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
         if not _is_count(self.max_programs, 1):
             problems.append(f"max_programs={self.max_programs!r} must be a whole number of at least 1")
+        if not isinstance(self.without, tuple) or set(self.without) - {*OPTIONAL_PASSES}:
+            problems.append(f"without={self.without!r} must be a tuple of some of {', '.join(OPTIONAL_PASSES)}")
         if self.cache is not None and not isinstance(self.cache, str | os.PathLike):
             problems.append(f"cache={self.cache!r} must be a folder, 'auto' or None")
         if not isinstance(self.timeout_s, int | float) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:

@@ -11,7 +11,7 @@ from torch import fx
 from xdit_compile.ir.program import Input, Program
 from xdit_compile.ir.versions import version_of
 
-OF_MODULE = ("parameter", "buffer")
+OF_MODULE = ("parameter", "buffer", "joined")
 
 
 class Finds(Protocol):
@@ -36,12 +36,12 @@ class Bound:
     def __init__(self, program: Program, weights: Finds):
         self.given = [(at, each) for at, each in enumerate(program.inputs) if each.kind not in (*OF_MODULE, "constant")]
         self.tensors: list[torch.Tensor | None] = [_found(each, program, weights) for each in program.inputs]
-        cut = [weights.whole(each) for each in program.inputs if each.kind in OF_MODULE and each.pieces]
+        cut = [weights.whole(one) for each in program.inputs for one in each.members or (each,) if _is_made(each, one)]
         self._wholes = [each for each in cut if not each.is_meta]
         self._addresses, self._versions = self._states()
 
     def fits(self) -> bool:
-        """Whether slices are still those of the tensors that they were cut from."""
+        """Whether slices and joined tensors are still those of the tensors that they were made of."""
         return not self._wholes or (self._addresses, self._versions) == self._states()
 
     def _states(self) -> tuple[list[int], list[int | None]]:
@@ -76,6 +76,11 @@ class Bindings:
             if self._state is not None:
                 self._known[program.root] = known
         return known
+
+
+def _is_made(spec: Input, member: Input) -> bool:
+    """Whether what a program takes for an input is another tensor than the module has."""
+    return spec.kind in OF_MODULE and bool(spec.members or member.pieces)
 
 
 def _found(spec: Input, program: Program, weights: Finds) -> torch.Tensor | None:

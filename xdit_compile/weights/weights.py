@@ -15,6 +15,7 @@ from xdit_compile.ir.program import Input, Program, WeightSlice
 from xdit_compile.ir.versions import version_of
 
 from .bindings import Bindings
+from .joined import Joiner, Part
 from .released import Refusals, Released, refuse_released, released
 from .samples import Sample, Samples
 
@@ -77,6 +78,7 @@ class Weights:
         self._read_whole: dict[State, tuple[str, Sample]] = {}
         self._differ = False
         self._refusals = Refusals()
+        self._joiner = Joiner()
         self.bindings = Bindings()
         if source is not None:
             self._await_reading()
@@ -99,6 +101,8 @@ class Weights:
         Raises:
             UsageError: it is not there, or was released and is wanted in another form than it was kept in.
         """
+        if spec.members:
+            return self._joiner.joined([self._part(member) for member in spec.members])
         name, whole = str(spec.target), self.whole(spec)
         if whole.is_meta:
             return self._absent(name, whole, spec.pieces)
@@ -110,6 +114,21 @@ class Weights:
             self._samples = None
             kept = self._slices[key] = _Slice(cut(whole, spec.pieces), _state(whole), Sample(whole))
         return kept.value
+
+    def _part(self, spec: Input) -> Part:
+        """A parameter, or what this rank has of it, that can be given another place in memory."""
+        name, whole = str(spec.target), self.whole(spec)
+
+        def put(value: torch.Tensor) -> None:
+            if isinstance(whole, Released):
+                self._held[whole.origin][spec.pieces] = value
+            elif spec.pieces:
+                key = (name, spec.pieces)
+                self._slices[key] = dataclasses.replace(self._slices[key], value=value)
+            else:
+                whole.data = value
+
+        return Part(self.find(spec), put)
 
     def whole(self, spec: Input) -> torch.Tensor:
         """The module's own tensor for a parameter or buffer of a program, or what stands in its place."""
@@ -182,9 +201,8 @@ class Weights:
     def load(self, program: Program) -> None:
         """Read what a program takes of parameters that the module does not hold, and give the module whole ones."""
         self._forget_gone()
-        for spec in program.inputs:
-            name = str(spec.target)
-            if spec.kind == "parameter" and (whole := self.module.get_parameter(name)).is_meta:
+        for spec in program.parameters():
+            if (whole := self.module.get_parameter(str(spec.target))).is_meta:
                 value = self.find(spec)
                 if not spec.pieces:
                     self._put_read(whole, value)
@@ -201,9 +219,8 @@ class Weights:
         The first parameter stays.
         """
         for program in programs:
-            for spec in program.inputs:
-                if spec.kind == "parameter":
-                    self._wanted.setdefault(str(spec.target), set()).add(spec.pieces)
+            for spec in program.parameters():
+                self._wanted.setdefault(str(spec.target), set()).add(spec.pieces)
         for name, whole in self._releasable():
             ways = self._wanted.get(name, {()})
             if len(ways) == 1 and () not in ways:
@@ -213,7 +230,7 @@ class Weights:
 
     def release_others(self, programs: Iterable[Program]) -> None:
         """Give back the memory of parameters that none of the programs takes; the first parameter stays."""
-        taken = {str(spec.target) for program in programs for spec in program.inputs if spec.kind == "parameter"}
+        taken = {str(spec.target) for program in programs for spec in program.parameters()}
         for name, whole in self._releasable():
             if name not in taken:
                 self._let_go(name, whole, NOTHING, whole.detach().flatten()[:0].clone())

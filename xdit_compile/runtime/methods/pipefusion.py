@@ -136,7 +136,7 @@ class PipelineRunner(Runner):
         state = self._compiled(analysis, device, places=self.places)
         analysis, pipeline = state.analysis, state.stages
         assert pipeline is not None
-        if not any(given.kind == "parameter" for program in pipeline.programs for given in program.inputs):
+        if not any(program.parameters() for program in pipeline.programs):
             warnings.warn(
                 f"stage {self.stage} of {self.last + 1} holds no parameters, so that other ranks hold them all; "
                 "use fewer stages, or say with stage_layers which blocks each has",

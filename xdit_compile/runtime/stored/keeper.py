@@ -249,6 +249,10 @@ def forms_of_inputs(program: Program, weights: Weights, leaves: Sequence[Any], d
 
 def _form_of_weight(spec: Input, weights: Weights) -> TensorForm:
     """The form of a parameter or buffer as a program takes it; nothing is read or cut for that."""
+    if spec.members:
+        parts = [_form_of_weight(member, weights) for member in spec.members]
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        return contiguous(shape, parts[0].dtype, parts[0].device)
     whole = weights.whole(spec)
     device = torch.device(weights.device) if whole.is_meta else whole.device
     if spec.pieces or whole.is_meta:
