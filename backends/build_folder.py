@@ -18,9 +18,9 @@ class BuildFolder:
     """A folder that only this user can enter, made when it is first wanted and gone when the process ends.
 
     Inductor's own folder has a name that everybody knows, and takes what lies there for what it made itself. It is
-    left to those who keep nothing of ours. It outlives whoever wanted it: a library that is loaded is taken again by whatever
-    else names it in this process, and is read where it lies. Processes that Python's multiprocessing started remove theirs, too, which
-    end without what ``atexit`` was told.
+    left to those who keep nothing of ours. This one outlives whoever wanted it, as a library that a process has loaded
+    is taken again by whatever else names it there, and is read where it lies. Processes that Python's multiprocessing
+    started remove theirs, too, which end without what ``atexit`` was told.
     """
 
     def __init__(self) -> None:

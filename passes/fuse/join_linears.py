@@ -105,10 +105,10 @@ class _Root:
         """Whether a call gives the group parameters that can lie one below the other."""
         for members in _members(group, call):
             specs = [self._specs.get(member) for member in members]
-            values = [member.meta.get("val") for member in members]
+            forms = {_form(member.meta["val"]) for member in members if "val" in member.meta}
             if any(spec is None or spec.kind != "parameter" for spec in specs) or len({*members}) < len(members):
                 return False
-            if len({(value.dtype, value.device, value.dim()) for value in values}) > 1:
+            if len(forms) != 1:
                 return False
         return True
 
@@ -157,6 +157,10 @@ class _Root:
             self._specs[node] = Input(node.name, "joined", node.name, members=specs)
             self._joined[members] = node
         return self._joined[members]
+
+
+def _form(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.dtype, value.device, value.dim()
 
 
 def _members(group: Group, call: fx.Node) -> list[tuple[fx.Node, ...]]:
