@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_compile.ir.arguments import integer_of, sequence_of
+from xdit_compile.ir.arguments import integer_of, node_of, sequence_of
 from xdit_compile.ir.program import Input, Program
 from xdit_compile.ir.subgraph import placeholders_first
+
+from .equal_values import EqualValues, erase_unused
 
 aten = torch.ops.aten
 Site = tuple[int, ...]
@@ -40,8 +42,8 @@ def join_linears(program: Program) -> Program:
     """The same program with one linear for all that read the same value, where their weights are parameters.
 
     Linears stay apart where one's weight is used for something else in the structure, or is no parameter; where dtypes
-    differ, or only some have a bias; where a result leaves the structure, as it would have to be copied; and where a
-    parameter would belong to two joined tensors.
+    differ, or only some have a bias; where a result leaves the structure, as it would have to be copied; where the
+    value is written to; and where a parameter would belong to two joined tensors.
     """
     return _Root(program).run()
 
@@ -50,12 +52,14 @@ def groups_of(structure: fx.GraphModule) -> list[Group]:
     """The linears of a structure that read the same value, and could be one by all that it shows."""
     placeholders = structure.graph.find_nodes(op="placeholder")
     positions = {node: at for at, node in enumerate(placeholders)}
-    by_source: dict[tuple[Any, bool], list[fx.Node]] = {}
+    values = EqualValues(structure.graph)
+    by_source: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
     for node in structure.graph.find_nodes(op="call_function", target=aten.linear.default):
-        taken = [each for each in node.args[1:] if each is not None]
+        source, taken = node_of(node.args[0]), [each for each in node.args[1:] if each is not None]
         alone = all(each in positions and len(each.users) == 1 for each in taken)
-        if alone and not node.kwargs and all(user.op != "output" for user in node.users):
-            by_source.setdefault((node.args[0], len(taken) == 2), []).append(node)
+        stays = all(user.op != "output" for user in node.users) and not values.is_written(source)
+        if alone and stays and not node.kwargs:
+            by_source.setdefault((values.first(source), len(taken) == 2), []).append(node)
     return [
         Group(
             tuple(positions[each.args[1]] for each in some), tuple(positions[each.args[2]] for each in some if biased)
@@ -185,4 +189,4 @@ def _join(graph: fx.Graph, placeholders: Sequence[fx.Node], group: Group, rows: 
             linear.replace_all_uses_with(view)
             start += count
     for linear in linears:
-        graph.erase_node(linear)
+        erase_unused(linear)

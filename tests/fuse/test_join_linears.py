@@ -23,9 +23,10 @@ from xdit_compile.ir.program import Input, Program
 from xdit_compile.passes.fuse.join_linears import join_linears
 from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
+aten = torch.ops.aten
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
-LINEAR = torch.ops.aten.linear.default
+LINEAR = aten.linear.default
 
 
 def products(program: Program) -> int:
@@ -73,8 +74,9 @@ def test_what_is_joined_of_a_transformer_with_two_kinds_of_blocks() -> None:
     )
     blocks = model.module.config
     double, single = blocks.num_layers, blocks.num_single_layers
-    assert sorted(joined(together)) == [3] * 4 * double + [4] * 2 * single, "weights and biases of each kind"
-    assert products(apart) - products(together) == (2 + 2) + 3 + 3, (
+    expected = [2] * 2 * double + [3] * 4 * double + [4] * 2 * single
+    assert sorted(joined(together)) == expected, "weights and biases of each kind; SiLU of one value is one value"
+    assert products(apart) - products(together) == (1 + 2 + 2) + 3 + 3, (
         "in structures that blocks share; the last has its own"
     )
     assert {spec.target for spec in apart.parameters()} == {spec.target for spec in together.parameters()}
@@ -112,13 +114,13 @@ def program_of(build: Build, kinds: str = "parameter", calls: int = 1, shared: b
 def two(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
     x, w, v, b, c = given
     made = [graph.call_function(LINEAR, (x, w, b)), graph.call_function(LINEAR, (x, v, c))]
-    return [graph.call_function(torch.ops.aten.cat.default, (made, -1))]
+    return [graph.call_function(aten.cat.default, (made, -1))]
 
 
 def without_bias(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
     x, w, v, b, _ = given
     made = [graph.call_function(LINEAR, (x, w, b)), graph.call_function(LINEAR, (x, v))]
-    return [graph.call_function(torch.ops.aten.cat.default, (made, -1))]
+    return [graph.call_function(aten.cat.default, (made, -1))]
 
 
 def left(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
@@ -128,17 +130,43 @@ def left(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
 
 def used_again(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
     (made,) = two(graph, given)
-    return [graph.call_function(torch.ops.aten.add.Tensor, (made, graph.call_function(aten.sum.default, (given[1],))))]
+    return [graph.call_function(aten.add.Tensor, (made, graph.call_function(aten.sum.default, (given[1],))))]
 
 
 def of_other_values(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
     x, w, v, b, c = given
-    other = graph.call_function(torch.ops.aten.neg.default, (x,))
+    other = graph.call_function(aten.neg.default, (x,))
     made = [graph.call_function(LINEAR, (x, w, b)), graph.call_function(LINEAR, (other, v, c))]
-    return [graph.call_function(torch.ops.aten.cat.default, (made, -1))]
+    return [graph.call_function(aten.cat.default, (made, -1))]
 
 
-aten = torch.ops.aten
+def of_equal_values(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
+    x, w, v, b, c = given
+    some, other = (graph.call_function(aten.silu.default, (x,)) for _ in range(2))
+    made = [graph.call_function(LINEAR, (some, w, b)), graph.call_function(LINEAR, (other, v, c))]
+    return [graph.call_function(aten.cat.default, (made, -1))]
+
+
+def written_between(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
+    x, w, v, b, c = given
+    rows = graph.call_function(aten.slice.Tensor, (x, 0, 0, 2))
+    first = graph.call_function(LINEAR, (rows, w, b))
+    graph.call_function(aten.mul_.Tensor, (x, 2.0))
+    again = graph.call_function(aten.slice.Tensor, (x, 0, 0, 2))
+    return [graph.call_function(aten.cat.default, ([first, graph.call_function(LINEAR, (again, v, c))], -1))]
+
+
+def drawn(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
+    x, w, v, b, c = given
+    some, other = (graph.call_function(aten.rand_like.default, (x,)) for _ in range(2))
+    made = [graph.call_function(LINEAR, (some, w, b)), graph.call_function(LINEAR, (other, v, c))]
+    return [graph.call_function(aten.cat.default, (made, -1))]
+
+
+def test_linears_of_equal_values_become_one() -> None:
+    program = join_linears(program_of(of_equal_values))
+    (structure,) = program.structures().values()
+    assert products(program) == 1 and len(structure.graph.find_nodes(op="call_function", target=aten.silu.default)) == 1
 
 
 def test_two_linears_become_one() -> None:
@@ -158,17 +186,19 @@ def test_two_linears_become_one() -> None:
 @pytest.mark.parametrize(
     ("build", "how"),
     [
-        (without_bias, {}), (left, {}), (used_again, {}), (of_other_values, {}), (two, {"kinds": "buffer"}),
+        (without_bias, {}), (left, {}), (used_again, {}), (of_other_values, {}), (written_between, {}), (drawn, {}),
+        (two, {"kinds": "buffer"}),
         (two, {"kinds": "mixed"}), (two, {"calls": 2, "shared": True}),
     ],
-    ids=["a bias is missing", "results leave", "a weight is used again", "other values", "buffers", "dtypes", "shared"],
+    ids=["a bias is missing", "results leave", "a weight is used again", "other values", "written between",
+         "drawn", "buffers", "dtypes", "shared"],
 )  # fmt: skip
 def test_what_stays_apart(build: Build, how: dict[str, Any]) -> None:
     program = program_of(build, **how)
     after = join_linears(program)
     if how.get("shared"):
         assert joined(after) == [] or all("w" not in spec.members[0].name for spec in after.inputs if spec.members)
-    assert products(after) == 2 and after.inputs == program.inputs
+    assert products(after) == products(program) and after.inputs == program.inputs
 
 
 def memory_of(module: nn.Module) -> int:
