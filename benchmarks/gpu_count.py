@@ -26,6 +26,7 @@ import torch
 import torch._inductor
 from capture import flux
 from denoiser import Size
+from moved_bytes import moved_bytes
 from pretend_card import CARDS, DEVICE, Binary, Card, pretend_card
 from rich.console import Console
 from rich.table import Table
@@ -92,7 +93,7 @@ def count(graph: fx.GraphModule, args: Sequence[Any], binaries: list[Binary], ta
     def note(source: str) -> None:
         nonlocal moved
         sources.append(source)
-        moved += sum(node.get_read_write_buffers_sizes() for node in V.graph.scheduler.nodes)
+        moved += sum(map(moved_bytes, V.graph.scheduler.nodes))
 
     pin_order()
     with mock.patch.object(GraphLowering, "save_output_code", note):
@@ -255,9 +256,10 @@ def main(
     """Count what a card would run of FLUX under each plan. No card is needed, and nothing is timed.
 
     Matrix products are those that cuBLAS computes. Bytes are what all operators read and write of the card's memory if
-    each touches a tensor once, as inductor's scheduler has it. Attention is counted as the flash operator: it reads
-    queries, keys and values, writes its result and nothing in between, and is neither among the launches nor among the
-    products. Nor is what a collective does inside, as with the keys and values that travel around a ring.
+    each touches what it takes of a tensor once, from what inductor's scheduler knows. Attention is counted as the flash
+    operator: it reads queries, keys and values, writes its result and nothing in between, and is neither among the
+    launches nor among the products. Nor is what a collective does inside, as with the keys and values that travel
+    around a ring.
     """
     card, console = CARDS[target], Console()
     console = console if console.is_terminal else Console(width=140)

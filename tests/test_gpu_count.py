@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = {"transformer_blocks.0": 14, "single_transformer_blocks.0": 6, "single_transformer_blocks.1": 6}
-"""Linear layers of each block, which are its matrix products."""
+BLOCKS = {"transformer_blocks.0": (9, 14), "single_transformer_blocks.0": (3, 6), "single_transformer_blocks.1": (3, 6)}
+"""Matrix products of each block, those of one value joined; and its linear layers."""
 ROWS, INNER, COLUMNS = 64, 32, 48
 BY_HAND = f"""
 import json
@@ -31,10 +31,18 @@ from gpu_count import count
 from pretend_card import CARDS, DEVICE, SETTINGS, patches, pretend_card
 
 aten = torch.ops.aten
+
+
+def in_parts(x, y):
+    both = aten.mm(x, y)
+    return aten.relu(aten.slice(both, 1, 0, 16)), aten.neg(aten.slice(both, 1, 16, {COLUMNS}))
+
+
 GRAPHS = dict(
     product=lambda x, y: (aten.mm(x, y),),
     one_pass=lambda x, y: (aten.relu(aten.mm(x, y)),),
     two_passes=lambda x, y: (aten.neg(aten.relu(aten.mm(x, y))),),
+    parts=in_parts,
     twice=lambda x, y: (aten.relu(aten.mm(x, y)), aten.relu(aten.mm(x.neg(), y))),
 )
 
@@ -88,6 +96,8 @@ def test_counts_are_those_of_graphs_that_one_can_count(by_hand: dict[str, Any], 
     one = {"kernels": 1, "launches": 1, "products": 1, "moved": operands + 3 * result}
     assert found["one_pass"] == one, "a pass over the result reads and writes it once more"
     assert found["two_passes"] == one, "passes that are fused read and write it once"
+    assert found["parts"]["moved"] == operands + 3 * result, "of a part that is read the rest does not count"
+    assert found["parts"]["products"] == 1
     twice = found["twice"]
     assert (twice["kernels"], twice["launches"], twice["products"]) == (2, 3, 2), "one kernel serves both results"
     assert twice["moved"] == 2 * one["moved"] + 2 * 4 * ROWS * INNER
@@ -104,7 +114,11 @@ def test_a_part_of_the_tokens_takes_the_same_products_and_fewer_bytes(tmp_path: 
     assert printed.count("COUNTED, not measured on a card") == 2
     counted = json.loads(out.read_text())["counted"]
     one, two = ({row["path"]: row for row in counted[plan] if row["path"]} for plan in ("one rank", "ulysses 2"))
-    for path, products in BLOCKS.items():
+    apart = run("gpu_count.py", "--small", "--plan", "ulysses=1", "--without", "join_linears", "--json", str(out))
+    assert "without join_linears: COUNTED" in apart
+    linears = {row["path"]: row["code"] for row in json.loads(out.read_text())["counted"]["one rank"]}
+    for path, (products, layers) in BLOCKS.items():
+        assert linears[path]["products"] == layers and linears[path]["moved"] > one[path]["code"]["moved"]
         whole, part = one[path]["code"], two[path]["code"]
         assert whole["products"] == part["products"] == products
         assert part["moved"] < whole["moved"] and two[path]["inputs"] < one[path]["inputs"]

@@ -1,0 +1,90 @@
+"""Bytes that one node of inductor's scheduler reads from a card's memory and writes to it, each element once.
+
+Inductor has such a number itself, but counts all of a buffer where a kernel reads a part of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import sympy
+from torch._inductor import ir
+from torch._inductor.dependencies import MemoryDep
+from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, FusedSchedulerNode
+from torch._inductor.virtualized import V
+
+INTEGERS = {
+    "ModularIndexing": lambda value, divisor, modulus: value // divisor % modulus,
+    "FloorDiv": lambda value, divisor: value // divisor,
+}
+"""Inductor's own functions of positions."""
+
+
+def moved_bytes(node: BaseSchedulerNode) -> int:
+    """Bytes read and written; of operators that are called, what they are given and what they make."""
+    written = sum(node.get_read_write_buffer_accesses(include_reads=False, include_writes=True).values())
+    if isinstance(node, ExternKernelSchedulerNode):
+        return written + (0 if isinstance(node.node, ir.MultiOutput) else _given(node.node))
+    accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
+    inside = node.get_buffer_names() if isinstance(node, FusedSchedulerNode) else ()
+    reads = [name for name in accesses if name not in inside]
+    return written + sum(min(accesses[name], _parts(name, node.read_writes.reads)) for name in reads)
+
+
+def _given(kernel: Any) -> int:
+    """Bytes of the tensors that an operator is given, views by what they show."""
+    seen = {}
+    for each in _flat(getattr(kernel, "inputs", ())):
+        size, name = (
+            min(_bytes(each.get_size(), each), _bytes(_buffer(each.get_name()).get_size(), each)),
+            each.get_name(),
+        )
+        seen[name, str(each.get_layout().offset)] = size
+    return sum(seen.values())
+
+
+def _parts(name: str, deps: Iterable[Any]) -> int:
+    """Bytes of the parts of a buffer that are read, each element once."""
+    buffer = _buffer(name)
+    whole, item = _elements(buffer.get_size()), buffer.get_dtype().itemsize
+    here = {dep for dep in deps if dep.name == name}
+    if not all(isinstance(dep, MemoryDep) for dep in here) or not buffer.get_layout().is_contiguous():
+        return whole * item
+    if len(here) == 1 and _elements([next(iter(here)).get_numel()]) == whole:
+        return whole * item
+    touched = np.zeros(whole, dtype=bool)
+    for dep in here:
+        positions = _positions(dep)
+        touched[positions[(positions >= 0) & (positions < whole)]] = True
+    return int(touched.sum()) * item
+
+
+def _positions(dep: MemoryDep) -> np.ndarray:
+    """Where a buffer is read; what is read under a condition may seem to lie before or behind it."""
+    names, sizes = dep.var_names, [int(size) for size in dep.size]
+    function = sympy.lambdify(names, dep.index.expand(identity=True), modules=[INTEGERS, "numpy"])
+    grids = np.meshgrid(*map(np.arange, sizes), indexing="ij", sparse=True)
+    return np.broadcast_to(np.asarray(function(*grids)), sizes).reshape(-1)
+
+
+def _flat(inputs: Any) -> Iterable[Any]:
+    for each in inputs:
+        if isinstance(each, list | tuple):
+            yield from _flat(each)
+        elif hasattr(each, "get_size") and hasattr(each, "get_layout"):
+            yield each
+
+
+def _buffer(name: str) -> Any:
+    return V.graph.name_to_buffer.get(name) or V.graph.graph_inputs[name]
+
+
+def _bytes(sizes: Iterable[Any], like: Any) -> int:
+    return _elements(sizes) * like.get_dtype().itemsize
+
+
+def _elements(sizes: Iterable[Any]) -> int:
+    return math.prod(int(size) for size in sizes)
