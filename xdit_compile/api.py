@@ -266,7 +266,7 @@ def _report(analysis: Any, plan: Plan, here: int, ready: str = "") -> Report | P
         return pipeline_report(analysis, plan, ready)
     meshes = (Mesh.simulated(plan, rank) for rank in range(plan.world_size))
     ranks = [place(analysis, plan, mesh, stale=plan.distrifusion > 1) for mesh in meshes]
-    return report(analysis, ranks, here, ready)
+    return report(analysis, ranks, here, ready, plan.without)
 
 
 def _devices(modules: Mapping[str, nn.Module], weights: Mapping[str, Weights]) -> dict[str, torch.device]:

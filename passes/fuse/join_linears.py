@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ from .equal_values import EqualValues, erase_unused
 aten = torch.ops.aten
 Site = tuple[int, ...]
 """Positions of parameters among the arguments of a structure."""
+COMPUTED = "a weight or bias is computed, or used for something else"
+LEAVES = "the result leaves the structure and would be copied"
+WRITTEN = "the value is written to"
+NO_OTHER = "no other has, or lacks, a bias as it does"
+UNLIKE = "weights are no parameters of one dtype and device, or one and the same"
+CONTESTED = "a parameter would belong to two joined tensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,25 +55,60 @@ def join_linears(program: Program) -> Program:
     return _Root(program).run()
 
 
-def groups_of(structure: fx.GraphModule) -> list[Group]:
-    """The linears of a structure that read the same value, and could be one by all that it shows."""
-    placeholders = structure.graph.find_nodes(op="placeholder")
-    positions = {node: at for at, node in enumerate(placeholders)}
+def told(program: Program) -> str:
+    """What is joined in one call of the module, and what is not although it reads the same value as another linear."""
+    root = _Root(program)
+    joined = root.run()
+    before, after = (_linears(each) for each in (program, joined))
+    apart = "".join(f"; {count} apart, as {reason}" for reason, count in root.apart.most_common())
+    return f"join_linears: {after} products in place of {before}{apart}"
+
+
+def groups_of(structure: fx.GraphModule) -> tuple[list[Group], Counter[str]]:
+    """The linears of a structure that read the same value and could be one, and why other ones could not."""
+    positions = {node: at for at, node in enumerate(structure.graph.find_nodes(op="placeholder"))}
     values = EqualValues(structure.graph)
-    by_source: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
+    by_source: dict[fx.Node, list[fx.Node]] = {}
     for node in structure.graph.find_nodes(op="call_function", target=aten.linear.default):
-        source, taken = node_of(node.args[0]), [each for each in node.args[1:] if each is not None]
-        alone = all(each in positions and len(each.users) == 1 for each in taken)
-        stays = all(user.op != "output" for user in node.users) and not values.is_written(source)
-        if alone and stays and not node.kwargs:
-            by_source.setdefault((values.first(source), len(taken) == 2), []).append(node)
-    return [
-        Group(
-            tuple(positions[each.args[1]] for each in some), tuple(positions[each.args[2]] for each in some if biased)
-        )
-        for (_, biased), some in by_source.items()
-        if len(some) > 1
-    ]
+        by_source.setdefault(values.first(node_of(node.args[0])), []).append(node)
+    groups, apart = [], Counter[str]()
+    for linears in by_source.values():
+        alike: dict[bool, list[fx.Node]] = {}
+        for node in linears if len(linears) > 1 else ():
+            reason = _alone(node, positions, values)
+            apart.update([reason] if reason else [])
+            if reason is None:
+                alike.setdefault(len(_parameters(node)) == 2, []).append(node)
+        for biased, some in alike.items():
+            if len(some) == 1:
+                apart[NO_OTHER] += 1
+                continue
+            weights = tuple(positions[each.args[1]] for each in some)
+            groups.append(Group(weights, tuple(positions[each.args[2]] for each in some) if biased else ()))
+    return groups, apart
+
+
+def _alone(node: fx.Node, positions: Mapping[fx.Node, int], values: EqualValues) -> str | None:
+    """Why a linear cannot be joined with others of its value; None where it can."""
+    if node.kwargs or not all(each in positions and len(each.users) == 1 for each in _parameters(node)):
+        return COMPUTED
+    if any(user.op == "output" for user in node.users):
+        return LEAVES
+    return WRITTEN if values.is_written(node_of(node.args[0])) else None
+
+
+def _parameters(linear: fx.Node) -> list[Any]:
+    return [each for each in linear.args[1:] if each is not None]
+
+
+def _linears(program: Program) -> int:
+    """Linears of one call of the module."""
+    structures = program.structures()
+    counts = {
+        name: len(each.graph.find_nodes(op="call_function", target=aten.linear.default))
+        for name, each in structures.items()
+    }
+    return sum(counts[str(call.target)] for call in program.calls())
 
 
 class _Root:
@@ -79,22 +121,25 @@ class _Root:
         self._specs = dict(zip(placeholders, program.inputs, strict=False))
         self._received = placeholders[len(program.inputs) :]
         self._joined: dict[tuple[fx.Node, ...], fx.Node] = {}
+        self.apart = Counter[str]()
 
     def run(self) -> Program:
         modules: dict[str, fx.GraphModule] = {}
         calls: dict[str, list[fx.Node]] = {}
         for call in self._graph.find_nodes(op="call_module"):
             calls.setdefault(str(call.target), []).append(call)
-        candidates = {
-            name: [group for group in groups_of(structure) if all(self._joinable(group, call) for call in calls[name])]
-            for name, structure in self._program.structures().items()
-        }
+        candidates: dict[str, list[Group]] = {}
+        for name, structure in self._program.structures().items():
+            groups, apart = groups_of(structure)
+            for reason, count in apart.items():
+                self.apart[reason] += count * len(calls[name])
+            candidates[name] = self._kept(groups, calls[name], self._joinable, UNLIKE)
         contested = self._contested(candidates, calls)
         for name, structure in self._program.structures().items():
-            groups = [
-                group for group in candidates[name]
-                if not any(contested & set(members) for call in calls[name] for members in _members(group, call))
-            ]  # fmt: skip
+            groups = self._kept(
+                candidates[name], calls[name],
+                lambda group, call: not any(contested & set(members) for members in _members(group, call)), CONTESTED,
+            )  # fmt: skip
             modules[name] = self._rewritten(structure, groups, calls[name]) if groups else structure
         for node in [node for node in self._specs if node.op == "placeholder" and not node.users]:
             if any(node in members for members in self._joined):
@@ -104,6 +149,15 @@ class _Root:
         placeholders = [node for node in self._graph.find_nodes(op="placeholder") if node not in self._received]
         inputs = tuple(self._specs[node] for node in placeholders)
         return dataclasses.replace(self._program, root=fx.GraphModule(modules, self._graph), inputs=inputs)
+
+    def _kept(
+        self, groups: list[Group], calls: list[fx.Node], fits: Callable[[Group, fx.Node], bool], reason: str
+    ) -> list[Group]:
+        """The groups that fit in all calls of their structure; the others are counted."""
+        kept = [group for group in groups if all(fits(group, call) for call in calls)]
+        lost = sum(len(group.weights) for group in groups) - sum(len(group.weights) for group in kept)
+        self.apart.update({reason: lost * len(calls)} if lost else {})
+        return kept
 
     def _joinable(self, group: Group, call: fx.Node) -> bool:
         """Whether a call gives the group parameters that can lie one below the other."""

@@ -20,6 +20,7 @@ from xdit_compile import Plan, parallelize, restore
 from xdit_compile.compiler import compiled
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.program import Input, Program
+from xdit_compile.passes.fuse import join_linears as join_module
 from xdit_compile.passes.fuse.join_linears import join_linears
 from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
@@ -184,21 +185,25 @@ def test_two_linears_become_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "how"),
+    ("build", "how", "reason"),
     [
-        (without_bias, {}), (left, {}), (used_again, {}), (of_other_values, {}), (written_between, {}), (drawn, {}),
-        (two, {"kinds": "buffer"}),
-        (two, {"kinds": "mixed"}), (two, {"calls": 2, "shared": True}),
+        (without_bias, {}, join_module.NO_OTHER), (left, {}, join_module.LEAVES),
+        (used_again, {}, join_module.COMPUTED), (of_other_values, {}, None), (written_between, {}, None),
+        (drawn, {}, None), (two, {"kinds": "buffer"}, join_module.UNLIKE),
+        (two, {"kinds": "mixed"}, join_module.UNLIKE),
+        (two, {"calls": 2, "shared": True}, join_module.CONTESTED),
     ],
-    ids=["a bias is missing", "results leave", "a weight is used again", "other values", "written between",
-         "drawn", "buffers", "dtypes", "shared"],
+    ids=[
+        "a bias is missing", "results leave", "a weight is used again", "other values", "written between", "drawn",
+        "buffers", "dtypes", "shared",
+    ],
 )  # fmt: skip
-def test_what_stays_apart(build: Build, how: dict[str, Any]) -> None:
+def test_what_stays_apart_and_why(build: Build, how: dict[str, Any], reason: str | None) -> None:
     program = program_of(build, **how)
     after = join_linears(program)
-    if how.get("shared"):
-        assert joined(after) == [] or all("w" not in spec.members[0].name for spec in after.inputs if spec.members)
     assert products(after) == products(program) and after.inputs == program.inputs
+    said = join_module.told(program)
+    assert f"apart, as {reason}" in said if reason else "apart" not in said
 
 
 def memory_of(module: nn.Module) -> int:

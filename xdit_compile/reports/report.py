@@ -13,6 +13,7 @@ from xdit_compile.compiler import Analysis
 from xdit_compile.ir.axes import Axis, Concat, Product, atoms
 from xdit_compile.passes.axes.axis_roles import roles
 from xdit_compile.passes.axes.infer import Inference, Place
+from xdit_compile.passes.fuse import join_linears
 from xdit_compile.passes.local.ledger import Gather
 from xdit_compile.passes.partition.program import Partitioned
 
@@ -55,7 +56,8 @@ class Report:
     ``imbalance`` is the busiest rank's arithmetic over the mean; ``replicated_flops`` the share of the graph's
     arithmetic that every rank repeats; ``memory`` bytes by kind on this rank: ``weights``, the ``largest_activation``,
     and the ``keys_values`` of the attention with most of them; ``seconds`` those of each pass; ``ready`` how long the
-    call took to be ready, and where its graphs came from. Exact methods keep nothing from step to step.
+    call took to be ready, and where its graphs came from; ``fused`` what passes joined, and why not the rest. Exact
+    methods keep nothing from step to step.
     """
 
     ranks: int
@@ -72,6 +74,7 @@ class Report:
     memory: dict[str, int]
     seconds: tuple[tuple[str, float], ...] = dataclasses.field(default=(), compare=False)
     ready: str = dataclasses.field(default="", compare=False)
+    fused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return printed(_rendered(self))
@@ -90,8 +93,15 @@ def printed(parts: Iterable[Any]) -> str:
     return written.getvalue().rstrip()
 
 
-def report(analysis: Analysis, ranks: Sequence[Partitioned], here: int, ready: str = "") -> Report:
-    """Sum up an analysis and the programs of all ranks, from the view of rank ``here``."""
+def report(
+    analysis: Analysis, ranks: Sequence[Partitioned], here: int, ready: str = "", without: Sequence[str] = ()
+) -> Report:
+    """Sum up an analysis and the programs of all ranks, from the view of rank ``here``.
+
+    Args:
+        ready: how long the call took to be ready.
+        without: passes that were left out.
+    """
     mine = ranks[here]
     ledger = mine.ledger
     work = [rank.ledger.flops_here for rank in ranks]
@@ -112,6 +122,7 @@ def report(analysis: Analysis, ranks: Sequence[Partitioned], here: int, ready: s
         memory=_memory(mine),
         seconds=analysis.seconds,
         ready=ready,
+        fused=(join_linears.told(mine.program),) if "join_linears" not in without else (),
     )
 
 
@@ -218,7 +229,7 @@ def _rendered(summary: Report) -> list[Any]:
         f"{summary.replicated_flops:.2%} replicated; busiest rank {summary.imbalance:.3f} of the mean; "
         f"{_memory_line(summary.memory)}; {len(summary.boundaries)} boundaries"
     )
-    parts: list[Any] = [head, *lines_of_making(summary.seconds, summary.ready), axes, collectives]
+    parts: list[Any] = [head, *summary.fused, *lines_of_making(summary.seconds, summary.ready), axes, collectives]
     parts.append(gathers if summary.gathers else "no gathers but the result")
     if summary.boundaries:
         counted = collections.Counter((entry.place.target, entry.reason) for entry in summary.boundaries)
