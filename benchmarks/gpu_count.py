@@ -26,14 +26,15 @@ import torch
 import torch._inductor
 from capture import flux
 from denoiser import Size
-from moved_bytes import moved_bytes
+from peaks import PEAKS
 from pretend_card import CARDS, DEVICE, Binary, Card, pretend_card
 from rich.console import Console
 from rich.table import Table
+from roofline import Work
 from torch import fx, nn
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
@@ -59,12 +60,24 @@ FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """What was generated for a graph: Triton kernels, their launches, products of matrices, bytes read and written."""
+    """What was generated for a graph: Triton kernels, their launches, products of matrices, bytes read and written.
+
+    Args:
+        flops: of products and attention.
+        seconds: that kernels take at best, and ``floor`` those of one that did all of it.
+        registers: of the kernel that has most.
+        stack: bytes of memory that threads have beside them, where spills go, of all kernels.
+    """
 
     kernels: int
     launches: int
     products: int
     moved: int
+    flops: int
+    seconds: float
+    floor: float
+    registers: int
+    stack: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,25 +101,37 @@ def count(graph: fx.GraphModule, args: Sequence[Any], binaries: list[Binary], ta
     Raises:
         RuntimeError: Triton compiled a kernel for something else than ``target``, or not at all.
     """
-    sources, moved = [], 0
+    sources, works = list[str](), list[Work]()
+    peak = PEAKS[target]
 
     def note(source: str) -> None:
-        nonlocal moved
         sources.append(source)
-        moved += sum(map(moved_bytes, V.graph.scheduler.nodes))
+        works.append(Work.of(V.graph.scheduler.nodes, peak))
 
     pin_order()
     with mock.patch.object(GraphLowering, "save_output_code", note):
         torch._inductor.compile(graph, list(args), options={**OPTIONS, "fx_graph_cache": False})
     calls = [call for source in sources for call in _calls(source)]
     kernels = {ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "async_compile.triton"}
-    missing = kernels - {binary.kernel for binary in binaries if binary.target == target}
-    if missing:
+    made = {binary.kernel: binary for binary in binaries if binary.target == target}
+    if missing := kernels - made.keys():
         raise RuntimeError(f"Triton has no code for {target} of {', '.join(sorted(missing))}")
     names = [ast.unparse(call.func) for call in calls]
     launches = sum(name.removesuffix(".run") in kernels for name in names)
     products = sum(name in [f"extern_kernels.{product}" for product in PRODUCTS] for name in names)
-    return Code(len(kernels), launches, products, moved)
+    moved, flops, seconds = (sum(getattr(work, name) for work in works) for name in ("moved", "flops", "seconds"))
+    floor = peak.seconds(flops, sum(map(_bytes, args)) + _results(graph, args))
+    used = [made[kernel] for kernel in kernels]
+    registers = max((binary.registers for binary in used), default=0)
+    stack = sum(binary.stack for binary in used)
+    return Code(len(kernels), launches, products, moved, flops, seconds, floor, registers, stack)
+
+
+def _results(graph: fx.GraphModule, args: Sequence[Any]) -> int:
+    """Bytes of what a graph gives."""
+    mode = next(each.fake_mode for each in args if isinstance(each, FakeTensor))
+    with mode, torch.no_grad():
+        return sum(map(_bytes, pytree.tree_leaves(graph(*args))))
 
 
 def _calls(source: str) -> Iterator[ast.Call]:
@@ -224,18 +249,26 @@ def _plans(context: click.Context, parameter: click.Parameter, texts: tuple[str,
 def table_of(rows: list[Counted], title: str) -> Table:
     """A row for each structure, and one for all calls together."""
     table = Table("structure", title=title, title_justify="left")
-    for column in ("calls", "Triton kernels", "launches", "matrix products", "MB read and written", "MB of inputs"):
+    for column in (
+        "calls", "Triton kernels", "launches", "matrix products", "MB moved", "MB of inputs", "GFLOP", "roofline us",
+        "floor us", "registers", "stack B",
+    ):  # fmt: skip
         table.add_column(column, justify="right")
     for at, row in enumerate(rows):
         name = f"{row.structure}, {row.path}" if row.path else row.structure
         numbers = [str(number) for number in (row.calls, row.code.kernels, row.code.launches, row.code.products)]
         end = at == len(rows) - 1
-        table.add_row(name, *numbers, f"{row.code.moved / 1e6:,.2f}", f"{row.inputs / 1e6:,.2f}", end_section=end)
+        numbers += [f"{size / 1e6:,.2f}" for size in (row.code.moved, row.inputs)]
+        numbers += [f"{row.code.flops / 1e9:,.1f}", *(f"{s * 1e6:,.1f}" for s in (row.code.seconds, row.code.floor))]
+        table.add_row(name, *numbers, str(row.code.registers), str(row.code.stack), end_section=end)
     calls = sum(row.calls for row in rows)
-    launches, products, moved = (
-        sum(row.calls * getattr(row.code, name) for row in rows) for name in ("launches", "products", "moved")
+    names = ("launches", "products", "moved", "flops", "seconds", "floor")
+    launches, products, moved, flops, seconds, floor = (
+        sum(row.calls * getattr(row.code, name) for row in rows) for name in names
     )
-    table.add_row("all calls", str(calls), "", str(launches), str(products), f"{moved / 1e6:,.2f}", "")
+    times = [f"{each * 1e6:,.1f}" for each in (seconds, floor)]
+    counts = [str(calls), "", str(launches), str(products), f"{moved / 1e6:,.2f}", "", f"{flops / 1e9:,.1f}", *times]
+    table.add_row("all calls", *counts, "", "")
     return table
 
 
@@ -262,7 +295,7 @@ def main(
     around a ring.
     """
     card, console = CARDS[target], Console()
-    console = console if console.is_terminal else Console(width=140)
+    console = console if console.is_terminal else Console(width=170)
     model, call = denoiser(depth, small)
     chosen = [dataclasses.replace(plan, without=without) for plan in plans.values()]
     found = dict(zip(plans, measure(model, call, chosen, card), strict=True))

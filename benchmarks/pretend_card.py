@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pkgutil
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -40,16 +43,23 @@ CARDS = {
     for card in (
         Card("NVIDIA H100 80GB HBM3", 9, 0, 132, 227 * 2**10),
         Card("NVIDIA A100-SXM4-80GB", 8, 0, 108, 163 * 2**10),
+        Card("NVIDIA B200", 10, 0, 148, 227 * 2**10),
+        Card("NVIDIA GeForce RTX 5090", 12, 0, 170, 99 * 2**10, max_threads_per_multi_processor=1536),
     )
 }
 
 
 class Binary(NamedTuple):
-    """Machine code that Triton handed over to be loaded: its kernel, its architecture, its size in bytes."""
+    """Machine code that Triton handed over to be loaded: its kernel, its architecture, its size in bytes.
+
+    A thread of it has so many registers, and so many bytes of memory for what does not fit into them.
+    """
 
     kernel: str
     target: str
     size: int
+    registers: int
+    stack: int
 
 
 class Patch(NamedTuple):
@@ -162,7 +172,7 @@ class _Library:
 
     def load_binary(self, name: str, cubin: bytes, shared: int, index: int) -> tuple[None, None, int, int, int]:
         """No module, no function, registers and spills of a thread as if it had none, the most threads of a block."""
-        self._compiled.append(Binary(name, _target(cubin), len(cubin)))
+        self._compiled.append(Binary(name, _target(cubin), len(cubin), *_resources(cubin)))
         return None, None, 0, 0, torch.cuda.get_device_properties(index).max_threads_per_block
 
 
@@ -179,6 +189,19 @@ def _target(cubin: bytes) -> str:
         raise ValueError("Triton compiled something that is no ELF file")
     flags, version = cubin[48:52], cubin[8]
     return f"sm_{flags[1 if version >= 8 else 0]}"
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack and local memory, as Triton's cuobjdump reads them."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
 
 
 def _forget() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
+PEAKS = runpy.run_path(str(ROOT / "benchmarks" / "peaks.py"))["PEAKS"]
 BLOCKS = {"transformer_blocks.0": (9, 14), "single_transformer_blocks.0": (3, 6), "single_transformer_blocks.1": (3, 6)}
 """Matrix products of each block, those of one value joined; and its linear layers."""
 ROWS, INNER, COLUMNS = 64, 32, 48
@@ -87,15 +89,25 @@ def by_hand() -> dict[str, Any]:
     return json.loads(run("-c", BY_HAND).splitlines()[-1])
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_counts_are_those_of_graphs_that_one_can_count(by_hand: dict[str, Any], target: str) -> None:
     found = by_hand[target]
     result = 4 * ROWS * COLUMNS
     operands = 4 * (ROWS * INNER + INNER * COLUMNS)
-    assert found["product"] == {"kernels": 0, "launches": 0, "products": 1, "moved": operands + result}
-    one = {"kernels": 1, "launches": 1, "products": 1, "moved": operands + 3 * result}
-    assert found["one_pass"] == one, "a pass over the result reads and writes it once more"
-    assert found["two_passes"] == one, "passes that are fused read and write it once"
+    flops = 2 * ROWS * INNER * COLUMNS
+
+    def of(name: str) -> dict[str, int]:
+        return {each: found[name][each] for each in ("kernels", "launches", "products", "moved", "flops")}
+
+    assert of("product") == {"kernels": 0, "launches": 0, "products": 1, "moved": operands + result, "flops": flops}
+    one = {"kernels": 1, "launches": 1, "products": 1, "moved": operands + 3 * result, "flops": flops}
+    assert of("one_pass") == one, "a pass over the result reads and writes it once more"
+    assert of("two_passes") == one, "passes that are fused read and write it once"
+    bandwidth = PEAKS[target].bandwidth
+    assert found["one_pass"]["seconds"] == pytest.approx(one["moved"] / bandwidth), "so small that memory bounds both"
+    assert found["one_pass"]["floor"] == pytest.approx((operands + result) / bandwidth)
+    assert 0 < found["one_pass"]["registers"] < 256 and found["one_pass"]["stack"] == 0
+    assert found["product"]["registers"] == 0, "no kernel of Triton's"
     assert found["parts"]["moved"] == operands + 3 * result, "of a part that is read the rest does not count"
     assert found["parts"]["products"] == 1
     twice = found["twice"]

@@ -1,0 +1,46 @@
+"""How long a card would take at best for what inductor generated: each kernel bound by arithmetic or by memory.
+
+The roofline of Williams, Waterman and Patterson (2009). It knows nothing of launches, of kernels that reach less than
+the peak, nor of caches: a bound from below, to compare what moves less with what computes less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from moved_bytes import moved_bytes
+from peaks import Peak
+from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a graph does in all, and the seconds that its kernels take at best."""
+
+    moved: int
+    flops: int
+    seconds: float
+
+    @classmethod
+    def of(cls, nodes: Sequence[BaseSchedulerNode], peak: Peak) -> Work:
+        """Of the nodes of inductor's scheduler, each of which becomes a kernel."""
+        each = [(_flops(node), moved_bytes(node)) for node in nodes]
+        flops, moved = sum(work for work, _ in each), sum(size for _, size in each)
+        return cls(moved, flops, sum(peak.seconds(*one) for one in each))
+
+
+def _flops(node: BaseSchedulerNode) -> int:
+    """Of products and attention; what else kernels compute is bound by memory."""
+    if not isinstance(node, ExternKernelSchedulerNode):
+        return 0
+    if "flash_attention" in str(getattr(node.node, "python_kernel_name", "")):
+        query, key, value = (list(map(int, each.get_size())) for each in _tensors(node.node)[:3])
+        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return node.estimate_flops() or 0
+
+
+def _tensors(kernel: Any) -> list[Any]:
+    return [each for each in kernel.inputs if hasattr(each, "get_size")]
