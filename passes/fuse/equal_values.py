@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -67,12 +68,16 @@ def erase_unused(node: fx.Node) -> None:
 
 def _origin(node: fx.Node) -> fx.Node:
     """The node in whose memory another one's value may lie."""
-    while isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
-        views = node.target in MAY_ALIAS or any(each.alias_info for each in node.target._schema.returns)
-        if not views:
-            break
+    while node.all_input_nodes and _is_view(node.target):
         node = node.all_input_nodes[0]
     return node
+
+
+def _is_view(op: object) -> bool:
+    """Whether what is called may give the memory of its first argument, or one of several results."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return op is operator.getitem
+    return op in MAY_ALIAS or any(each.alias_info for each in op._schema.returns)
 
 
 def _written_by(node: fx.Node) -> list[fx.Node]:

@@ -19,10 +19,11 @@ from zoo.transformers import MODELS
 from xdit_compile import Plan, parallelize, restore
 from xdit_compile.compiler import compiled
 from xdit_compile.distributed.mesh import Mesh
-from xdit_compile.ir.program import Input, Program
+from xdit_compile.ir.program import Input, Program, WeightSlice
 from xdit_compile.passes.fuse import join_linears as join_module
 from xdit_compile.passes.fuse.join_linears import join_linears
 from xdit_compile.runtime.verify.simulated_mesh import run_simulated
+from xdit_compile.weights.weights import Weights, cut
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -157,6 +158,14 @@ def written_between(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
     return [graph.call_function(aten.cat.default, ([first, graph.call_function(LINEAR, (again, v, c))], -1))]
 
 
+def written_behind_views(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
+    x, w, v, b, c = given
+    rows = graph.call_function(operator.getitem, (graph.call_function(aten.split.Tensor, (x, 1)), 0))
+    first = graph.call_function(LINEAR, (rows, w, b))
+    graph.call_function(aten.mul_.Tensor, (x, 2.0))
+    return [graph.call_function(aten.cat.default, ([first, graph.call_function(LINEAR, (rows, v, c))], -1))]
+
+
 def drawn(graph: fx.Graph, given: list[fx.Node]) -> list[fx.Node]:
     x, w, v, b, c = given
     some, other = (graph.call_function(aten.rand_like.default, (x,)) for _ in range(2))
@@ -189,12 +198,15 @@ def test_two_linears_become_one() -> None:
     [
         (without_bias, {}, join_module.NO_OTHER), (left, {}, join_module.LEAVES),
         (used_again, {}, join_module.COMPUTED), (of_other_values, {}, None), (written_between, {}, None),
+        (written_behind_views, {}, join_module.WRITTEN),
         (drawn, {}, None), (two, {"kinds": "buffer"}, join_module.UNLIKE),
         (two, {"kinds": "mixed"}, join_module.UNLIKE),
         (two, {"calls": 2, "shared": True}, join_module.CONTESTED),
     ],
     ids=[
-        "a bias is missing", "results leave", "a weight is used again", "other values", "written between", "drawn",
+        "a bias is missing", "results leave", "a weight is used again", "other values", "written between",
+        "written behind views",
+        "drawn",
         "buffers", "dtypes", "shared",
     ],
 )  # fmt: skip
@@ -269,6 +281,36 @@ def test_a_weight_that_shares_its_memory_stays_where_it_is() -> None:
     assert [module.one.weight.data_ptr(), module.other.weight.data_ptr()] == places
     module.both.zero_()
     torch.testing.assert_close(module(x), torch.cat([module.one.bias, module.other.bias]).expand(5, 6))
+
+
+class Dictionary:
+    """Weights that are not in memory, as those of a file."""
+
+    def __init__(self, values: dict[str, torch.Tensor]):
+        self.values = values
+
+    def read(self, name: str, pieces: tuple[WeightSlice, ...]) -> torch.Tensor:
+        return cut(self.values[name], pieces)
+
+    def reopen(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("pieces", [(), (WeightSlice(0, ((1, 3),)),)], ids=["whole", "slices"])
+def test_what_was_read_and_joined_is_read_again(pieces: tuple[WeightSlice, ...]) -> None:
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(4, 2), nn.Linear(4, 3), nn.Linear(4, 5))
+    source = Dictionary({name: torch.randn(each.shape) for name, each in module.named_parameters()})
+    weights = Weights(module, source)
+    names = ("1.weight", "2.weight")
+    spec = Input("joined", "joined", "joined", members=tuple(Input(n, "parameter", n, pieces) for n in names))
+    program = Program(fx.GraphModule({}, fx.Graph()), (spec,), {}, None, None)  # type: ignore[arg-type]
+    for _ in range(2):
+        weights.load(program)
+        expected = torch.cat([cut(source.values[name], pieces) for name in names])
+        assert torch.equal(weights.find(spec), expected) and torch.equal(weights.find(spec), expected)
+        source.values = {name: value + 1 for name, value in source.values.items()}
+        weights.refresh()
 
 
 def shares(rank: int, keeps: bool) -> tuple[float, float, float]:

@@ -123,12 +123,18 @@ class Weights:
             if isinstance(whole, Released):
                 self._held[whole.origin][spec.pieces] = value
             elif spec.pieces:
-                key = (name, spec.pieces)
-                self._slices[key] = dataclasses.replace(self._slices[key], value=value)
+                self._slices[name, spec.pieces] = dataclasses.replace(self._slices[name, spec.pieces], value=value)
             else:
-                whole.data = value
+                self._move(whole, value)
 
         return Part(self.find(spec), put)
+
+    def _move(self, whole: torch.Tensor, value: torch.Tensor) -> None:
+        """Give a parameter its values in another place; what was read from a file is still that."""
+        origin = self._origin(whole)
+        whole.data = value
+        if origin is not None:
+            self._note_read([(origin, whole)])
 
     def whole(self, spec: Input) -> torch.Tensor:
         """The module's own tensor for a parameter or buffer of a program, or what stands in its place."""
