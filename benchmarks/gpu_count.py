@@ -24,10 +24,10 @@ from unittest import mock
 import click
 import torch
 import torch._inductor
-from capture import flux
 from denoiser import Size
 from peaks import PEAKS
 from pretend_card import CARDS, DEVICE, Binary, Card, pretend_card
+from real_sizes import MODELS
 from rich.console import Console
 from rich.table import Table
 from roofline import Work
@@ -48,6 +48,7 @@ from xdit_compile.errors import PlanError
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.axes.infer import infer
 from xdit_compile.passes.choose.units import choose_units
+from xdit_compile.passes.fuse.equal_values import erase_unused
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan.plan import OPTIONAL_PASSES
 
@@ -64,7 +65,7 @@ class Code:
 
     Args:
         flops: of products and attention.
-        seconds: that kernels take at best, and ``floor`` those of one that did all of it.
+        seconds: that kernels take at best, and ``floor`` those of one that did all of it and read every input whole.
         registers: of the kernel that has most.
         stack: bytes of memory that threads have beside them, where spills go, of all kernels.
     """
@@ -120,7 +121,7 @@ def count(graph: fx.GraphModule, args: Sequence[Any], binaries: list[Binary], ta
     launches = sum(name.removesuffix(".run") in kernels for name in names)
     products = sum(name in [f"extern_kernels.{product}" for product in PRODUCTS] for name in names)
     moved, flops, seconds = (sum(getattr(work, name) for work in works) for name in ("moved", "flops", "seconds"))
-    floor = peak.seconds(flops, sum(map(_bytes, args)) + _results(graph, args))
+    floor = min(seconds, peak.seconds(flops, sum(map(_bytes, args)) + _results(graph, args)))
     used = [made[kernel] for kernel in kernels]
     registers = max((binary.registers for binary in used), default=0)
     stack = sum(binary.stack for binary in used)
@@ -139,22 +140,24 @@ def _calls(source: str) -> Iterator[ast.Call]:
 
 
 def on_card(structure: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with its new tensors on the card, and attention by the flash operator.
+    """The same graph with its new tensors on the card, and attention by the flash operator, which takes no mask.
 
     Raises:
-        ValueError: attention with a mask, which that operator does not take.
+        ValueError: attention whose heads share keys.
     """
     graph = copy.deepcopy(structure.graph)
     for node in graph.find_nodes(op="call_function", target=ATTENTION):
         names = [argument.name for argument in ATTENTION._schema.arguments]
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
-        if given.get("attn_mask") is not None or given.get("enable_gqa"):
-            raise ValueError(f"{node.name} has a mask or shares keys; the flash operator counts neither")
+        if given.get("enable_gqa"):
+            raise ValueError(f"heads of {node.name} share keys, which the flash operator does not count")
         rest = {name: given[name] for name in ("dropout_p", "is_causal", "scale") if name in given}
         with graph.inserting_before(node):
             found = graph.call_function(FLASH, tuple(given[name] for name in ("query", "key", "value")), rest)
             node.replace_all_uses_with(graph.call_function(operator.getitem, (found, 0)))
         graph.erase_node(node)
+        if given.get("attn_mask") is not None:
+            erase_unused(given["attn_mask"])
     for node in graph.nodes:
         if node.kwargs.get("device") is not None:
             node.update_kwarg("device", DEVICE)
@@ -203,15 +206,15 @@ def counted(program: Program, binaries: list[Binary], target: str) -> list[Count
     return list(walk.found.values())
 
 
-def denoiser(depth: int, small: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """FLUX in bfloat16 without weights, and one call of it."""
+def denoiser(name: str, depth: int, small: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A model in bfloat16 without weights, and one call of it."""
     if small:
         size = Size(blocks=2 * depth, **SMALL)
         with torch.device("meta"):
             model = size.build()
         call = size.inputs()
     else:
-        model, call = flux(depth, depth)
+        model, call = MODELS[name](depth)
     half = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta", torch.bfloat16), call)
     return nn.Module.to(model, torch.bfloat16), half
 
@@ -277,34 +280,36 @@ def table_of(rows: list[Counted], title: str) -> Table:
     "--plan", "plans", multiple=True, default=PLANS, show_default=True, callback=_plans,
     help="Degrees of a plan, such as ulysses=4,ring=2; ulysses=1 is one rank. May be repeated.",
 )  # fmt: skip
-@click.option("--depth", type=click.IntRange(2), default=2, show_default=True, help="Double blocks, and single ones.")
+@click.option("--model", type=click.Choice(list(MODELS)), default="FLUX.1-dev", show_default=True)
+@click.option("--depth", type=click.IntRange(2), default=2, show_default=True, help="Blocks of each kind.")
 @click.option("--small", is_flag=True, help="128 hidden and 64 + 16 tokens in place of 3,072 and 4,096 + 512.")
 @click.option("--target", type=click.Choice(list(CARDS)), default="sm_90", show_default=True)
 @click.option("--without", type=click.Choice(OPTIONAL_PASSES), multiple=True, help="Passes to leave out.")
 @click.option("--json", "json_file", type=click.Path(path_type=pathlib.Path), help="Write everything counted here.")
 def main(
-    plans: dict[str, Plan], depth: int, small: bool, target: str, without: tuple[str, ...],
+    plans: dict[str, Plan], model: str, depth: int, small: bool, target: str, without: tuple[str, ...],
     json_file: pathlib.Path | None,
 ) -> None:  # fmt: skip
-    """Count what a card would run of FLUX under each plan. No card is needed, and nothing is timed.
+    """Count what a card would run of a model under each plan. No card is needed, and nothing is timed.
 
     Matrix products are those that cuBLAS computes. Bytes are what all operators read and write of the card's memory if
     each touches what it takes of a tensor once, from what inductor's scheduler knows. Attention is counted as the flash
-    operator: it reads queries, keys and values, writes its result and nothing in between, and is neither among the
-    launches nor among the products. Nor is what a collective does inside, as with the keys and values that travel
+    operator: it reads queries, keys and values, no mask, writes its result and nothing in between, and is neither among
+    the launches nor among the products. Nor is what a collective does inside, as with the keys and values that travel
     around a ring.
     """
     card, console = CARDS[target], Console()
     console = console if console.is_terminal else Console(width=170)
-    model, call = denoiser(depth, small)
+    module, call = denoiser(model, depth, small)
     chosen = [dataclasses.replace(plan, without=without) for plan in plans.values()]
-    found = dict(zip(plans, measure(model, call, chosen, card), strict=True))
+    found = dict(zip(plans, measure(module, call, chosen, card), strict=True))
     versions = {name: version(name) for name in ("torch", "triton", "diffusers")}
-    size = f"{depth} + {depth} blocks, {call['img_ids'].shape[0]:,} + {call['txt_ids'].shape[0]:,} tokens, bfloat16"
+    shapes = {name: list(value.shape) for name, value in call.items() if isinstance(value, torch.Tensor)}
+    size = f"{depth} blocks of each kind, {'small, ' if small else ''}{_named(shapes)}, bfloat16"
     made = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton"))
     for plan, rows in found.items():
         left_out = f", without {', '.join(without)}" if without else ""
-        title = f"{plan}{left_out}: COUNTED, not measured on a card\nFLUX, {size}; {target} ({card.name}); {made}"
+        title = f"{plan}{left_out}: COUNTED, not measured on a card\n{model}, {size}; {target} ({card.name}); {made}"
         console.print(table_of(rows, title))
     if json_file:
         about = {
@@ -312,10 +317,16 @@ def main(
             "versions": versions | {"python": platform.python_version()},
             "card": {"target": target, **dataclasses.asdict(card)},
             "without": list(without),
-            "size": {"depth": depth, "tokens": call["img_ids"].shape[0], "text": call["txt_ids"].shape[0]},
+            "size": {"model": model, "depth": depth, "shapes": shapes},
         }
         counts = {plan: [dataclasses.asdict(row) for row in rows] for plan, rows in found.items()}
         json_file.write_text(json.dumps({**about, "counted": counts}, indent=1) + "\n")
+
+
+def _named(shapes: dict[str, list[int]]) -> str:
+    """The shape of what is denoised, which comes first, in words."""
+    name, shape = next(iter(shapes.items()))
+    return f"{name} of {'x'.join(map(str, shape))}"
 
 
 if __name__ == "__main__":

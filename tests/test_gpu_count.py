@@ -137,3 +137,27 @@ def test_a_part_of_the_tokens_takes_the_same_products_and_fewer_bytes(tmp_path: 
         assert all(0 < code["kernels"] <= code["launches"] for code in (whole, part))
     assert one.keys() == two.keys() == BLOCKS.keys()
     assert [one[path]["calls"] for path in BLOCKS] == [2, 1, 1]
+
+
+CAPTURED = """
+import json
+
+import torch
+from torch.utils import _pytree as pytree
+
+from real_sizes import MODELS
+from xdit_compile.capture.capture import capture
+
+calls = {}
+for name, build in MODELS.items():
+    module, call = build(2)
+    half = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(torch.bfloat16), call)
+    program = capture(torch.nn.Module.to(module, torch.bfloat16), (), half)
+    calls[name] = sum(bool(each.meta.get("repeated")) for each in program.calls())
+print(json.dumps(calls))
+"""
+
+
+def test_models_of_real_size_have_blocks_that_repeat() -> None:
+    calls = json.loads(run("-c", CAPTURED).splitlines()[-1])
+    assert len(calls) == 7 and all(repeated >= 2 for repeated in calls.values()), calls
