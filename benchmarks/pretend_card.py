@@ -130,6 +130,7 @@ def patches(card: Card, compiled: list[Binary]) -> list[Patch]:
         Patch(torch.cuda, "_maybe_exchange_device", _first, "and ends by going back"),
         Patch(CudaInterface, "exchange_device", exchange, "inductor's own reference to the same, for launchers"),
         Patch(CudaInterface, "maybe_exchange_device", exchange, "as before, on the way back"),
+        Patch(torch.Tensor, "copy_", _copy, "inductor tries out writes to views; the method makes the device current"),
         Patch(torch.cuda, "get_rng_state", _no_state, "tracing keeps the state of the device's generator"),
         Patch(torch.cuda, "set_rng_state", lambda state: None, "and restores it"),
         Patch(
@@ -142,6 +143,11 @@ def patches(card: Card, compiled: list[Binary]) -> list[Patch]:
 def _first(index: int) -> int:
     """The only device, or its default stream."""
     return 0
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """The operator itself."""
+    return torch.ops.aten.copy_.default(target, source, non_blocking)
 
 
 def _no_state(device: Any = None) -> torch.Tensor:
