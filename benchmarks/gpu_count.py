@@ -42,13 +42,13 @@ from xdit_compile import Plan
 from xdit_compile.backends.inductor import OPTIONS
 from xdit_compile.backends.inductor_order import pin_order
 from xdit_compile.capture.capture import capture
+from xdit_compile.capture.simplify import erase_with_sources
 from xdit_compile.compiler import Analysis, compiled
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import PlanError
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.axes.infer import infer
 from xdit_compile.passes.choose.units import choose_units
-from xdit_compile.passes.fuse.equal_values import erase_unused
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan.plan import OPTIONAL_PASSES
 
@@ -156,8 +156,9 @@ def on_card(structure: fx.GraphModule) -> fx.GraphModule:
             found = graph.call_function(FLASH, tuple(given[name] for name in ("query", "key", "value")), rest)
             node.replace_all_uses_with(graph.call_function(operator.getitem, (found, 0)))
         graph.erase_node(node)
-        if given.get("attn_mask") is not None:
-            erase_unused(given["attn_mask"])
+        mask = given.get("attn_mask")
+        if mask is not None and mask.op == "call_function" and not mask.users:
+            erase_with_sources(mask)
     for node in graph.nodes:
         if node.kwargs.get("device") is not None:
             node.update_kwarg("device", DEVICE)

@@ -38,11 +38,9 @@ def _given(kernel: Any) -> int:
     """Bytes of the tensors that an operator is given, views by what they show."""
     seen = {}
     for each in _flat(getattr(kernel, "inputs", ())):
-        size, name = (
-            min(_bytes(each.get_size(), each), _bytes(_buffer(each.get_name()).get_size(), each)),
-            each.get_name(),
-        )
-        seen[name, str(each.get_layout().offset)] = size
+        name = each.get_name()
+        whole = _bytes(_buffer(name).get_size(), each)
+        seen[name, str(each.get_layout().offset)] = min(_bytes(each.get_size(), each), whole)
     return sum(seen.values())
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from xdit_compile.capture.simplify import erase_with_sources
 from xdit_compile.ir.arguments import integer_of, node_of, sequence_of
 from xdit_compile.ir.program import Input, Program
 from xdit_compile.ir.subgraph import placeholders_first
 
-from .equal_values import EqualValues, erase_unused
+from .equal_values import EqualValues
 
 aten = torch.ops.aten
 Site = tuple[int, ...]
@@ -163,10 +164,9 @@ class _Root:
         """Whether a call gives the group parameters that can lie one below the other."""
         for members in _members(group, call):
             specs = [self._specs.get(member) for member in members]
-            forms = {_form(member.meta["val"]) for member in members if "val" in member.meta}
             if any(spec is None or spec.kind != "parameter" for spec in specs) or len({*members}) < len(members):
                 return False
-            if len(forms) != 1:
+            if len({_form(member.meta["val"]) for member in members}) > 1:
                 return False
         return True
 
@@ -243,4 +243,4 @@ def _join(graph: fx.Graph, placeholders: Sequence[fx.Node], group: Group, rows: 
             linear.replace_all_uses_with(view)
             start += count
     for linear in linears:
-        erase_unused(linear)
+        erase_with_sources(linear)
