@@ -15,9 +15,12 @@ from .base import Backend
 from .codes import Codes
 from .sites import Sites
 
-OPTIONS = {"emulate_precision_casts": True}
+OPTIONS = {"emulate_precision_casts": True, "comprehensive_padding": False}
 """Round where the module does. Left free, inductor keeps more digits between fused operators: nearer to exact numbers,
-but another picture. A time step of 0.7 in bfloat16, times 1000, is 700 by itself and 699.2 in a fused kernel."""
+but another picture. A time step of 0.7 in bfloat16, times 1000, is 700 by itself and 699.2 in a fused kernel.
+
+And no strides but those of the shape: where inductor of torch 2.11 pads them for a card, a product can read queries in
+another order than the kernel before it wrote them, if tokens times the size of a head is no multiple of 32."""
 
 
 class Inductor(Backend):

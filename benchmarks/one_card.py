@@ -82,8 +82,10 @@ def inputs(tokens: int, text: int) -> dict[str, Any]:
     }
 
 
-def contenders(model: nn.Module, backends: tuple[str, ...], modes: tuple[str, ...]) -> list[Entry]:
-    """The module itself first."""
+def contenders(
+    model: nn.Module, backends: tuple[str, ...], modes: tuple[str, ...], without: tuple[str, ...]
+) -> list[Entry]:
+    """The module itself first; ours with inductor once more for each of ``without``, with that pass left out."""
     found = [Entry("the module as it is", model)]
     compiled: Any = like(model)
     compiled.compile_repeated_blocks(fullgraph=True)
@@ -93,6 +95,9 @@ def contenders(model: nn.Module, backends: tuple[str, ...], modes: tuple[str, ..
     for mode in modes:
         plan = Plan(backend="inductor", compile_mode=mode)
         found.append(Entry(f"xdit_compile, {mode}", xdit_compile.parallelize(like(model), plan)))
+    for name in without:
+        plan = Plan(backend="inductor", without=(name,))
+        found.append(Entry(f"xdit_compile, inductor without {name}", xdit_compile.parallelize(like(model), plan)))
     return found
 
 
@@ -149,6 +154,7 @@ def profiled(entry: Entry, given: dict[str, Any], rows: int) -> str:
 @click.option("--rounds", default=15, show_default=True, help="Steps of each contender; all take one in each round.")
 @click.option("--backend", "backends", multiple=True, default=["eager", "inductor"], show_default=True)
 @click.option("--mode", "modes", multiple=True, help="Inductor in this Plan.compile_mode, too; may be repeated.")
+@click.option("--without", multiple=True, help="Inductor once more without this optional pass; may be repeated.")
 @click.option("--profile", default=0, help="Also print this many rows of a profile of each contender.")
 @click.option("--json", "json_file", type=click.Path(path_type=pathlib.Path), help="Write everything measured here.")
 def main(
@@ -159,6 +165,7 @@ def main(
     rounds: int,
     backends: tuple[str, ...],
     modes: tuple[str, ...],
+    without: tuple[str, ...],
     profile: int,
     json_file: pathlib.Path | None,
 ) -> None:
@@ -167,7 +174,7 @@ def main(
         raise click.UsageError("needs a GPU that torch.cuda sees")
     console = Console(width=140)
     given = inputs(tokens, text)
-    entries = contenders(build(double, single), backends, modes)
+    entries = contenders(build(double, single), backends, modes, without)
     prepare(entries, given, console)
     order = random.Random(0)
     turns = list(entries)

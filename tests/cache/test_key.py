@@ -583,6 +583,9 @@ def test_what_is_set_makes_another_environment(monkeypatch: pytest.MonkeyPatch) 
     assert plain["compiler"] and plain["processor"]["abilities"]
     apart = {"TORCHINDUCTOR_CACHE_DIR": "/a", "XDIT_COMPILE_DUMP": "/b", "TORCH_LOGS": "+all", "HOME": "/c"}
     assert environment(CPU, {**variables, **apart}) == plain
+    came_along = {"TRITON_PTXAS_PATH": f"{os.path.dirname(torch.__file__)}/bin/ptxas", "TORCH_WARM_POOL": "0"}
+    assert environment(CPU, {**variables, **came_along}) == plain
+    assert environment(CPU, {**variables, "TRITON_PTXAS_PATH": "/opt/cuda/bin/ptxas"}) != plain
     assert environment(CPU, {**variables, "TORCHINDUCTOR_FREEZING": "1"}) != plain
     with config.patch(epilogue_fusion=not config.epilogue_fusion):
         assert environment(CPU, variables) != plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -19,6 +20,8 @@ from xdit_compile.ir.precision import said
 from .portable import describe_value
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "numpy")
+COMPILERS = ("torch", "triton")
+"""Those of them that bring programs along, by the names of their folders."""
 CONFIGS = ("torch._inductor.config", "torch._functorch.config", "torch._dynamo.config")
 """Modules of settings; one that was not imported yet cannot have been changed, and importing it takes a second."""
 UNIMPORTANT = (
@@ -31,7 +34,7 @@ VARIABLES = ("ATEN_CPU_CAPABILITY", "CXX", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKS
 APART = re.compile(
     r"(^|_)(DIR|HOME|FOLDER|LOG|LOGS|LOGGING|DUMP|TRACE|DEBUG|PROFILE|PROGRESS|REDIS)(_|$)"
     r"|(^|_)(NCCL|GLOO|DIST|DISTRIBUTED|STACKTRACES)(_|$)|^XDIT_COMPILE_CHECK$"
-    r"|_CACHE$|_CACHE_MANAGER$|_COMPILE_THREADS$|_WORKER_START$|_WORKER_LOGPATH$"
+    r"|_CACHE$|_CACHE_MANAGER$|_COMPILE_THREADS$|_WORKER_START$|_WORKER_LOGPATH$|_WARM_POOL$"
 )
 """Environment variables that name folders, write down what happens, or say how it is done, and so change no code."""
 ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")
@@ -148,6 +151,16 @@ def _unset() -> Any:
 
 
 def _counted(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Those that a user may have set. The first compilation of a process sets some for the next, as where the ptxas
+    lies that came with a package: its version says as much, and which call of a process is the first must not matter."""
+    inside = tuple(f"{folder}{os.sep}" for name in COMPILERS for folder in _folders(name))
     for name, value in variables.items():
         if name in VARIABLES or (name.startswith(PREFIXES) and not APART.search(name)):
-            yield name, value
+            if not value.startswith(inside):
+                yield name, value
+
+
+def _folders(package: str) -> list[str]:
+    """Where a package lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    return list(spec.submodule_search_locations or ()) if spec is not None else []

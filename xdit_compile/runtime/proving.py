@@ -70,7 +70,10 @@ class Proving:
 
     def _proven(self, compiled_call: CompiledCall, computation: Callable[..., Any], leaves: list[Any]) -> CompiledCall:
         """What runs a call, compared with the module itself, or of a smaller call where there is no memory for that."""
-        rewritten = self.mesh.world_size > 1 or self.plan.patch_count > 1 or compiled_call.stored is not None
+        rewritten = (
+            self.mesh.world_size > 1 or self.plan.patch_count > 1 or compiled_call.stored is not None
+            or not isinstance(self.backend, Eager)
+        )  # fmt: skip
         self._was_compared = False
         if not self.plan.verify or self._trace_only:
             return compiled_call
