@@ -43,7 +43,7 @@ from xdit_compile.backends.inductor import OPTIONS
 from xdit_compile.backends.inductor_order import pin_order
 from xdit_compile.capture.capture import capture
 from xdit_compile.capture.simplify import erase_with_sources
-from xdit_compile.compiler import Analysis, compiled
+from xdit_compile.compiler import Analysis, Compilation, compiled, run_passes
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import PlanError
 from xdit_compile.ir.program import Program
@@ -113,13 +113,15 @@ def count(graph: fx.GraphModule, args: Sequence[Any], binaries: list[Binary], ta
     with mock.patch.object(GraphLowering, "save_output_code", note):
         torch._inductor.compile(graph, list(args), options={**OPTIONS, "fx_graph_cache": False})
     calls = [call for source in sources for call in _calls(source)]
-    kernels = {ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "async_compile.triton"}
+    variables = dict(pair for source in sources for pair in _kernels(source))
+    kernels = set(variables.values())
     made = {binary.kernel: binary for binary in binaries if binary.target == target}
     if missing := kernels - made.keys():
         raise RuntimeError(f"Triton has no code for {target} of {', '.join(sorted(missing))}")
     names = [ast.unparse(call.func) for call in calls]
-    launches = sum(name.removesuffix(".run") in kernels for name in names)
+    launches = sum(name.removesuffix(".run") in variables for name in names)
     products = sum(name in [f"extern_kernels.{product}" for product in PRODUCTS] for name in names)
+    products += sum(work.products for work in works)
     moved, flops, seconds = (sum(getattr(work, name) for work in works) for name in ("moved", "flops", "seconds"))
     floor = min(seconds, peak.seconds(flops, sum(map(_bytes, args)) + _results(graph, args)))
     used = [made[kernel] for kernel in kernels]
@@ -133,6 +135,14 @@ def _results(graph: fx.GraphModule, args: Sequence[Any]) -> int:
     mode = next(each.fake_mode for each in args if isinstance(each, FakeTensor))
     with mode, torch.no_grad():
         return sum(map(_bytes, pytree.tree_leaves(graph(*args))))
+
+
+def _kernels(source: str) -> Iterator[tuple[str, str]]:
+    """The variables that hold Triton kernels, and the names of these."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("async_compile.triton("):
+            assert isinstance(node.value, ast.Call)
+            yield ast.unparse(node.targets[0]), ast.literal_eval(node.value.args[0])
 
 
 def _calls(source: str) -> Iterator[ast.Call]:
@@ -225,12 +235,15 @@ def measure(model: nn.Module, call: dict[str, Any], plans: Sequence[Plan], card:
     program = capture(model, (), call)
     inference = infer(program, rulebook())
     analyses = [Analysis(program, inference, choose_units(inference, plan)) for plan in plans]
-    states = [
-        compiled(each, plan, Mesh.simulated(plan, 0), until="join_linears")
-        for each, plan in zip(analyses, plans, strict=True)
-    ]
+    states = [_fused(each, plan) for each, plan in zip(analyses, plans, strict=True)]
     with pretend_card(card) as binaries:
         return [counted(state.programs["call"], binaries, card.target) for state in states]
+
+
+def _fused(analysis: Analysis, plan: Plan) -> Compilation:
+    """What rank 0 has of a plan before it is compiled, on the card."""
+    state = compiled(analysis, plan, Mesh.simulated(plan, 0), until="hoist_positions")
+    return run_passes(dataclasses.replace(state, device=DEVICE), after="hoist_positions", until="join_linears")
 
 
 def _plans(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, Plan]:

@@ -12,24 +12,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from moved_bytes import moved_bytes
+from own_ops import inside
 from peaks import Peak
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a graph does in all, and the seconds that its kernels take at best."""
+    """What a graph does in all, the seconds that its kernels take at best, and products that operators do inside."""
 
     moved: int
     flops: int
     seconds: float
+    products: int
 
     @classmethod
     def of(cls, nodes: Sequence[BaseSchedulerNode], peak: Peak) -> Work:
         """Of the nodes of inductor's scheduler, each of which becomes a kernel."""
-        each = [(_flops(node), moved_bytes(node)) for node in nodes]
+        own = [inside(node.node) if isinstance(node, ExternKernelSchedulerNode) else None for node in nodes]
+        each = [
+            (_flops(node), moved_bytes(node)) if op is None else (op.flops, moved_bytes(node) + op.again)
+            for node, op in zip(nodes, own, strict=True)
+        ]
         flops, moved = sum(work for work, _ in each), sum(size for _, size in each)
-        return cls(moved, flops, sum(peak.seconds(*one) for one in each))
+        products = sum(op.products for op in own if op is not None)
+        return cls(moved, flops, sum(peak.seconds(*one) for one in each), products)
 
 
 def _flops(node: BaseSchedulerNode) -> int:

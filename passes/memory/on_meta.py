@@ -63,19 +63,24 @@ def _laid_out(shape: Sequence[int], like: torch.Tensor, query: torch.Tensor) -> 
 
 def _metas(program: Program) -> list[torch.Tensor]:
     values = [node.meta["val"] for node in program.root.graph.find_nodes(op="placeholder")]
-    shapes = [spec.sizes(value.shape) for spec, value in zip(program.inputs, values, strict=True)]
+    shapes = [spec.sizes(value.shape) for spec, value in zip(program.inputs, values, strict=False)]
+    shapes += [list(value.shape) for value in values[len(shapes) :]]
     return [torch.empty(shape, dtype=value.dtype, device="meta") for shape, value in zip(shapes, values, strict=True)]
 
 
 def shapes_of(program: Program) -> Shapes:
-    """What every node of every structure yields, on the meta device."""
+    """What every node of every structure yields, on the meta device; calls of one form are looked at once."""
     yielded: dict[fx.Node, torch.Tensor] = {}
+    results: dict[Any, Any] = {}
 
     class Recorder(_OnMeta):
         def run_node(self, node: fx.Node) -> Any:
             if node.op == "call_module":
                 args, _ = self.fetch_args_kwargs_from_env(node)
-                return Recorder(getattr(program.root, str(node.target))).run(*args)
+                form = (str(node.target), *[(each.shape, each.stride(), each.dtype) for each in args])
+                if form not in results:
+                    results[form] = Recorder(getattr(program.root, str(node.target))).run(*args)
+                return results[form]
             yielded[node] = super().run_node(node)
             return yielded[node]
 

@@ -1,0 +1,48 @@
+"""A linear layer of a value that comes in parts, which are never laid side by side in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+_LIBRARY = torch.library.Library("xdit_compile", "FRAGMENT")
+_LIBRARY.define(
+    "linear_of_parts(Tensor[] parts, Tensor weight, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_LIBRARY, "linear_of_parts", "CompositeExplicitAutograd")
+def linear_of_parts(parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``cat(parts, -1) @ weight.T + bias``, as a sum of products of the parts, the widest first.
+
+    In half precision the sum of those before is rounded once for each further part.
+
+    Args:
+        parts: one or more of [..., features], equal in all dims but the last.
+        weight: [out features, features of all parts together].
+        bias: [out features], or none.
+
+    Returns:
+        [..., out features].
+
+    Raises:
+        ValueError: when the weight takes other features than the parts have together.
+    """
+    widths = [part.shape[-1] for part in parts]
+    if sum(widths) != weight.shape[1]:
+        raise ValueError(f"parts of {widths} features for a weight that takes {weight.shape[1]}")
+    order = sorted(range(len(parts)), key=lambda index: -widths[index])
+    columns = weight.split(widths, 1)
+    rows = [part.reshape(-1, width) for part, width in zip(parts, widths, strict=True)]
+    total = F.linear(rows[order[0]], columns[order[0]], bias)
+    for index in order[1:]:
+        total.addmm_(rows[index], columns[index].t())
+    return total.reshape(*parts[0].shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("xdit_compile::linear_of_parts", lib=_LIBRARY)
+def _(parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return parts[0].new_empty(*parts[0].shape[:-1], weight.shape[0])

@@ -1,0 +1,52 @@
+"""Has the product in front of an activation apply it, so that what comes between is neither written nor read."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from xdit_compile.capture.mutations import named_arguments
+from xdit_compile.capture.simplify import erase_with_sources
+from xdit_compile.kernels import linear_gelu  # noqa: F401 - registers the op
+from xdit_compile.passes.memory.on_meta import Shapes
+
+from .rewriting import Found, Fusion
+
+aten = torch.ops.aten
+ACTIVATIONS = (aten.gelu.default, aten.silu.default, aten.relu.default)
+OTHER = "products know no activation but gelu by tanh"
+USED = "the product's result is used by others, too"
+UNLIKE = "the product has no bias, or weights of another dtype"
+
+
+def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
+    found = Found()
+    for node in [node for target in ACTIVATIONS for node in graph.find_nodes(op="call_function", target=target)]:
+        linear = node.args[0]
+        if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default:
+            continue
+        reason = _apart(node, linear, shapes)
+        if reason is not None:
+            found.apart[reason] += 1
+            continue
+        with graph.inserting_before(node):
+            folded = graph.call_function(torch.ops.xdit_compile.linear_gelu.default, linear.args)
+        node.replace_all_uses_with(folded)
+        erase_with_sources(node)
+        found.changed += 1
+    return found
+
+
+def _apart(node: fx.Node, linear: fx.Node, shapes: Shapes) -> str | None:
+    """Why an activation is not folded into a product; None where it can be."""
+    if node.target is not aten.gelu.default or named_arguments(node).get("approximate") != "tanh":
+        return OTHER
+    if len(linear.users) > 1:
+        return USED
+    operands = [shapes.get(each) for each in linear.args if isinstance(each, fx.Node)]
+    alike = {None if value is None else value.dtype for value in operands}
+    return None if len(operands) == 3 and len(alike) == 1 and None not in alike else UNLIKE
+
+
+fold_activations = Fusion("fold_activations", "activations applied by the products before them", _rewrite)
+"""The pass; which activations those are is the same in every call of a structure."""

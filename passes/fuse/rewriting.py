@@ -1,0 +1,63 @@
+"""Passes that rewrite what happens inside of structures, whoever calls them, and say what they did."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+
+from torch import fx
+
+from xdit_compile.ir.program import Program
+from xdit_compile.passes.memory.on_meta import Shapes, shapes_of
+
+
+@dataclasses.dataclass
+class Found:
+    """What a pass did in a graph: how many places it changed, and how many others it left for which reason."""
+
+    changed: int = 0
+    apart: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """A pass over structures.
+
+    Args:
+        name: of the pass.
+        what: what it changes, in the plural.
+        rewrite: changes a graph in place, of whose nodes it is told what they yield.
+    """
+
+    name: str
+    what: str
+    rewrite: Callable[[fx.Graph, Shapes], Found]
+
+    def __call__(self, program: Program) -> Program:
+        """The same program, rewritten."""
+        return self._run(program)[0]
+
+    def told(self, program: Program) -> str:
+        """What the pass does to one call of the module, and what it leaves."""
+        _, found = self._run(program)
+        apart = "".join(f"; {count} apart, as {reason}" for reason, count in found.apart.most_common())
+        return f"{self.name}: {found.changed} {self.what}{apart}"
+
+    def _run(self, program: Program) -> tuple[Program, Found]:
+        modules = {
+            name: fx.GraphModule(structure, copy.deepcopy(structure.graph))
+            for name, structure in program.structures().items()
+        }
+        copied = dataclasses.replace(program, root=fx.GraphModule(modules, copy.deepcopy(program.root.graph)))
+        shapes, total = shapes_of(copied), Found()
+        calls = Counter(str(call.target) for call in program.calls())
+        for name, module in modules.items():
+            found = self.rewrite(module.graph, shapes)
+            total.changed += found.changed * calls[name]
+            total.apart.update({reason: count * calls[name] for reason, count in found.apart.items()})
+            module.graph.lint()
+            module.recompile()
+        root = fx.GraphModule({**modules}, copied.root.graph)
+        return (dataclasses.replace(program, root=root) if total.changed else program), total

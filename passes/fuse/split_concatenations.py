@@ -1,0 +1,64 @@
+"""Takes a product of several values side by side as a sum of products, so that they are not copied together first."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from xdit_compile.capture.simplify import erase_with_sources
+from xdit_compile.ir.arguments import node_of, sequence_of
+from xdit_compile.kernels import linear_of_parts  # noqa: F401 - registers the op
+from xdit_compile.passes.memory.on_meta import Shapes
+
+from .rewriting import Found, Fusion
+
+aten = torch.ops.aten
+USED = "the joined value is used by others, too"
+WIDE = "the sum of products would move more than the copy"
+POINTWISE = torch.Tag.pointwise
+
+
+def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
+    found = Found()
+    for linear in graph.find_nodes(op="call_function", target=aten.linear.default):
+        joined = linear.args[0]
+        if not isinstance(joined, fx.Node) or joined.target is not aten.cat.default or not _by_features(joined, shapes):
+            continue
+        reason = _apart(linear, joined, shapes)
+        if reason is not None:
+            found.apart[reason] += 1
+            continue
+        with graph.inserting_before(linear):
+            arguments = (list(sequence_of(joined.args[0])), linear.args[1], linear.args[2] if linear.args[2:] else None)
+            parts = graph.call_function(torch.ops.xdit_compile.linear_of_parts.default, arguments)
+        linear.replace_all_uses_with(parts)
+        erase_with_sources(linear)
+        found.changed += 1
+    return found
+
+
+def _by_features(joined: fx.Node, shapes: Shapes) -> bool:
+    """Whether values are joined along their last dim."""
+    dim = joined.args[1] if joined.args[1:] else 0
+    return joined in shapes and dim in (-1, shapes[joined].dim() - 1)
+
+
+def _apart(linear: fx.Node, joined: fx.Node, shapes: Shapes) -> str | None:
+    """Why a product keeps its operand in one piece; None where it need not.
+
+    A copy costs a read and a write of every part that no pointwise kernel writes to its place, the sum of products a
+    read and a write of the result for every part but one.
+    """
+    if len(joined.users) > 1:
+        return USED
+    parts = list(map(node_of, sequence_of(joined.args[0])))
+    copied = sum(shapes[part].nbytes for part in parts if not _is_pointwise(part))
+    return None if copied > (len(parts) - 1) * shapes[linear].nbytes else WIDE
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and POINTWISE in node.target.tags
+
+
+split_concatenations = Fusion("split_concatenations", "products of joined values taken part by part", _rewrite)
+"""The pass; the order of the parts is the same in every call of a structure."""
