@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import sympy
+from own_ops import written_in_triton
 from torch._inductor import ir
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, FusedSchedulerNode
@@ -25,6 +26,8 @@ INTEGERS = {
 
 def moved_bytes(node: BaseSchedulerNode) -> int:
     """Bytes read and written; of operators that are called, what they are given and what they make."""
+    if isinstance(node.node, ir.UserDefinedTritonKernel):
+        return written_in_triton(node.node)
     written = sum(node.get_read_write_buffer_accesses(include_reads=False, include_writes=True).values())
     if isinstance(node, ExternKernelSchedulerNode):
         return written + (0 if isinstance(node.node, ir.MultiOutput) else _given(node.node))
@@ -77,7 +80,9 @@ def _flat(inputs: Any) -> Iterable[Any]:
 
 
 def _buffer(name: str) -> Any:
-    return V.graph.name_to_buffer.get(name) or V.graph.graph_inputs[name]
+    """A buffer by its name, or by one that it has after something wrote to it."""
+    real = V.graph.scheduler.mutation_real_name.get(name, name)
+    return V.graph.name_to_buffer.get(real) or V.graph.graph_inputs[real]
 
 
 def _bytes(sizes: Iterable[Any], like: Any) -> int:

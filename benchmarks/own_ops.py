@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch._inductor import ir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +23,51 @@ class Inside:
     again: int = 0
 
 
+def written_in_triton(kernel: Any) -> int:
+    """Bytes that a kernel of ours loads and stores; what the rows of one tile have in common is loaded once for each.
+
+    Raises:
+        NotImplementedError: a kernel that nobody said this of.
+    """
+    name = kernel.get_kernel_and_metadata()[0].fn.__name__
+    if name not in KERNELS:
+        raise NotImplementedError(f"nobody said what {name} loads and stores")
+    return KERNELS[name](kernel.kernel_args)
+
+
+def _norm_rope(args: Mapping[str, Any]) -> int:
+    """`xdit_compile.kernels.norm_rope`: parts and results once, tables and weights once for each tile and token."""
+    lines = 1 + any(args[f"x{at}"].get_name() != args["x0"].get_name() or _offset(args, at) for at in (2, 3))
+    counts = [int(args["tokens0"]), int(args["tokens1"])]
+    batch, heads, width, item = int(args["batch"]), args["HEADS"], args["WIDTH"], args["x0"].get_dtype().itemsize
+    splits = heads * width // args["VALUES"]
+    moved = 2 * lines * batch * sum(counts) * heads * width * item
+    for turns, tokens in zip((args["TURNS0"], args["TURNS1"]), counts, strict=True):
+        tiles = -(-batch * tokens * splits // args["ROWS"])
+        inner = sum(tile * args["ROWS"] % splits != 0 for tile in range(1, tiles))
+        moved += lines * (batch * tokens + inner) * turns * sum(_row(args[name]) for name in ("cos", "sin"))
+        affine = [name for name, there in (("weight0", args["WEIGHTED"]), ("bias0", args["BIASED"])) if there]
+        moved += lines * tiles * sum(args["VALUES"] * args[name].get_dtype().itemsize for name in affine)
+    return moved
+
+
+def _offset(args: Mapping[str, Any], at: int) -> bool:
+    """Whether a part lies elsewhere in the memory of the first one."""
+    return bool(args[f"x{at}"].get_layout().offset != args["x0"].get_layout().offset)
+
+
+def _row(table: Any) -> int:
+    return int(table.get_size()[-1]) * int(table.get_dtype().itemsize)
+
+
+KERNELS = {"_norm_rope_kernel": _norm_rope}
+"""What kernels load and store, by their names, from their arguments."""
+
+
 def inside(kernel: Any) -> Inside | None:
     """What an operator does inside; None for one of inductor's own or of PyTorch's that it knows."""
+    if isinstance(kernel, ir.UserDefinedTritonKernel):
+        return Inside(0, 0)
     name = str(getattr(kernel, "op_overload", ""))
     if name.startswith("aten._addmm_activation"):
         _, rows, weight = (_sizes(each) for each in kernel.inputs[:3])

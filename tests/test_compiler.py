@@ -19,9 +19,11 @@ from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import BrokenProgramError, UsageError
 from xdit_compile.ir.program import Input, Program
 from xdit_compile.passes.axes.infer import Inference
+from xdit_compile.passes.fuse import fusions
 from xdit_compile.reports.dump import observers
 
 NAMES = [each.name for each in PASSES]
+FOR_GPUS = [each.name for each in fusions.IN_ORDER if each.kinds == ("cuda",)]
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "passes.md"
 
 
@@ -32,9 +34,9 @@ def test_the_page_names_every_pass_in_order():
 @pytest.mark.parametrize(
     ("degrees", "programs", "skipped"),
     [
-        ({"ulysses": 2}, {"call"}, {"split_step_invariant", "assign_stages", "tile_rows"}),
-        ({"distrifusion": 2}, {"waiting", "stale"}, {"split_step_invariant", "assign_stages", "tile_rows"}),
-        ({"pipefusion": 2}, {"full", "common", "patch_0", "patch_1"}, {"tile_rows"}),
+        ({"ulysses": 2}, {"call"}, {"split_step_invariant", "assign_stages", "tile_rows", *FOR_GPUS}),
+        ({"distrifusion": 2}, {"waiting", "stale"}, {"split_step_invariant", "assign_stages", "tile_rows", *FOR_GPUS}),
+        ({"pipefusion": 2}, {"full", "common", "patch_0", "patch_1"}, {"tile_rows", *FOR_GPUS}),
     ],
 )
 def test_every_pass_of_every_method_is_timed_and_dumped(degrees, programs, skipped, tmp_path):

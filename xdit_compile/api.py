@@ -214,7 +214,8 @@ def explain(
                 raise UsageError("nothing to explain: the module runs whole on every rank, as it was warned of")
             if compiled_call is None:
                 raise UsageError("nothing to explain yet: call the pipeline once, or give a plan and example inputs")
-            return _report(compiled_call.analysis, runner.plan, runner.mesh.rank, compiled_call.said)
+            device = runner.session.device
+            return _report(compiled_call.analysis, runner.plan, runner.mesh.rank, compiled_call.said, device)
     if not (args or kwargs):
         raise UsageError("explain needs example inputs (args=, kwargs=) for a module that was not parallelized")
     plan = (plan or Plan()).check()
@@ -258,15 +259,18 @@ def _report_rows(methods: list[RowMethod]) -> Report | PipelineReport:
     if compiled_call is None:
         raise UsageError("nothing to explain yet: call decode or encode once")
     place = methods[0].team.place
-    return _report(compiled_call.analysis, place.plan, place.mesh.rank, compiled_call.said)
+    device = methods[0].team.session.device
+    return _report(compiled_call.analysis, place.plan, place.mesh.rank, compiled_call.said, device)
 
 
-def _report(analysis: Any, plan: Plan, here: int, ready: str = "") -> Report | PipelineReport:
+def _report(
+    analysis: Any, plan: Plan, here: int, ready: str = "", device: torch.device | None = None
+) -> Report | PipelineReport:  # fmt: skip
     if plan.patch_count > 1:
         return pipeline_report(analysis, plan, ready)
     meshes = (Mesh.simulated(plan, rank) for rank in range(plan.world_size))
     ranks = [place(analysis, plan, mesh, stale=plan.distrifusion > 1) for mesh in meshes]
-    return report(analysis, ranks, here, ready, plan.without)
+    return report(analysis, ranks, here, ready, plan.without, device or torch.device("cpu"))
 
 
 def _devices(modules: Mapping[str, nn.Module], weights: Mapping[str, Weights]) -> dict[str, torch.device]:

@@ -20,9 +20,7 @@ from xdit_compile.ir.verify_program import verify_program
 from xdit_compile.passes.axes.infer import Inference, infer
 from xdit_compile.passes.axes.verify_axes import verify_axes
 from xdit_compile.passes.choose.units import choose_units
-from xdit_compile.passes.fuse.fold_activations import fold_activations
-from xdit_compile.passes.fuse.join_linears import join_linears
-from xdit_compile.passes.fuse.split_concatenations import split_concatenations
+from xdit_compile.passes.fuse import fusions
 from xdit_compile.passes.local.layout import Chosen, Layout
 from xdit_compile.passes.memory.tile_rows import in_strips
 from xdit_compile.passes.partition.hoist_positions import hoist_positions
@@ -212,13 +210,12 @@ class Pass:
     wanted: Callable[[Compilation], bool] = lambda state: True
 
 
-def _fusion(name: str, fusion: Callable[[Program], Program], on_gpu: bool = True) -> Pass:
-    """A pass that changes how fast something runs, unless the plan leaves it out, or the device has no use for it."""
-
-    def wanted(state: Compilation) -> bool:
-        return name not in state.plan.without and (not on_gpu or state.device.type == "cuda")
-
-    return Pass(name, lambda state: _changed(state, fusion), wanted)
+def _fusion(fusion: fusions.OptionalPass) -> Pass:
+    return Pass(
+        fusion.name,
+        lambda state: _changed(state, fusion.run),
+        lambda state: fusion.wanted(state.plan.without, state.device),
+    )
 
 
 PASSES = (
@@ -230,9 +227,10 @@ PASSES = (
     Pass("assign_stages", _assign_stages, lambda state: state.patches is not None),
     Pass("tile_rows", _tile_rows, lambda state: state.budget is not None),
     Pass("hoist_positions", _hoist_positions),
-    _fusion("fold_activations", fold_activations),
-    _fusion("split_concatenations", split_concatenations),
-    _fusion("join_linears", join_linears, on_gpu=False),
+    _fusion(fusions.FOLD_ACTIVATIONS),
+    _fusion(fusions.SPLIT_CONCATENATIONS),
+    _fusion(fusions.NORM_ROPE),
+    _fusion(fusions.JOIN_LINEARS),
     Pass("compile", _compile),
 )
 """Everything that happens to a call, in this order."""

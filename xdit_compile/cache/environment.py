@@ -151,8 +151,11 @@ def _unset() -> Any:
 
 
 def _counted(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Those that a user may have set. The first compilation of a process sets some for the next, as where the ptxas
-    lies that came with a package: its version says as much, and which call of a process is the first must not matter."""
+    """Those that a user may have set.
+
+    The first compilation of a process sets some for the next, as where the ptxas lies that came with a package: its
+    version says as much, and which call of a process is the first must not matter.
+    """
     inside = tuple(f"{folder}{os.sep}" for name in COMPILERS for folder in _folders(name))
     for name, value in variables.items():
         if name in VARIABLES or (name.startswith(PREFIXES) and not APART.search(name)):

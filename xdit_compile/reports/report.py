@@ -9,13 +9,17 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from xdit_compile.compiler import Analysis
 from xdit_compile.ir.axes import Axis, Concat, Product, atoms
 from xdit_compile.passes.axes.axis_roles import roles
 from xdit_compile.passes.axes.infer import Inference, Place
-from xdit_compile.passes.fuse import join_linears
+from xdit_compile.passes.fuse import fusions
 from xdit_compile.passes.local.ledger import Gather
 from xdit_compile.passes.partition.program import Partitioned
+
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +98,15 @@ def printed(parts: Iterable[Any]) -> str:
 
 
 def report(
-    analysis: Analysis, ranks: Sequence[Partitioned], here: int, ready: str = "", without: Sequence[str] = ()
-) -> Report:
+    analysis: Analysis, ranks: Sequence[Partitioned], here: int, ready: str = "", without: Sequence[str] = (),
+    device: torch.device = CPU,
+) -> Report:  # fmt: skip
     """Sum up an analysis and the programs of all ranks, from the view of rank ``here``.
 
     Args:
         ready: how long the call took to be ready.
         without: passes that were left out.
+        device: what it runs on.
     """
     mine = ranks[here]
     ledger = mine.ledger
@@ -122,7 +128,7 @@ def report(
         memory=_memory(mine),
         seconds=analysis.seconds,
         ready=ready,
-        fused=(join_linears.told(mine.program),) if "join_linears" not in without else (),
+        fused=tuple(fusions.told(mine.program, without, device)),
     )
 
 

@@ -1,0 +1,371 @@
+"""Normalizing and rotating queries and keys of several sources, and joining them along the tokens, in one kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.library import custom_op, register_fake, register_kernel, triton_op, wrap_triton
+
+from .reference import accumulation_dtype
+
+TRITON = importlib.util.find_spec("triton") is not None
+if TRITON:
+    import triton
+    import triton.language as tl
+
+    _jit: Callable[[Any], Any] = triton.jit
+else:
+
+    def _jit(function: Any) -> Any:
+        return function
+
+
+NORMS = ("none", "rms", "layer", "rms_all", "layer_all")
+"""Over nothing, over the lanes of a head, and over those of all heads of a token."""
+MOST = 2
+"""Lines, and sources of each, that one kernel takes."""
+_TILE = 2048
+"""Values that a program holds, unless one row has more."""
+_MOST_ROWS = 2**31 - _TILE
+"""Rows are counted in 32 bits, elements in 64."""
+
+
+def norm_rope_reference(
+    parts: list[torch.Tensor], weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor | None,
+    sin: torch.Tensor | None, rotated: list[int], norm: str, eps: float, lines: int, halves: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Every line's sources normalized, some of them rotated (RoFormer, arXiv:2104.09864), and joined along the tokens.
+
+    All is computed in float32 (float64 where the parts are), and rounded after the norm and after the rotation.
+
+    Args:
+        parts: [B, T_s, H, D] each, of one dtype and any strides; the sources of the first line, then of the second.
+            A source has as many tokens in every line.
+        weights: none, or one for each part: [D], and [H * D] for norms of all heads; of any floating dtype.
+        biases: as ``weights``; only of layer norms.
+        cos, sin: [1 or B, sum of T_s of rotated sources, D], or of D / 2, one for each pair; of any floating dtype and
+            strides. None where nothing is rotated.
+        rotated: for each source, whether it is.
+        norm: a name of ``NORMS``.
+        eps: added to the mean of squares.
+        lines: how many results there are.
+        halves: a pair is (i, i + D / 2), not (2i, 2i + 1).
+
+    Returns:
+        For each line a new contiguous tensor [B, sum of T_s, H, D] of the dtype of the parts.
+
+    Raises:
+        ValueError: when the arguments do not fit together.
+    """
+    _check(parts, weights, biases, cos, sin, rotated, norm, lines)
+    sources, done = len(rotated), []
+    ends = list(accumulate(part.shape[1] if turns else 0 for part, turns in zip(parts, rotated, strict=False)))
+    for at, part in enumerate(parts):
+        x = _normalized(part, weights[at] if weights else None, biases[at] if biases else None, norm, eps)
+        if cos is not None and sin is not None and rotated[at % sources]:
+            rows = slice(ends[at % sources] - part.shape[1], ends[at % sources])
+            x = _turned(x, cos[:, rows], sin[:, rows], halves)
+        done.append(x)
+    return [torch.cat(done[at : at + sources], 1).contiguous() for at in range(0, len(done), sources)]
+
+
+def _check(
+    parts: list[torch.Tensor], weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor | None,
+    sin: torch.Tensor | None, rotated: list[int], norm: str, lines: int,
+) -> None:  # fmt: skip
+    """Raises ValueError with what does not fit."""
+    sources = len(rotated)
+    batch, _, heads, width = parts[0].shape
+    values = heads * width if norm.endswith("_all") else width
+    table = [part.shape[1] for part, turns in zip(parts, rotated, strict=False) if turns]
+    sizes = [(batch, parts[at % sources].shape[1], heads, width) for at in range(len(parts))]
+    problems = {
+        f"of norm {norm}": norm not in NORMS or bool(biases) and not norm.startswith("layer"),
+        f"of {len(parts)} parts": len(parts) != lines * sources or not {lines, sources} <= set(range(1, MOST + 1)),
+        f"of lanes in pairs of {width}": width % 2 != 0,
+        "of parts of several shapes or dtypes": [part.shape for part in parts] != sizes
+        or len({part.dtype for part in parts}) > 1,
+        "of other weights or biases": any(
+            each and [weight.shape for weight in each] != [(values,)] * len(parts) for each in (weights, biases)
+        ),
+        "with tables of other tokens": any((each is None) != (not table) for each in (cos, sin)),
+    }
+    for each in (cos, sin):
+        if each is not None:
+            fits = each.dim() == 3 and each.shape[0] in (1, batch) and each.shape[2] in (width, width // 2)
+            problems[f"with a table of {tuple(each.shape)}"] = not fits or each.shape[1] != sum(table)
+    if wrong := [problem for problem, there in problems.items() if there]:
+        raise ValueError(f"norm_rope {', '.join(wrong)}")
+
+
+def _normalized(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, norm: str, eps: float
+) -> torch.Tensor:
+    if norm == "none":
+        return x
+    exact = accumulation_dtype(x.dtype)
+    wide = (x.flatten(2) if norm.endswith("_all") else x).to(exact)
+    if norm.startswith("layer"):
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        wide = wide * weight.to(exact)
+    if bias is not None:
+        wide = wide + bias.to(exact)
+    return wide.to(x.dtype).view(x.shape)
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool) -> torch.Tensor:
+    exact, width = accumulation_dtype(x.dtype), x.shape[-1]
+
+    def pairs(lanes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        wide = lanes.to(exact)
+        if lanes.shape[-1] < width:
+            return wide, wide
+        return wide.chunk(2, -1) if halves else wide.unflatten(-1, (-1, 2)).unbind(-1)
+
+    (first, second), (c, d), (s, t) = pairs(x), pairs(cos.unsqueeze(2)), pairs(sin.unsqueeze(2))
+    turned = [first * c - second * s, second * d + first * t]
+    return (torch.cat(turned, -1) if halves else torch.stack(turned, -1).flatten(-2)).to(x.dtype)
+
+
+def _fake(
+    parts: list[torch.Tensor], weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor | None,
+    sin: torch.Tensor | None, rotated: list[int], norm: str, eps: float, lines: int, halves: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """New tensors for the results."""
+    _check(parts, weights, biases, cos, sin, rotated, norm, lines)
+    first = parts[0]
+    tokens = sum(part.shape[1] for part in parts[: len(rotated)])
+    shape = (first.shape[0], tokens, *first.shape[2:])
+    return [torch.empty(shape, dtype=first.dtype, device=first.device) for _ in range(lines)]
+
+
+@_jit
+def _pick(first, second, third, fourth, line, source):
+    """The value of a line's source."""
+    return tl.where(line == 0, tl.where(source == 0, first, second), tl.where(source == 0, third, fourth))
+
+
+@_jit
+def _load_pairs(
+    rows, there, head, lane, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr, HALVES: tl.constexpr
+):
+    """First and second lanes in float32, [ROWS, PAIRS] each, of rows whose pointers are [ROWS, 1].
+
+    ``head`` and ``lane`` are the strides of these.
+    """
+    if HALVES:
+        pair = tl.arange(0, PAIRS)[None, :]
+        half: tl.constexpr = WIDTH // 2
+        at = rows + (pair // half).to(tl.int64) * head + pair % half * lane
+        there = there & (pair < VALUES // 2)
+        first, second = tl.load(at, there, 0.0), tl.load(at + half * lane, there, 0.0)
+    else:
+        value = tl.arange(0, 2 * PAIRS)[None, :]
+        at = rows + (value // WIDTH).to(tl.int64) * head + value % WIDTH * lane
+        both = tl.load(at, there & (value < VALUES), 0.0)
+        first, second = tl.split(tl.reshape(both, (both.shape[0], PAIRS, 2)))
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@_jit
+def _load_table(
+    rows, there, lane, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr, HALVES: tl.constexpr,
+    OF_LANES: tl.constexpr,
+):  # fmt: skip
+    """`_load_pairs` of what all heads of a token share: a number for each lane, or one for each pair."""
+    if OF_LANES:
+        first, second = _load_pairs(rows, there, 0, lane, WIDTH, VALUES, PAIRS, HALVES)
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        first = tl.load(rows + pair % (WIDTH // 2) * lane, there & (pair < VALUES // 2), 0.0).to(tl.float32)
+        second = first
+    return first, second
+
+
+@_jit
+def _store_pairs(
+    rows, there, first, second, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr, HALVES: tl.constexpr
+):
+    """The opposite of `_load_pairs`, to contiguous memory."""
+    if HALVES:
+        pair = tl.arange(0, PAIRS)[None, :]
+        half: tl.constexpr = WIDTH // 2
+        at = rows + pair // half * WIDTH + pair % half
+        there = there & (pair < VALUES // 2)
+        tl.store(at, first, there)
+        tl.store(at + half, second, there)
+    else:
+        value = tl.arange(0, 2 * PAIRS)[None, :]
+        both = tl.reshape(tl.join(first, second), (first.shape[0], 2 * PAIRS))
+        tl.store(rows + value, both, there & (value < VALUES))
+
+
+@_jit
+def _normalize(
+    first, second, weight, bias, EPS: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr,
+    PAIRS: tl.constexpr, HALVES: tl.constexpr, CENTERED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Normalized rows, rounded to ``DTYPE``, in float32. Weights are on their way before the rows are summed up."""
+    start = tl.zeros((1, 1), tl.int32)
+    always = start == 0
+    if WEIGHTED:
+        weights = _load_pairs(weight + start, always, WIDTH, 1, WIDTH, VALUES, PAIRS, HALVES)
+    if BIASED:
+        biases = _load_pairs(bias + start, always, WIDTH, 1, WIDTH, VALUES, PAIRS, HALVES)
+    if CENTERED:
+        known = tl.arange(0, PAIRS)[None, :] < VALUES // 2
+        mean = tl.sum(first + second, 1, keep_dims=True) / VALUES
+        first, second = tl.where(known, first - mean, 0.0), tl.where(known, second - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(first * first + second * second, 1, keep_dims=True) / VALUES + EPS)
+    first, second = first * scale, second * scale
+    if WEIGHTED:
+        first, second = first * weights[0], second * weights[1]
+    if BIASED:
+        first, second = first + biases[0], second + biases[1]
+    return first.to(DTYPE).to(tl.float32), second.to(DTYPE).to(tl.float32)
+
+
+@_jit
+def _norm_rope_kernel(
+    x0, x1, x2, x3, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3, cos, sin, out0, out1,
+    x0_batch, x1_batch, x2_batch, x3_batch, x0_token, x1_token, x2_token, x3_token, x0_head, x1_head, x2_head, x3_head,
+    cos_batch, cos_token, cos_lane, sin_batch, sin_token, sin_lane, batch, tokens0, tokens1,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, NORMED: tl.constexpr, CENTERED: tl.constexpr,
+    WEIGHTED: tl.constexpr, BIASED: tl.constexpr, TURNS0: tl.constexpr, TURNS1: tl.constexpr, HALVES: tl.constexpr,
+    COS_OF_LANES: tl.constexpr, SIN_OF_LANES: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    EPS: tl.constexpr,
+):  # fmt: skip
+    """A program does ``ROWS`` rows of one source of one line; names end in a source, or in line * 2 + source.
+
+    A row is one head of a token or all of them, ``VALUES`` values; ``PAIRS`` is half of that or the next power of two.
+    """
+    tile, line = tl.program_id(0), tl.program_id(1)
+    splits: tl.constexpr = HEADS * WIDTH // VALUES
+    tiles0 = tl.cdiv(batch * tokens0 * splits, ROWS)
+    source = (tile >= tiles0).to(tl.int32)
+    tokens = tl.where(source == 0, tokens0, tokens1)
+    row = (tile - source * tiles0) * ROWS + tl.arange(0, ROWS)[:, None]
+    rows = batch * tokens * splits
+    there = row < rows
+    head = (row % splits).to(tl.int64)
+    token = (row // splits % tokens).to(tl.int64)
+    sample = (row // splits // tokens).to(tl.int64)
+    head_stride = _pick(x0_head, x1_head, x2_head, x3_head, line, source)
+    x = _pick(x0, x1, x2, x3, line, source) + head * head_stride
+    x += sample * _pick(x0_batch, x1_batch, x2_batch, x3_batch, line, source)
+    x += token * _pick(x0_token, x1_token, x2_token, x3_token, line, source)
+    first, second = _load_pairs(x, there, head_stride, 1, WIDTH, VALUES, PAIRS, HALVES)
+    if TURNS0 or TURNS1:
+        turns = row < rows * tl.where(source == 0, TURNS0, TURNS1)
+        place = token + source * tokens0 * TURNS0
+        cos += sample * cos_batch + place * cos_token
+        sin += sample * sin_batch + place * sin_token
+        c, d = _load_table(cos, turns, cos_lane, WIDTH, VALUES, PAIRS, HALVES, COS_OF_LANES)
+        s, t = _load_table(sin, turns, sin_lane, WIDTH, VALUES, PAIRS, HALVES, SIN_OF_LANES)
+    if NORMED:
+        weight = _pick(weight0, weight1, weight2, weight3, line, source)
+        bias = _pick(bias0, bias1, bias2, bias3, line, source)
+        first, second = _normalize(
+            first, second, weight, bias, EPS, x0.dtype.element_ty, WIDTH, VALUES, PAIRS, HALVES, CENTERED, WEIGHTED,
+            BIASED,
+        )  # fmt: skip
+    if TURNS0 or TURNS1:
+        turned, other = first * c - second * s, second * d + first * t
+        first, second = tl.where(turns, turned, first), tl.where(turns, other, second)
+    row_of_out = (sample * (tokens0 + tokens1) + source * tokens0 + token) * splits + head
+    out = tl.where(line == 0, out0, out1) + row_of_out * VALUES
+    _store_pairs(out, there, first, second, WIDTH, VALUES, PAIRS, HALVES)
+
+
+def _launch(
+    parts: list[torch.Tensor], weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor | None,
+    sin: torch.Tensor | None, rotated: list[int], norm: str, eps: float, lines: int, halves: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """`norm_rope_reference` by the kernel."""
+    outs = _fake(parts, weights, biases, cos, sin, rotated, norm, eps, lines, halves)
+    batch, _, heads, width = parts[0].shape
+    tokens = [part.shape[1] for part in parts[: len(rotated)]]
+    values = heads * width if norm.endswith("_all") else width
+    pairs = _power_of_two(values // 2)
+    rows = max(1, _TILE // (2 * pairs))
+    counts = [batch * each * heads * width // values for each in tokens]
+    if not sum(counts):
+        return outs
+    if max(counts) > _MOST_ROWS:
+        raise ValueError(f"norm_rope of {max(counts)} rows, of {_MOST_ROWS} at most")
+    xs = _slots([part if part.stride(3) == 1 else part.contiguous() for part in parts], lines)
+    tables = [xs[0] if each is None else each for each in (cos, sin)]
+    wrap_triton(_norm_rope_kernel)[(sum(-(-count // rows) for count in counts), lines)](
+        *xs,
+        *_slots(_alike(weights) or parts, lines),
+        *_slots(_alike(biases) or parts, lines),
+        *tables,
+        outs[0],
+        outs[1] if lines == MOST else torch.empty(1, dtype=parts[0].dtype, device=parts[0].device),
+        *(x.stride(dim) for dim in range(3) for x in xs),
+        *(table.stride(dim) if table.shape[dim] > 1 else 0 for table in tables for dim in range(3)),
+        batch,
+        tokens[0],
+        sum(tokens[1:]),
+        HEADS=heads,
+        WIDTH=width,
+        VALUES=values,
+        NORMED=norm != "none",
+        CENTERED=norm.startswith("layer"),
+        WEIGHTED=bool(weights),
+        BIASED=bool(biases),
+        TURNS0=int(bool(rotated[0])),
+        TURNS1=int(bool(rotated[-1])),
+        HALVES=halves,
+        COS_OF_LANES=tables[0].shape[-1] == width,
+        SIN_OF_LANES=tables[1].shape[-1] == width,
+        PAIRS=pairs,
+        ROWS=rows,
+        EPS=eps,
+        num_warps=min(16, max(4, 2 * pairs // 512)),
+    )
+    return outs
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def _slots(tensors: list[torch.Tensor], lines: int) -> list[torch.Tensor]:
+    """One for each source of each line; those that are not there repeat others."""
+    sources = len(tensors) // lines
+    return [
+        tensors[min(line, lines - 1) * sources + min(source, sources - 1)]
+        for line in range(MOST)
+        for source in range(MOST)
+    ]
+
+
+def _alike(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Contiguous, and of one dtype."""
+    dtype = torch.float32 if len({each.dtype for each in tensors}) > 1 else None
+    return [each.to(dtype or each.dtype).contiguous() for each in tensors]
+
+
+def _norm_rope(
+    parts: list[torch.Tensor], weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor | None,
+    sin: torch.Tensor | None, rotated: list[int], norm: str, eps: float, lines: int, halves: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The kernel on CUDA; inductor sees what is called here."""
+    run = _launch if parts[0].is_cuda and parts[0].dtype != torch.float64 else norm_rope_reference
+    return run(parts, weights, biases, cos, sin, rotated, norm, eps, lines, halves)
+
+
+if TRITON:
+    triton_op("xdit_compile::norm_rope", _norm_rope, mutates_args={})
+    register_kernel("xdit_compile::norm_rope", "cpu", norm_rope_reference)
+else:
+    custom_op("xdit_compile::norm_rope", norm_rope_reference, mutates_args={})
+register_fake("xdit_compile::norm_rope", _fake)
