@@ -16,9 +16,10 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "linear_of_parts", "CompositeExplicitAutograd")
 def linear_of_parts(parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``cat(parts, -1) @ weight.T + bias``, as a sum of products of the parts, the widest first.
+    """``cat(parts, -1) @ weight.T + bias``, as a sum of products of the parts.
 
-    In half precision the sum of those before is rounded once for each further part.
+    In half precision the sum of those before is rounded once for each further part; the narrowest comes first, so that
+    what is rounded early is small.
 
     Args:
         parts: one or more of [..., features], equal in all dims but the last.
@@ -34,7 +35,7 @@ def linear_of_parts(parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: t
     widths = [part.shape[-1] for part in parts]
     if sum(widths) != weight.shape[1]:
         raise ValueError(f"parts of {widths} features for a weight that takes {weight.shape[1]}")
-    order = sorted(range(len(parts)), key=lambda index: -widths[index])
+    order = sorted(range(len(parts)), key=widths.__getitem__)
     columns = weight.split(widths, 1)
     rows = [part.reshape(-1, width) for part, width in zip(parts, widths, strict=True)]
     total = F.linear(rows[order[0]], columns[order[0]], bias)

@@ -15,9 +15,13 @@ import procs
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 import xdit_compile
 import xdit_compile.kernels.attention
+import xdit_compile.kernels.linear_gelu
+import xdit_compile.kernels.linear_of_parts
 import xdit_compile.kernels.stale_rows  # noqa: F401 - registers its op
 from xdit_compile.distributed.devices import backend_for
 from xdit_compile.distributed.mesh import Mesh, connect
@@ -26,6 +30,7 @@ from xdit_compile.distributed.watchdog import lenient
 from xdit_compile.errors import AgreementError
 from xdit_compile.kernels.collectives.process_groups import Groups, carrier, complete
 from xdit_compile.kernels.merge_lse import merge
+from xdit_compile.kernels.norm_rope import norm_rope_reference
 from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.reference import attention_reference
 from xdit_compile.kernels.registry import PROVIDERS
@@ -178,3 +183,34 @@ def exchanged(rank: int, sizes: list[int]) -> Iterator[bool]:
 def test_exchanges_that_nobody_waits_for(nccl: bool, aside: bool) -> None:
     ranks = 1 if nccl else 2
     assert procs.run(behind, ranks, nccl, aside, timeout=240, method="spawn") == [[True] * 5] * ranks
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_of_fusion_passes(dtype: torch.dtype, compiled: bool) -> None:
+    """As near to float64 as the operators that they stand for, but for one more rounding of sums."""
+    torch.manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    products = [drawn(2, tokens, 3 * 5 * 72) for tokens in (33, 130)]
+    parts = [each[..., at : at + 5 * 72].unflatten(-1, (5, 72)) for at in (0, 5 * 72) for each in products]
+    angles = torch.rand(1, 130, 72, device="cuda")
+    heads = (parts, [drawn(72) for _ in parts], [], angles.cos(), angles.sin(), [0, 1], "rms", 1e-6, 2)
+    x, weight, bias = drawn(2, 33, 64), drawn(96, 64) / 8, drawn(96)
+    pieces, wide = [drawn(2, 33, 24), drawn(2, 33, 72)], drawn(64, 96) / 10
+    cases: list[tuple[Any, Any, tuple[Any, ...]]] = [
+        (OPS.norm_rope, norm_rope_reference, (*heads, False)),
+        (OPS.norm_rope, norm_rope_reference, (*heads, True)),
+        (OPS.linear_gelu, lambda *given: [F.gelu(F.linear(*given), approximate="tanh")], (x, weight, bias)),
+        (OPS.linear_of_parts, lambda some, *given: [F.linear(torch.cat(some, -1), *given)], (pieces, wide, drawn(64) / 10)),
+    ]
+    for op, plain, given in cases:
+        wide_given = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.double(), given)
+        run = torch.compile(lambda *args, op=op: op(*args), dynamic=False) if compiled else op
+        found, own, expected = (pytree.tree_leaves(each) for each in (run(*given), plain(*given), plain(*wide_given)))
+        for one, other, like in zip(found, own, expected, strict=True):
+            errors = [(each.double() - like).square().mean().sqrt().item() for each in (one, other)]
+            slack = 1.3 if op is OPS.linear_of_parts else 1.05  # sums are rounded once for each part
+            assert errors[0] <= (slack * errors[1] if dtype == torch.bfloat16 else 1e-5 * like.abs().max().item())
