@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PROMPT := a large red star in the center on a striped mint background
 TESTS := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 
-.PHONY: env demo test test-slow test-gpu conformance operators lint pipeline clean
+.PHONY: env demo test test-slow test-gpu bench-gpu conformance operators lint pipeline clean
 
 env: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ test-gpu: env
 	$(BIN)/python -m pytest -m gpu tests/test_on_gpu.py tests/test_kernels_on_gpu.py
 
 # Goes on where it was stopped, and runs only what changed; exit code 1 where a pipeline is wrong or crashes. ARGS: --help
+bench-gpu: env
+	cd benchmarks && $(abspath $(BIN))/python kernels.py
+	cd benchmarks && $(abspath $(BIN))/python one_card.py --backend inductor --mode max-autotune-no-cudagraphs
+
 conformance: env
 	PYTHONPATH=tests $(BIN)/python -m conformance --jobs $(or $(JOBS),1) --report docs/conformance.md $(ARGS)
 

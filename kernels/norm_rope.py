@@ -1,8 +1,12 @@
-"""Normalizing and rotating queries and keys of several sources, and joining them along the tokens, in one kernel."""
+"""Normalizing and rotating queries and keys of several sources, and joining them along the tokens, in one kernel.
+
+Values may come along as they are, and all of it may go into the buffer of an all-to-all of heads.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -37,10 +41,11 @@ _MOST_ROWS = 2**31 - _TILE
 def norm_rope_reference(
     parts: list[torch.Tensor], weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor | None,
     sin: torch.Tensor | None, rotated: list[int], norm: str, eps: float, lines: int, halves: bool,
+    plain: list[torch.Tensor], groups: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Every line's sources normalized, some of them rotated (RoFormer, arXiv:2104.09864), and joined along the tokens.
 
-    All is computed in float32 (float64 where the parts are), and rounded after the norm and after the rotation.
+    All is computed in float32 (float64 where the parts are), and rounded once, at the end.
 
     Args:
         parts: [B, T_s, H, D] each, of one dtype and any strides; the sources of the first line, then of the second.
@@ -52,16 +57,19 @@ def norm_rope_reference(
         rotated: for each source, whether it is.
         norm: a name of ``NORMS``.
         eps: added to the mean of squares.
-        lines: how many results there are.
+        lines: how many are normalized.
         halves: a pair is (i, i + D / 2), not (2i, 2i + 1).
+        plain: none, or the sources of one more line, the last, that are only joined; as ``parts``.
+        groups: 0, or into how many groups of consecutive heads the results go.
 
     Returns:
-        For each line a new contiguous tensor [B, sum of T_s, H, D] of the dtype of the parts.
+        For each line a new contiguous tensor [B, sum of T_s, H, D] of the dtype of the parts. With groups one flat
+        tensor of all: [groups, sum of T_s, B, lines, H / groups, D].
 
     Raises:
         ValueError: when the arguments do not fit together.
     """
-    _check(parts, weights, biases, cos, sin, rotated, norm, lines)
+    _check(parts, weights, biases, cos, sin, rotated, norm, lines, plain, groups)
     sources, done = len(rotated), []
     ends = list(accumulate(part.shape[1] if turns else 0 for part, turns in zip(parts, rotated, strict=False)))
     for at, part in enumerate(parts):
@@ -69,26 +77,30 @@ def norm_rope_reference(
         if cos is not None and sin is not None and rotated[at % sources]:
             rows = slice(ends[at % sources] - part.shape[1], ends[at % sources])
             x = _turned(x, cos[:, rows], sin[:, rows], halves)
-        done.append(x)
-    return [torch.cat(done[at : at + sources], 1).contiguous() for at in range(0, len(done), sources)]
+        done.append(x.to(part.dtype))
+    done += plain
+    joined = [torch.cat(done[at : at + sources], 1).contiguous() for at in range(0, len(done), sources)]
+    return [_packed(joined, groups)] if groups else joined
 
 
 def _check(
     parts: list[torch.Tensor], weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor | None,
-    sin: torch.Tensor | None, rotated: list[int], norm: str, lines: int,
+    sin: torch.Tensor | None, rotated: list[int], norm: str, lines: int, plain: list[torch.Tensor], groups: int,
 ) -> None:  # fmt: skip
     """Raises ValueError with what does not fit."""
     sources = len(rotated)
     batch, _, heads, width = parts[0].shape
     values = heads * width if norm.endswith("_all") else width
     table = [part.shape[1] for part, turns in zip(parts, rotated, strict=False) if turns]
-    sizes = [(batch, parts[at % sources].shape[1], heads, width) for at in range(len(parts))]
+    sizes = [(batch, parts[at % sources].shape[1], heads, width) for at in range(len(parts + plain))]
     problems = {
         f"of norm {norm}": norm not in NORMS or bool(biases) and not norm.startswith("layer"),
         f"of {len(parts)} parts": len(parts) != lines * sources or not {lines, sources} <= set(range(1, MOST + 1)),
+        f"of {len(plain)} plain parts": len(plain) not in (0, sources),
+        f"of {heads} heads in {groups} groups": groups < 0 or groups > 0 and heads % groups != 0,
         f"of lanes in pairs of {width}": width % 2 != 0,
-        "of parts of several shapes or dtypes": [part.shape for part in parts] != sizes
-        or len({part.dtype for part in parts}) > 1,
+        "of parts of several shapes or dtypes": [part.shape for part in parts + plain] != sizes
+        or len({part.dtype for part in parts + plain}) > 1,
         "of other weights or biases": any(
             each and [weight.shape for weight in each] != [(values,)] * len(parts) for each in (weights, biases)
         ),
@@ -105,9 +117,10 @@ def _check(
 def _normalized(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, norm: str, eps: float
 ) -> torch.Tensor:
-    if norm == "none":
-        return x
+    """In the dtype of sums."""
     exact = accumulation_dtype(x.dtype)
+    if norm == "none":
+        return x.to(exact)
     wide = (x.flatten(2) if norm.endswith("_all") else x).to(exact)
     if norm.startswith("layer"):
         wide = wide - wide.mean(-1, keepdim=True)
@@ -116,33 +129,40 @@ def _normalized(
         wide = wide * weight.to(exact)
     if bias is not None:
         wide = wide + bias.to(exact)
-    return wide.to(x.dtype).view(x.shape)
+    return wide.view(x.shape)
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool) -> torch.Tensor:
-    exact, width = accumulation_dtype(x.dtype), x.shape[-1]
+    width = x.shape[-1]
 
     def pairs(lanes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        wide = lanes.to(exact)
+        wide = lanes.to(x.dtype)
         if lanes.shape[-1] < width:
             return wide, wide
         return wide.chunk(2, -1) if halves else wide.unflatten(-1, (-1, 2)).unbind(-1)
 
     (first, second), (c, d), (s, t) = pairs(x), pairs(cos.unsqueeze(2)), pairs(sin.unsqueeze(2))
     turned = [first * c - second * s, second * d + first * t]
-    return (torch.cat(turned, -1) if halves else torch.stack(turned, -1).flatten(-2)).to(x.dtype)
+    return torch.cat(turned, -1) if halves else torch.stack(turned, -1).flatten(-2)
+
+
+def _packed(lines: list[torch.Tensor], groups: int) -> torch.Tensor:
+    batch, tokens, heads, width = lines[0].shape
+    sizes = tokens, batch, groups, heads // groups * width
+    return torch.cat([x.permute(1, 0, 2, 3).reshape(sizes).permute(2, 0, 1, 3) for x in lines], 3).reshape(-1)
 
 
 def _fake(
     parts: list[torch.Tensor], weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor | None,
     sin: torch.Tensor | None, rotated: list[int], norm: str, eps: float, lines: int, halves: bool,
+    plain: list[torch.Tensor], groups: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     """New tensors for the results."""
-    _check(parts, weights, biases, cos, sin, rotated, norm, lines)
-    first = parts[0]
-    tokens = sum(part.shape[1] for part in parts[: len(rotated)])
-    shape = (first.shape[0], tokens, *first.shape[2:])
-    return [torch.empty(shape, dtype=first.dtype, device=first.device) for _ in range(lines)]
+    _check(parts, weights, biases, cos, sin, rotated, norm, lines, plain, groups)
+    first, count = parts[0], lines + bool(plain)
+    shape = (first.shape[0], sum(part.shape[1] for part in parts[: len(rotated)]), *first.shape[2:])
+    shapes = [(count * math.prod(shape),)] if groups else [shape] * count
+    return [torch.empty(each, dtype=first.dtype, device=first.device) for each in shapes]
 
 
 @_jit
@@ -152,10 +172,21 @@ def _pick(first, second, third, fourth, line, source):
 
 
 @_jit
+def _pick_part(
+    first, second, third, fourth, fifth, sixth, line, source, LINES: tl.constexpr, PLAIN: tl.constexpr
+):  # fmt: skip
+    """`_pick`, where the last line is the plain one."""
+    picked = _pick(first, second, third, fourth, line, source)
+    if PLAIN:
+        picked = tl.where(line == LINES, tl.where(source == 0, fifth, sixth), picked)
+    return picked
+
+
+@_jit
 def _load_pairs(
     rows, there, head, lane, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr, HALVES: tl.constexpr
 ):
-    """First and second lanes in float32, [ROWS, PAIRS] each, of rows whose pointers are [ROWS, 1].
+    """First and second lanes, [ROWS, PAIRS] each, of rows whose pointers are [ROWS, 1].
 
     ``head`` and ``lane`` are the strides of these.
     """
@@ -170,7 +201,7 @@ def _load_pairs(
         at = rows + (value // WIDTH).to(tl.int64) * head + value % WIDTH * lane
         both = tl.load(at, there & (value < VALUES), 0.0)
         first, second = tl.split(tl.reshape(both, (both.shape[0], PAIRS, 2)))
-    return first.to(tl.float32), second.to(tl.float32)
+    return first, second
 
 
 @_jit
@@ -178,40 +209,51 @@ def _load_table(
     rows, there, lane, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr, HALVES: tl.constexpr,
     OF_LANES: tl.constexpr,
 ):  # fmt: skip
-    """`_load_pairs` of what all heads of a token share: a number for each lane, or one for each pair."""
+    """`_load_pairs` of what all heads of a token share, in float32: a number for each lane, or one for each pair."""
     if OF_LANES:
         first, second = _load_pairs(rows, there, 0, lane, WIDTH, VALUES, PAIRS, HALVES)
     else:
         pair = tl.arange(0, PAIRS)[None, :]
-        first = tl.load(rows + pair % (WIDTH // 2) * lane, there & (pair < VALUES // 2), 0.0).to(tl.float32)
+        first = tl.load(rows + pair % (WIDTH // 2) * lane, there & (pair < VALUES // 2), 0.0)
         second = first
-    return first, second
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@_jit
+def _spread(value, group, VALUES: tl.constexpr, SPAN: tl.constexpr):
+    """Where the values of a row lie that is cut into spans."""
+    if SPAN < VALUES:
+        place = (value // SPAN).to(tl.int64) * group + value % SPAN
+    else:
+        place = value
+    return place
 
 
 @_jit
 def _store_pairs(
-    rows, there, first, second, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr, HALVES: tl.constexpr
-):
-    """The opposite of `_load_pairs`, to contiguous memory."""
+    rows, there, first, second, group, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr,
+    HALVES: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """The opposite of `_load_pairs`, to memory where ``SPAN`` values lie side by side, and the next ``group`` on."""
     if HALVES:
         pair = tl.arange(0, PAIRS)[None, :]
         half: tl.constexpr = WIDTH // 2
-        at = rows + pair // half * WIDTH + pair % half
+        at = rows + _spread(pair // half * WIDTH + pair % half, group, VALUES, SPAN)
         there = there & (pair < VALUES // 2)
         tl.store(at, first, there)
         tl.store(at + half, second, there)
     else:
         value = tl.arange(0, 2 * PAIRS)[None, :]
         both = tl.reshape(tl.join(first, second), (first.shape[0], 2 * PAIRS))
-        tl.store(rows + value, both, there & (value < VALUES))
+        tl.store(rows + _spread(value, group, VALUES, SPAN), both, there & (value < VALUES))
 
 
 @_jit
 def _normalize(
-    first, second, weight, bias, EPS: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr,
-    PAIRS: tl.constexpr, HALVES: tl.constexpr, CENTERED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
+    first, second, weight, bias, EPS: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr,
+    HALVES: tl.constexpr, CENTERED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """Normalized rows, rounded to ``DTYPE``, in float32. Weights are on their way before the rows are summed up."""
+    """Normalized rows in float32. Weights are on their way before the rows are summed up."""
     start = tl.zeros((1, 1), tl.int32)
     always = start == 0
     if WEIGHTED:
@@ -225,17 +267,40 @@ def _normalize(
     scale = tl.rsqrt(tl.sum(first * first + second * second, 1, keep_dims=True) / VALUES + EPS)
     first, second = first * scale, second * scale
     if WEIGHTED:
-        first, second = first * weights[0], second * weights[1]
+        first, second = first * weights[0].to(tl.float32), second * weights[1].to(tl.float32)
     if BIASED:
-        first, second = first + biases[0], second + biases[1]
-    return first.to(DTYPE).to(tl.float32), second.to(DTYPE).to(tl.float32)
+        first, second = first + biases[0].to(tl.float32), second + biases[1].to(tl.float32)
+    return first, second
+
+
+@_jit
+def _row_of_out(
+    out0, out1, out2, line, head, token, sample, batch, tokens, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    COUNT: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Where a row begins in the results of ``COUNT`` lines, and the elements from one group of heads to the next."""
+    group = tokens * batch * (HEADS * WIDTH * COUNT)
+    if GROUPS:
+        each: tl.constexpr = HEADS // GROUPS
+        group = group // GROUPS
+        out = out0 + ((token * batch + sample) * COUNT + line) * (each * WIDTH)
+        out += (head // each).to(tl.int64) * group + head % each * WIDTH
+    else:
+        out = out0
+        if COUNT > 1:
+            out = tl.where(line == 1, out1, out)
+        if COUNT > 2:
+            out = tl.where(line == 2, out2, out)
+        out += ((sample * tokens + token) * HEADS + head) * WIDTH
+    return out, group
 
 
 @_jit
 def _norm_rope_kernel(
-    x0, x1, x2, x3, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3, cos, sin, out0, out1,
-    x0_batch, x1_batch, x2_batch, x3_batch, x0_token, x1_token, x2_token, x3_token, x0_head, x1_head, x2_head, x3_head,
-    cos_batch, cos_token, cos_lane, sin_batch, sin_token, sin_lane, batch, tokens0, tokens1,
+    x0, x1, x2, x3, x4, x5, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3, cos, sin, out0, out1, out2,
+    x0_batch, x1_batch, x2_batch, x3_batch, x4_batch, x5_batch, x0_token, x1_token, x2_token, x3_token, x4_token,
+    x5_token, x0_head, x1_head, x2_head, x3_head, x4_head, x5_head, cos_batch, cos_token, cos_lane, sin_batch,
+    sin_token, sin_lane, batch, tokens0, tokens1, LINES: tl.constexpr, PLAIN: tl.constexpr, GROUPS: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, NORMED: tl.constexpr, CENTERED: tl.constexpr,
     WEIGHTED: tl.constexpr, BIASED: tl.constexpr, TURNS0: tl.constexpr, TURNS1: tl.constexpr, HALVES: tl.constexpr,
     COS_OF_LANES: tl.constexpr, SIN_OF_LANES: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
@@ -252,43 +317,51 @@ def _norm_rope_kernel(
     tokens = tl.where(source == 0, tokens0, tokens1)
     row = (tile - source * tiles0) * ROWS + tl.arange(0, ROWS)[:, None]
     rows = batch * tokens * splits
-    there = row < rows
-    head = (row % splits).to(tl.int64)
+    there, head = row < rows, row % splits
     token = (row // splits % tokens).to(tl.int64)
     sample = (row // splits // tokens).to(tl.int64)
-    head_stride = _pick(x0_head, x1_head, x2_head, x3_head, line, source)
-    x = _pick(x0, x1, x2, x3, line, source) + head * head_stride
-    x += sample * _pick(x0_batch, x1_batch, x2_batch, x3_batch, line, source)
-    x += token * _pick(x0_token, x1_token, x2_token, x3_token, line, source)
+    head_stride = _pick_part(x0_head, x1_head, x2_head, x3_head, x4_head, x5_head, line, source, LINES, PLAIN)
+    x = _pick_part(x0, x1, x2, x3, x4, x5, line, source, LINES, PLAIN) + head.to(tl.int64) * head_stride
+    x += sample * _pick_part(
+        x0_batch, x1_batch, x2_batch, x3_batch, x4_batch, x5_batch, line, source, LINES, PLAIN
+    )  # fmt: skip
+    x += token * _pick_part(x0_token, x1_token, x2_token, x3_token, x4_token, x5_token, line, source, LINES, PLAIN)
     first, second = _load_pairs(x, there, head_stride, 1, WIDTH, VALUES, PAIRS, HALVES)
-    if TURNS0 or TURNS1:
-        turns = row < rows * tl.where(source == 0, TURNS0, TURNS1)
-        place = token + source * tokens0 * TURNS0
-        cos += sample * cos_batch + place * cos_token
-        sin += sample * sin_batch + place * sin_token
-        c, d = _load_table(cos, turns, cos_lane, WIDTH, VALUES, PAIRS, HALVES, COS_OF_LANES)
-        s, t = _load_table(sin, turns, sin_lane, WIDTH, VALUES, PAIRS, HALVES, SIN_OF_LANES)
-    if NORMED:
-        weight = _pick(weight0, weight1, weight2, weight3, line, source)
-        bias = _pick(bias0, bias1, bias2, bias3, line, source)
-        first, second = _normalize(
-            first, second, weight, bias, EPS, x0.dtype.element_ty, WIDTH, VALUES, PAIRS, HALVES, CENTERED, WEIGHTED,
-            BIASED,
-        )  # fmt: skip
-    if TURNS0 or TURNS1:
-        turned, other = first * c - second * s, second * d + first * t
-        first, second = tl.where(turns, turned, first), tl.where(turns, other, second)
-    row_of_out = (sample * (tokens0 + tokens1) + source * tokens0 + token) * splits + head
-    out = tl.where(line == 0, out0, out1) + row_of_out * VALUES
-    _store_pairs(out, there, first, second, WIDTH, VALUES, PAIRS, HALVES)
+    if not PLAIN or line < LINES:
+        one, other = first.to(tl.float32), second.to(tl.float32)
+        if TURNS0 or TURNS1:
+            turns = row < rows * tl.where(source == 0, TURNS0, TURNS1)
+            place = token + source * tokens0 * TURNS0
+            cosines = cos + sample * cos_batch + place * cos_token
+            c, d = _load_table(cosines, turns, cos_lane, WIDTH, VALUES, PAIRS, HALVES, COS_OF_LANES)
+            sines = sin + sample * sin_batch + place * sin_token
+            s, t = _load_table(sines, turns, sin_lane, WIDTH, VALUES, PAIRS, HALVES, SIN_OF_LANES)
+        if NORMED:
+            weight = _pick(weight0, weight1, weight2, weight3, line, source)
+            bias = _pick(bias0, bias1, bias2, bias3, line, source)
+            one, other = _normalize(
+                one, other, weight, bias, EPS, WIDTH, VALUES, PAIRS, HALVES, CENTERED, WEIGHTED, BIASED
+            )  # fmt: skip
+        if TURNS0 or TURNS1:
+            turned, partner = one * c - other * s, other * d + one * t
+            one, other = tl.where(turns, turned, one), tl.where(turns, partner, other)
+        first, second = one.to(first.dtype), other.to(second.dtype)
+    joined = tl.zeros((1, 1), tl.int64) + tokens0 + tokens1
+    token += source * tokens0
+    out, group = _row_of_out(
+        out0, out1, out2, line, head, token, sample, batch, joined, HEADS, WIDTH, LINES + PLAIN, GROUPS
+    )  # fmt: skip
+    span: tl.constexpr = HEADS * WIDTH // GROUPS if GROUPS else HEADS * WIDTH
+    _store_pairs(out, there, first, second, group, WIDTH, VALUES, PAIRS, HALVES, span)
 
 
 def _launch(
     parts: list[torch.Tensor], weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor | None,
     sin: torch.Tensor | None, rotated: list[int], norm: str, eps: float, lines: int, halves: bool,
+    plain: list[torch.Tensor], groups: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     """`norm_rope_reference` by the kernel."""
-    outs = _fake(parts, weights, biases, cos, sin, rotated, norm, eps, lines, halves)
+    outs = _fake(parts, weights, biases, cos, sin, rotated, norm, eps, lines, halves, plain, groups)
     batch, _, heads, width = parts[0].shape
     tokens = [part.shape[1] for part in parts[: len(rotated)]]
     values = heads * width if norm.endswith("_all") else width
@@ -299,20 +372,25 @@ def _launch(
         return outs
     if max(counts) > _MOST_ROWS:
         raise ValueError(f"norm_rope of {max(counts)} rows, of {_MOST_ROWS} at most")
-    xs = _slots([part if part.stride(3) == 1 else part.contiguous() for part in parts], lines)
+    xs, own = (
+        [part if part.stride(3) == 1 else part.contiguous() for part in each] for each in (parts, plain or parts)
+    )
+    xs = [*_slots(xs, lines), own[0], own[len(rotated) - 1]]
     tables = [xs[0] if each is None else each for each in (cos, sin)]
-    wrap_triton(_norm_rope_kernel)[(sum(-(-count // rows) for count in counts), lines)](
+    wrap_triton(_norm_rope_kernel)[(sum(-(-count // rows) for count in counts), lines + bool(plain))](
         *xs,
         *_slots(_alike(weights) or parts, lines),
         *_slots(_alike(biases) or parts, lines),
         *tables,
-        outs[0],
-        outs[1] if lines == MOST else torch.empty(1, dtype=parts[0].dtype, device=parts[0].device),
+        *[*outs, xs[0], xs[0]][: MOST + 1],
         *(x.stride(dim) for dim in range(3) for x in xs),
         *(table.stride(dim) if table.shape[dim] > 1 else 0 for table in tables for dim in range(3)),
         batch,
         tokens[0],
         sum(tokens[1:]),
+        LINES=lines,
+        PLAIN=int(bool(plain)),
+        GROUPS=groups,
         HEADS=heads,
         WIDTH=width,
         VALUES=values,
@@ -357,10 +435,11 @@ def _alike(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 def _norm_rope(
     parts: list[torch.Tensor], weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor | None,
     sin: torch.Tensor | None, rotated: list[int], norm: str, eps: float, lines: int, halves: bool,
+    plain: list[torch.Tensor], groups: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     """The kernel on CUDA; inductor sees what is called here."""
     run = _launch if parts[0].is_cuda and parts[0].dtype != torch.float64 else norm_rope_reference
-    return run(parts, weights, biases, cos, sin, rotated, norm, eps, lines, halves)
+    return run(parts, weights, biases, cos, sin, rotated, norm, eps, lines, halves, plain, groups)
 
 
 if TRITON:

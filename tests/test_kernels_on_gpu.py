@@ -199,12 +199,16 @@ def test_operators_of_fusion_passes(dtype: torch.dtype, compiled: bool) -> None:
     angles = torch.rand(1, 130, 72, device="cuda")
     heads = (parts, [drawn(72) for _ in parts], [], angles.cos(), angles.sin(), [0, 1], "rms", 1e-6, 2)
     x, weight, bias = drawn(2, 33, 64), drawn(96, 64) / 8, drawn(96)
-    pieces, wide = [drawn(2, 33, 24), drawn(2, 33, 72)], drawn(64, 96) / 10
+    pieces, wide, small = [drawn(2, 33, 24), drawn(2, 33, 72)], drawn(64, 96) / 10, drawn(64) / 10
     cases: list[tuple[Any, Any, tuple[Any, ...]]] = [
         (OPS.norm_rope, norm_rope_reference, (*heads, False)),
         (OPS.norm_rope, norm_rope_reference, (*heads, True)),
         (OPS.linear_gelu, lambda *given: [F.gelu(F.linear(*given), approximate="tanh")], (x, weight, bias)),
-        (OPS.linear_of_parts, lambda some, *given: [F.linear(torch.cat(some, -1), *given)], (pieces, wide, drawn(64) / 10)),
+        (
+            OPS.linear_of_parts,
+            lambda some, *given: [F.linear(torch.cat(some, -1), *given)],
+            (pieces, wide, small),
+        ),
     ]
     for op, plain, given in cases:
         wide_given = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.double(), given)
@@ -212,5 +216,5 @@ def test_operators_of_fusion_passes(dtype: torch.dtype, compiled: bool) -> None:
         found, own, expected = (pytree.tree_leaves(each) for each in (run(*given), plain(*given), plain(*wide_given)))
         for one, other, like in zip(found, own, expected, strict=True):
             errors = [(each.double() - like).square().mean().sqrt().item() for each in (one, other)]
-            slack = 1.3 if op is OPS.linear_of_parts else 1.05  # sums are rounded once for each part
+            slack = 1.6 if op is OPS.linear_of_parts else 1.05  # sums are rounded for each part, cut products once more
             assert errors[0] <= (slack * errors[1] if dtype == torch.bfloat16 else 1e-5 * like.abs().max().item())

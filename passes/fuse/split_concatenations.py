@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
 from xdit_compile.capture.simplify import erase_with_sources
 from xdit_compile.ir.arguments import node_of, sequence_of
 from xdit_compile.kernels import linear_of_parts  # noqa: F401 - registers the op
-from xdit_compile.passes.memory.on_meta import Shapes
+from xdit_compile.passes.memory.on_meta import Shapes, name_of
 
 from .rewriting import Found, Fusion
 
@@ -16,6 +18,7 @@ aten = torch.ops.aten
 USED = "the joined value is used by others, too"
 WIDE = "the sum of products would move more than the copy"
 POINTWISE = torch.Tag.pointwise
+VIEWS = ("slice", "split", "split_with_sizes", "reshape", "view", "permute", "transpose", "unsqueeze", "expand")
 
 
 def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
@@ -57,7 +60,10 @@ def _apart(linear: fx.Node, joined: fx.Node, shapes: Shapes) -> str | None:
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and POINTWISE in node.target.tags
+    """Whether a kernel that computes element by element makes a value, or what it is a view of."""
+    while node.op == "call_function" and (name_of(node) in VIEWS or node.target is operator.getitem):
+        node = node_of(node.args[0])
+    return name_of(node) == "cat" or isinstance(node.target, torch._ops.OpOverload) and POINTWISE in node.target.tags
 
 
 split_concatenations = Fusion("split_concatenations", "products of joined values taken part by part", _rewrite)

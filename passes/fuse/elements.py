@@ -1,0 +1,56 @@
+"""Where an element of a value comes from, through operators that only move elements."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from torch import fx
+
+from xdit_compile.capture.mutations import named_arguments
+from xdit_compile.ir.arguments import node_of, sequence_of
+from xdit_compile.passes.memory.on_meta import Shapes, name_of
+
+SAME = ("clone", "contiguous")
+VIEWS = ("reshape", "view", "_unsafe_view")
+Place = tuple[int, ...]
+
+
+def source(
+    node: fx.Node, place: Sequence[int], stops: Collection[fx.Node], shapes: Shapes
+) -> tuple[fx.Node, Place] | None:  # fmt: skip
+    """The node among ``stops`` that an element comes from, and its place there; None where it comes from elsewhere."""
+    at = tuple(int(index) for index in place)
+    while node not in stops:
+        step = _before(node, at, shapes)
+        if step is None:
+            return None
+        node, at = step
+    return node, at
+
+
+def _before(node: fx.Node, place: Place, shapes: Shapes) -> tuple[fx.Node, Place] | None:
+    name = name_of(node) if node.op == "call_function" else ""
+    if name in SAME:
+        return node_of(node.args[0]), place
+    if name in VIEWS:
+        origin = node_of(node.args[0])
+        flat = np.ravel_multi_index(place, tuple(shapes[node].shape)) if place else 0
+        return origin, tuple(int(index) for index in np.unravel_index(flat, tuple(shapes[origin].shape)))
+    given = named_arguments(node) if name in ("permute", "transpose", "cat") else {}
+    if name == "permute":
+        back = list(place)
+        for dim, index in zip(given["dims"], place, strict=True):
+            back[dim % len(place)] = index
+        return node_of(node.args[0]), tuple(back)
+    if name == "transpose":
+        back, one, other = list(place), given["dim0"], given["dim1"]
+        back[one], back[other] = back[other], back[one]
+        return node_of(node.args[0]), tuple(back)
+    if name == "cat":
+        dim, index = (given.get("dim") or 0) % len(place), place[(given.get("dim") or 0) % len(place)]
+        for part in map(node_of, sequence_of(given["tensors"])):
+            if index < shapes[part].shape[dim]:
+                return part, (*place[:dim], index, *place[dim + 1 :])
+            index -= shapes[part].shape[dim]
+    return None
