@@ -37,11 +37,11 @@ def written_in_triton(kernel: Any) -> int:
 
 def _norm_rope(args: Mapping[str, Any]) -> int:
     """`xdit_compile.kernels.norm_rope`: parts and results once, tables and weights once for each tile and token."""
-    lines = 1 + any(args[f"x{at}"].get_name() != args["x0"].get_name() or _offset(args, at) for at in (2, 3))
+    lines = args["LINES"]
     counts = [int(args["tokens0"]), int(args["tokens1"])]
     batch, heads, width, item = int(args["batch"]), args["HEADS"], args["WIDTH"], args["x0"].get_dtype().itemsize
     splits = heads * width // args["VALUES"]
-    moved = 2 * lines * batch * sum(counts) * heads * width * item
+    moved = 2 * (lines + args["PLAIN"]) * batch * sum(counts) * heads * width * item
     for turns, tokens in zip((args["TURNS0"], args["TURNS1"]), counts, strict=True):
         tiles = -(-batch * tokens * splits // args["ROWS"])
         inner = sum(tile * args["ROWS"] % splits != 0 for tile in range(1, tiles))
@@ -49,11 +49,6 @@ def _norm_rope(args: Mapping[str, Any]) -> int:
         affine = [name for name, there in (("weight0", args["WEIGHTED"]), ("bias0", args["BIASED"])) if there]
         moved += lines * tiles * sum(args["VALUES"] * args[name].get_dtype().itemsize for name in affine)
     return moved
-
-
-def _offset(args: Mapping[str, Any], at: int) -> bool:
-    """Whether a part lies elsewhere in the memory of the first one."""
-    return bool(args[f"x{at}"].get_layout().offset != args["x0"].get_layout().offset)
 
 
 def _row(table: Any) -> int:

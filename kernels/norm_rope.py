@@ -166,19 +166,11 @@ def _fake(
 
 
 @_jit
-def _pick(first, second, third, fourth, line, source):
-    """The value of a line's source."""
-    return tl.where(line == 0, tl.where(source == 0, first, second), tl.where(source == 0, third, fourth))
-
-
-@_jit
-def _pick_part(
-    first, second, third, fourth, fifth, sixth, line, source, LINES: tl.constexpr, PLAIN: tl.constexpr
-):  # fmt: skip
-    """`_pick`, where the last line is the plain one."""
-    picked = _pick(first, second, third, fourth, line, source)
+def _pick(first, second, third, fourth, fifth, sixth, slot, PLAIN: tl.constexpr):
+    """What belongs to a source of a line; the last two are those of the plain line."""
+    picked = tl.where(slot < 2, tl.where(slot == 0, first, second), tl.where(slot == 2, third, fourth))
     if PLAIN:
-        picked = tl.where(line == LINES, tl.where(source == 0, fifth, sixth), picked)
+        picked = tl.where(slot < 4, picked, tl.where(slot == 4, fifth, sixth))
     return picked
 
 
@@ -220,32 +212,25 @@ def _load_table(
 
 
 @_jit
-def _spread(value, group, VALUES: tl.constexpr, SPAN: tl.constexpr):
-    """Where the values of a row lie that is cut into spans."""
-    if SPAN < VALUES:
-        place = (value // SPAN).to(tl.int64) * group + value % SPAN
-    else:
-        place = value
-    return place
-
-
-@_jit
 def _store_pairs(
-    rows, there, first, second, group, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr,
-    HALVES: tl.constexpr, SPAN: tl.constexpr,
+    rows, there, first, second, entries, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr,
+    HALVES: tl.constexpr, SPAN: tl.constexpr, ENTRY: tl.constexpr,
 ):  # fmt: skip
-    """The opposite of `_load_pairs`, to memory where ``SPAN`` values lie side by side, and the next ``group`` on."""
+    """The opposite of `_load_pairs`, ``SPAN`` values side by side and the next ``entries`` of size ``ENTRY`` on."""
+    half: tl.constexpr = WIDTH // 2
     if HALVES:
         pair = tl.arange(0, PAIRS)[None, :]
-        half: tl.constexpr = WIDTH // 2
-        at = rows + _spread(pair // half * WIDTH + pair % half, group, VALUES, SPAN)
-        there = there & (pair < VALUES // 2)
+        value = pair // half * WIDTH + pair % half
+    else:
+        value = tl.arange(0, 2 * PAIRS)[None, :]
+    at, there = rows + value, there & (value < VALUES)
+    if SPAN < VALUES:
+        at = rows + (value // SPAN).to(tl.int64) * ENTRY * entries + value % SPAN
+    if HALVES:
         tl.store(at, first, there)
         tl.store(at + half, second, there)
     else:
-        value = tl.arange(0, 2 * PAIRS)[None, :]
-        both = tl.reshape(tl.join(first, second), (first.shape[0], 2 * PAIRS))
-        tl.store(rows + _spread(value, group, VALUES, SPAN), both, there & (value < VALUES))
+        tl.store(at, tl.reshape(tl.join(first, second), (first.shape[0], 2 * PAIRS)), there)
 
 
 @_jit
@@ -274,25 +259,18 @@ def _normalize(
 
 
 @_jit
-def _row_of_out(
-    out0, out1, out2, line, head, token, sample, batch, tokens, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    COUNT: tl.constexpr, GROUPS: tl.constexpr,
+def _place(
+    line, head, token, sample, batch, tokens, HEADS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Where a row begins in the results of ``COUNT`` lines, and the elements from one group of heads to the next."""
-    group = tokens * batch * (HEADS * WIDTH * COUNT)
+    """Where a row begins in a result of one line, or of ``COUNT`` in groups."""
     if GROUPS:
         each: tl.constexpr = HEADS // GROUPS
-        group = group // GROUPS
-        out = out0 + ((token * batch + sample) * COUNT + line) * (each * WIDTH)
-        out += (head // each).to(tl.int64) * group + head % each * WIDTH
+        entry = head // each * (tokens * batch) + token * batch + sample
+        place = entry.to(tl.int64) * (COUNT * each * WIDTH) + (line * each + head % each) * WIDTH
     else:
-        out = out0
-        if COUNT > 1:
-            out = tl.where(line == 1, out1, out)
-        if COUNT > 2:
-            out = tl.where(line == 2, out2, out)
-        out += ((sample * tokens + token) * HEADS + head) * WIDTH
-    return out, group
+        place = (sample * tokens + token).to(tl.int64) * (HEADS * WIDTH) + head * WIDTH
+    return place
 
 
 @_jit
@@ -318,27 +296,26 @@ def _norm_rope_kernel(
     row = (tile - source * tiles0) * ROWS + tl.arange(0, ROWS)[:, None]
     rows = batch * tokens * splits
     there, head = row < rows, row % splits
-    token = (row // splits % tokens).to(tl.int64)
-    sample = (row // splits // tokens).to(tl.int64)
-    head_stride = _pick_part(x0_head, x1_head, x2_head, x3_head, x4_head, x5_head, line, source, LINES, PLAIN)
-    x = _pick_part(x0, x1, x2, x3, x4, x5, line, source, LINES, PLAIN) + head.to(tl.int64) * head_stride
-    x += sample * _pick_part(
-        x0_batch, x1_batch, x2_batch, x3_batch, x4_batch, x5_batch, line, source, LINES, PLAIN
-    )  # fmt: skip
-    x += token * _pick_part(x0_token, x1_token, x2_token, x3_token, x4_token, x5_token, line, source, LINES, PLAIN)
+    token, sample = row // splits % tokens, row // splits // tokens
+    far_token, far_sample = token.to(tl.int64), sample.to(tl.int64)
+    slot = tl.where(line < LINES, 2 * line, 4) + source
+    head_stride = _pick(x0_head, x1_head, x2_head, x3_head, x4_head, x5_head, slot, PLAIN)
+    x = _pick(x0, x1, x2, x3, x4, x5, slot, PLAIN) + head.to(tl.int64) * head_stride
+    x += far_sample * _pick(x0_batch, x1_batch, x2_batch, x3_batch, x4_batch, x5_batch, slot, PLAIN)
+    x += far_token * _pick(x0_token, x1_token, x2_token, x3_token, x4_token, x5_token, slot, PLAIN)
     first, second = _load_pairs(x, there, head_stride, 1, WIDTH, VALUES, PAIRS, HALVES)
     if not PLAIN or line < LINES:
         one, other = first.to(tl.float32), second.to(tl.float32)
         if TURNS0 or TURNS1:
             turns = row < rows * tl.where(source == 0, TURNS0, TURNS1)
-            place = token + source * tokens0 * TURNS0
-            cosines = cos + sample * cos_batch + place * cos_token
+            entry = far_token + source * tokens0 * TURNS0
+            cosines = cos + far_sample * cos_batch + entry * cos_token
             c, d = _load_table(cosines, turns, cos_lane, WIDTH, VALUES, PAIRS, HALVES, COS_OF_LANES)
-            sines = sin + sample * sin_batch + place * sin_token
+            sines = sin + far_sample * sin_batch + entry * sin_token
             s, t = _load_table(sines, turns, sin_lane, WIDTH, VALUES, PAIRS, HALVES, SIN_OF_LANES)
         if NORMED:
-            weight = _pick(weight0, weight1, weight2, weight3, line, source)
-            bias = _pick(bias0, bias1, bias2, bias3, line, source)
+            weight = _pick(weight0, weight1, weight2, weight3, weight0, weight0, slot, 0)
+            bias = _pick(bias0, bias1, bias2, bias3, bias0, bias0, slot, 0)
             one, other = _normalize(
                 one, other, weight, bias, EPS, WIDTH, VALUES, PAIRS, HALVES, CENTERED, WEIGHTED, BIASED
             )  # fmt: skip
@@ -346,13 +323,16 @@ def _norm_rope_kernel(
             turned, partner = one * c - other * s, other * d + one * t
             one, other = tl.where(turns, turned, one), tl.where(turns, partner, other)
         first, second = one.to(first.dtype), other.to(second.dtype)
-    joined = tl.zeros((1, 1), tl.int64) + tokens0 + tokens1
-    token += source * tokens0
-    out, group = _row_of_out(
-        out0, out1, out2, line, head, token, sample, batch, joined, HEADS, WIDTH, LINES + PLAIN, GROUPS
-    )  # fmt: skip
+    count: tl.constexpr = LINES + PLAIN
+    tokens, token = tokens0 + tokens1, source * tokens0 + token
+    place = _place(line, head, token, sample, batch, tokens, HEADS, WIDTH, count, GROUPS)
+    out = out0
+    if count > 1 and not GROUPS:
+        out = tl.where(line == 1, out1, out)
+    if count > 2 and not GROUPS:
+        out = tl.where(line == 2, out2, out)
     span: tl.constexpr = HEADS * WIDTH // GROUPS if GROUPS else HEADS * WIDTH
-    _store_pairs(out, there, first, second, group, WIDTH, VALUES, PAIRS, HALVES, span)
+    _store_pairs(out + place, there, first, second, tokens * batch, WIDTH, VALUES, PAIRS, HALVES, span, count * span)
 
 
 def _launch(
@@ -365,55 +345,29 @@ def _launch(
     batch, _, heads, width = parts[0].shape
     tokens = [part.shape[1] for part in parts[: len(rotated)]]
     values = heads * width if norm.endswith("_all") else width
-    pairs = _power_of_two(values // 2)
+    pairs = 1 << (values // 2 - 1).bit_length()
     rows = max(1, _TILE // (2 * pairs))
     counts = [batch * each * heads * width // values for each in tokens]
     if not sum(counts):
         return outs
-    if max(counts) > _MOST_ROWS:
-        raise ValueError(f"norm_rope of {max(counts)} rows, of {_MOST_ROWS} at most")
-    xs, own = (
-        [part if part.stride(3) == 1 else part.contiguous() for part in each] for each in (parts, plain or parts)
-    )
-    xs = [*_slots(xs, lines), own[0], own[len(rotated) - 1]]
+    if sum(counts) > _MOST_ROWS:
+        raise ValueError(f"norm_rope of {sum(counts)} rows, of {_MOST_ROWS} at most")
+    xs = [part if part.stride(3) == 1 else part.contiguous() for part in parts + plain]
+    xs = [*_slots(xs[: len(parts)], lines), xs[-len(rotated)], xs[-1]]
     tables = [xs[0] if each is None else each for each in (cos, sin)]
     wrap_triton(_norm_rope_kernel)[(sum(-(-count // rows) for count in counts), lines + bool(plain))](
-        *xs,
-        *_slots(_alike(weights) or parts, lines),
-        *_slots(_alike(biases) or parts, lines),
-        *tables,
+        *xs, *_slots(_alike(weights) or parts, lines), *_slots(_alike(biases) or parts, lines), *tables,
         *[*outs, xs[0], xs[0]][: MOST + 1],
         *(x.stride(dim) for dim in range(3) for x in xs),
         *(table.stride(dim) if table.shape[dim] > 1 else 0 for table in tables for dim in range(3)),
-        batch,
-        tokens[0],
-        sum(tokens[1:]),
-        LINES=lines,
-        PLAIN=int(bool(plain)),
-        GROUPS=groups,
-        HEADS=heads,
-        WIDTH=width,
-        VALUES=values,
-        NORMED=norm != "none",
-        CENTERED=norm.startswith("layer"),
-        WEIGHTED=bool(weights),
-        BIASED=bool(biases),
-        TURNS0=int(bool(rotated[0])),
-        TURNS1=int(bool(rotated[-1])),
-        HALVES=halves,
-        COS_OF_LANES=tables[0].shape[-1] == width,
-        SIN_OF_LANES=tables[1].shape[-1] == width,
-        PAIRS=pairs,
-        ROWS=rows,
-        EPS=eps,
-        num_warps=min(16, max(4, 2 * pairs // 512)),
-    )
+        batch, tokens[0], sum(tokens[1:]),
+        LINES=lines, PLAIN=int(bool(plain)), GROUPS=groups, HEADS=heads, WIDTH=width, VALUES=values,
+        NORMED=norm != "none", CENTERED=norm.startswith("layer"), WEIGHTED=bool(weights), BIASED=bool(biases),
+        TURNS0=int(bool(rotated[0])), TURNS1=int(bool(rotated[-1])), HALVES=halves,
+        COS_OF_LANES=tables[0].shape[-1] == width, SIN_OF_LANES=tables[1].shape[-1] == width,
+        PAIRS=pairs, ROWS=rows, EPS=eps, num_warps=min(16, max(4, 2 * pairs // 512)),
+    )  # fmt: skip
     return outs
-
-
-def _power_of_two(number: int) -> int:
-    """The least that is not below ``number``."""
-    return 1 << (number - 1).bit_length()
 
 
 def _slots(tensors: list[torch.Tensor], lines: int) -> list[torch.Tensor]:

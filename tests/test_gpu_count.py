@@ -32,7 +32,14 @@ from torch.utils._triton import has_triton
 from gpu_count import count
 from pretend_card import CARDS, DEVICE, SETTINGS, patches, pretend_card
 
-aten = torch.ops.aten
+from xdit_compile.kernels import linear_gelu, linear_of_parts, norm_rope
+
+aten, OPS = torch.ops.aten, torch.ops.xdit_compile
+
+
+def rotated(x, y):
+    queries, table = x.reshape(1, {ROWS}, 4, 8), y.reshape(1, -1, 8)[:, :{ROWS}]
+    return tuple(OPS.norm_rope.default([queries], [], [], table, table, [1], "rms", 1e-6, 1, False, [], 0))
 
 
 def in_parts(x, y):
@@ -45,6 +52,9 @@ GRAPHS = dict(
     one_pass=lambda x, y: (aten.relu(aten.mm(x, y)),),
     two_passes=lambda x, y: (aten.neg(aten.relu(aten.mm(x, y))),),
     parts=in_parts,
+    second_pass=lambda x, y: (OPS.linear_of_parts.default([x[:, :8], x[:, 8:]], y.t(), None),),
+    epilogue=lambda x, y: (OPS.linear_gelu.default(x, y.t(), y[0]),),
+    heads=rotated,
     twice=lambda x, y: (aten.relu(aten.mm(x, y)), aten.relu(aten.mm(x.neg(), y))),
 )
 
@@ -99,6 +109,13 @@ def test_counts_are_those_of_graphs_that_one_can_count(by_hand: dict[str, Any], 
     def of(name: str) -> dict[str, int]:
         return {each: found[name][each] for each in ("kernels", "launches", "products", "moved", "flops")}
 
+    hidden = {"kernels": 0, "launches": 0, "products": 2, "moved": operands + 3 * result, "flops": flops}
+    assert of("second_pass") == hidden, "a sum inside an operator goes over its result once more"
+    folded = {"kernels": 0, "launches": 0, "products": 1, "moved": operands + result + 4 * COLUMNS, "flops": flops}
+    assert of("epilogue") == folded
+    tables = 2 * 4 * ROWS * 8
+    own = {"kernels": 1, "launches": 1, "products": 0, "moved": 2 * 4 * ROWS * INNER + tables, "flops": 0}
+    assert of("heads") == own, "heads of one token lie in one tile, and have its row of the tables once"
     assert of("product") == {"kernels": 0, "launches": 0, "products": 1, "moved": operands + result, "flops": flops}
     one = {"kernels": 1, "launches": 1, "products": 1, "moved": operands + 3 * result, "flops": flops}
     assert of("one_pass") == one, "a pass over the result reads and writes it once more"

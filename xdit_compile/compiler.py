@@ -230,6 +230,7 @@ PASSES = (
     _fusion(fusions.FOLD_ACTIVATIONS),
     _fusion(fusions.SPLIT_CONCATENATIONS),
     _fusion(fusions.NORM_ROPE),
+    _fusion(fusions.PACK_HEADS),
     _fusion(fusions.JOIN_LINEARS),
     Pass("compile", _compile),
 )

@@ -12,6 +12,7 @@ from xdit_compile.ir.program import Program
 from . import join_linears as joining
 from .fold_activations import fold_activations
 from .norm_rope import norm_rope
+from .pack_heads import pack_heads
 from .split_concatenations import split_concatenations
 
 
@@ -39,8 +40,9 @@ class OptionalPass:
 FOLD_ACTIVATIONS = OptionalPass(fold_activations.name, fold_activations, fold_activations.told)
 SPLIT_CONCATENATIONS = OptionalPass(split_concatenations.name, split_concatenations, split_concatenations.told)
 NORM_ROPE = OptionalPass(norm_rope.name, norm_rope, norm_rope.told)
+PACK_HEADS = OptionalPass(pack_heads.name, pack_heads, pack_heads.told)
 JOIN_LINEARS = OptionalPass("join_linears", joining.join_linears, joining.told, kinds=None)
-IN_ORDER = (FOLD_ACTIVATIONS, SPLIT_CONCATENATIONS, NORM_ROPE, JOIN_LINEARS)
+IN_ORDER = (FOLD_ACTIVATIONS, SPLIT_CONCATENATIONS, NORM_ROPE, PACK_HEADS, JOIN_LINEARS)
 
 
 def told(program: Program, without: Collection[str], device: torch.device) -> Iterator[str]:

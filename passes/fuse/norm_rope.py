@@ -178,12 +178,24 @@ def _emit(graph: fx.Graph, lines: Sequence[Line], shapes: Shapes) -> None:
         affine = [[norm.affine[at] for line in lines for norm in line.norms if norm.affine[at:]] for at in (0, 1)]
         tables: list[Any] = [_table(graph, table, shapes) for table in first.tables] or [None, None]
         norm, turned = first.norms[0], list(map(int, first.turned))
-        arguments: tuple[Any, ...] = (parts, *affine, *tables, turned, norm.kind, norm.eps, len(lines), first.halves)
+        arguments: tuple[Any, ...] = (
+            parts,
+            *affine,
+            *tables,
+            turned,
+            norm.kind,
+            norm.eps,
+            len(lines),
+            first.halves,
+            [],
+            0,
+        )
         made = graph.call_function(torch.ops.xdit_compile.norm_rope.default, arguments)
         for position, line in enumerate(lines):
             value = graph.call_function(operator.getitem, (made, position))
-            if line.heads.lead == "bht":
-                value = graph.call_function(aten.transpose.int, (value, 1, 2))
+            if line.heads.lead not in ("bth", "bt"):
+                order = ["bth".index(dim) for dim in line.heads.lead]
+                value = graph.call_function(aten.permute.default, (value, [*order, 3]))
             line.end.replace_all_uses_with(value)
     for line in lines:
         erase_with_sources(line.end)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from splitting import CASES, captured
+from diffusers import FluxTransformer2DModel
+from splitting import CASES, Captured, captured
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -18,14 +20,17 @@ from xdit_compile.capture.capture import capture
 from xdit_compile.compiler import Compilation, compiled, run_passes
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.program import Program
+from xdit_compile.passes.axes.infer import infer
 from xdit_compile.passes.fuse import fold_activations as folding
 from xdit_compile.passes.fuse import fusions
 from xdit_compile.passes.fuse import norm_rope as heads
 from xdit_compile.passes.fuse import split_concatenations as splitting
 from xdit_compile.passes.fuse.fold_activations import fold_activations
 from xdit_compile.passes.fuse.norm_rope import norm_rope
+from xdit_compile.passes.fuse.pack_heads import pack_heads
 from xdit_compile.passes.fuse.rewriting import Fusion
 from xdit_compile.passes.fuse.split_concatenations import split_concatenations
+from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.runtime.verify.simulated_mesh import run_simulated
 
 CPU = torch.device("cpu")
@@ -38,8 +43,12 @@ QUICK = ("flux", "cogvideox_rotary")
 
 def fused(name: str, plan: Plan, rank: int, device: torch.device = GPU) -> Compilation:
     """What a rank would compile for a device."""
+    return fused_of(captured(name), plan, rank, device)
+
+
+def fused_of(model: Captured, plan: Plan, rank: int, device: torch.device = GPU) -> Compilation:
     mesh = Mesh.simulated(plan, rank)
-    state = compiled(captured(name).analysis(plan), plan, mesh, until="hoist_positions", device=CPU)
+    state = compiled(model.analysis(plan), plan, mesh, until="hoist_positions", device=CPU)
     return run_passes(dataclasses.replace(state, device=device), after="hoist_positions", until="join_linears")
 
 
@@ -75,6 +84,44 @@ def test_what_is_fused_of_a_transformer_with_two_kinds_of_blocks() -> None:
     assert sorted(both) == [2, 2, 4], "queries and keys of one stream, or of two that are joined"
 
 
+@functools.lru_cache
+def even() -> Captured:
+    """Two kinds of blocks with four heads, and tokens that four ranks can share evenly."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 8}
+    module = FluxTransformer2DModel(
+        in_channels=8, num_layers=1, num_single_layers=1, pooled_projection_dim=8, guidance_embeds=False, **sizes
+    )
+    given = {
+        "hidden_states": torch.randn(2, 16, 8), "encoder_hidden_states": torch.randn(2, 8, 8),
+        "pooled_projections": torch.randn(2, 8), "timestep": torch.tensor([0.7, 0.7]), "return_dict": False,
+        "img_ids": torch.randn(16, 3), "txt_ids": torch.zeros(8, 3),
+    }  # fmt: skip
+    with torch.no_grad():
+        expected = pytree.tree_leaves(module.eval()(**given))
+    return Captured(module, (), given, expected, infer(capture(module, (), given), rulebook()))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 3])
+def test_heads_are_packed_where_ulysses_sends_them(ranks: int) -> None:
+    """With values, and without a copy of their own; three ranks cannot have as many heads each."""
+    model, plan = even(), Plan(ulysses=ranks)
+    both = []
+    for left_out in ((), ("pack_heads",)):
+        chosen = dataclasses.replace(plan, without=left_out)
+        programs = [fused_of(model, chosen, rank).programs["call"] for rank in range(ranks)]
+        both.append(programs[0])
+        for result in run_simulated(programs, model.module, model.args, model.kwargs):
+            for one, like in zip(pytree.tree_leaves(result), model.expected, strict=True):
+                assert (one - like).abs().max() <= TOLERANCE * like.abs().max()
+    packed = sorted((len(args[10]), args[11]) for args in calls(both[0], OPS.norm_rope.default))
+    assert packed == ([(1, ranks), (2, ranks)] if ranks != 3 else [(0, 0), (0, 0)])
+    copies = [len(calls(program, torch.ops.aten.cat.default)) for program in both]
+    assert copies[1] - copies[0] == (3 if ranks != 3 else 0), "of streams of values, and of all three, twice"
+    told = pack_heads.told(both[1])
+    assert told.startswith(f"pack_heads: {2 if ranks != 3 else 0} buffers of heads")
+
+
 def test_they_are_for_gpus_and_can_be_left_out() -> None:
     ops = [OPS.norm_rope.default, OPS.linear_gelu.default, OPS.linear_of_parts.default]
     on_cpu = fused("flux", Plan(), 0, CPU).programs["call"]
@@ -84,7 +131,12 @@ def test_they_are_for_gpus_and_can_be_left_out() -> None:
         program = fused("flux", Plan(without=(left_out,)), 0).programs["call"]
         assert not calls(program, op) and any(calls(program, other) for other in ops)
     told = list(fusions.told(fused("flux", Plan(without=names), 0).programs["call"], ("norm_rope",), GPU))
-    assert [line.split(":")[0] for line in told] == ["fold_activations", "split_concatenations", "join_linears"]
+    assert [line.split(":")[0] for line in told] == [
+        "fold_activations",
+        "split_concatenations",
+        "pack_heads",
+        "join_linears",
+    ]
 
 
 # ---- small graphs

@@ -30,6 +30,7 @@ EXACT = 2e-6
 ROTATED = ([1], [0], [0, 1], [1, 0], [1, 1], [0, 0])
 SIZES = ((14, 3), (64, 5), (72, 1), (128, 3), (64, 1))
 """Lanes and heads."""
+PACKED_SIZES = ((14, 6), (24, 6), (32, 6))
 TOKENS = ((23, 6), (1, 37), (9, 0), (0, 9), (16, 16))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -49,18 +50,31 @@ class Case(NamedTuple):
 
 
 def cases(norm: str) -> Iterator[Case]:
-    """Every number of lines, of sources and of rotated ones with every kind of pairs and of tables; the rest by lot."""
+    """Every number of lines, of sources and of rotated ones with every kind of pairs and of tables; the rest by lot.
+
+    Then one or two sources with a plain line or without, and every number of groups.
+    """
     lot = random.Random(norm)
     for lines, rotated in itertools.product((1, 2), ROTATED):
         kinds = itertools.product((False, True), (1, 2)) if any(rotated) else [(False, 1)]
         for halves, lanes_of_number in kinds:
             yield case(norm, lines, rotated, halves, lanes_of_number, lot)
+    for rotated, plain, groups in itertools.product(([1], [0, 1]), (False, True), range(4)):
+        if plain or groups:
+            halves = (len(rotated) + plain + groups + norm_rope.NORMS.index(norm)) % 2 == 0
+            yield case(norm, lot.choice((1, 2)), rotated, halves, lot.choice((1, 2)), lot, plain, groups)
 
 
-def case(norm: str, lines: int, rotated: list[int], halves: bool, lanes_of_number: int, lot: random.Random) -> Case:
-    (width, heads), tokens, dtype = lot.choice(SIZES), lot.choice(TOKENS)[: len(rotated)], lot.choice(DTYPES)
-    batch, layout = lot.choice((1, 2)), lot.choice(list(LAYOUTS))
-    parts = [LAYOUTS[layout](batch, each, heads, width, dtype) for _ in range(lines) for each in tokens]
+def case(
+    norm: str, lines: int, rotated: list[int], halves: bool, lanes_of_number: int, lot: random.Random,
+    plain: bool = False, groups: int = 0,
+) -> Case:  # fmt: skip
+    (width, heads), dtype = lot.choice(PACKED_SIZES if groups else SIZES), lot.choice(DTYPES)
+    tokens, batch, layout = lot.choice(TOKENS)[: len(rotated)], lot.choice((1, 2)), lot.choice(list(LAYOUTS))
+    parts, values_as_they_are = (
+        [LAYOUTS[each](batch, count, heads, width, dtype) for _ in range(times) for count in tokens]
+        for times, each in ((lines, layout), (plain, lot.choice(list(LAYOUTS))))
+    )
     values = heads * width if norm.endswith("_all") else width
 
     def factors(there: bool) -> list[torch.Tensor]:
@@ -76,8 +90,12 @@ def case(norm: str, lines: int, rotated: list[int], halves: bool, lanes_of_numbe
         kind = lot.choice((torch.float32, torch.float32, torch.float64, dtype))
         both = torch.randn(shape).to(kind)
         tables = [each.contiguous() if lot.random() < 0.5 else each for each in both.unbind(-1)]
-    name = f"{norm} {lines} {rotated} {halves=} {lanes_of_number=} {width=} {heads=} {tokens} {dtype} {batch=} {layout}"
-    return Case(name, (parts, weights, biases, *tables, rotated, norm, EPS, lines, halves))
+    name = (
+        f"{norm} {lines} {rotated} {halves=} {lanes_of_number=} {plain=} {groups=} {width=} {heads=} {tokens} {dtype} "
+        f"{batch=} {layout}"
+    )
+    last = (rotated, norm, EPS, lines, halves, values_as_they_are, groups)
+    return Case(name, (parts, weights, biases, *tables, *last))
 
 
 def _joined(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -94,50 +112,60 @@ LAYOUTS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def by_formula(arguments: Arguments, wide: torch.dtype, turning: torch.dtype | None) -> list[torch.Tensor]:
-    """Norms by PyTorch, in ``wide``; rotation lane by lane, in ``turning``, the dtype of the parts for None."""
-    parts, weights, biases, cos, sin, rotated, norm, eps, lines, halves = arguments
-    dtype, width = parts[0].dtype, parts[0].shape[-1]
+def by_formula(arguments: Arguments) -> list[torch.Tensor]:
+    """In float64: norms by PyTorch, rotation lane by lane, groups element by element."""
+    parts, weights, biases, cos, sin, rotated, norm, eps, lines, halves, plain, groups = arguments
+    width = parts[0].shape[-1]
     lane = torch.arange(width)
     partner, pair = ((lane + width // 2) % width, lane % (width // 2)) if halves else (lane ^ 1, lane // 2)
     sign = torch.where(lane < partner, -1, 1)
-    to = turning or dtype
 
     def table_of(table: torch.Tensor, rows: slice) -> torch.Tensor:
         each_lane = table if table.shape[-1] == width else table[..., pair]
-        return each_lane[:, rows, None].to(to)
+        return each_lane[:, rows, None].double()
 
     results = []
     for line in range(lines):
         row, done = 0, []
         for source, turns in enumerate(rotated):
             at = line * len(rotated) + source
-            x = parts[at].to(wide)
+            x = parts[at].double()
             flat = x.flatten(2) if norm.endswith("_all") else x
-            factors = [each[at].to(wide) if each else None for each in (weights, biases)]
+            factors = [each[at].double() if each else None for each in (weights, biases)]
             if norm.startswith("rms"):
                 flat = F.rms_norm(flat, flat.shape[-1:], factors[0], eps)
             if norm.startswith("layer"):
                 flat = F.layer_norm(flat, flat.shape[-1:], *factors, eps)
-            x = flat.reshape(x.shape).to(to)
+            x = flat.reshape(x.shape)
             if turns:
                 rows = slice(row, row := row + x.shape[1])
-                x = x * table_of(cos, rows) + sign.to(to) * x[..., partner] * table_of(sin, rows)
+                x = x * table_of(cos, rows) + sign * x[..., partner] * table_of(sin, rows)
             done.append(x)
         results.append(torch.cat(done, 1))
-    return results
+    if plain:
+        results.append(torch.cat(plain, 1).double())
+    return [in_groups(torch.stack(results), groups)] if groups else results
+
+
+def in_groups(lines: torch.Tensor, groups: int) -> torch.Tensor:
+    """Every element of [lines, batch, tokens, heads, lanes] where it lies in the buffer."""
+    count, batch, tokens, heads, width = lines.shape
+    line, sample, token, head, lane = (
+        torch.arange(size).view(-1, *[1] * (4 - dim)) for dim, size in enumerate(lines.shape)
+    )
+    held = heads // groups
+    row = (head // held * tokens + token) * batch + sample
+    place = row * (count * held * width) + line * held * width + head % held * width + lane
+    return torch.full((lines.numel(),), torch.nan).double().index_put((place,), lines)
 
 
 def wrong(each: Case, run: Callable[..., list[torch.Tensor]]) -> str | None:
-    """What is wrong with the results of a case: float32 by the largest error, others by their RMS error."""
-    parts, *_, lines, _ = each.arguments
-    dtype = parts[0].dtype
-    exact = by_formula(each.arguments, torch.float64, torch.float64)
-    unfused = by_formula(each.arguments, torch.float32, None)
-    found = run(*each.arguments)
-    if len(found) != lines:
+    """What is wrong with the results of a case: float32 by the largest error, others by what one rounding does."""
+    dtype = each.arguments[0][0].dtype
+    exact, found = by_formula(each.arguments), run(*each.arguments)
+    if len(found) != len(exact):
         return f"{each.name}: {len(found)} results"
-    for result, right, plain in zip(found, exact, unfused, strict=True):
+    for result, right in zip(found, exact, strict=True):
         if not (result.shape == right.shape and result.is_contiguous() and result.dtype == dtype):
             return f"{each.name}: {result.shape} {result.stride()} {result.dtype}"
         error = (result.double() - right).abs()
@@ -147,7 +175,7 @@ def wrong(each: Case, run: Callable[..., list[torch.Tensor]]) -> str | None:
             size, bound = error.max().item(), EXACT * right.abs().max().item()
         else:
             size = error.square().mean().sqrt().item()
-            bound = 1.01 * (plain.double() - right).square().mean().sqrt().item()
+            bound = 1.01 * (right.to(dtype).double() - right).square().mean().sqrt().item()
         if not size <= bound:
             return f"{each.name}: off by {size}, {bound} at most"
     return None
@@ -183,18 +211,37 @@ def interpreted() -> dict[str, tuple[int, list[str]]]:
 
 
 def far() -> list[bool]:
-    """Whether tokens come out right that are 2^30 elements apart, and heads of which all are normalized together."""
+    """Whether tokens come out right that are 2^30 elements apart, heads normalized together, and groups of heads."""
     count, width = 2**30, 16
-    memory = mmap.mmap(-1, 2 * (3 * count + 2**12), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
-    base = torch.frombuffer(memory, dtype=torch.float16)
+    base = nothing(3 * count + 2**12)
     found = []
     for norm, stride in (("rms", (0, count, width, 1)), ("rms_all", (0, width, count, 1))):
         x = base.as_strided((1, 4, 4, width), stride)
         x.copy_(torch.randn(x.shape))
-        arguments = ([x], [], [], None, None, [0], norm, EPS, 1, False)
+        arguments = ([x], [], [], None, None, [0], norm, EPS, 1, False, [], 0)
         (result,), (expected,) = norm_rope._launch(*arguments), norm_rope.norm_rope_reference(*arguments)
         found.append(torch.allclose(result, expected, atol=1e-3, rtol=1e-3))
-    return found
+    return found + [far_groups(norm) for norm in ("rms", "rms_all")]
+
+
+def far_groups(norm: str) -> bool:
+    """The same of results in groups, 2^31 elements apart: the first source of a call whose second is not done."""
+    heads, width, some = 4, 16, 3
+    parts = [torch.randn(1, tokens, heads, width).half() for tokens in (some, 1)]
+    arguments = (parts, [], [], None, None, [0, 0], norm, EPS, 1, False, [], 2)
+    kernel, group = recorded(arguments), 2**31
+    tokens = group // (heads // 2 * width)
+    out = nothing(group + some * width * heads)
+    kernel.kernel[(1, 1)](**kernel.arguments | {"tokens1": tokens - some, "out0": out})
+    expected = norm_rope.norm_rope_reference(parts[:1], *arguments[1:5], [0], *arguments[6:])[0].view(2, -1)
+    result = out.as_strided(expected.shape, (group, 1))
+    return torch.allclose(result, expected, atol=1e-3, rtol=1e-3)
+
+
+def nothing(count: int) -> torch.Tensor:
+    """Elements of float16 that take no memory before they are written."""
+    memory = mmap.mmap(-1, 2 * count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    return torch.frombuffer(memory, dtype=torch.float16)
 
 
 class Recorded:
@@ -241,27 +288,39 @@ def recorded(arguments: Arguments) -> Recorded:
     return kernels[0]
 
 
-def real_size(norm: str, heads: int, width: int, halves: bool, lanes_of_number: int) -> Arguments:
-    """Two lines of two sources in bfloat16 from products of both, with float32 tables, without memory."""
+def real_size(
+    norm: str, heads: int, width: int, halves: bool, lanes_of_number: int, groups: int
+) -> Arguments:  # fmt: skip
+    """Two lines of two sources in bfloat16 from products of both, with float32 tables, without memory.
+
+    With groups a plain line comes along.
+    """
     with torch.device("meta"):
         products = [torch.empty(2, tokens, 3, heads, width, dtype=torch.bfloat16) for tokens in (512, 4096)]
-        parts = [product[:, :, line] for line in range(2) for product in products]
+        *parts, plain, other = [product[:, :, line] for line in range(3) for product in products]
         values = heads * width if norm.endswith("_all") else width
         weights = [torch.empty(values, dtype=torch.bfloat16) for _ in parts]
         tables = [torch.empty(1, 4608, width // lanes_of_number) for _ in range(2)]
-    return (parts, weights, [], *tables, [1, 1], norm, EPS, 2, halves)
+    last = [plain, other] if groups else [], groups
+    return (parts, weights, [], *tables, [1, 1], norm, EPS, 2, halves, *last)
 
 
 def compiled() -> dict[str, dict[str, int]]:
-    """Registers, bytes of stack and of shared memory, and widest accesses in bits of each kernel for each card."""
+    """Registers, bytes of stack and of shared memory, and accesses of 16 bytes of each kernel for each card.
+
+    Loads of a plain line are those before the code branches.
+    """
     from pretend_card import _resources
 
-    sizes = [("rms", 24, width, halves, each) for width, halves, each in itertools.product((64, 128), (0, 1), (1, 2))]
-    sizes += [("rms_all", 40, 128, halves, each) for halves, each in ((0, 1), (0, 2), (1, 1))]
+    sizes = [
+        ("rms", 24, width, halves, each, 0) for width, halves, each in itertools.product((64, 128), (0, 1), (1, 2))
+    ]
+    sizes += [("rms_all", 40, 128, halves, each, 0) for halves, each in ((0, 1), (0, 2), (1, 1))]
+    sizes += [("rms", 24, 128, 0, 1, 8), ("rms", 24, 128, 1, 2, 8), ("rms_all", 40, 128, 0, 1, 8)]
     found = {}
-    for norm, heads, width, halves, each in sizes:
-        launch = recorded(real_size(norm, heads, width, bool(halves), each))
-        kind = f"{norm} {width} {'halves' if halves else 'neighbours'} tables of {width // each}"
+    for norm, heads, width, halves, each, groups in sizes:
+        launch = recorded(real_size(norm, heads, width, bool(halves), each, groups))
+        kind = f"{norm} {width} {'halves' if halves else 'neighbours'} tables of {width // each} {groups=}"
         for architecture in ARCHITECTURES:
             code = launch.compile(architecture)
             registers, stack = _resources(code.asm["cubin"])
@@ -270,13 +329,18 @@ def compiled() -> dict[str, dict[str, int]]:
                 "stack": stack,
                 "shared": code.metadata.shared,
                 "warps": code.metadata.num_warps,
-                "wide": code.asm["ptx"].count("ld.global.v4.b32"),
+                "loads": code.asm["ptx"].count("ld.global.v4.b32"),
+                "plain": code.asm["ptx"].partition("bra")[0].count("ld.global"),
+                "stores": code.asm["ptx"].count("st.global.v4.b32"),
             }
     return found
 
 
 def launched() -> list[tuple[int, ...]]:
-    """Kernels, launches, products and bytes of stack of a graph with one line and of one with two, by inductor."""
+    """Kernels, launches, products and bytes of stack of graphs by inductor: with one line, two, and a plain one.
+
+    The last goes into groups.
+    """
     from gpu_count import count
     from pretend_card import CARDS, DEVICE, pretend_card
     from torch import fx
@@ -284,20 +348,28 @@ def launched() -> list[tuple[int, ...]]:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     found = []
-    for lines in (1, 2):
+    for lines, plain, groups in ((1, 0, 0), (2, 0, 0), (2, 1, 0), (2, 1, 2)):
 
-        def graph(x: Any, y: Any, weight: Any, factors: Any, cos: Any, sin: Any, lines: int = lines) -> Any:
+        def graph(
+            x: Any, y: Any, weight: Any, factors: Any, cos: Any, sin: Any, lines: int = lines, plain: int = plain,
+            groups: int = groups,
+        ) -> Any:  # fmt: skip
             products = [torch.ops.aten.mm(each, weight) for each in (x, y)]
             heads = [torch.ops.aten.view(each, [2, -1, 3, 4, 64]) for each in products]
-            parts = [torch.ops.aten.select(each, 2, line) for line in range(lines) for each in heads]
-            results = OP(parts, [factors] * len(parts), [], cos, sin, [0, 1], "rms", EPS, lines, False)
-            return tuple(torch.ops.aten.transpose(results[line], 1, 2) for line in range(lines))
+            parts = [torch.ops.aten.select(each, 2, line) for line in range(lines + plain) for each in heads]
+            there = 2 * lines
+            last = (lines, False, parts[there:], groups)
+            results = OP(parts[:there], [factors] * there, [], cos, sin, [0, 1], "rms", EPS, *last)
+            if groups:
+                return results[0]
+            return tuple(torch.ops.aten.transpose(results[line], 1, 2) for line in range(lines + plain))
 
         with FakeTensorMode(shape_env=ShapeEnv()):
             shapes = (16, 256), (48, 256), (256, 768), (64,), (1, 24, 64), (1, 24, 64)
             args = [torch.empty(shape, device=DEVICE, dtype=torch.bfloat16) for shape in shapes]
         with pretend_card(CARDS["sm_90"]) as binaries:
-            code = count(fx.symbolic_trace(graph, {"lines": lines}), args, binaries, "sm_90")
+            names = {"lines": lines, "plain": plain, "groups": groups}
+            code = count(fx.symbolic_trace(graph, names), args, binaries, "sm_90")
         found.append((code.kernels, code.launches, code.products, code.stack))
     return found
 
@@ -323,17 +395,17 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("norm", norm_rope.NORMS)
 def test_the_kernel_equals_the_formula(kernel: Any, norm: str) -> None:
     count, failures = kernel[norm]
-    assert count == 36 and failures == []
+    assert count == 50 and failures == []
 
 
 @pytest.mark.parametrize("norm", norm_rope.NORMS)
 def test_the_op_on_the_cpu_equals_the_formula(norm: str) -> None:
-    assert all_wrong(norm, OP) == (36, [])
+    assert all_wrong(norm, OP) == (50, [])
 
 
 @needs_triton
 def test_offsets_have_64_bits(tmp_path: Path) -> None:
-    assert in_a_process("far", tmp_path, TRITON_INTERPRET="1") == [True, True]
+    assert in_a_process("far", tmp_path, TRITON_INTERPRET="1") == [True] * 4
 
 
 @needs_triton
@@ -343,23 +415,26 @@ def test_cards_need_no_memory_for_what_registers_do_not_hold(
     found = in_a_process("compiled", tmp_path)
     for name, code in found.items():
         record_property(name, code)
-    assert len(found) == 33
+    assert len(found) == 42
     assert {name: code for name, code in found.items() if code["stack"] or code["registers"] > 128} == {}
-    assert {name: code for name, code in found.items() if not code["wide"]} == {}, "16 bytes at a time"
+    narrow = {name: code for name, code in found.items() if not (code["loads"] and code["stores"])}
+    assert narrow == {}, "16 bytes at a time"
+    plain = [code["plain"] == code["stores"] for name, code in found.items() if "groups=8" in name]
+    assert plain == [True] * 9, "a plain line is loaded and stored"
 
 
 @needs_triton
 def test_inductor_launches_it_once_and_copies_nothing(tmp_path: Path) -> None:
-    assert in_a_process("launched", tmp_path) == [[1, 1, 2, 0], [1, 1, 2, 0]]
+    assert in_a_process("launched", tmp_path) == [[1, 1, 2, 0]] * 4
 
 
 SMALL = [[torch.randn(2, 5, 3, 8)], [torch.ones(8)], [], torch.randn(1, 5, 4), torch.randn(1, 5, 4)]
 
 
-@pytest.mark.parametrize("norm", ["rms", "layer_all"])
-def test_the_op_keeps_the_rules_of_operators(norm: str) -> None:
+@pytest.mark.parametrize(("norm", "at"), [("rms", 33), ("layer_all", -1)])
+def test_the_op_keeps_the_rules_of_operators(norm: str, at: int) -> None:
     torch.manual_seed(0)
-    torch.library.opcheck(OP, list(cases(norm))[-3].arguments)
+    torch.library.opcheck(OP, list(cases(norm))[at].arguments)
 
 
 @pytest.mark.parametrize(
@@ -375,10 +450,14 @@ def test_the_op_keeps_the_rules_of_operators(norm: str) -> None:
         ({5: [0]}, "with tables of other tokens"),
         ({4: None}, "with tables of other tokens"),
         ({3: torch.randn(1, 6, 8)}, r"with a table of \(1, 6, 8\)"),
+        ({11: 2}, "of 3 heads in 2 groups"),
+        ({11: -1}, "of 3 heads in -1 groups"),
+        ({10: [torch.randn(2, 5, 3, 8)] * 2}, "of 2 plain parts"),
+        ({10: [torch.randn(2, 5, 3, 6)]}, "of parts of several shapes or dtypes"),
     ],
 )
 def test_arguments_that_do_not_fit_together(change: dict[int, Any], message: str) -> None:
-    arguments = dict(enumerate([*SMALL, [1], "rms", EPS, 1, False])) | change
+    arguments = dict(enumerate([*SMALL, [1], "rms", EPS, 1, False, [], 0])) | change
     for run in (OP, norm_rope.norm_rope_reference):
         with pytest.raises(ValueError, match=message):
             run(*arguments.values())
@@ -392,8 +471,9 @@ import torch
 
 from xdit_compile.kernels import norm_rope
 
-(out,) = torch.ops.xdit_compile.norm_rope([torch.ones(1, 2, 1, 4)], [], [], None, None, [0], "rms", 0.0, 1, False)
-assert not norm_rope.TRITON and out.eq(1).all()
+ones = [torch.ones(1, 2, 1, 4)]
+(out,) = torch.ops.xdit_compile.norm_rope(ones, [], [], None, None, [0], "rms", 0.0, 1, False, ones, 1)
+assert not norm_rope.TRITON and out.shape == (16,) and out.eq(1).all()
 """
 
 

@@ -29,7 +29,7 @@ FALLBACKS = ("gather", "error", "unsplit")
 SPLIT_SCHEMES = ("all", "heads", "ffn")
 VAES = ("whole", "patch", "distvae")
 COMPILES = ("now", "background")
-OPTIONAL_PASSES = ("fold_activations", "split_concatenations", "norm_rope", "join_linears")
+OPTIONAL_PASSES = ("fold_activations", "split_concatenations", "norm_rope", "pack_heads", "join_linears")
 """Passes that change how fast something runs, and can be left out."""
 _CHOICES = (
     ("compile", COMPILES),
