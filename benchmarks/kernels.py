@@ -79,7 +79,7 @@ def rotated(norm: str, run: Function) -> Function:
     """Queries and keys normalized, rotated and joined by a function like the operator."""
 
     def call(parts: Any, weights: Any, cos: Any, sin: Any) -> Any:
-        return run(parts, weights, [], cos, sin, [1] * (len(parts) // 2), norm, 1e-6, 2, False)
+        return run(parts, weights, [], cos, sin, [1] * (len(parts) // 2), norm, 1e-6, 2, False, [], 0)
 
     return call
 

@@ -201,8 +201,8 @@ def test_operators_of_fusion_passes(dtype: torch.dtype, compiled: bool) -> None:
     x, weight, bias = drawn(2, 33, 64), drawn(96, 64) / 8, drawn(96)
     pieces, wide, small = [drawn(2, 33, 24), drawn(2, 33, 72)], drawn(64, 96) / 10, drawn(64) / 10
     cases: list[tuple[Any, Any, tuple[Any, ...]]] = [
-        (OPS.norm_rope, norm_rope_reference, (*heads, False)),
-        (OPS.norm_rope, norm_rope_reference, (*heads, True)),
+        (OPS.norm_rope, norm_rope_reference, (*heads, False, [], 0)),
+        (OPS.norm_rope, norm_rope_reference, (*heads, True, [drawn(2, tokens, 5, 72) for tokens in (33, 130)], 5)),
         (OPS.linear_gelu, lambda *given: [F.gelu(F.linear(*given), approximate="tanh")], (x, weight, bias)),
         (
             OPS.linear_of_parts,
