@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAKS = runpy.run_path(str(ROOT / "benchmarks" / "peaks.py"))["PEAKS"]
-BLOCKS = {"transformer_blocks.0": (9, 14), "single_transformer_blocks.0": (3, 6), "single_transformer_blocks.1": (3, 6)}
-"""Matrix products of each block, those of one value joined; and its linear layers."""
+BLOCKS = {"transformer_blocks.0": (9, 14), "single_transformer_blocks.0": (5, 7), "single_transformer_blocks.1": (5, 7)}
+"""Matrix products of each block, that of two values side by side as two; and those of one value not joined."""
 ROWS, INNER, COLUMNS = 64, 32, 48
 BY_HAND = f"""
 import json
@@ -38,8 +38,8 @@ aten, OPS = torch.ops.aten, torch.ops.xdit_compile
 
 
 def rotated(x, y):
-    queries, table = x.reshape(1, {ROWS}, 4, 8), y.reshape(1, -1, 8)[:, :{ROWS}]
-    return tuple(OPS.norm_rope.default([queries], [], [], table, table, [1], "rms", 1e-6, 1, False, [], 0))
+    queries, table = aten.view(x, [1, {ROWS}, 4, 8]), aten.slice(aten.view(y, [1, -1, 8]), 1, 0, {ROWS})
+    return (OPS.norm_rope.default([queries], [], [], table, table, [1], "rms", 1e-6, 1, False, [], 0)[0],)
 
 
 def in_parts(x, y):
@@ -52,8 +52,8 @@ GRAPHS = dict(
     one_pass=lambda x, y: (aten.relu(aten.mm(x, y)),),
     two_passes=lambda x, y: (aten.neg(aten.relu(aten.mm(x, y))),),
     parts=in_parts,
-    second_pass=lambda x, y: (OPS.linear_of_parts.default([x[:, :8], x[:, 8:]], y.t(), None),),
-    epilogue=lambda x, y: (OPS.linear_gelu.default(x, y.t(), y[0]),),
+    second_pass=lambda x, y: (OPS.linear_of_parts.default([aten.slice(x, 1, 0, 8), aten.slice(x, 1, 8, {INNER})], y.t(), None),),
+    epilogue=lambda x, y: (OPS.linear_gelu.default(x, y.t(), aten.select(y, 0, 1)),),
     heads=rotated,
     twice=lambda x, y: (aten.relu(aten.mm(x, y)), aten.relu(aten.mm(x.neg(), y))),
 )
