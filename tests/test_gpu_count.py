@@ -37,6 +37,10 @@ from xdit_compile.kernels import linear_gelu, linear_of_parts, norm_rope
 aten, OPS = torch.ops.aten, torch.ops.xdit_compile
 
 
+def cut(x):
+    return [aten.slice(x, 1, 0, 8), aten.slice(x, 1, 8, {INNER})]
+
+
 def rotated(x, y):
     queries, table = aten.view(x, [1, {ROWS}, 4, 8]), aten.slice(aten.view(y, [1, -1, 8]), 1, 0, {ROWS})
     return (OPS.norm_rope.default([queries], [], [], table, table, [1], "rms", 1e-6, 1, False, [], 0)[0],)
@@ -52,7 +56,7 @@ GRAPHS = dict(
     one_pass=lambda x, y: (aten.relu(aten.mm(x, y)),),
     two_passes=lambda x, y: (aten.neg(aten.relu(aten.mm(x, y))),),
     parts=in_parts,
-    second_pass=lambda x, y: (OPS.linear_of_parts.default([aten.slice(x, 1, 0, 8), aten.slice(x, 1, 8, {INNER})], y.t(), None),),
+    second_pass=lambda x, y: (OPS.linear_of_parts.default(cut(x), y.t(), None),),
     epilogue=lambda x, y: (OPS.linear_gelu.default(x, y.t(), aten.select(y, 0, 1)),),
     heads=rotated,
     twice=lambda x, y: (aten.relu(aten.mm(x, y)), aten.relu(aten.mm(x.neg(), y))),

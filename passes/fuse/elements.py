@@ -20,13 +20,13 @@ def source(
     node: fx.Node, place: Sequence[int], stops: Collection[fx.Node], shapes: Shapes
 ) -> tuple[fx.Node, Place] | None:  # fmt: skip
     """The node among ``stops`` that an element comes from, and its place there; None where it comes from elsewhere."""
-    at = tuple(int(index) for index in place)
+    here = tuple(int(index) for index in place)
     while node not in stops:
-        step = _before(node, at, shapes)
+        step = _before(node, here, shapes)
         if step is None:
             return None
-        node, at = step
-    return node, at
+        node, here = step
+    return node, here
 
 
 def _before(node: fx.Node, place: Place, shapes: Shapes) -> tuple[fx.Node, Place] | None:
@@ -37,20 +37,21 @@ def _before(node: fx.Node, place: Place, shapes: Shapes) -> tuple[fx.Node, Place
         origin = node_of(node.args[0])
         flat = np.ravel_multi_index(place, tuple(shapes[node].shape)) if place else 0
         return origin, tuple(int(index) for index in np.unravel_index(flat, tuple(shapes[origin].shape)))
-    given = named_arguments(node) if name in ("permute", "transpose", "cat") else {}
+    arguments = named_arguments(node) if name in ("permute", "transpose", "cat") else {}
     if name == "permute":
         back = list(place)
-        for dim, index in zip(given["dims"], place, strict=True):
+        for dim, index in zip(arguments["dims"], place, strict=True):
             back[dim % len(place)] = index
         return node_of(node.args[0]), tuple(back)
     if name == "transpose":
-        back, one, other = list(place), given["dim0"], given["dim1"]
+        back, one, other = list(place), arguments["dim0"], arguments["dim1"]
         back[one], back[other] = back[other], back[one]
         return node_of(node.args[0]), tuple(back)
     if name == "cat":
-        dim, index = (given.get("dim") or 0) % len(place), place[(given.get("dim") or 0) % len(place)]
-        for part in map(node_of, sequence_of(given["tensors"])):
-            if index < shapes[part].shape[dim]:
-                return part, (*place[:dim], index, *place[dim + 1 :])
-            index -= shapes[part].shape[dim]
+        dim = (arguments.get("dim") or 0) % len(place)
+        index = place[dim]
+        for joined in map(node_of, sequence_of(arguments["tensors"])):
+            if index < shapes[joined].shape[dim]:
+                return joined, (*place[:dim], index, *place[dim + 1 :])
+            index -= shapes[joined].shape[dim]
     return None

@@ -10,31 +10,33 @@ from xdit_compile.capture.simplify import erase_with_sources
 from xdit_compile.kernels import linear_gelu  # noqa: F401 - registers the op
 from xdit_compile.passes.memory.on_meta import Shapes
 
+from .equal_values import EqualValues
 from .rewriting import Found, Fusion
 
 aten = torch.ops.aten
 ACTIVATIONS = (aten.gelu.default, aten.silu.default, aten.relu.default)
 OTHER = "products know no activation but gelu by tanh"
 USED = "the product's result is used by others, too"
+WRITTEN = "the value is written to"
 UNLIKE = "the product has no bias, or weights of another dtype"
 
 
 def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
-    found = Found()
+    result, values = Found(), EqualValues(graph)
     for node in [node for target in ACTIVATIONS for node in graph.find_nodes(op="call_function", target=target)]:
         linear = node.args[0]
         if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default:
             continue
-        reason = _apart(node, linear, shapes)
+        reason = WRITTEN if any(map(values.is_written, linear.all_input_nodes)) else _apart(node, linear, shapes)
         if reason is not None:
-            found.apart[reason] += 1
+            result.apart[reason] += 1
             continue
         with graph.inserting_before(node):
             folded = graph.call_function(torch.ops.xdit_compile.linear_gelu.default, linear.args)
         node.replace_all_uses_with(folded)
         erase_with_sources(node)
-        found.changed += 1
-    return found
+        result.changed += 1
+    return result
 
 
 def _apart(node: fx.Node, linear: fx.Node, shapes: Shapes) -> str | None:

@@ -11,10 +11,10 @@ import torch
 from torch import fx
 
 from xdit_compile.capture.mutations import named_arguments
-from xdit_compile.ir.arguments import overload_of, sequence_of
+from xdit_compile.ir.arguments import integer_of, node_of, overload_of, sequence_of
 from xdit_compile.passes.memory.on_meta import Shapes, name_of
 
-from .lanes import Heads, Rotation, Stretch, Term, added, joined, moved, multiplied, rotation_of
+from .lanes import Heads, Move, Rotation, Stretch, Term, added, joined, moved, multiplied, rotation_of
 
 aten = torch.ops.aten
 NORMS = {aten.rms_norm.default: "rms", aten.layer_norm.default: "layer"}
@@ -78,14 +78,15 @@ class HeadValues:
         return {node for node, pieces in self._pieces.items() if all(piece is not None for piece in pieces)}
 
     def _norm(self, node: fx.Node) -> Heads | None:
-        given, kind = named_arguments(node), NORMS[overload_of(node)]
+        arguments, kind = named_arguments(node), NORMS[overload_of(node)]
         shape = self._shapes[node].shape
-        if list(given["normalized_shape"]) != list(shape[-1:]) or given.get("eps") is None:
+        if list(arguments["normalized_shape"]) != list(shape[-1:]) or arguments.get("eps") is None:
             return None
-        affine = tuple(given[name] for name in ("weight", "bias") if given.get(name) is not None)
-        if any(self._shapes[each].shape != shape[-1:] for each in affine) or (len(affine) == 1 and given.get("bias")):
+        affine = tuple(arguments[name] for name in ("weight", "bias") if arguments.get(name) is not None)
+        unlike = any(self._shapes[each].shape != shape[-1:] for each in affine)
+        if unlike or (len(affine) == 1 and arguments.get("bias") is not None):
             return None
-        return self._normalized(node, given["input"], kind, float(given["eps"]), affine)
+        return self._normalized(node, arguments["input"], kind, float(arguments["eps"]), affine)
 
     def _normalized(
         self, node: fx.Node, x: fx.Node, kind: str, eps: float, affine: tuple[fx.Node, ...]
@@ -100,16 +101,16 @@ class HeadValues:
 
     def _value(self, node: fx.Node) -> Heads | None:
         if node.target is operator.getitem:
-            pieces = self._pieces.get(node.args[0])  # type: ignore[arg-type]
-            return None if pieces is None else pieces[node.args[1]]  # type: ignore[index]
-        name, given = name_of(node), named_arguments(node)
-        first = next(iter(given.values()), None)
+            pieces = self._pieces.get(node_of(node.args[0]))
+            return None if pieces is None else pieces[integer_of(node.args[1])]
+        name, arguments = name_of(node), named_arguments(node)
         if name in ("cat", "stack"):
-            return self._together(name, given)
+            return self._together(name, arguments)
         if name in ("mul", "add", "sub"):
-            return self._pointwise(node, name, given)
+            return self._pointwise(node, name, arguments)
+        first = next(iter(arguments.values()), None)
         heads = self.known.get(first) if isinstance(first, fx.Node) else None
-        if heads is None:
+        if heads is None or first is None:
             return None
         if name in SAME:
             return heads
@@ -118,39 +119,39 @@ class HeadValues:
         if name in VIEWS:
             return self._view(node, heads)
         if name in ("unbind", "split", "split_with_sizes", "chunk"):
-            self._pieces[node] = self._cut(node, heads, given)
+            self._pieces[node] = self._cut(node, heads, arguments)
             return None
         if name in ("permute", "transpose"):
-            return self._permuted(node, heads, name, given)
+            return self._permuted(node, heads, name, arguments)
         if name in ("new_empty", "empty_like"):
-            fits = self._shapes[node].shape == self._shapes[first].shape  # type: ignore[index]
+            fits = self._shapes[node].shape == self._shapes[first].shape
             return heads.with_terms(lambda each: (Term.nothing(heads.lanes),)) if fits else None
-        return self._along(node, heads, name, given)
+        return self._along(node, heads, name, arguments)
 
-    def _along(self, node: fx.Node, heads: Heads, name: str, given: dict[str, Any]) -> Heads | None:
+    def _along(self, node: fx.Node, heads: Heads, name: str, arguments: dict[str, Any]) -> Heads | None:
         """Operators that go along one dim."""
         if name == "copy":
-            return self.known.get(given["src"]) if isinstance(given["src"], fx.Node) else None
-        if name not in ("slice", "select", "unsqueeze", "squeeze", "slice_scatter") or "dim" not in given:
+            return self.known.get(arguments["src"]) if isinstance(arguments["src"], fx.Node) else None
+        if name not in ("slice", "select", "unsqueeze", "squeeze", "slice_scatter") or "dim" not in arguments:
             return None
         rank = len(heads.lead) + len(heads.lanes) + (name == "unsqueeze")
-        dim = given["dim"] % rank
+        dim = arguments["dim"] % rank
         if dim >= len(heads.lead):
-            here = {**given, "dim": dim - len(heads.lead)}
+            here = {**arguments, "dim": dim - len(heads.lead)}
             return self._on_lanes(node, heads, name, here)
-        if heads.lead[dim] != "t" or (given.get("step") or 1) != 1 or name not in ("slice", "slice_scatter"):
+        if heads.lead[dim] != "t" or (arguments.get("step") or 1) != 1 or name not in ("slice", "slice_scatter"):
             return None
-        start, stop = _range(given, heads.tokens)
+        start, stop = _range(arguments, heads.tokens)
         if name == "slice":
             return heads.between(start, stop)
-        source = self.known.get(given["src"])
+        source = self.known.get(arguments["src"])
         around = [heads.between(0, start), source, heads.between(stop, heads.tokens)]
         parts = [each for each in around if each is not None]
         return joined(parts) if source is not None and source.tokens == stop - start else None
 
-    def _on_lanes(self, node: fx.Node, heads: Heads, name: str, given: dict[str, Any]) -> Heads | None:
+    def _on_lanes(self, node: fx.Node, heads: Heads, name: str, arguments: dict[str, Any]) -> Heads | None:
         op: Any = node.target
-        rest = {key: value for key, value in list(given.items())[1:] if value is not None}
+        rest = {key: value for key, value in list(arguments.items())[1:] if value is not None}
         if name != "slice_scatter":
             return moved([heads], lambda parts: op(parts[0], **rest))
         source = self.known.get(rest.pop("src"))
@@ -162,32 +163,32 @@ class HeadValues:
         return moved([heads, source], lambda parts: op(*parts, **rest))
 
     def _view(self, node: fx.Node, heads: Heads) -> Heads | None:
-        before, after, lead = self._shapes[node.args[0]].shape, self._shapes[node].shape, len(heads.lead)  # type: ignore[index]
+        before, after, lead = self._shapes[node_of(node.args[0])].shape, self._shapes[node].shape, len(heads.lead)
         if before[:lead] != after[:lead] or len(after) <= lead:
             return None
         return moved([heads], lambda parts: parts[0].reshape(after[lead:]))
 
-    def _cut(self, node: fx.Node, heads: Heads, given: dict[str, Any]) -> Sequence[Heads | None]:
+    def _cut(self, node: fx.Node, heads: Heads, arguments: dict[str, Any]) -> Sequence[Heads | None]:
         """The pieces of a value that is cut along a dim."""
-        lead, dim = len(heads.lead), (given.get("dim") or 0) % (len(heads.lead) + len(heads.lanes))
+        lead, dim = len(heads.lead), (arguments.get("dim") or 0) % (len(heads.lead) + len(heads.lanes))
         results = self._shapes[node]
         if dim >= lead:
             op: Any = node.target
-            rest = {**dict(list(given.items())[1:]), "dim": dim - lead}
-            return [moved([heads], lambda parts, at=at: op(parts[0], **rest)[at]) for at in range(len(results))]  # type: ignore[misc]
+            rest = {**dict(list(arguments.items())[1:]), "dim": dim - lead}
+            return [moved([heads], _piece(op, index, rest)) for index in range(len(results))]
         if heads.lead[dim] != "t" or name_of(node) == "unbind":
             return [None] * len(results)
         sizes = [result.shape[dim] for result in results]
-        starts = [sum(sizes[:at]) for at in range(len(sizes))]
+        starts = [sum(sizes[:count]) for count in range(len(sizes))]
         return [heads.between(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
-    def _permuted(self, node: fx.Node, heads: Heads, name: str, given: dict[str, Any]) -> Heads | None:
+    def _permuted(self, node: fx.Node, heads: Heads, name: str, arguments: dict[str, Any]) -> Heads | None:
         rank, lead = len(heads.lead) + len(heads.lanes), len(heads.lead)
         order = list(range(rank))
         if name == "permute":
-            order = [dim % rank for dim in given["dims"]]
+            order = [dim % rank for dim in arguments["dims"]]
         else:
-            one, other = given["dim0"] % rank, given["dim1"] % rank
+            one, other = arguments["dim0"] % rank, arguments["dim1"] % rank
             order[one], order[other] = order[other], order[one]
         if sorted(order[:lead]) != list(range(lead)):
             return None
@@ -195,23 +196,23 @@ class HeadValues:
         turned = moved([heads], lambda parts: parts[0].permute(lanes))
         return None if turned is None else Heads("".join(heads.lead[dim] for dim in order[:lead]), turned.stretches)
 
-    def _together(self, name: str, given: dict[str, Any]) -> Heads | None:
-        values = [self.known.get(each) for each in sequence_of(next(iter(given.values())))]
+    def _together(self, name: str, arguments: dict[str, Any]) -> Heads | None:
+        values = [self.known.get(each) for each in sequence_of(next(iter(arguments.values())))]
         some = [value for value in values if value is not None]
         if not some or len(some) < len(values):
             return None
         lead = len(some[0].lead)
-        dim = (given.get("dim") or 0) % (lead + len(some[0].lanes) + (name == "stack"))
+        dim = (arguments.get("dim") or 0) % (lead + len(some[0].lanes) + (name == "stack"))
         if dim >= lead:
             together: Callable[..., torch.Tensor] = torch.cat if name == "cat" else torch.stack
             return moved(some, lambda parts: together(list(parts), dim - lead))
         return joined(some) if name == "cat" and some[0].lead[dim] == "t" else None
 
-    def _pointwise(self, node: fx.Node, name: str, given: dict[str, Any]) -> Heads | None:
-        operands = [given.get("self", given.get("input")), given.get("other")]
-        if not all(isinstance(each, fx.Node) for each in operands) or given.get("alpha", 1) != 1:
+    def _pointwise(self, node: fx.Node, name: str, arguments: dict[str, Any]) -> Heads | None:
+        operands = [each for each in (arguments.get("self"), arguments.get("other")) if isinstance(each, fx.Node)]
+        if len(operands) < 2 or arguments.get("alpha", 1) != 1:
             return None
-        values = [self.known.get(each) for each in operands]  # type: ignore[arg-type]
+        values = [self.known.get(each) for each in operands]
         if name != "mul":
             one, other = values
             return None if one is None or other is None else added(one, other, -1 if name == "sub" else 1)
@@ -221,7 +222,6 @@ class HeadValues:
         if None not in values:
             return None
         factor = operands[values.index(None)]
-        assert isinstance(factor, fx.Node)
         if factor not in self._shapes:
             return None
         if self._shapes[factor].shape == heads.lanes:
@@ -237,15 +237,22 @@ class HeadValues:
             added_up = _operand(factor, "rsqrt")
             mean = _operand(added_up, "add")
             square = _operand(mean, "mean")
-            if mean is None or _without_copies(_operand(square, "pow")) is not _without_copies(x):
+            squared = _operand(square, "pow")
+            if (
+                added_up is None
+                or mean is None
+                or square is None
+                or squared is None
+                or squared is not _without_copies(x)
+            ):
                 continue
-            eps, exponent = (named_arguments(each) for each in (added_up, square))  # type: ignore[arg-type]
+            eps, exponent = named_arguments(added_up), named_arguments(square)
             along = named_arguments(mean)
             if (
                 isinstance(eps.get("other"), float) and eps.get("alpha", 1) == 1 and exponent["exponent"] == 2
                 and list(along["dim"]) in ([-1], [self._shapes[mean].dim() - 1]) and along.get("keepdim")
             ):  # fmt: skip
-                return self._normalized(node, _without_copies(x), "rms", eps["other"], ())
+                return self._normalized(node, squared, "rms", eps["other"], ())
         return None
 
     def _weighted(self, node: fx.Node, heads: Heads, weight: fx.Node) -> Heads | None:
@@ -263,15 +270,21 @@ class HeadValues:
         return self._normalized(node, norm.x, norm.kind.removesuffix("_all"), norm.eps, (weight,))
 
 
+def _piece(op: Any, index: int, arguments: dict[str, Any]) -> Move:
+    """One of the results of an operator on lanes."""
+    return lambda parts: op(parts[0], **arguments)[index]
+
+
 def _operand(node: Any, name: str) -> fx.Node | None:
     """The first operand of a node that calls an operator of this name, but for changes of dtype; None for another."""
-    found = _without_copies(node)
-    if found is None or found.op != "call_function" or name_of(found) != name:
+    caller = _without_copies(node)
+    if caller is None or caller.op != "call_function" or name_of(caller) != name:
         return None
-    return found.args[0] if isinstance(found.args[0], fx.Node) else None
+    return _without_copies(caller.args[0])
 
 
-def _without_copies(node: Any) -> Any:
+def _without_copies(node: Any) -> fx.Node | None:
+    """What a node has in another dtype or layout."""
     while isinstance(node, fx.Node) and node.op == "call_function" and name_of(node) in SAME:
         node = node.args[0]
     return node if isinstance(node, fx.Node) else None
@@ -281,8 +294,8 @@ def _is_nothing(heads: Heads) -> bool:
     return all(bool((term.source < 0).all()) for each in heads.stretches for term in each.terms)
 
 
-def _range(given: dict[str, Any], size: int) -> tuple[int, int]:
-    start, stop = given.get("start") or 0, given.get("end")
+def _range(arguments: dict[str, Any], size: int) -> tuple[int, int]:
+    start, stop = arguments.get("start") or 0, arguments.get("end")
     start, stop = start + size * (start < 0), size if stop is None else stop + size * (stop < 0)
     return max(0, start), min(stop, size)
 
@@ -291,16 +304,16 @@ def _lead(x: Any, shapes: Shapes) -> str | None:
     """The order of the first dims of heads that were cut from features: batch, tokens and heads, or heads first."""
     swapped = False
     while isinstance(x, fx.Node) and x.op == "call_function":
-        name, given = name_of(x), named_arguments(x)
-        source = next(iter(given.values()), None)
+        name, arguments = name_of(x), named_arguments(x)
+        source = next(iter(arguments.values()), None)
         if name in VIEWS and isinstance(source, fx.Node):
             before, after = shapes[source].shape, shapes[x].shape
             if len(after) != 4 or before[:2] != after[:2]:
                 return None
             return "bht" if swapped else "bth"
-        if name == "transpose" and {given["dim0"] % 4, given["dim1"] % 4} == {1, 2}:
+        if name == "transpose" and {arguments["dim0"] % 4, arguments["dim1"] % 4} == {1, 2}:
             swapped = not swapped
-        elif not (name == "permute" and list(given["dims"]) == [0, 2, 1, 3]) and name not in SAME:
+        elif not (name == "permute" and list(arguments["dims"]) == [0, 2, 1, 3]) and name not in SAME:
             return None
         else:
             swapped ^= name == "permute"

@@ -98,14 +98,14 @@ class Heads:
 
     def between(self, start: int, stop: int) -> Heads | None:
         """Some of the tokens; None for none."""
-        found, offset = [], 0
+        some, offset = [], 0
         for each in self.stretches:
             first, last = max(start - offset, 0), min(stop - offset, each.count)
             if first < last:
                 row = None if each.row is None else each.row + first
-                found.append(dataclasses.replace(each, start=each.start + first, stop=each.start + last, row=row))
+                some.append(dataclasses.replace(each, start=each.start + first, stop=each.start + last, row=row))
             offset += each.count
-        return Heads(self.lead, tuple(found)) if found else None
+        return Heads(self.lead, tuple(some)) if some else None
 
     def with_terms(self, change: Callable[[Stretch], tuple[Term, ...]]) -> Heads:
         """The same tokens with other lanes."""
@@ -166,10 +166,10 @@ def multiplied(value: Heads, number: int, table: torch.Tensor) -> Heads | None:
         return None
     if "h" in lead and sizes[lead.index("h")] != 1:
         return None
-    own = sizes[len(lead) :]
-    if any(size not in (1, lane) for size, lane in zip(own, lanes, strict=True)):
+    inner = sizes[len(lead) :]
+    if any(size not in (1, lane) for size, lane in zip(inner, lanes, strict=True)):
         return None
-    numbers = torch.arange(torch.Size(own).numel()).reshape(own).expand(lanes)
+    numbers = torch.arange(torch.Size(inner).numel()).reshape(inner).expand(lanes)
     stretches, row = [], 0
     for each in value.stretches:
         if any((term.table >= 0).any() for term in each.terms):
@@ -206,21 +206,21 @@ class Rotation:
 def rotation_of(terms: Sequence[Term], width: int) -> Rotation | None:
     """The rotation that terms are, of heads of so many lanes; None where they are something else."""
     flat = [Term(*(part.reshape(-1) for part in term.each())) for term in terms]
-    own = torch.arange(flat[0].source.numel())
+    same = torch.arange(flat[0].source.numel())
     if len(flat) == 1:
         term = flat[0]
-        plain = term.source.equal(own) and bool((term.table < 0).all()) and bool((term.sign == 1).all())
+        plain = term.source.equal(same) and bool((term.table < 0).all()) and bool((term.sign == 1).all())
         return Rotation() if plain else None
     if len(flat) != 2:
         return None
-    near = flat[0].source == own
-    if not bool((near | (flat[1].source == own)).all()):
+    near = flat[0].source == same
+    if not bool((near | (flat[1].source == same)).all()):
         return None
     kept, turned = (Term(*(torch.where(near, a, b) for a, b in pairs)) for pairs in _both(flat))
     for halves in (False, True):
-        found = _turned(kept, turned, own, width, halves)
-        if found is not None:
-            return found
+        rotation = _turned(kept, turned, same, width, halves)
+        if rotation is not None:
+            return rotation
     return None
 
 
@@ -229,12 +229,12 @@ def _both(terms: Sequence[Term]) -> tuple[list[Any], list[Any]]:
     return list(zip(first, second, strict=True)), list(zip(second, first, strict=True))
 
 
-def _turned(kept: Term, turned: Term, own: torch.Tensor, width: int, halves: bool) -> Rotation | None:
-    inside = own % width
+def _turned(kept: Term, turned: Term, same: torch.Tensor, width: int, halves: bool) -> Rotation | None:
+    inside = same % width
     second = inside >= width // 2 if halves else inside % 2 == 1
     step = width // 2 if halves else 1
     pair = inside % (width // 2) if halves else inside // 2
-    if not turned.source.equal(torch.where(second, own - step, own + step)):
+    if not turned.source.equal(torch.where(second, same - step, same + step)):
         return None
     if not bool((kept.sign == 1).all()) or not turned.sign.equal(torch.where(second, 1, -1)):
         return None

@@ -30,6 +30,7 @@ ROUNDED = "the result has another dtype than the heads"
 MANY = "more than two streams are joined"
 TABLES = "streams are rotated by tables of their own"
 ALONE = "there is nothing but the norm"
+WRITTEN = "the value is written to"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,25 +65,25 @@ class Line:
 
 
 def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
-    found, values, equal = Found(), HeadValues(graph, shapes), EqualValues(graph)
+    result, values, equal = Found(), HeadValues(graph, shapes), EqualValues(graph)
     lines = []
-    for end in _ends(values, found):
+    for end in _ends(values, result):
         line = _line(end, values, shapes, equal)
         if isinstance(line, Line):
             lines.append(line)
         else:
-            found.apart[line] += 1
-    found.changed = len(lines)
+            result.apart[line] += 1
+    result.changed = len(lines)
     while lines:
         pair = [lines[0], *[line for line in lines[1:] if line.key == lines[0].key][:1]]
         if _place(graph, pair) is None:
             pair = pair[:1]
         lines = [line for line in lines if line not in pair]
         _emit(graph, pair, shapes)
-    return found
+    return result
 
 
-def _ends(values: HeadValues, found: Found) -> Iterator[fx.Node]:
+def _ends(values: HeadValues, result: Found) -> Iterator[fx.Node]:
     """The last value made of each norm of heads, if nothing on the way to it is used by others."""
     families: list[tuple[set[fx.Node], set[fx.Node]]] = []
     for node, heads in values.known.items():
@@ -99,7 +100,7 @@ def _ends(values: HeadValues, found: Found) -> Iterator[fx.Node]:
         if len(last) == 1 and _is_cut(values.known[last[0]]):
             yield last[0]
         elif any(_is_cut(values.known[node]) for node in members):
-            found.apart[USED] += 1
+            result.apart[USED] += 1
 
 
 def _is_cut(heads: Heads) -> bool:
@@ -128,6 +129,8 @@ def _line(end: fx.Node, values: HeadValues, shapes: Shapes, equal: EqualValues) 
         return TABLES
     if len({shapes[end].dtype, *(shapes[norm.x].dtype for norm in norms)}) > 1:
         return ROUNDED
+    if any(equal.is_written(node) for norm in norms for node in (norm.x, *norm.affine)):
+        return WRITTEN
     halves = any(each.halves for each in rotated)
     counts = tuple(stretch.count for stretch in heads.stretches)
     key = (
@@ -175,7 +178,7 @@ def _emit(graph: fx.Graph, lines: Sequence[Line], shapes: Shapes) -> None:
     assert place is not None
     with graph.inserting_before(place):
         parts = [part for line in lines for part in _parts(graph, line, shapes)]
-        affine = [[norm.affine[at] for line in lines for norm in line.norms if norm.affine[at:]] for at in (0, 1)]
+        affine = [[norm.affine[kind] for line in lines for norm in line.norms if norm.affine[kind:]] for kind in (0, 1)]
         tables: list[Any] = [_table(graph, table, shapes) for table in first.tables] or [None, None]
         norm, turned = first.norms[0], list(map(int, first.turned))
         arguments: tuple[Any, ...] = (
@@ -204,14 +207,14 @@ def _emit(graph: fx.Graph, lines: Sequence[Line], shapes: Shapes) -> None:
 def _parts(graph: fx.Graph, line: Line, shapes: Shapes) -> Iterator[fx.Node]:
     """What a line's stretches normalize, as batch, tokens, heads and lanes."""
     for stretch, norm in zip(line.heads.stretches, line.norms, strict=True):
-        part, sizes = norm.x, shapes[norm.x].shape
+        x, sizes = norm.x, shapes[norm.x].shape
         if norm.lead == "bht":
-            part, sizes = graph.call_function(aten.transpose.int, (part, 1, 2)), sizes[:1] + sizes[2:3] + sizes[1:2]
+            x, sizes = graph.call_function(aten.transpose.int, (x, 1, 2)), sizes[:1] + sizes[2:3] + sizes[1:2]
         if norm.lead == "bt":
-            part = graph.call_function(aten.reshape.default, (part, [*sizes[:2], *line.heads.lanes]))
+            x = graph.call_function(aten.reshape.default, (x, [*sizes[:2], *line.heads.lanes]))
         if stretch.count < sizes[1]:
-            part = graph.call_function(aten.slice.Tensor, (part, 1, stretch.start, stretch.stop))
-        yield part
+            x = graph.call_function(aten.slice.Tensor, (x, 1, stretch.start, stretch.stop))
+        yield x
 
 
 def _table(graph: fx.Graph, table: TableOf, shapes: Shapes) -> fx.Node:

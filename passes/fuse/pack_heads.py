@@ -12,10 +12,11 @@ import torch
 from torch import fx
 
 from xdit_compile.capture.simplify import erase_with_sources
-from xdit_compile.ir.arguments import node_of, sequence_of
+from xdit_compile.ir.arguments import integer_of, node_of, sequence_of
 from xdit_compile.passes.memory.on_meta import Shapes, name_of
 
 from .elements import SAME, VIEWS, source
+from .equal_values import EqualValues
 from .rewriting import Found, Fusion
 
 aten = torch.ops.aten
@@ -25,25 +26,29 @@ OTHER = "queries and keys go into a buffer of another order"
 
 
 def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
-    found = Found()
+    result, values = Found(), EqualValues(graph)
     for made in graph.find_nodes(op="call_function", target=torch.ops.xdit_compile.norm_rope.default):
-        lines = sorted((user for user in made.users if user.target is operator.getitem), key=lambda user: user.args[1])  # type: ignore[arg-type,return-value]
+        lines = sorted(made.users, key=lambda user: integer_of(user.args[1]))
         buffer = _buffer(lines) if len(lines) == 2 and not made.args[10] else None
         if buffer is None:
             continue
         plain = _plain(buffer, lines, shapes)
-        if plain is None or not _fits(buffer, [*lines, plain], shapes):
-            found.apart[OTHER] += 1
+        if (
+            plain is None
+            or any(map(values.is_written, plain.all_input_nodes))
+            or not _fits(buffer, [*lines, plain], shapes)
+        ):
+            result.apart[OTHER] += 1
             continue
         with graph.inserting_before(buffer):
-            values = _streams(graph, plain, made, shapes)
+            streams = _streams(graph, plain, made, shapes)
             groups = shapes[node_of(buffer.args[0])].shape[0]
-            packed = graph.call_function(made.target, (*made.args[:10], values, groups))
+            packed = graph.call_function(made.target, (*made.args[:10], streams, groups))
             flat = graph.call_function(operator.getitem, (packed, 0))
         buffer.replace_all_uses_with(flat)
         erase_with_sources(buffer)
-        found.changed += 1
-    return found
+        result.changed += 1
+    return result
 
 
 def _buffer(lines: Sequence[fx.Node]) -> fx.Node | None:
@@ -77,13 +82,13 @@ def _fits(buffer: fx.Node, lines: Sequence[fx.Node], shapes: Shapes) -> bool:
     groups = shapes[node_of(buffer.args[0])].shape[0]
     if heads % groups or shapes[buffer].numel() != len(lines) * shapes[lines[0]].numel():
         return False
-    own = heads // groups
-    sizes = (groups, tokens, batch, len(lines), own, width)
+    share = heads // groups
+    sizes = (groups, tokens, batch, len(lines), share, width)
     for group, token, sample, line, head, lane in _probes(sizes):
         place = 0
         for size, index in zip(sizes, (group, token, sample, line, head, lane), strict=True):
             place = place * size + index
-        if source(buffer, (place,), lines, shapes) != (lines[line], (sample, token, group * own + head, lane)):
+        if source(buffer, (place,), lines, shapes) != (lines[line], (sample, token, group * share + head, lane)):
             return False
     return True
 
@@ -91,7 +96,7 @@ def _fits(buffer: fx.Node, lines: Sequence[fx.Node], shapes: Shapes) -> bool:
 def _probes(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """Every corner of a box, and some places inside."""
     for corner in range(2 ** len(sizes)):
-        yield tuple((size - 1) * (corner >> at & 1) for at, size in enumerate(sizes))
+        yield tuple((size - 1) * (corner >> bit & 1) for bit, size in enumerate(sizes))
     drawn = random.Random(math.prod(sizes))
     for _ in range(PROBES):
         yield tuple(drawn.randrange(size) for size in sizes)
@@ -100,20 +105,20 @@ def _probes(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
 def _streams(graph: fx.Graph, plain: fx.Node, made: fx.Node, shapes: Shapes) -> list[fx.Node]:
     """The streams of tokens of a value, as the queries have them."""
     parts: list[Any] = list(sequence_of(made.args[0]))[: len(sequence_of(made.args[5]))]
-    counts = [_tokens(part, shapes) for part in parts]
+    counts = [_tokens(stream, shapes) for stream in parts]
     if len(counts) == 1:
         return [plain]
     if name_of(plain) == "cat":
         joined = list(map(node_of, sequence_of(plain.args[0])))
-        if [shapes[part].shape[1] for part in joined] == counts:
+        if [_tokens(stream, shapes) for stream in joined] == counts:
             return joined
-    starts = [sum(counts[:at]) for at in range(len(counts))]
+    starts = [sum(counts[:before]) for before in range(len(counts))]
     ends = [start + count for start, count in zip(starts, counts, strict=True)]
     return [graph.call_function(aten.slice.Tensor, (plain, 1, *ends_of)) for ends_of in zip(starts, ends, strict=True)]
 
 
-def _tokens(part: fx.Node, shapes: Shapes) -> int:
-    return int(shapes[part].shape[1])
+def _tokens(stream: fx.Node, shapes: Shapes) -> int:
+    return int(shapes[stream].shape[1])
 
 
 pack_heads = Fusion("pack_heads", "buffers of heads written by the kernel of norms and rotations", _rewrite)

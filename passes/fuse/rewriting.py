@@ -41,9 +41,9 @@ class Fusion:
 
     def told(self, program: Program) -> str:
         """What the pass does to one call of the module, and what it leaves."""
-        _, found = self._run(program)
-        apart = "".join(f"; {count} apart, as {reason}" for reason, count in found.apart.most_common())
-        return f"{self.name}: {found.changed} {self.what}{apart}"
+        _, result = self._run(program)
+        apart = "".join(f"; {count} apart, as {reason}" for reason, count in result.apart.most_common())
+        return f"{self.name}: {result.changed} {self.what}{apart}"
 
     def _run(self, program: Program) -> tuple[Program, Found]:
         modules = {
@@ -54,9 +54,9 @@ class Fusion:
         shapes, total = shapes_of(copied), Found()
         calls = Counter(str(call.target) for call in program.calls())
         for name, module in modules.items():
-            found = self.rewrite(module.graph, shapes)
-            total.changed += found.changed * calls[name]
-            total.apart.update({reason: count * calls[name] for reason, count in found.apart.items()})
+            result = self.rewrite(module.graph, shapes)
+            total.changed += result.changed * calls[name]
+            total.apart.update({reason: count * calls[name] for reason, count in result.apart.items()})
             module.graph.lint()
             module.recompile()
         root = fx.GraphModule({**modules}, copied.root.graph)

@@ -12,32 +12,34 @@ from xdit_compile.ir.arguments import node_of, sequence_of
 from xdit_compile.kernels import linear_of_parts  # noqa: F401 - registers the op
 from xdit_compile.passes.memory.on_meta import Shapes, name_of
 
+from .equal_values import EqualValues
 from .rewriting import Found, Fusion
 
 aten = torch.ops.aten
 USED = "the joined value is used by others, too"
+WRITTEN = "a value is written to"
 WIDE = "the sum of products would move more than the copy"
 POINTWISE = torch.Tag.pointwise
 VIEWS = ("slice", "split", "split_with_sizes", "reshape", "view", "permute", "transpose", "unsqueeze", "expand")
 
 
 def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
-    found = Found()
+    result, values = Found(), EqualValues(graph)
     for linear in graph.find_nodes(op="call_function", target=aten.linear.default):
         joined = linear.args[0]
         if not isinstance(joined, fx.Node) or joined.target is not aten.cat.default or not _by_features(joined, shapes):
             continue
-        reason = _apart(linear, joined, shapes)
+        reason = WRITTEN if any(map(values.is_written, joined.all_input_nodes)) else _apart(linear, joined, shapes)
         if reason is not None:
-            found.apart[reason] += 1
+            result.apart[reason] += 1
             continue
         with graph.inserting_before(linear):
             arguments = (list(sequence_of(joined.args[0])), linear.args[1], linear.args[2] if linear.args[2:] else None)
             parts = graph.call_function(torch.ops.xdit_compile.linear_of_parts.default, arguments)
         linear.replace_all_uses_with(parts)
         erase_with_sources(linear)
-        found.changed += 1
-    return found
+        result.changed += 1
+    return result
 
 
 def _by_features(joined: fx.Node, shapes: Shapes) -> bool:
