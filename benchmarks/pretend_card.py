@@ -72,6 +72,7 @@ class Patch(NamedTuple):
 
 
 SETTINGS = {
+    "joint_graph_constant_folding": False,  # constants are computed on the device; FLUX's code is the same without
     "compile_threads": 1,  # other processes would not have the patches
     "use_static_triton_launcher": False,  # it loads binaries by itself, in C++
     "shape_padding": False,  # whether a product is padded is found out by timing it

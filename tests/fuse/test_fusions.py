@@ -239,6 +239,11 @@ def on_some(x: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def swapped(x: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    x = x * c + turned(x) * s
+    return torch.cat([x[:, 3:], x[:, :3]], 1)
+
+
 def heads_first(x: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     x, c, s = (each.transpose(1, 2) for each in (x, c, s))
     return x * c + turned(x) * s
@@ -255,6 +260,8 @@ ROTATIONS: dict[str, tuple[Callable[..., torch.Tensor], int, list[int] | None, s
     "nothing": (lambda x, c, s: x, 0, None, heads.ALONE),
     "turned the other way": (lambda x, c, s: x * c - turned(x) * s, 0, None, heads.OTHER),
     "scaled": (lambda x, c, s: x * c, 0, None, heads.OTHER),
+    "cut behind": (lambda x, c, s: (x * c + turned(x) * s)[:, 2:], 0, None, heads.TABLES),
+    "swapped behind": (swapped, 0, None, heads.TABLES),
     "used before": (lambda x, c, s: x * c + turned(x) * s + x.relu(), 0, None, heads.USED),
     "three streams": (lambda x, c, s: torch.cat([x[:, :1], x[:, 1:2], x[:, 2:]], 1), 0, None, heads.MANY),
     "wider": (lambda x, c, s: (x.double() * c.double() + turned(x).double() * s.double()), 0, None, heads.ROUNDED),
