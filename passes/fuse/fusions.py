@@ -8,12 +8,16 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 
 from xdit_compile.ir.program import Program
+from xdit_compile.kernels.norm_rope import TRITON
 
 from . import join_linears as joining
 from .fold_activations import fold_activations
 from .norm_rope import norm_rope
 from .pack_heads import pack_heads
 from .split_concatenations import split_concatenations
+
+OLDEST = (8, 0)
+"""The first cards that compute in bfloat16; kernels are compiled for these and later ones in the tests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,29 +29,54 @@ class OptionalPass:
         run: the pass.
         told: says of a program what the pass does to it.
         kinds: of devices that it is for; all for None.
+        unsupported: why a device of such a kind cannot run what it puts in; None where it can.
     """
 
     name: str
     run: Callable[[Program], Program]
     told: Callable[[Program], str]
     kinds: tuple[str, ...] | None = ("cuda",)
+    unsupported: Callable[[torch.device], str | None] = lambda device: None
+
+    def asked_for(self, without: Collection[str], device: torch.device) -> bool:
+        """Whether it is for a device of this kind, and the plan does not leave it out."""
+        return self.name not in without and (self.kinds is None or device.type in self.kinds)
 
     def wanted(self, without: Collection[str], device: torch.device) -> bool:
         """Whether it runs for a device, in a plan that leaves some out."""
-        return self.name not in without and (self.kinds is None or device.type in self.kinds)
+        return self.asked_for(without, device) and self.unsupported(device) is None
 
 
-FOLD_ACTIVATIONS = OptionalPass(fold_activations.name, fold_activations, fold_activations.told)
+def no_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels do not run on a device."""
+    if not TRITON:
+        return "triton is not installed"
+    if torch.version.hip is not None:
+        return "its kernels were never tried on AMD's cards"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST:
+        return f"its kernels need a card of sm_{OLDEST[0]}{OLDEST[1]} or later"
+    return None
+
+
+def no_epilogue(device: torch.device) -> str | None:
+    """Why products do not apply activations on a device."""
+    return None if torch.version.hip is None else "only cuBLASLt is known to do that"
+
+
+FOLD_ACTIVATIONS = OptionalPass(fold_activations.name, fold_activations, fold_activations.told, unsupported=no_epilogue)
 SPLIT_CONCATENATIONS = OptionalPass(split_concatenations.name, split_concatenations, split_concatenations.told)
-NORM_ROPE = OptionalPass(norm_rope.name, norm_rope, norm_rope.told)
-PACK_HEADS = OptionalPass(pack_heads.name, pack_heads, pack_heads.told)
+NORM_ROPE = OptionalPass(norm_rope.name, norm_rope, norm_rope.told, unsupported=no_triton)
+PACK_HEADS = OptionalPass(pack_heads.name, pack_heads, pack_heads.told, unsupported=no_triton)
 JOIN_LINEARS = OptionalPass("join_linears", joining.join_linears, joining.told, kinds=None)
 IN_ORDER = (FOLD_ACTIVATIONS, SPLIT_CONCATENATIONS, NORM_ROPE, PACK_HEADS, JOIN_LINEARS)
 
 
 def told(program: Program, without: Collection[str], device: torch.device) -> Iterator[str]:
     """What each of them does to a program, one after the other."""
-    for each in IN_ORDER:
-        if each.wanted(without, device):
-            yield each.told(program)
-            program = each.run(program)
+    for each in (each for each in IN_ORDER if each.asked_for(without, device)):
+        reason = each.unsupported(device)
+        if reason is not None:
+            yield f"{each.name}: left out, as {reason}"
+            continue
+        yield each.told(program)
+        program = each.run(program)

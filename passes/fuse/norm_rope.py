@@ -31,6 +31,10 @@ MANY = "more than two streams are joined"
 TABLES = "streams are rotated by tables of their own"
 ALONE = "there is nothing but the norm"
 WRITTEN = "the value is written to"
+ODD = "heads have an odd number of lanes"
+MANY_ROWS = "there are more heads of tokens than the kernel counts"
+MOST_ROWS = 2**30
+"""So many heads of tokens one result may have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +133,10 @@ def _line(end: fx.Node, values: HeadValues, shapes: Shapes, equal: EqualValues) 
         return TABLES
     if len({shapes[end].dtype, *(shapes[norm.x].dtype for norm in norms)}) > 1:
         return ROUNDED
+    if width % 2:
+        return ODD
+    if shapes[end].numel() // width > MOST_ROWS:
+        return MANY_ROWS
     if any(equal.is_written(node) for norm in norms for node in (norm.x, *norm.affine)):
         return WRITTEN
     halves = any(each.halves for each in rotated)

@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def on_ranks(rank: int, name: str, plan: dict[str, Any]) -> list[float]:
     """How far requests with the passes are from the ones without, and how many lines of explain tell of them."""
-    wanted = mock.patch.object(OptionalPass, "wanted", lambda self, without, device: self.name not in without)
+    wanted = mock.patch.object(OptionalPass, "asked_for", lambda self, without, device: self.name not in without)
     results, told = [], 0
     for without in (FOR_GPUS, ()):
         pipe = PIPELINES[name].build()

@@ -139,6 +139,20 @@ def test_they_are_for_gpus_and_can_be_left_out() -> None:
     ]
 
 
+def test_what_a_card_cannot_run_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = fused("flux", Plan(without=("norm_rope", "pack_heads")), 0).programs["call"]
+    monkeypatch.setattr(fusions, "TRITON", False)
+    told = list(fusions.told(program, (), GPU))
+    assert [line for line in told if "left out" in line] == [
+        f"{name}: left out, as triton is not installed" for name in ("norm_rope", "pack_heads")
+    ]
+    assert not calls(fused("flux", Plan(), 0).programs["call"], OPS.norm_rope.default)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert fusions.no_triton(GPU) == "its kernels need a card of sm_80 or later"
+
+
 # ---- small graphs
 
 
