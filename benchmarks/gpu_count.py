@@ -289,6 +289,27 @@ def table_of(rows: list[Counted], title: str) -> Table:
     return table
 
 
+def beside(apart: list[Counted], fused: list[Counted], title: str) -> Table:
+    """Each structure without and with the passes that can be left out, and all calls of all structures."""
+    table = Table("structure", title=title, title_justify="left")
+    for column in ("calls", "launches", "products", "MB moved", "ratio", "roofline us", "floor us"):
+        table.add_column(column, justify="right")
+    totals = [0] * 4
+    known = {row.structure: row for row in apart}
+    for row in fused:
+        before, after = known[row.structure].code, row.code
+        pairs = [f"{getattr(before, name)}, {getattr(after, name)}" for name in ("launches", "products")]
+        moved = f"{before.moved / 1e6:,.1f}, {after.moved / 1e6:,.1f}", f"{after.moved / before.moved:.3f}"
+        times = f"{before.seconds * 1e6:,.0f}, {after.seconds * 1e6:,.0f}", f"{after.floor * 1e6:,.0f}"
+        table.add_row(f"{row.structure}, {row.path}", str(row.calls), *pairs, *moved, *times)
+        counts = (before.launches, after.launches, before.moved, after.moved)
+        totals = [total + row.calls * count for total, count in zip(totals, counts, strict=True)]
+    launches, moved_ratio = totals[1] / totals[0], f"{totals[3] / totals[2]:.3f}"
+    sums = f"{totals[0]}, {totals[1]} ({launches:.3f})", "", f"{totals[2] / 1e6:,.1f}, {totals[3] / 1e6:,.1f}"
+    table.add_row("all calls", str(sum(row.calls for row in fused)), *sums, moved_ratio, "", "")
+    return table
+
+
 @click.command()
 @click.option(
     "--plan", "plans", multiple=True, default=PLANS, show_default=True, callback=_plans,
@@ -299,10 +320,11 @@ def table_of(rows: list[Counted], title: str) -> Table:
 @click.option("--small", is_flag=True, help="128 hidden and 64 + 16 tokens in place of 3,072 and 4,096 + 512.")
 @click.option("--target", type=click.Choice(list(CARDS)), default="sm_90", show_default=True)
 @click.option("--without", type=click.Choice(OPTIONAL_PASSES), multiple=True, help="Passes to leave out.")
+@click.option("--beside", "both", is_flag=True, help="Count without all these passes, too, and compare.")
 @click.option("--json", "json_file", type=click.Path(path_type=pathlib.Path), help="Write everything counted here.")
 def main(
     plans: dict[str, Plan], model: str, depth: int, small: bool, target: str, without: tuple[str, ...],
-    json_file: pathlib.Path | None,
+    both: bool, json_file: pathlib.Path | None,
 ) -> None:  # fmt: skip
     """Count what a card would run of a model under each plan. No card is needed, and nothing is timed.
 
@@ -316,7 +338,9 @@ def main(
     console = console if console.is_terminal else Console(width=170)
     module, call = denoiser(model, depth, small)
     chosen = [dataclasses.replace(plan, without=without) for plan in plans.values()]
-    found = dict(zip(plans, measure(module, call, chosen, card), strict=True))
+    bare = [dataclasses.replace(plan, without=OPTIONAL_PASSES) for plan in plans.values()] if both else []
+    counted_all = measure(module, call, [*chosen, *bare], card)
+    found = dict(zip(plans, counted_all, strict=False))
     versions = {name: version(name) for name in ("torch", "triton", "diffusers")}
     shapes = {name: list(value.shape) for name, value in call.items() if isinstance(value, torch.Tensor)}
     size = f"{depth} blocks of each kind, {'small, ' if small else ''}{_named(shapes)}, bfloat16"
@@ -325,6 +349,10 @@ def main(
         left_out = f", without {', '.join(without)}" if without else ""
         title = f"{plan}{left_out}: COUNTED, not measured on a card\n{model}, {size}; {target} ({card.name}); {made}"
         console.print(table_of(rows, title))
+    for plan, rows in zip(plans, counted_all[len(plans) :], strict=False):
+        console.print(
+            beside(rows, found[plan], f"{plan}: without optional passes, with them; COUNTED\n{model}, {size}")
+        )
     if json_file:
         about = {
             "date": datetime.date.today().isoformat(),

@@ -143,8 +143,10 @@ def test_nothing_stays_of_the_card(by_hand: dict[str, Any]) -> None:
 
 def test_a_part_of_the_tokens_takes_the_same_products_and_fewer_bytes(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    printed = run("gpu_count.py", "--small", "--plan", "ulysses=1", "--plan", "ulysses=2", "--json", str(out))
+    plans = ("--plan", "ulysses=1", "--plan", "ulysses=2")
+    printed = run("gpu_count.py", "--small", *plans, "--beside", "--json", str(out))
     assert printed.count("COUNTED, not measured on a card") == 2
+    assert printed.count("without optional passes, with them") == 2 and " 17, 9 " in printed, "launches of a block"
     counted = json.loads(out.read_text())["counted"]
     one, two = ({row["path"]: row for row in counted[plan] if row["path"]} for plan in ("one rank", "ulysses 2"))
     apart = run("gpu_count.py", "--small", "--plan", "ulysses=1", "--without", "join_linears", "--json", str(out))
