@@ -41,6 +41,12 @@ def cut(x):
     return [aten.slice(x, 1, 0, 8), aten.slice(x, 1, 8, {INNER})]
 
 
+def parts_of(x, y):
+    x, bias = aten.view(x, [1, {ROWS}, {INNER}]), aten.select(y, 0, 1)
+    layers = [(y.t(), bias), (aten.slice(y, 1, 0, 16).t(), aten.slice(bias, 0, 0, 16))]
+    return [aten.linear.default(x, *layer) for layer in layers]
+
+
 def rotated(x, y):
     queries, table = aten.view(x, [1, {ROWS}, 4, 8]), aten.slice(aten.view(y, [1, -1, 8]), 1, 0, {ROWS})
     return (OPS.norm_rope.default([queries], [], [], table, table, [1], "rms", 1e-6, 1, False, [], 0)[0],)
@@ -57,6 +63,8 @@ GRAPHS = dict(
     two_passes=lambda x, y: (aten.neg(aten.relu(aten.mm(x, y))),),
     parts=in_parts,
     second_pass=lambda x, y: (OPS.linear_of_parts.default(cut(x), y.t(), None),),
+    side_by_side=lambda x, y: (aten.linear.default(aten.cat(parts_of(x, y), 2), x.t(), None),),
+    part_by_part=lambda x, y: (OPS.linear_of_parts.default(parts_of(x, y), x.t(), None),),
     epilogue=lambda x, y: (OPS.linear_gelu.default(x, y.t(), aten.select(y, 0, 1)),),
     heads=rotated,
     twice=lambda x, y: (aten.relu(aten.mm(x, y)), aten.relu(aten.mm(x.neg(), y))),
@@ -117,6 +125,8 @@ def test_counts_are_those_of_graphs_that_one_can_count(by_hand: dict[str, Any], 
     assert of("second_pass") == hidden, "a sum inside an operator goes over its result once more"
     folded = {"kernels": 0, "launches": 0, "products": 1, "moved": operands + result + 4 * COLUMNS, "flops": flops}
     assert of("epilogue") == folded
+    saved = of("side_by_side")["moved"] - of("part_by_part")["moved"]
+    assert saved == 2 * 4 * (ROWS * (COLUMNS + 16) - ROWS * INNER), "as the pass estimates from the graph"
     tables = 2 * 4 * ROWS * 8
     own = {"kernels": 1, "launches": 1, "products": 0, "moved": 2 * 4 * ROWS * INNER + tables, "flops": 0}
     assert of("heads") == own, "heads of one token lie in one tile, and have its row of the tables once"

@@ -51,18 +51,21 @@ def _by_features(joined: fx.Node, shapes: Shapes) -> bool:
 def _apart(linear: fx.Node, joined: fx.Node, shapes: Shapes) -> str | None:
     """Why a product keeps its operand in one piece; None where it need not.
 
-    A copy costs a read and a write of every part that no pointwise kernel writes to its place, the sum of products a
-    read and a write of the result for every part but one.
+    A copy costs a read and a write of every part that nothing writes to its place, the sum of products a read and a
+    write of the result for every part but one.
     """
     if len(joined.users) > 1:
         return USED
     parts = list(map(node_of, sequence_of(joined.args[0])))
-    copied = sum(shapes[part].nbytes for part in parts if not _is_pointwise(part))
+    copied = sum(shapes[part].nbytes for part in parts if not _in_place(part, shapes))
     return None if copied > (len(parts) - 1) * shapes[linear].nbytes else WIDE
 
 
-def _is_pointwise(node: fx.Node) -> bool:
-    """Whether a kernel that computes element by element makes a value, or what it is a view of."""
+def _in_place(node: fx.Node, shapes: Shapes) -> bool:
+    """Whether inductor has a part written to its place: a matrix by the product that makes it, and what a kernel makes
+    that computes element by element, views of that, too."""
+    if node.target is aten.linear.default and shapes[node].dim() == 2:
+        return True
     while node.op == "call_function" and (name_of(node) in VIEWS or node.target is operator.getitem):
         node = node_of(node.args[0])
     return name_of(node) == "cat" or isinstance(node.target, torch._ops.OpOverload) and POINTWISE in node.target.tags

@@ -211,6 +211,7 @@ def joined_twice(layers: Any, x: torch.Tensor) -> torch.Tensor:
     ("run", "changed", "reason"),
     [
         (lambda m, x: m.last(torch.cat([m.narrow(x), m.wide(x)], -1)), 1, None),
+        (lambda m, x: m.last(torch.cat([m.narrow(x[0]), m.wide(x[0])], -1)), 0, splitting.WIDE),
         (lambda m, x: m.last(torch.cat([m.narrow(x), m.wide(x)], 2)), 1, None),
         (lambda m, x: m.last(torch.cat([m.narrow(x), m.wide(x).relu()], -1)), 0, splitting.WIDE),
         (joined_twice, 0, splitting.USED),
