@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from splitting import CASES, Captured, captured
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -200,6 +200,19 @@ def twice(layers: Any, x: torch.Tensor) -> torch.Tensor:
 )
 def test_activations(run: Any, bias: bool, changed: int, reason: str | None) -> None:
     check(fold_activations, Layers(run, bias), torch.randn(2, 3, 8), changed, reason)
+
+
+def test_what_is_written_to_stays_where_it_is() -> None:
+    """A product that reads a value before somebody writes to it cannot move behind that."""
+    aten, graph, shapes = torch.ops.aten, fx.Graph(), {}
+    x, weight, bias = (graph.placeholder(name) for name in ("x", "weight", "bias"))
+    linear = graph.call_function(aten.linear.default, (x, weight, bias))
+    graph.call_function(aten.zero_.default, (x,))
+    graph.output((graph.call_function(aten.gelu.default, (linear,), {"approximate": "tanh"}),))
+    for node, sizes in ((x, (2, 8)), (weight, (4, 8)), (bias, (4,))):
+        shapes[node] = torch.empty(sizes, device="meta")
+    result = fold_activations.rewrite(graph, shapes)
+    assert result.changed == 0 and dict(result.apart) == {folding.WRITTEN: 1}
 
 
 def joined_twice(layers: Any, x: torch.Tensor) -> torch.Tensor:
