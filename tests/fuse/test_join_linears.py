@@ -12,7 +12,7 @@ import diffusers
 import procs
 import pytest
 import torch
-from splitting import CASES, captured
+from splitting import captured
 from torch import fx, nn
 from zoo.transformers import MODELS
 
@@ -44,14 +44,7 @@ def joined(program: Program) -> list[int]:
 DEGREES: tuple[dict[str, int], ...] = ({}, {"ulysses": 3}, {"tensor": 2}, {"ring": 2, "tensor": 3}, {"ulysses": 8})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("flux", "sd3", "wan") else pytest.mark.slow)
-        for name in sorted(CASES)
-        if name not in ("hidream",)
-    ],
-)
+@pytest.mark.parametrize("name", ["flux", "sd3"])
 def test_the_same_is_computed_under_every_split(name: str) -> None:
     model = captured(name)
     for degrees in DEGREES:
