@@ -23,8 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F
 
-import xdit_compile.kernels.linear_gelu
-import xdit_compile.kernels.linear_of_parts  # noqa: F401 - they register their ops
+import xdit_compile.kernels.linears  # noqa: F401 - registers its ops
 from xdit_compile.backends.inductor import OPTIONS
 from xdit_compile.kernels.norm_rope import norm_rope_reference
 

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from .reference import accumulation_dtype
-
-TRITON = importlib.util.find_spec("triton") is not None
-if TRITON:
-    import triton
-    import triton.language as tl
-
-    _jit: Callable[[Any], Any] = triton.jit
-else:
-
-    def _jit(function: Any) -> Any:
-        return function
-
+from .triton_jit import TRITON, jit, tl
 
 Part = tuple[torch.Tensor, torch.Tensor]
 _TILE = 2048
@@ -64,7 +51,7 @@ def merge_into(held: Part, part: Part) -> Part:
     return out.lerp_(part[0].to(out.dtype), share.unsqueeze(-1)), torch.logaddexp(lse, part[1])
 
 
-@_jit
+@jit
 def _merge_kernel(
     out, lse, part, part_lse, merged, rows, heads, tokens, out_batch, out_head, out_token, out_lane, part_batch,
     part_head, part_token, part_lane, WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
@@ -98,11 +85,11 @@ def merge_by_kernel(held: Part, part: Part) -> Part:
     """
     (out, lse), (more, more_lse) = held, part
     batch, heads, tokens, width = out.shape
-    lanes = triton.next_power_of_2(width)
+    lanes = 1 << (width - 1).bit_length()
     rows, count = max(1, _TILE // lanes), batch * heads * tokens
     merged = torch.empty_like(lse, memory_format=torch.contiguous_format)
     if count:
-        _merge_kernel[(triton.cdiv(count, rows),)](
+        _merge_kernel[(-(-count // rows),)](
             out, lse.contiguous(), more, more_lse.contiguous(), merged, count, heads, tokens, *out.stride(),
             *more.stride(), WIDTH=width, LANES=lanes, ROWS=rows,
         )  # fmt: skip

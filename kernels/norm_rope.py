@@ -5,28 +5,14 @@ Values may come along as they are, and all of it may go into the buffer of an al
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch.library import custom_op, register_fake, register_kernel, triton_op, wrap_triton
 
 from .reference import accumulation_dtype
-
-TRITON = importlib.util.find_spec("triton") is not None
-if TRITON:
-    import triton
-    import triton.language as tl
-
-    _jit: Callable[[Any], Any] = triton.jit
-else:
-
-    def _jit(function: Any) -> Any:
-        return function
-
+from .triton_jit import TRITON, jit, tl
 
 NORMS = ("none", "rms", "layer", "rms_all", "layer_all")
 """Over nothing, over the lanes of a head, and over those of all heads of a token."""
@@ -165,7 +151,7 @@ def _fake(
     return [torch.empty(each, dtype=first.dtype, device=first.device) for each in shapes]
 
 
-@_jit
+@jit
 def _pick(first, second, third, fourth, fifth, sixth, slot, PLAIN: tl.constexpr):
     """What belongs to a source of a line; the last two are those of the plain line."""
     picked = tl.where(slot < 2, tl.where(slot == 0, first, second), tl.where(slot == 2, third, fourth))
@@ -174,7 +160,7 @@ def _pick(first, second, third, fourth, fifth, sixth, slot, PLAIN: tl.constexpr)
     return picked
 
 
-@_jit
+@jit
 def _load_pairs(
     rows, there, head, lane, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr, HALVES: tl.constexpr
 ):
@@ -196,7 +182,7 @@ def _load_pairs(
     return first, second
 
 
-@_jit
+@jit
 def _load_table(
     rows, there, lane, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr, HALVES: tl.constexpr,
     OF_LANES: tl.constexpr,
@@ -211,7 +197,7 @@ def _load_table(
     return first.to(tl.float32), second.to(tl.float32)
 
 
-@_jit
+@jit
 def _store_pairs(
     rows, there, first, second, entries, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr,
     HALVES: tl.constexpr, SPAN: tl.constexpr, ENTRY: tl.constexpr,
@@ -233,7 +219,7 @@ def _store_pairs(
         tl.store(at, tl.reshape(tl.join(first, second), (first.shape[0], 2 * PAIRS)), there)
 
 
-@_jit
+@jit
 def _normalize(
     first, second, weight, bias, EPS: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, PAIRS: tl.constexpr,
     HALVES: tl.constexpr, CENTERED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
@@ -258,7 +244,7 @@ def _normalize(
     return first, second
 
 
-@_jit
+@jit
 def _place(
     line, head, token, sample, batch, tokens, HEADS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -273,7 +259,7 @@ def _place(
     return place
 
 
-@_jit
+@jit
 def _norm_rope_kernel(
     x0, x1, x2, x3, x4, x5, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3, cos, sin, out0, out1, out2,
     x0_batch, x1_batch, x2_batch, x3_batch, x4_batch, x5_batch, x0_token, x1_token, x2_token, x3_token, x4_token,

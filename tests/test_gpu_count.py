@@ -32,7 +32,7 @@ from torch.utils._triton import has_triton
 from gpu_count import count
 from pretend_card import CARDS, DEVICE, SETTINGS, patches, pretend_card
 
-from xdit_compile.kernels import linear_gelu, linear_of_parts, norm_rope
+from xdit_compile.kernels import linears, norm_rope
 
 aten, OPS = torch.ops.aten, torch.ops.xdit_compile
 

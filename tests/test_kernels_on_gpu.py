@@ -20,8 +20,7 @@ from torch.utils import _pytree as pytree
 
 import xdit_compile
 import xdit_compile.kernels.attention
-import xdit_compile.kernels.linear_gelu
-import xdit_compile.kernels.linear_of_parts
+import xdit_compile.kernels.linears
 import xdit_compile.kernels.stale_rows  # noqa: F401 - registers its op
 from xdit_compile.distributed.devices import backend_for
 from xdit_compile.distributed.mesh import Mesh, connect

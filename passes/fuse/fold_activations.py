@@ -6,12 +6,11 @@ import torch
 from torch import fx
 
 from xdit_compile.capture.mutations import named_arguments
-from xdit_compile.capture.simplify import erase_with_sources
-from xdit_compile.kernels import linear_gelu  # noqa: F401 - registers the op
+from xdit_compile.kernels import linears  # noqa: F401 - registers the op
 from xdit_compile.passes.memory.on_meta import Shapes
 
 from .equal_values import EqualValues
-from .rewriting import Found, Fusion
+from .rewriting import Found, Fusion, put_in_place
 
 aten = torch.ops.aten
 ACTIVATIONS = (aten.gelu.default, aten.silu.default, aten.relu.default)
@@ -31,10 +30,7 @@ def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
         if reason is not None:
             result.apart[reason] += 1
             continue
-        with graph.inserting_before(node):
-            folded = graph.call_function(torch.ops.xdit_compile.linear_gelu.default, linear.args)
-        node.replace_all_uses_with(folded)
-        erase_with_sources(node)
+        put_in_place(node, torch.ops.xdit_compile.linear_gelu.default, linear.args)
         result.changed += 1
     return result
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 
 from xdit_compile.ir.program import Program
-from xdit_compile.kernels.norm_rope import TRITON
+from xdit_compile.kernels.triton_jit import TRITON
 
 from . import join_linears as joining
 from .fold_activations import fold_activations

@@ -14,12 +14,12 @@ from xdit_compile.capture.mutations import named_arguments
 from xdit_compile.ir.arguments import integer_of, node_of, overload_of, sequence_of
 from xdit_compile.passes.memory.on_meta import Shapes, name_of
 
+from .elements import VIEWS
 from .lanes import Heads, Move, Rotation, Stretch, Term, added, joined, moved, multiplied, rotation_of
 
 aten = torch.ops.aten
 NORMS = {aten.rms_norm.default: "rms", aten.layer_norm.default: "layer"}
 SAME = ("_to_copy", "type_as", "clone", "contiguous", "alias", "lift_fresh_copy")
-VIEWS = ("reshape", "view", "_unsafe_view")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,11 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 
+from xdit_compile.capture.simplify import erase_with_sources
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.memory.on_meta import Shapes, shapes_of
 
@@ -19,6 +21,13 @@ class Found:
 
     changed: int = 0
     apart: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+def put_in_place(node: fx.Node, operator: Any, arguments: tuple[Any, ...]) -> None:
+    """Have an operator compute what a node did, which goes, with what nobody else reads."""
+    with node.graph.inserting_before(node):
+        node.replace_all_uses_with(node.graph.call_function(operator, arguments))
+    erase_with_sources(node)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,12 @@ import operator
 import torch
 from torch import fx
 
-from xdit_compile.capture.simplify import erase_with_sources
 from xdit_compile.ir.arguments import node_of, sequence_of
-from xdit_compile.kernels import linear_of_parts  # noqa: F401 - registers the op
+from xdit_compile.kernels import linears  # noqa: F401 - registers the op
 from xdit_compile.passes.memory.on_meta import Shapes, name_of
 
 from .equal_values import EqualValues
-from .rewriting import Found, Fusion
+from .rewriting import Found, Fusion, put_in_place
 
 aten = torch.ops.aten
 USED = "the joined value is used by others, too"
@@ -33,11 +32,8 @@ def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
         if reason is not None:
             result.apart[reason] += 1
             continue
-        with graph.inserting_before(linear):
-            arguments = (list(sequence_of(joined.args[0])), linear.args[1], linear.args[2] if linear.args[2:] else None)
-            parts = graph.call_function(torch.ops.xdit_compile.linear_of_parts.default, arguments)
-        linear.replace_all_uses_with(parts)
-        erase_with_sources(linear)
+        arguments = (list(sequence_of(joined.args[0])), linear.args[1], linear.args[2] if linear.args[2:] else None)
+        put_in_place(linear, torch.ops.xdit_compile.linear_of_parts.default, arguments)
         result.changed += 1
     return result
 
