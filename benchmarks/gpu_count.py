@@ -26,7 +26,6 @@ import torch
 import torch._inductor
 from denoiser import Size
 from peaks import PEAKS
-from pretend_card import CARDS, DEVICE, Binary, Card, pretend_card
 from real_sizes import MODELS
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +40,7 @@ from torch.utils import _pytree as pytree
 from xdit_compile import Plan
 from xdit_compile.backends.inductor import OPTIONS
 from xdit_compile.backends.inductor_order import pin_order
+from xdit_compile.backends.target.pretend_card import CARDS, DEVICE, Binary, Card, pretend_card
 from xdit_compile.capture.capture import capture
 from xdit_compile.capture.simplify import erase_with_sources
 from xdit_compile.compiler import Analysis, Compilation, compiled, run_passes

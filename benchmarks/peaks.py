@@ -28,4 +28,4 @@ PEAKS = {
     "sm_100": Peak(2250e12, 8e12),
     "sm_120": Peak(209.5e12, 1.792e12),
 }
-"""Of the cards of `pretend_card`, by target."""
+"""Of the cards of `CARDS`, by target."""

@@ -30,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._triton import has_triton
 
 from gpu_count import count
-from pretend_card import CARDS, DEVICE, SETTINGS, patches, pretend_card
+from xdit_compile.backends.target.pretend_card import CARDS, DEVICE, SETTINGS, patches, pretend_card
 
 from xdit_compile.kernels import linears, norm_rope
 

@@ -19,8 +19,8 @@ PACKAGES = [ROOT / "xdit_compile", *(ROOT / name for name in LINKED)]
 FLOORS = (
     "errors plan distributed ir weights capture.state cache capture kernels.collectives kernels passes.axes "
     "passes.local passes.rules passes.lowering passes.partition passes.choose passes.stages passes.memory passes.fuse "
-    "backends compiler reports runtime.tensors runtime.verify runtime.stored runtime runtime.methods api loading "
-    "evaluation cli __main__"
+    "backends backends.target compiler reports runtime.tensors runtime.verify runtime.stored runtime runtime.methods "
+    "api loading evaluation cli __main__"
 ).split()
 """Folders, and files that stand alone, from the ground up: each imports from those below alone."""
 LONGEST_CHAIN = 13

@@ -35,7 +35,7 @@ for dtype, width, seen in itertools.product((torch.float32, torch.bfloat16), (14
 merge_by_kernel((out[:, :, :0], lse[:, :, :0]), (part[:, :, :0], part_lse[:, :, :0]))
 """
 ON_CARDS = """
-from pretend_card import _resources
+from xdit_compile.backends.target.pretend_card import _resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from xdit_compile.kernels.merge_lse import _merge_kernel

@@ -310,7 +310,7 @@ def compiled() -> dict[str, dict[str, int]]:
 
     Loads of a plain line are those before the code branches.
     """
-    from pretend_card import _resources
+    from xdit_compile.backends.target.pretend_card import _resources
 
     sizes = [
         ("rms", 24, width, halves, each, 0) for width, halves, each in itertools.product((64, 128), (0, 1), (1, 2))
@@ -342,10 +342,11 @@ def launched() -> list[tuple[int, ...]]:
     The last goes into groups.
     """
     from gpu_count import count
-    from pretend_card import CARDS, DEVICE, pretend_card
     from torch import fx
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from xdit_compile.backends.target.pretend_card import CARDS, DEVICE, pretend_card
 
     found = []
     for lines, plain, groups in ((1, 0, 0), (2, 0, 0), (2, 1, 0), (2, 1, 2)):

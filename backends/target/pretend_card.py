@@ -175,12 +175,14 @@ class _Library:
         self._compiled = compiled
 
     def get_device_properties(self, index: int) -> dict[str, int]:
-        return {"max_shared_mem": torch.cuda.get_device_properties(index).shared_memory_per_block_optin}
+        properties: Any = torch.cuda.get_device_properties(index)
+        return {"max_shared_mem": properties.shared_memory_per_block_optin}
 
     def load_binary(self, name: str, cubin: bytes, shared: int, index: int) -> tuple[None, None, int, int, int]:
         """No module, no function, registers and spills of a thread as if it had none, the most threads of a block."""
         self._compiled.append(Binary(name, _target(cubin), len(cubin), *_resources(cubin)))
-        return None, None, 0, 0, torch.cuda.get_device_properties(index).max_threads_per_block
+        properties: Any = torch.cuda.get_device_properties(index)
+        return None, None, 0, 0, properties.max_threads_per_block
 
 
 def _launcher(source: Any, metadata: Any) -> Callable[..., None]:
