@@ -2,7 +2,8 @@
 
 Inductor gives back a pickle of the code that it generated, which names its kernels for the CPU by their C++ source and
 compiles them wherever it is loaded. Here the libraries come with it. They are loaded from a folder of the process's own
-(`BuildFolder`), into which the bytes that were handed over are written.
+(`BuildFolder`), into which the bytes that were handed over are written. For a card that is not there it is the machine
+code of Triton's kernels that comes along (`CardCode`), and no library, which other processors might not run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import importlib.util
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +28,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from .build_folder import BuildFolder
 from .common_folder import headers_in
 from .forms import Forms, fakes_of, give_dense
-from .inductor_order import pin_order
+from .inductor_order import options_for, pin_order
+from .target.card_code import CardCode, compiling_for, loading
+from .target.cards import Card
+from .target.pretend_card import on_current_card
 
 Run = Callable[..., Any]
 MakeKernel = Callable[[Any, list[str], str], Any]
@@ -42,14 +46,16 @@ class Artifact:
     Args:
         code: the pickle of what inductor generated.
         libraries: the shared library of each C++ kernel, by a digest of its source.
+        card: what was compiled for a card that was not there; None where it was made for the machine that made it.
     """
 
     code: bytes
     libraries: Mapping[str, bytes]
+    card: CardCode | None = None
 
     def packed(self) -> bytes:
         """All of it in one."""
-        return pickle.dumps((self.code, dict(self.libraries)))
+        return pickle.dumps((self.code, dict(self.libraries), self.card))
 
     @classmethod
     def unpacked(cls, packed: bytes) -> Artifact:
@@ -59,7 +65,8 @@ class Artifact:
 
 @torch.no_grad()
 def compiled(
-    structure: fx.GraphModule, forms: Forms, options: Mapping[str, Any], folder: BuildFolder | None
+    structure: fx.GraphModule, forms: Forms, options: Mapping[str, Any], folder: BuildFolder | None,
+    card: Card | None = None,
 ) -> tuple[Run, Artifact | None]:  # fmt: skip
     """Compile a structure.
 
@@ -68,10 +75,11 @@ def compiled(
         forms: of a call's arguments.
         options: of inductor's configuration.
         folder: where files are made; where inductor makes them for None, and then they are not read again.
+        card: what it is compiled for, where that is not there.
 
     Returns:
-        What computes the structure, and the same as bytes; None where inductor cannot say it in bytes, or not all of
-        it, as where the structure holds tensors of its own, or a library is not there any more.
+        What computes the structure, or would on the card, and the same as bytes; None where inductor cannot say it in
+        bytes, or not all of it, as where the structure holds tensors of its own, or a library is not there any more.
     """
     from torch._inductor import standalone_compile
     from torch._inductor.async_compile import AsyncCompile
@@ -86,21 +94,33 @@ def compiled(
         kernel = kernels[_digest(argtypes, source)] = original(compiler, argtypes, source)
         return kernel
 
-    with nullcontext() if folder is None else _compiling_in(folder), _kernels_by(noted):
+    with ExitStack() as stack:
+        code = None if card is None else stack.enter_context(compiling_for(card))
+        stack.enter_context(nullcontext() if folder is None else _compiling_in(folder))
+        stack.enter_context(_kernels_by(noted))
         run: Any = standalone_compile(
-            structure, fakes, dynamic_shapes="from_example_inputs", options={"config_patches": dict(options)}, aot=True
-        )
+            structure, fakes, dynamic_shapes="from_example_inputs",
+            options={"config_patches": options_for(structure.graph, options)}, aot=True,
+        )  # fmt: skip
         if (
             folder is None
             or structure.graph.find_nodes(op="get_attr")
             or getattr(_called(run), "serialize", None) is None
         ):
             return _called(run), None
-        try:
-            libraries = {name: Path(_loaded(kernel).__self__.__file__).read_bytes() for name, kernel in kernels.items()}
-        except FileNotFoundError:  # it was loaded from the folder of a process that is gone
+        libraries = {} if code is not None else _libraries(kernels)
+        if libraries is None:
             return _called(run), None
-        return _called(run), Artifact(run.serialize(), libraries)
+        artifact = Artifact(run.serialize(), libraries, code)
+    return _called(run), artifact
+
+
+def _libraries(kernels: Mapping[str, Any]) -> dict[str, bytes] | None:
+    """The shared libraries of kernels; None where one was loaded from the folder of a process that is gone."""
+    try:
+        return {name: Path(_loaded(kernel).__self__.__file__).read_bytes() for name, kernel in kernels.items()}
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager
@@ -119,12 +139,21 @@ def _copied(structure: fx.GraphModule) -> fx.GraphModule:
 
 def loaded(artifact: Artifact, folder: BuildFolder) -> Run:
     """What computes the structure that an artifact was made of."""
+    from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
-    def found(_: Any, argtypes: list[str], source: str) -> Any:
+    original, card = AsyncCompile.cpp_pybinding, artifact.card
+
+    def found(compiler: Any, argtypes: list[str], source: str) -> Any:
+        if card is not None:
+            return original(compiler, argtypes, source)
         return _kernel(_digest(argtypes, source), artifact.libraries, folder)
 
-    with folder.current(), _kernels_by(found):
+    with ExitStack() as stack:
+        path = stack.enter_context(folder.current())
+        stack.enter_context(_kernels_by(found))
+        stack.enter_context(on_current_card() if torch.cuda.is_available() else nullcontext())
+        stack.enter_context(nullcontext() if card is None else loading(card, path))
         return _called(AOTCompiledArtifact.deserialize(artifact.code))
 
 

@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from xdit_compile.errors import UsageError
+
 from .codes import Codes
+from .target.cards import Card
 
 
 class Backend(abc.ABC):
@@ -21,6 +24,14 @@ class Backend(abc.ABC):
     def unavailable(self) -> str | None:
         """Why this backend cannot be used here, with what to do about it; None where it can."""
         return None
+
+    def for_card(self, card: Card) -> Backend:
+        """The backend that compiles for a card which is not there, and runs nothing.
+
+        Raises:
+            UsageError: it has no such thing.
+        """
+        raise UsageError(f"backend={self.name!r} compiles nothing for {card.target} ahead of time; use 'inductor'")
 
     def prepare(self) -> None:
         """Import what compiled code needs, so that the first call does not wait for it."""

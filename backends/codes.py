@@ -21,6 +21,7 @@ from .artifact import Artifact, compiled, loaded
 from .build_folder import BuildFolder
 from .common_folder import VectorInstructions
 from .forms import Forms, TensorForm
+from .target.cards import Card
 
 Run = Callable[..., Any]
 logger = logging.getLogger("xdit_compile")
@@ -60,6 +61,7 @@ class Codes:
     Args:
         options: of inductor's configuration.
         store: where code outlives the process; None where it does not.
+        card: what is compiled for, where that is not there: nothing of it runs.
 
     Attributes:
         environment: digest of whatever else generated code depends on, set before code is looked for.
@@ -70,8 +72,9 @@ class Codes:
         self,
         options: Callable[[], Mapping[str, Any]],
         store: CodeFiles | None = None,
+        card: Card | None = None,
     ):
-        self._options, self.store, self.environment = options, store, ""
+        self._options, self.store, self.environment, self.card = options, store, "", card
         self.folder = BuildFolder()
         self.instructions = VectorInstructions()
         self._runs: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()
@@ -92,7 +95,9 @@ class Codes:
         return digest_of([graph, list(map(_said, forms)), products(), options, self.environment])
 
     def known(self, name: str | None) -> Run | None:
-        """Code that this process has, or finds in the store."""
+        """Code that this process has, or finds in the store; for a card that is not there, it is enough to find it."""
+        if name is not None and self.card is not None and self.bytes_of(name) is not None:
+            return _would_run
         if name is None or (run := self._runs.get(name)) is not None:
             return None if name is None else run
         packed = self.bytes_of(name)
@@ -118,7 +123,7 @@ class Codes:
     def take(self, name: str, structure: fx.GraphModule, forms: Forms, packed: bytes) -> Run:
         """Code that another process made, which is kept here as well."""
         if self.store is not None:
-            self.store.write(name, {"for": _about(structure, forms)}, packed)
+            self.store.write(name, {"for": self._about(structure, forms)}, packed)
         return self.load(name, packed)
 
     def compile(self, name: str | None, structure: fx.GraphModule, forms: Forms) -> tuple[Run, bytes | None]:
@@ -128,15 +133,22 @@ class Codes:
             What computes it, and its bytes where the store did not take them.
         """
         self.instructions.wait()
-        run, artifact = compiled(structure, forms, self._options(), None if self.store is None else self.folder)
+        folder = None if self.store is None else self.folder
+        run, artifact = compiled(structure, forms, self._options(), folder, self.card)
         self.counts.compiled += 1
         packed = None if artifact is None else artifact.packed()
         if name is not None:
             self._runs[name] = run
             if packed is not None and self.store is not None:
-                written = self.store.write(name, {"for": _about(structure, forms)}, packed)
+                written = self.store.write(name, {"for": self._about(structure, forms)}, packed)
                 return run, None if written else packed
         return run, packed
+
+    def _about(self, structure: fx.GraphModule, forms: Forms) -> str:
+        calls = sum(node.op == "call_function" for node in structure.graph.nodes)
+        shape = next((form.shape for form in forms if isinstance(form, TensorForm)), ())
+        card = "" if self.card is None else f", for {self.card.target}"
+        return f"{calls} operators on {'x'.join(map(str, shape))}{card}"
 
     def run_of(self, structure: fx.GraphModule, forms: Forms) -> Run:
         """What computes a structure, compiled if need be."""
@@ -144,14 +156,13 @@ class Codes:
         return self.known(name) or self.compile(name, structure, forms)[0]
 
 
+def _would_run(*args: Any) -> Any:
+    """Stands for code that only a card can run."""
+    raise NotImplementedError("this code was compiled for a card that is not there")
+
+
 def _said(form: Any) -> Any:
     """A form of an argument on whatever device of its kind."""
     if isinstance(form, TensorForm):
         return [form.shape, form.stride, str(form.dtype), form.device.type]
     return repr(form)
-
-
-def _about(structure: fx.GraphModule, forms: Forms) -> str:
-    calls = sum(node.op == "call_function" for node in structure.graph.nodes)
-    shape = next((form.shape for form in forms if isinstance(form, TensorForm)), ())
-    return f"{calls} operators on {'x'.join(map(str, shape))}"

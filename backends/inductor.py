@@ -11,9 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
+from xdit_compile.errors import UsageError
+
 from .base import Backend
 from .codes import Codes
 from .sites import Sites
+from .target.cards import Card
+from .target.on_card import on_card
+from .target.pretend_card import UNTIMED
 
 OPTIONS = {"emulate_precision_casts": True, "comprehensive_padding": False}
 """Round where the module does. Left free, inductor keeps more digits between fused operators: nearer to exact numbers,
@@ -31,18 +36,24 @@ class Inductor(Backend):
 
     Args:
         mode: a mode of ``torch.compile`` without CUDA graphs.
+        card: what is compiled for, where that is not there.
     """
 
     name = "inductor"
 
-    def __init__(self, mode: str = "default"):
-        self._mode = mode
-        self.codes: Codes = Codes(self._options)
+    def __init__(self, mode: str = "default", card: Card | None = None):
+        self._mode, self._card = mode, card
+        self.codes: Codes = Codes(self._options, card=card)
 
     def unavailable(self) -> str | None:
         if torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++"))):
             return None
         return "it needs a C++ compiler on the CPU; install g++, or use backend='eager'"
+
+    def for_card(self, card: Card) -> Inductor:
+        if self._mode != "default":
+            raise UsageError(f"compile_mode={self._mode!r} times code on the card; for {card.target} use 'default'")
+        return Inductor(card=card)
 
     def prepare(self) -> None:
         import torch._inductor.codegen.memory_planning
@@ -51,9 +62,11 @@ class Inductor(Backend):
 
     def compile(self, root: fx.GraphModule) -> Sites:
         """The root with every structure compiled when it is first called, or found among those that are."""
-        return Sites(root, self.codes.run_of)
+        return Sites(root if self._card is None else on_card(root), self.codes.run_of)
 
     def _options(self) -> dict[str, Any]:
+        if self._card is not None:
+            return {**OPTIONS, **UNTIMED}
         threads, options = compile_threads(), {**torch._inductor.list_mode_options(self._mode), **OPTIONS}
         return options if threads is None else {**options, "compile_threads": threads}
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from xdit_compile.kernels import collectives, draws, ring  # noqa: F401 - they register the ops
 from xdit_compile.kernels.collectives.registration import ordered_ops
+
+BEGUN = torch.ops.xdit_compile.all_to_all_start.default
+FINISHED, SETTLED = torch.ops.xdit_compile.all_to_all_finish.default, torch.ops.xdit_compile.all_to_all_settle.default
 
 
 def pin_order() -> None:
@@ -23,7 +28,21 @@ def pin_order() -> None:
 
     for op in ordered_ops():
         if op not in lowering.lowerings:
-            lowering.register_lowering(op, type_promotion_kind=None)(_lowering(op))
+            lowered = _in_place if op is FINISHED else _lowering(op)
+            lowering.register_lowering(op, type_promotion_kind=None)(lowered)
+
+
+def options_for(graph: fx.Graph, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's options for one graph: where exchanges are begun ahead of what is computed meanwhile, the order of the
+    graph is kept, which the pass that lowers peak memory would give up."""
+    begun = graph.find_nodes(op="call_function", target=BEGUN)
+    return {**options, "reorder_for_peak_memory": False} if begun else dict(options)
+
+
+def _in_place(arriving: Any, sent: Any, group: str) -> Any:
+    """What an all-to-all brought, in the memory where it came: written by the wait, and so read after it alone."""
+    _lowering(SETTLED)(arriving, sent, group)
+    return arriving
 
 
 def _lowering(op: torch._ops.OpOverload) -> Any:

@@ -167,6 +167,7 @@ def query_of(
         mask=kind,  # type: ignore[arg-type]
         is_causal=causal,
         lse=lse,
+        card=q.device.index,
     )
 
 

@@ -7,49 +7,32 @@ A provider computes on what ``attention`` has made regular: four-dimensional, no
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
+from .attention_packages import kernels as packages
+from .attention_packages.limits import (
+    HALF,
+    AttentionQuery,
+    Refusal,
+    cuda_takes,
+    floating,
+    head_dim_multiple_of,
+    head_dim_up_to,
+    no_lse,
+    no_mask_on_cuda,
+    runs_on,
+    square_causal_on_cuda,
+)
 from .chunked import chunked_attention
 from .reference import additive, attention_reference, repeat_heads
 
+__all__ = ["AttentionQuery", "Call", "Provider"]
+
 _ALIGNED = 16
-_HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionQuery:
-    """What an attention call needs, in terms that a provider can refuse.
-
-    Args:
-        device: device type, ``cpu`` or ``cuda``.
-        dtype: of q, k and v.
-        heads, kv_heads: query heads and key heads; they differ for grouped queries.
-        q_tokens, k_tokens: sequence lengths.
-        head_dim, v_head_dim: of q and k, and of v.
-        mask: kind of mask.
-        is_causal: whether each query sees only keys up to its own position.
-        lse: whether the log-sum-exp is needed, as ring attention does.
-    """
-
-    device: str
-    dtype: torch.dtype
-    heads: int
-    kv_heads: int
-    q_tokens: int
-    k_tokens: int
-    head_dim: int
-    v_head_dim: int
-    mask: Literal["none", "bool", "additive"] = "none"
-    is_causal: bool = False
-    lse: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +71,15 @@ class Provider:
         refusals: each gives a reason why a query is out of reach, or None.
         settled: device types on which a row that sees no key comes out as 0, as PyTorch's definition has it. What other
             fused kernels give there differs with their version; NaN is among it.
+        inexact: what it rounds beyond the dtype of its operands; empty where it does not. Such a provider is taken by
+            its name alone.
     """
 
     name: str
     run: Callable[[Call], Result]
-    refusals: tuple[Callable[[AttentionQuery], str | None], ...] = ()
+    refusals: tuple[Refusal, ...] = ()
     settled: tuple[str, ...] = ()
+    inexact: str = ""
 
     def unsupported(self, query: AttentionQuery) -> str | None:
         """Why this provider cannot answer the query here, or None when it can."""
@@ -120,7 +106,7 @@ def _shared_by_fused(call: Call) -> bool:
     if not call.q.is_cuda:
         return True
     width = call.q.shape[-1]
-    return call.mask is None and call.q.dtype in _HALF and width == call.v.shape[-1] and width <= 256
+    return call.mask is None and call.q.dtype in HALF and width == call.v.shape[-1] and width <= 256
 
 
 def _sdpa_math(call: Call) -> Result:
@@ -168,26 +154,6 @@ def _sdpa_cudnn(call: Call) -> Result:
     return out, lse.reshape(q.shape[:3]) if call.lse else None
 
 
-def _flash_attn(call: Call) -> Result:
-    """FlashAttention-2 (arXiv:2307.08691); it keeps tokens before heads and shares key heads itself."""
-    found = importlib.import_module("flash_attn").flash_attn_func(
-        *(x.transpose(1, 2) for x in (call.q, call.k, call.v)),
-        softmax_scale=call.scale,
-        causal=call.is_causal,
-        return_attn_probs=call.lse,
-    )
-    out, lse = (found[0], found[1]) if call.lse else (found, None)
-    return out.transpose(1, 2), lse
-
-
-def _yunchang(call: Call) -> Result:
-    """The forward kernel of USP (arXiv:2405.07719), with tokens before heads."""
-    out, lse = importlib.import_module("yunchang.kernels").flash_attn_forward(
-        *(x.transpose(1, 2) for x in call.heads_repeated()), softmax_scale=call.scale, causal=call.is_causal
-    )
-    return out.transpose(1, 2), lse if call.lse else None
-
-
 def _chunked(call: Call) -> Result:
     out, lse = chunked_attention(call.q, call.k, call.v, call.mask, call.is_causal, call.scale)
     return out, lse if call.lse else None
@@ -214,132 +180,49 @@ def _aligned_bias(call: Call) -> torch.Tensor | None:
     return bias.expand(*call.q.shape[:3], keys)
 
 
-def _runs_on(*devices: str) -> Callable[[AttentionQuery], str | None]:
-    def refusal(query: AttentionQuery) -> str | None:
-        return None if query.device in devices else f"runs on {' or '.join(devices)}, not on {query.device}"
-
-    return refusal
+def _shared(kernel: Callable[..., Result]) -> Callable[[Call], Result]:
+    """A kernel of another package, which takes fewer key heads than query heads."""
+    return lambda call: kernel(call.q, call.k, call.v, call.scale, call.is_causal, call.lse)
 
 
-def _cuda_takes(dtypes: tuple[torch.dtype, ...]) -> Callable[[AttentionQuery], str | None]:
-    def refusal(query: AttentionQuery) -> str | None:
-        if query.device != "cuda" or query.dtype in dtypes:
-            return None
-        return f"takes {', '.join(_name(dtype) for dtype in dtypes)} on cuda, not {_name(query.dtype)}"
-
-    return refusal
+def _repeated(kernel: Callable[..., Result]) -> Callable[[Call], Result]:
+    """The same of one that wants a key head for every query head."""
+    return lambda call: kernel(*call.heads_repeated(), call.scale, call.is_causal, call.lse)
 
 
-def _installed(module: str, command: str) -> Callable[[AttentionQuery], str | None]:
-    def refusal(query: AttentionQuery) -> str | None:
-        return None if _is_there(module) else f"is not installed; run: {command}"
-
-    return refusal
-
-
-@functools.cache
-def _is_there(module: str) -> bool:
-    """Whether a package can be imported; looked up once, as every attention of a call asks."""
-    return importlib.util.find_spec(module) is not None
-
-
-def _head_dim_up_to(limit: int) -> Callable[[AttentionQuery], str | None]:
-    def refusal(query: AttentionQuery) -> str | None:
-        widest = max(query.head_dim, query.v_head_dim)
-        return f"takes head dims up to {limit}, not {widest}" if query.device == "cuda" and widest > limit else None
-
-    return refusal
-
-
-def _floating(query: AttentionQuery) -> str | None:
-    return None if query.dtype.is_floating_point else f"takes floating point tensors, not {_name(query.dtype)}"
-
-
-def _no_lse(query: AttentionQuery) -> str | None:
-    return "returns no log-sum-exp, which ring attention needs; choose sdpa_flash or auto" if query.lse else None
-
-
-def _no_mask(query: AttentionQuery) -> str | None:
-    return "takes no mask; choose auto" if query.mask != "none" else None
-
-
-def _no_mask_on_cuda(query: AttentionQuery) -> str | None:
-    return _no_mask(query) if query.device == "cuda" else None
-
-
-def _equal_head_dims(query: AttentionQuery) -> str | None:
-    if query.head_dim == query.v_head_dim:
-        return None
-    return f"needs equal head dims of keys and values, not {query.head_dim} and {query.v_head_dim}"
-
-
-def _head_dim_multiple_of(step: int) -> Callable[[AttentionQuery], str | None]:
-    def refusal(query: AttentionQuery) -> str | None:
-        if query.head_dim % step == 0 and query.v_head_dim % step == 0:
-            return None
-        return f"needs head dims that are multiples of {step}, not {query.head_dim} and {query.v_head_dim}"
-
-    return refusal
-
-
-def _square_causal(query: AttentionQuery) -> str | None:
-    if query.is_causal and query.q_tokens != query.k_tokens:
-        return "aligns a causal mask at the end, which differs where queries and keys differ in number; choose auto"
-    return None
-
-
-def _square_causal_on_cuda(query: AttentionQuery) -> str | None:
-    return _square_causal(query) if query.device == "cuda" else None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-_FLASH_ATTN_COMMAND = "pip install flash-attn --no-build-isolation"
-_FLASH_ATTN_LIMITS = (
-    _runs_on("cuda"),
-    _cuda_takes(_HALF),
-    _no_mask,
-    _equal_head_dims,
-    _head_dim_multiple_of(8),
-    _head_dim_up_to(256),
-    _square_causal,
-)
-
-SDPA = Provider("sdpa", _sdpa, (_floating, _no_lse), ("cpu",))
-SDPA_MATH = Provider("sdpa_math", _sdpa_math, (_floating,), ("cpu", "cuda"))
+SDPA = Provider("sdpa", _sdpa, (floating, no_lse), ("cpu",))
+SDPA_MATH = Provider("sdpa_math", _sdpa_math, (floating,), ("cpu", "cuda"))
 SDPA_FLASH = Provider(
     "sdpa_flash",
     _sdpa_flash,
     (
-        _runs_on("cpu", "cuda"),
-        _floating,
-        _cuda_takes(_HALF),
-        _no_mask_on_cuda,
-        _head_dim_up_to(256),
-        _square_causal_on_cuda,
+        runs_on("cpu", "cuda"),
+        floating,
+        cuda_takes(HALF),
+        no_mask_on_cuda,
+        head_dim_up_to(256),
+        square_causal_on_cuda,
     ),
     ("cpu",),
 )
 SDPA_EFFICIENT = Provider(
     "sdpa_efficient",
     _sdpa_efficient,
-    (_runs_on("cuda"), _cuda_takes((*_HALF, torch.float32)), _head_dim_multiple_of(8)),
+    (runs_on("cuda"), cuda_takes((*HALF, torch.float32)), head_dim_multiple_of(8)),
 )
 SDPA_CUDNN = Provider(
     "sdpa_cudnn",
     _sdpa_cudnn,
-    (_runs_on("cuda"), _cuda_takes(_HALF), _head_dim_multiple_of(8), _head_dim_up_to(128)),
+    (runs_on("cuda"), cuda_takes(HALF), head_dim_multiple_of(8), head_dim_up_to(128)),
 )
-FLASH_ATTN = Provider("flash_attn", _flash_attn, (_installed("flash_attn", _FLASH_ATTN_COMMAND), *_FLASH_ATTN_LIMITS))
-YUNCHANG = Provider(
-    "yunchang",
-    _yunchang,
-    (
-        _installed("yunchang", "pip install yunchang"),
-        _installed("flash_attn", _FLASH_ATTN_COMMAND),
-        *_FLASH_ATTN_LIMITS,
-    ),
+FLASH_ATTN = Provider("flash_attn", _shared(packages.flash_attn), packages.FLASH_ATTN_LIMITS)
+FLASH_ATTN_3 = Provider("flash_attn_3", _shared(packages.flash_attn_3), packages.FLASH_ATTN_3_LIMITS)
+FLASH_ATTN_4 = Provider("flash_attn_4", _shared(packages.flash_attn_4), packages.FLASH_ATTN_4_LIMITS)
+SAGE = Provider(
+    "sage",
+    _shared(packages.sage),
+    packages.SAGE_LIMITS,
+    inexact="queries and keys are multiplied in int8, weights and values in fp8 or fp16, by the card",
 )
-CHUNKED = Provider("chunked", _chunked, (_floating,), ("cpu", "cuda"))
+YUNCHANG = Provider("yunchang", _repeated(packages.yunchang), packages.YUNCHANG_LIMITS)
+CHUNKED = Provider("chunked", _chunked, (floating,), ("cpu", "cuda"))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 from xdit_compile.errors import ProviderUnavailable
 
 from . import providers
@@ -16,16 +20,44 @@ PROVIDERS = {
         providers.SDPA_EFFICIENT,
         providers.SDPA_CUDNN,
         providers.FLASH_ATTN,
+        providers.FLASH_ATTN_3,
+        providers.FLASH_ATTN_4,
+        providers.SAGE,
         providers.YUNCHANG,
         providers.CHUNKED,
     )
 }
 
-BEST_FIRST = ("sdpa", "flash_attn", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "yunchang", "sdpa_math", "chunked")
+BEST_FIRST = (
+    "sdpa", "flash_attn", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "yunchang", "flash_attn_3", "flash_attn_4",
+    "sdpa_math", "chunked",
+)  # fmt: skip
+"""Those that are exact. FlashAttention 3 and 4 were never timed here, so that they stand behind those that were; as
+``sdpa_flash`` takes all that they take, they are taken by name alone."""
+
+_EXACTLY: ContextVar[bool] = ContextVar("attention by exact providers", default=False)
+
+
+def inexact(name: str) -> str:
+    """What the provider of that name rounds beyond the dtype of its operands; empty for one that is exact, or none."""
+    return PROVIDERS[name].inexact if name in PROVIDERS else ""
+
+
+@contextlib.contextmanager
+def exactly() -> Iterator[None]:
+    """While this lasts, the best exact provider computes in the place of one that is not.
+
+    So the same compiled program is compared with the module to rounding, whatever computes its attention later.
+    """
+    before = _EXACTLY.set(True)
+    try:
+        yield
+    finally:
+        _EXACTLY.reset(before)
 
 
 def choose(name: str, query: AttentionQuery) -> Provider:
-    """The provider of that name, or for ``auto`` the best that can answer the query.
+    """The provider of that name, or for ``auto`` the best exact one that can answer the query.
 
     Where no log-sum-exp is needed ``sdpa`` stands first, since PyTorch picks among its own kernels there.
 
@@ -43,4 +75,6 @@ def choose(name: str, query: AttentionQuery) -> Provider:
     reason = PROVIDERS[name].unsupported(query)
     if reason:
         raise ProviderUnavailable(f"attention {name!r} {reason}")
+    if PROVIDERS[name].inexact and _EXACTLY.get():
+        return choose("auto", query)
     return PROVIDERS[name]

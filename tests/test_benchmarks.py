@@ -85,6 +85,14 @@ def test_capture_counts_what_it_made(tmp_path: pathlib.Path) -> None:
     assert one["counts"]["captured nodes, each structure once"] < one["counts"]["captured nodes, every call"]
 
 
+@pytest.mark.slow
+def test_graphs_for_a_card_are_built_once_and_found_again(tmp_path: pathlib.Path) -> None:
+    found = run("target_build.py", "--small", "--ulysses", "2", tmp_path=tmp_path)
+    first, second = found["ranks"]
+    assert first["structures"] > 0 and first["kernels"] > 0 and second["structures"] == 0 < second["programs"]
+    assert found["loaded"]["found"] > 0 and found["loaded"]["compiled"] == 0
+
+
 def test_stubs_are_taken_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from contenders import Stubs

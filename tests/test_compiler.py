@@ -23,7 +23,8 @@ from xdit_compile.passes.fuse import fusions
 from xdit_compile.reports.dump import observers
 
 NAMES = [each.name for each in PASSES]
-FOR_GPUS = [each.name for each in fusions.IN_ORDER if each.kinds == ("cuda",)]
+LEFT_OUT = [*(each.name for each in fusions.IN_ORDER if each.kinds == ("cuda",)), "hide_exchanges"]
+"""Passes for GPUs, and one for plans that name a link."""
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "passes.md"
 
 
@@ -34,9 +35,9 @@ def test_the_page_names_every_pass_in_order():
 @pytest.mark.parametrize(
     ("degrees", "programs", "skipped"),
     [
-        ({"ulysses": 2}, {"call"}, {"split_step_invariant", "assign_stages", "tile_rows", *FOR_GPUS}),
-        ({"distrifusion": 2}, {"waiting", "stale"}, {"split_step_invariant", "assign_stages", "tile_rows", *FOR_GPUS}),
-        ({"pipefusion": 2}, {"full", "common", "patch_0", "patch_1"}, {"tile_rows", *FOR_GPUS}),
+        ({"ulysses": 2}, {"call"}, {"split_step_invariant", "assign_stages", "tile_rows", *LEFT_OUT}),
+        ({"distrifusion": 2}, {"waiting", "stale"}, {"split_step_invariant", "assign_stages", "tile_rows", *LEFT_OUT}),
+        ({"pipefusion": 2}, {"full", "common", "patch_0", "patch_1"}, {"hoist_linears", "tile_rows", *LEFT_OUT}),
     ],
 )
 def test_every_pass_of_every_method_is_timed_and_dumped(degrees, programs, skipped, tmp_path):
@@ -58,7 +59,7 @@ def test_passes_stop_where_they_are_told():
     call = Call(model.module, model.args, model.kwargs, run=False)
     state = run_passes(Compilation(Plan(), call), until="infer_axes")
     assert state.inference is not None and state.units is None
-    with pytest.raises(UsageError, match="no pass 'inline'; choose one of capture, infer_axes"):
+    with pytest.raises(UsageError, match="no pass 'inline'; choose one of capture, hoist_linears, infer_axes"):
         run_passes(state, until="inline")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +10,18 @@ from typing import Any
 
 import pytest
 
+from xdit_compile.backends.target.cards import CARDS
+
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-PEAKS = runpy.run_path(str(ROOT / "benchmarks" / "peaks.py"))["PEAKS"]
-BLOCKS = {"transformer_blocks.0": (9, 14), "single_transformer_blocks.0": (5, 7), "single_transformer_blocks.1": (5, 7)}
-"""Matrix products of each block, that of two values side by side as two; and those of one value not joined."""
+SINGLE = "single_transformer_blocks"
+BLOCKS = {"transformer_blocks.0": (17, 14), f"{SINGLE}.0": (5, 6), f"{SINGLE}.1": (5, 6)}
+"""Launches and matrix products of each block as its module has them."""
 ROWS, INNER, COLUMNS = 64, 32, 48
 BY_HAND = f"""
+import dataclasses
 import json
 
 import torch
@@ -29,10 +31,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._triton import has_triton
 
-from gpu_count import count
-from xdit_compile.backends.target.pretend_card import CARDS, DEVICE, SETTINGS, patches, pretend_card
-
+from xdit_compile.backends.target.cards import CARDS
+from xdit_compile.backends.target.pretend_card import DEVICE, SETTINGS, patches, pretend_card
 from xdit_compile.kernels import linears, norm_rope
+from xdit_compile.reports.counting.count import count
 
 aten, OPS = torch.ops.aten, torch.ops.xdit_compile
 
@@ -81,7 +83,8 @@ def counted(card):
     with FakeTensorMode(shape_env=ShapeEnv()):
         args = [torch.empty(*shape, device=DEVICE) for shape in (({ROWS}, {INNER}), ({INNER}, {COLUMNS}))]
     with pretend_card(card) as compiled:
-        found = {{name: vars(count(fx.symbolic_trace(f), args, compiled, card.target)) for name, f in GRAPHS.items()}}
+        codes = {{name: count(fx.symbolic_trace(f), args, compiled, card) for name, f in GRAPHS.items()}}
+    found = {{name: dataclasses.asdict(code) for name, code in codes.items()}}
     return {{**found, "targets": sorted({{binary.target for binary in compiled}})}}
 
 
@@ -111,7 +114,7 @@ def by_hand() -> dict[str, Any]:
     return json.loads(run("-c", BY_HAND).splitlines()[-1])
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("target", list(CARDS))
 def test_counts_are_those_of_graphs_that_one_can_count(by_hand: dict[str, Any], target: str) -> None:
     found = by_hand[target]
     result = 4 * ROWS * COLUMNS
@@ -119,7 +122,8 @@ def test_counts_are_those_of_graphs_that_one_can_count(by_hand: dict[str, Any], 
     flops = 2 * ROWS * INNER * COLUMNS
 
     def of(name: str) -> dict[str, int]:
-        return {each: found[name][each] for each in ("kernels", "launches", "products", "moved", "flops")}
+        sums = {each: found[name][each] for each in ("launches", "products", "moved", "flops")}
+        return {"kernels": len(found[name]["kernels"]), **sums}
 
     hidden = {"kernels": 0, "launches": 0, "products": 2, "moved": operands + 3 * result, "flops": flops}
     assert of("second_pass") == hidden, "a sum inside an operator goes over its result once more"
@@ -134,14 +138,14 @@ def test_counts_are_those_of_graphs_that_one_can_count(by_hand: dict[str, Any], 
     one = {"kernels": 1, "launches": 1, "products": 1, "moved": operands + 3 * result, "flops": flops}
     assert of("one_pass") == one, "a pass over the result reads and writes it once more"
     assert of("two_passes") == one, "passes that are fused read and write it once"
-    bandwidth = PEAKS[target].bandwidth
+    bandwidth = CARDS[target].bandwidth
     assert found["one_pass"]["seconds"] == pytest.approx(one["moved"] / bandwidth), "so small that memory bounds both"
     assert found["one_pass"]["floor"] == pytest.approx((operands + result) / bandwidth)
-    assert 0 < found["one_pass"]["registers"] < 256 and found["one_pass"]["stack"] == 0
-    assert found["product"]["registers"] == 0, "no kernel of Triton's"
+    (kernel,) = found["one_pass"]["kernels"]
+    assert "relu" in kernel["name"] and 0 < kernel["registers"] < 256 and kernel["stack"] == 0
     assert found["parts"]["moved"] == operands + 3 * result, "of a part that is read the rest does not count"
     assert found["parts"]["products"] == 1
-    twice = found["twice"]
+    twice = of("twice")
     assert (twice["kernels"], twice["launches"], twice["products"]) == (2, 3, 2), "one kernel serves both results"
     assert twice["moved"] == 2 * one["moved"] + 2 * 4 * ROWS * INNER
     assert found["targets"] == [target], "Triton compiled for the card"
@@ -155,21 +159,34 @@ def test_a_part_of_the_tokens_takes_the_same_products_and_fewer_bytes(tmp_path: 
     out = tmp_path / "found.json"
     plans = ("--plan", "ulysses=1", "--plan", "ulysses=2")
     printed = run("gpu_count.py", "--small", *plans, "--beside", "--json", str(out))
-    assert printed.count("COUNTED, not measured on a card") == 2
-    assert printed.count("without optional passes, with them") == 2 and " 17, 9 " in printed, "launches of a block"
-    counted = json.loads(out.read_text())["counted"]
-    one, two = ({row["path"]: row for row in counted[plan] if row["path"]} for plan in ("one rank", "ulysses 2"))
-    apart = run("gpu_count.py", "--small", "--plan", "ulysses=1", "--without", "join_linears", "--json", str(out))
-    assert "without join_linears: COUNTED" in apart
-    linears = {row["path"]: row["code"] for row in json.loads(out.read_text())["counted"]["one rank"]}
-    for path, (products, layers) in BLOCKS.items():
-        assert linears[path]["products"] == layers and linears[path]["moved"] > one[path]["code"]["moved"]
+    assert printed.count("COUNTED, not measured on a card") == 4
+    assert printed.count("the module block by block, without optional passes, with them") == 1
+    found = json.loads(out.read_text())
+    one, two = ({row["path"]: row for row in rows if row["path"]} for rows in found["counted"].values())
+    apart = {row["path"]: row["code"] for row in found["apart"]["one rank"]}
+    assert one.keys() == two.keys() == BLOCKS.keys() <= found["module"].keys()
+    for path, (launches, products) in BLOCKS.items():
+        module = found["module"][path]
+        for each in ("launches", "products", "moved", "flops"):
+            assert module[each] == apart[path][each], "the captured graph is what the module's own code says"
+        assert (module["launches"], module["products"]) == (launches, products)
         whole, part = one[path]["code"], two[path]["code"]
-        assert whole["products"] == part["products"] == products
+        assert whole["products"] == part["products"] < products and whole["moved"] < module["moved"]
         assert part["moved"] < whole["moved"] and two[path]["inputs"] < one[path]["inputs"]
-        assert all(0 < code["kernels"] <= code["launches"] for code in (whole, part))
-    assert one.keys() == two.keys() == BLOCKS.keys()
+        assert all(0 < len(code["kernels"]) <= code["launches"] < launches for code in (whole, part))
     assert [one[path]["calls"] for path in BLOCKS] == [2, 1, 1]
+
+
+def test_a_pass_that_is_left_out_is_told(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    rows = {}
+    for name, flags in {"all": (), "apart": ("--without", "join_linears")}.items():
+        printed = run("gpu_count.py", "--small", "--plan", "ulysses=1", *flags, "--json", str(out))
+        assert ("without join_linears: COUNTED" in printed) == bool(flags)
+        rows[name] = {row["path"]: row["code"] for row in json.loads(out.read_text())["counted"]["one rank"]}
+    for path in BLOCKS:
+        joined, apart = rows["all"][path], rows["apart"][path]
+        assert joined["products"] < apart["products"] and joined["moved"] < apart["moved"]
 
 
 CAPTURED = """

@@ -17,10 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("passes", "kernels", "backends")
 PACKAGES = [ROOT / "xdit_compile", *(ROOT / name for name in LINKED)]
 FLOORS = (
-    "errors plan distributed ir weights capture.state cache capture kernels.collectives kernels passes.axes "
-    "passes.local passes.rules passes.lowering passes.partition passes.choose passes.stages passes.memory passes.fuse "
-    "backends backends.target compiler reports runtime.tensors runtime.verify runtime.stored runtime runtime.methods "
-    "api loading evaluation cli __main__"
+    "errors plan distributed ir weights capture.state cache capture kernels.attention_packages kernels.collectives "
+    "kernels passes.axes "
+    "passes.local passes.rules passes.lowering passes.partition passes.choose passes.stages passes.memory "
+    "passes.heads passes.fuse "
+    "backends.target backends reports.counting compiler reports runtime.tensors runtime.verify runtime.stored runtime "
+    "runtime.methods api loading evaluation cli __main__"
 ).split()
 """Folders, and files that stand alone, from the ground up: each imports from those below alone."""
 LONGEST_CHAIN = 13

@@ -22,6 +22,13 @@ def test_the_default_plan_fits_one_process():
     assert Plan().world_size == 1
 
 
+def test_a_link_is_bytes_per_second_and_no_use_to_a_plan_without_the_pass():
+    assert Plan(link="25GB/s").hiding_link == 25e9 and Plan(link="1.5 GiB/s").hiding_link == 1.5 * 2**30
+    assert Plan().hiding_link is Plan(link="25GB/s", without=("hide_exchanges",)).hiding_link is None
+    with pytest.raises(PlanError, match="link begins exchanges early, and nexfort is not known"):
+        Plan(link="25GB/s", backend="nexfort").check()
+
+
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 4096))
 def test_degrees_must_multiply_to_the_world(ulysses: int, ring: int, world: int):
     plan = Plan(ulysses=ulysses, ring=ring)
@@ -48,6 +55,10 @@ def test_degrees_must_multiply_to_the_world(ulysses: int, ring: int, world: int)
         ("split_scheme", "columns", "split_scheme='columns' is unknown; choose one of all, heads, ffn"),
         ("mesh_order", ("ring", "ulysses"), "mesh_order=('ring', 'ulysses') must name each of data, cfg"),
         ("verify", 1, "verify=1 must be True or False"),
+        ("link", "fast", "link='fast' must be bytes per second of one rank, such as '450GB/s' or '25GB/s'"),
+        ("link", "400Gb/s", "link='400Gb/s' must be bytes per second"),
+        ("link", "0GB/s", "link='0GB/s' must be bytes per second"),
+        ("link", 25e9, "link=25000000000.0 must be bytes per second"),
         ("timeout_s", 0, "timeout_s=0 must be a positive"),
         ("timeout_s", float("nan"), "timeout_s=nan must be a positive"),
         ("timeout_s", float("inf"), "timeout_s=inf must be a positive"),

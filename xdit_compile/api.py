@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from xdit_compile.backends.registry import find_backend
+from xdit_compile.backends.target.cards import Card, card_for
+from xdit_compile.backends.target.pretend_card import DEVICE, check_versions, pretend_card
+from xdit_compile.cache.folder import resolve
 from xdit_compile.cache.store import open_store
 from xdit_compile.capture.state.in_place import held, put_back, put_in_place
 from xdit_compile.capture.state.unsupported import refuse_unsupported
@@ -22,7 +26,9 @@ from xdit_compile.distributed.world import World
 from xdit_compile.kernels.gather_parameter import gather_whole
 from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.registry import choose
+from xdit_compile.passes.fuse.timings import Timings, described, load
 from xdit_compile.plan.methods import TEAM, TENSOR
+from xdit_compile.reports.counted_report import counted_report, on_paper
 from xdit_compile.reports.pipeline_report import PipelineReport, pipeline_report
 from xdit_compile.reports.report import Report, report
 from xdit_compile.runtime.diffusers_pipeline import (
@@ -38,10 +44,11 @@ from xdit_compile.runtime.methods.autoencoder import RowMethod, Team, restore_ro
 from xdit_compile.runtime.methods.distvae import attach_distvae, check_distvae, is_distvae, restore_distvae
 from xdit_compile.runtime.runner import Runner
 from xdit_compile.runtime.session import Session
+from xdit_compile.runtime.stored.progress import Progress
 from xdit_compile.weights.weights import Weights
 
 from .compiler import analyse, place
-from .errors import UsageError
+from .errors import ProviderUnavailable, UsageError
 from .plan import Plan
 
 
@@ -188,25 +195,31 @@ def generation(module: nn.Module) -> AbstractContextManager[Any]:
 
 
 def explain(
-    target: Any, plan: Plan | None = None, args: tuple = (), kwargs: dict | None = None
-) -> Report | PipelineReport:
+    explained: Any, /, plan: Plan | None = None, args: tuple = (), kwargs: dict | None = None, *,
+    target: str | None = None,
+) -> Report | PipelineReport:  # fmt: skip
     """How a module is split: axes and roles, boundaries, gathers, collectives with their bytes, imbalance, memory.
 
     Of a pipeline: blocks, parameters, states and bytes sent of every stage.
 
     Args:
-        target: a parallelized pipeline or module that was called at least once, which reports on its latest program; or
-            any module together with ``plan`` and example inputs, which may be on the meta device.
+        explained: a parallelized pipeline or module that was called at least once, which reports on its latest program;
+            or any module together with ``plan`` and example inputs, which may be on the meta device.
         plan: the degrees; needs no processes.
         args, kwargs: example inputs.
+        target: a card, such as ``sm_90``, that need not be there: its code is generated and compiled, and launches,
+            products, bytes, registers and spills of this rank are counted in it. Takes as long as compiling does.
 
     Raises:
-        UsageError: for a target that was neither called nor given inputs.
+        UsageError: for what was neither called nor given inputs, and a target that cannot be compiled for here.
     """
+    card = None if target is None else card_for(target)
+    if card is not None:
+        check_versions()
     plan_given = plan is not None or args or kwargs
-    if isinstance(target, nn.Module) and (methods := row_methods(target)) and not plan_given:
-        return _report_rows(methods)
-    for _, module in denoisers(target):
+    if isinstance(explained, nn.Module) and (methods := row_methods(explained)) and not plan_given:
+        return _report_rows(methods, card)
+    for _, module in denoisers(explained):
         runner = runner_of(module)
         if runner is not None and not plan_given:
             compiled_call = runner.calls.latest
@@ -215,13 +228,14 @@ def explain(
             if compiled_call is None:
                 raise UsageError("nothing to explain yet: call the pipeline once, or give a plan and example inputs")
             device = runner.session.device
-            return _report(compiled_call.analysis, runner.plan, runner.mesh.rank, compiled_call.said, device)
+            rank, said = runner.mesh.rank, compiled_call.said
+            return _report(compiled_call.analysis, runner.plan, rank, said, device, card)
     if not (args or kwargs):
         raise UsageError("explain needs example inputs (args=, kwargs=) for a module that was not parallelized")
     plan = (plan or Plan()).check()
-    ((_, module),) = list(denoisers(target))[:1]
+    ((_, module),) = list(denoisers(explained))[:1]
     analysis = analyse(module, plan, args, kwargs or {})
-    return _report(analysis, plan, 0)
+    return _report(analysis, plan, 0, card=card)
 
 
 def runner_of(module: nn.Module) -> Runner | None:
@@ -254,23 +268,48 @@ def _denoisers(target: Any, coders: Any) -> Iterator[tuple[str, nn.Module]]:
     return iter(()) if isinstance(target, nn.Module) and coders else denoisers(target)
 
 
-def _report_rows(methods: list[RowMethod]) -> Report | PipelineReport:
+def _report_rows(methods: list[RowMethod], card: Card | None) -> Report | PipelineReport:
     compiled_call = next((found for method in methods if (found := method.latest()) is not None), None)
     if compiled_call is None:
         raise UsageError("nothing to explain yet: call decode or encode once")
     place = methods[0].team.place
     device = methods[0].team.session.device
-    return _report(compiled_call.analysis, place.plan, place.mesh.rank, compiled_call.said, device)
+    return _report(compiled_call.analysis, place.plan, place.mesh.rank, compiled_call.said, device, card)
 
 
 def _report(
-    analysis: Any, plan: Plan, here: int, ready: str = "", device: torch.device | None = None
+    analysis: Any, plan: Plan, here: int, ready: str = "", device: torch.device | None = None, card: Card | None = None
 ) -> Report | PipelineReport:  # fmt: skip
+    if card is not None:
+        return _counted(analysis, plan, here, ready, card)
     if plan.patch_count > 1:
         return pipeline_report(analysis, plan, ready)
     meshes = (Mesh.simulated(plan, rank) for rank in range(plan.world_size))
     ranks = [place(analysis, plan, mesh, stale=plan.distrifusion > 1) for mesh in meshes]
-    return report(analysis, ranks, here, ready, plan.without, device or torch.device("cpu"))
+    device = device or torch.device("cpu")
+    return report(analysis, ranks, here, ready, plan.without, device, _timings(plan, device))
+
+
+def _timings(plan: Plan, device: torch.device) -> Timings:
+    """What was measured on a device; nothing where the plan's backend is not here."""
+    try:
+        backend = find_backend(plan.backend, plan.compile_mode)
+    except ProviderUnavailable:
+        return Timings()
+    return load(resolve(plan.cache), described(device, backend.name, plan.compile_mode))
+
+
+def _counted(analysis: Any, plan: Plan, here: int, ready: str, card: Card) -> Report | PipelineReport:
+    """The report for a card that is not there, with what it would run on rank ``here``."""
+    summary = _report(analysis, dataclasses.replace(plan, cache=None), here, ready, DEVICE)
+    state = on_paper(analysis, plan, Mesh.simulated(plan, here))
+    progress = Progress(card.target, speaks=here == 0)
+    progress.begin(sum(len(program.structures()) for program in state.programs.values()))
+    try:
+        with pretend_card(card) as binaries:
+            return dataclasses.replace(summary, counted=counted_report(state, card, binaries, progress.step))
+    finally:
+        progress.end()
 
 
 def _devices(modules: Mapping[str, nn.Module], weights: Mapping[str, Weights]) -> dict[str, torch.device]:

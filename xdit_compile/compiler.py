@@ -21,8 +21,11 @@ from xdit_compile.passes.axes.infer import Inference, infer
 from xdit_compile.passes.axes.verify_axes import verify_axes
 from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.fuse import fusions
+from xdit_compile.passes.fuse.hoist_linears import hoist_linears
+from xdit_compile.passes.fuse.timings import Timings
 from xdit_compile.passes.local.layout import Chosen, Layout
 from xdit_compile.passes.memory.tile_rows import in_strips
+from xdit_compile.passes.partition.hide_exchanges import hide_exchanges
 from xdit_compile.passes.partition.hoist_positions import hoist_positions
 from xdit_compile.passes.partition.program import Partitioned, partition
 from xdit_compile.passes.rules.registry import rulebook
@@ -82,6 +85,7 @@ class Compilation:
         places: the stages of blocks, by their paths, of programs of the same module that were placed before.
         backend: what compiles.
         device: where what is compiled lies.
+        timings: what was measured there of what optional passes can change.
         partitioned: this rank's programs by name: ``call``, or with DistriFusion ``waiting`` and ``stale``.
         runs: what computes each program.
         seconds: what each pass took.
@@ -96,6 +100,7 @@ class Compilation:
     places: dict[str, int] = dataclasses.field(default_factory=dict)
     backend: Backend | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    timings: Timings = dataclasses.field(default_factory=Timings)
     program: Program | None = None
     inference: Inference | None = None
     units: Chosen | None = None
@@ -136,6 +141,11 @@ def _capture(state: Compilation) -> Compilation:
         forward=call.forward, check=call.check, run=call.run, watched=call.watched,
     )  # fmt: skip
     return dataclasses.replace(state, program=program, call=None)
+
+
+def _hoist_linears(state: Compilation) -> Compilation:
+    assert state.program is not None
+    return dataclasses.replace(state, program=hoist_linears(state.program))
 
 
 def _infer_axes(state: Compilation) -> Compilation:
@@ -180,6 +190,10 @@ def _hoist_positions(state: Compilation) -> Compilation:
     return _changed(state, lambda program: hoist_positions(program, state.device))
 
 
+def _hide_exchanges(state: Compilation) -> Compilation:
+    return _changed(state, hide_exchanges)
+
+
 def _changed(state: Compilation, change: Callable[[Program], Program]) -> Compilation:
     """The same with another program in the place of each that this rank runs."""
     if state.stages is None:
@@ -213,13 +227,18 @@ class Pass:
 def _fusion(fusion: fusions.OptionalPass) -> Pass:
     return Pass(
         fusion.name,
-        lambda state: _changed(state, fusion.run),
+        lambda state: _changed(state, lambda program: fusion.run(program, fusion.chooser(state.timings))),
         lambda state: fusion.wanted(state.plan.without, state.device),
     )
 
 
 PASSES = (
     Pass("capture", _capture),
+    Pass(
+        "hoist_linears",
+        _hoist_linears,
+        lambda state: state.plan.patch_count == 1 and "hoist_linears" not in state.plan.without,
+    ),
     Pass("infer_axes", _infer_axes),
     Pass("choose_units", _choose_units),
     Pass("split_step_invariant", _split_step_invariant, lambda state: state.plan.patch_count > 1),
@@ -227,11 +246,14 @@ PASSES = (
     Pass("assign_stages", _assign_stages, lambda state: state.patches is not None),
     Pass("tile_rows", _tile_rows, lambda state: state.budget is not None),
     Pass("hoist_positions", _hoist_positions),
+    _fusion(fusions.SPREAD_NORMS),
+    _fusion(fusions.LATE_BIASES),
     _fusion(fusions.FOLD_ACTIVATIONS),
     _fusion(fusions.SPLIT_CONCATENATIONS),
     _fusion(fusions.NORM_ROPE),
     _fusion(fusions.PACK_HEADS),
     _fusion(fusions.JOIN_LINEARS),
+    Pass("hide_exchanges", _hide_exchanges, lambda state: state.plan.hiding_link is not None),
     Pass("compile", _compile),
 )
 """Everything that happens to a call, in this order."""

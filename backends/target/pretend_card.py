@@ -1,9 +1,14 @@
-"""A card that is not there: inductor generates code for it and Triton compiles that, on any machine; nothing is run."""
+"""A card that is not there: inductor generates code for it and Triton compiles that, on any machine; nothing is run.
+
+Whatever is patched of torch and Triton to generate code for such a card, or to load it with another build of torch, is
+in this file, for the versions of `KNOWN` alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import importlib.metadata
+import os
 import pkgutil
 import re
 import subprocess
@@ -14,39 +19,17 @@ from unittest import mock
 
 import torch
 
+from xdit_compile.errors import UsageError
+
+from .cards import CARDS as CARDS
+from .cards import Card
+
 DEVICE = torch.device("cuda", 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What is asked of a card, by the names that ``torch.cuda.get_device_properties`` has for it."""
-
-    name: str
-    major: int
-    minor: int
-    multi_processor_count: int
-    shared_memory_per_block_optin: int
-    regs_per_multiprocessor: int = 2**16
-    max_threads_per_multi_processor: int = 2048
-    max_threads_per_block: int = 1024
-    warp_size: int = 32
-    gcnArchName: str = ""
-
-    @property
-    def target(self) -> str:
-        """The architecture that is compiled for."""
-        return f"sm_{self.major}{self.minor}"
-
-
-CARDS = {
-    card.target: card
-    for card in (
-        Card("NVIDIA H100 80GB HBM3", 9, 0, 132, 227 * 2**10),
-        Card("NVIDIA A100-SXM4-80GB", 8, 0, 108, 163 * 2**10),
-        Card("NVIDIA B200", 10, 0, 148, 227 * 2**10),
-        Card("NVIDIA GeForce RTX 5090", 12, 0, 170, 99 * 2**10, max_threads_per_multi_processor=1536),
-    )
-}
+ITEM = torch.Tensor.__getitem__
+KNOWN = {"torch": ("2.13",), "triton": ("3.7", "3.9")}
+"""The versions whose insides were looked at."""
+Configuration = dict[str, Any]
+"""Sizes of blocks by their names in a kernel, its warps and stages."""
 
 
 class Binary(NamedTuple):
@@ -79,6 +62,17 @@ SETTINGS = {
 }
 """Inductor's settings while the card is there."""
 
+NUMBERED = re.compile(r"((?:_DeviceGuard\(|\bset_device\(|\bget_raw_stream\(|type='cuda', index=))\d+")
+"""Where inductor's code has the number of the card that it was made on."""
+UNTIMED = {
+    "triton.autotune_at_compile_time": False,
+    "triton.autotune_pointwise": False,
+    "dynamic_scale_rblock": False,
+    "bundle_triton_into_fx_graph_cache": False,  # machine code is kept beside it
+    "compile_threads": 1,
+}
+"""Further settings of code that is kept for a card: nothing of it is left to be tried out there."""
+
 REMEMBERED = (
     "torch._dynamo.debug_utils:_cuda_system_info_comment",
     "torch._inductor.codecache:CacheBase.get_system",
@@ -102,6 +96,7 @@ def pretend_card(card: Card) -> Iterator[list[Binary]]:
     from torch._inductor import config
     from torch._inductor.utils import fresh_cache
 
+    check_versions()
     compiled: list[Binary] = []
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
@@ -111,6 +106,90 @@ def pretend_card(card: Card) -> Iterator[list[Binary]]:
         stack.enter_context(fresh_cache())
         _forget()
         yield compiled
+
+
+def check_versions() -> None:
+    """See that torch and Triton are those whose insides are patched here.
+
+    Raises:
+        UsageError: with the versions that are.
+    """
+    here = {name: importlib.metadata.version(name) for name in KNOWN} | {"torch": str(torch.__version__)}
+    if not all(here[name].startswith(tuple(f"{each}." for each in versions)) for name, versions in KNOWN.items()):
+        known = " and ".join(f"{name} {' or '.join(versions)}" for name, versions in KNOWN.items())
+        found = " and ".join(f"{name} {version}" for name, version in here.items())
+        raise UsageError(f"code for a card that is not there can be made with {known} alone; here are {found}")
+
+
+@contextlib.contextmanager
+def configured(chosen: dict[str, Configuration]) -> Iterator[None]:
+    """Have each of inductor's Triton kernels compiled in one launch configuration, the same on all machines.
+
+    Inductor compiles several of some kernels and times them on the card. Here the one that is chosen already is taken,
+    else the first, which stands for what it expects to be best; that is noted then. Triton uses its own libdevice,
+    which is part of its keys, and not that of whatever CUDA toolkit is there.
+
+    Args:
+        chosen: by the names of kernels.
+    """
+    from torch._inductor import async_compile
+    from torch._inductor.runtime import triton_heuristics
+    from triton import knobs
+
+    check = triton_heuristics.check_autotune_cache
+
+    def one(configs: list[Any], filename: str | None, meta: Any) -> Any:
+        if len(configs) > 1:
+            wanted = chosen.setdefault(meta["kernel_name"], _configuration(configs[0]))
+            configs = [config for config in configs if _configuration(config) == wanted] or configs
+        return check(configs, filename, meta)
+
+    with (
+        mock.patch.object(triton_heuristics, "check_autotune_cache", one),
+        mock.patch.object(async_compile, "_set_triton_libdevice_path", lambda: None),
+        knobs.nvidia.scope(),
+    ):
+        del knobs.nvidia.libdevice_path
+        os.environ.pop("TRITON_LIBDEVICE_PATH", None)
+        yield
+
+
+def _configuration(config: Any) -> Configuration:
+    return {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+@contextlib.contextmanager
+def on_current_card() -> Iterator[None]:
+    """Have code that is loaded run on the current card, where inductor wrote the number of another one into it."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    load, number = CompiledFxGraph.after_deserialization, str(torch.cuda.current_device())
+
+    def moved(graph: Any, constants: Any) -> Any:
+        source = NUMBERED.sub(lambda match: match[1] + number, graph.source_code)
+        if source != graph.source_code:
+            graph.source_code, graph.cache_key = source, f"{graph.cache_key}_{number}"
+        return load(graph, constants)
+
+    with mock.patch.object(CompiledFxGraph, "after_deserialization", moved):
+        yield
+
+
+@contextlib.contextmanager
+def kept_on_host() -> Iterator[None]:
+    """Have tensors that are moved to a card stay where they are, as the card is not there."""
+    to = torch.Tensor.to
+
+    def stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def here(value: Any) -> Any:
+            return tensor.device if isinstance(value, torch.device) and value.type == DEVICE.type else value
+
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            args, kwargs = tuple(map(here, args)), {name: here(value) for name, value in kwargs.items()}
+        return to(tensor, *args, **kwargs)
+
+    with mock.patch.object(torch.Tensor, "to", stay):
+        yield
 
 
 def patches(card: Card, compiled: list[Binary]) -> list[Patch]:
@@ -132,6 +211,8 @@ def patches(card: Card, compiled: list[Binary]) -> list[Patch]:
         Patch(CudaInterface, "exchange_device", exchange, "inductor's own reference to the same, for launchers"),
         Patch(CudaInterface, "maybe_exchange_device", exchange, "as before, on the way back"),
         Patch(torch.Tensor, "copy_", _copy, "inductor tries out writes to views; the method makes the device current"),
+        Patch(torch.Tensor, "__getitem__", _item, "a selection is taken apart by it; it makes the device current, too"),
+        Patch(torch.Tensor, "contiguous", _contiguous, "as before, where rows of a picture are repeated"),
         Patch(torch.cuda, "get_rng_state", _no_state, "tracing keeps the state of the device's generator"),
         Patch(torch.cuda, "set_rng_state", lambda state: None, "and restores it"),
         Patch(
@@ -149,6 +230,23 @@ def _first(index: int) -> int:
 def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """The operator itself."""
     return torch.ops.aten.copy_.default(target, source, non_blocking)
+
+
+def _item(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    """The operator itself, where tensors select along whole dims of a tensor on the card."""
+    parts = index if isinstance(index, tuple) else (index,)
+    whole = [part == slice(None) if isinstance(part, slice) else isinstance(part, torch.Tensor) for part in parts]
+    if tensor.device.type == DEVICE.type and all(whole) and not all(isinstance(part, slice) for part in parts):
+        return torch.ops.aten.index.Tensor(tensor, [None if isinstance(part, slice) else part for part in parts])
+    return ITEM(tensor, index)
+
+
+def _contiguous(
+    tensor: torch.Tensor, *, memory_format: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:  # fmt: skip
+    """The operator itself."""
+    made: torch.Tensor = torch.ops.aten.contiguous.default(tensor, memory_format=memory_format)
+    return made
 
 
 def _no_state(device: Any = None) -> torch.Tensor:
@@ -214,5 +312,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _forget() -> None:
+    from torch._dynamo.device_interface import caching_worker_device_properties
+
+    caching_worker_device_properties.pop(DEVICE.type, None)
     for name in REMEMBERED:
         pkgutil.resolve_name(name).cache_clear()

@@ -108,7 +108,8 @@ def infer(program: Program, book: RuleBook) -> Inference:
         elif node.op == "call_function" and node.target is operator.getitem:
             source, position = node.args
             axes[node] = [axes[source][position]]
-            if results_of(frames[-1].graph)[position] in frames[-1].tables and frames[-1].call is source:
+            frame = next(each for each in reversed(frames) if each.call is source)
+            if results_of(frame.graph)[position] in frame.tables:
                 tables.add(node)
     _freeze(axes, frames)
     return Inference(program, axes, frames)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
+"""The operators that convolve, by their names."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOp:

@@ -38,13 +38,13 @@ class EqualValues:
         """What nodes of equal value have in common; None for one that is like no other."""
         if node.op == "get_attr":
             return node.target
-        if not _is_pure(node) or any(map(self.is_written, [node, *node.all_input_nodes])):
+        if not is_pure(node) or any(map(self.is_written, [node, *node.all_input_nodes])):
             return None
         args, kwargs = map_arg((node.args, node.kwargs), lambda each: self._first[each])
         return node.target, str(args), str(kwargs)
 
 
-def _is_pure(node: fx.Node) -> bool:
+def is_pure(node: fx.Node) -> bool:
     """Whether a node does nothing but compute its value of its arguments, without drawing anything."""
     op = node.target
     if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":

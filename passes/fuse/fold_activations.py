@@ -10,7 +10,8 @@ from xdit_compile.kernels import linears  # noqa: F401 - registers the op
 from xdit_compile.passes.memory.on_meta import Shapes
 
 from .equal_values import EqualValues
-from .rewriting import Found, Fusion, put_in_place
+from .rewriting import Fusion, put_in_place
+from .selection import Choice, Chooser, Cost, Found, Site, bytes_of
 
 aten = torch.ops.aten
 ACTIVATIONS = (aten.gelu.default, aten.silu.default, aten.relu.default)
@@ -20,19 +21,25 @@ WRITTEN = "the value is written to"
 UNLIKE = "the product has no bias, or weights of another dtype"
 
 
-def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
-    result, values = Found(), EqualValues(graph)
+def _rewrite(graph: fx.Graph, shapes: Shapes, chooser: Chooser) -> Found:
+    result, values, chosen = Found(), EqualValues(graph), []
     for node in [node for target in ACTIVATIONS for node in graph.find_nodes(op="call_function", target=target)]:
         linear = node.args[0]
         if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default:
             continue
         reason = WRITTEN if any(map(values.is_written, linear.all_input_nodes)) else _apart(node, linear, shapes)
-        if reason is not None:
-            result.apart[reason] += 1
-            continue
+        choice = Choice(reason, "") if reason else chooser.choose(_site(node, linear, shapes), shapes)
+        if result.takes(choice):
+            chosen.append((node, linear))
+    for node, linear in chosen:
         put_in_place(node, torch.ops.xdit_compile.linear_gelu.default, linear.args)
-        result.changed += 1
     return result
+
+
+def _site(node: fx.Node, linear: fx.Node, shapes: Shapes) -> Site:
+    """A product and its activation: by itself that is a kernel, which reads what the product wrote."""
+    read, made = bytes_of(linear.args, shapes), shapes[linear].nbytes
+    return Site(tuple(linear.all_input_nodes), (node,), Cost(read + 3 * made, 2), Cost(read + made, 1))
 
 
 def _apart(node: fx.Node, linear: fx.Node, shapes: Shapes) -> str | None:

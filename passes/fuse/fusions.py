@@ -10,11 +10,17 @@ import torch
 from xdit_compile.ir.program import Program
 from xdit_compile.kernels.triton_jit import TRITON
 
+from . import hoist_linears as hoisting
 from . import join_linears as joining
 from .fold_activations import fold_activations
+from .hoist_linears import hoist_linears
+from .late_biases import late_biases
 from .norm_rope import norm_rope
 from .pack_heads import pack_heads
+from .selection import Chooser
 from .split_concatenations import split_concatenations
+from .spread_norms import spread_norms
+from .timings import Timings
 
 OLDEST = (8, 0)
 """The first cards that compute in bfloat16; kernels are compiled for these and later ones in the tests."""
@@ -26,17 +32,23 @@ class OptionalPass:
 
     Args:
         name: by which it is left out.
-        run: the pass.
-        told: says of a program what the pass does to it.
+        run: the pass, which asks a chooser at every site.
+        told: says of a program what the pass does to it, asking likewise.
         kinds: of devices that it is for; all for None.
         unsupported: why a device of such a kind cannot run what it puts in; None where it can.
+        needs_timing: whether it changes nothing that was not timed on the device, as a product of our own would.
     """
 
     name: str
-    run: Callable[[Program], Program]
-    told: Callable[[Program], str]
+    run: Callable[[Program, Chooser], Program]
+    told: Callable[[Program, Chooser], str]
     kinds: tuple[str, ...] | None = ("cuda",)
     unsupported: Callable[[torch.device], str | None] = lambda device: None
+    needs_timing: bool = False
+
+    def chooser(self, timings: Timings) -> Chooser:
+        """What chooses its sites."""
+        return Chooser(self.name, timings, self.needs_timing)
 
     def asked_for(self, without: Collection[str], device: torch.device) -> bool:
         """Whether it is for a device of this kind, and the plan does not leave it out."""
@@ -63,20 +75,33 @@ def no_epilogue(device: torch.device) -> str | None:
     return None if torch.version.hip is None else "only cuBLASLt is known to do that"
 
 
+SPREAD_NORMS = OptionalPass(spread_norms.name, spread_norms, spread_norms.told)
+LATE_BIASES = OptionalPass(late_biases.name, late_biases, late_biases.told)
 FOLD_ACTIVATIONS = OptionalPass(fold_activations.name, fold_activations, fold_activations.told, unsupported=no_epilogue)
 SPLIT_CONCATENATIONS = OptionalPass(split_concatenations.name, split_concatenations, split_concatenations.told)
 NORM_ROPE = OptionalPass(norm_rope.name, norm_rope, norm_rope.told, unsupported=no_triton)
 PACK_HEADS = OptionalPass(pack_heads.name, pack_heads, pack_heads.told, unsupported=no_triton)
 JOIN_LINEARS = OptionalPass("join_linears", joining.join_linears, joining.told, kinds=None)
-IN_ORDER = (FOLD_ACTIVATIONS, SPLIT_CONCATENATIONS, NORM_ROPE, PACK_HEADS, JOIN_LINEARS)
+IN_ORDER = (SPREAD_NORMS, LATE_BIASES, FOLD_ACTIVATIONS, SPLIT_CONCATENATIONS, NORM_ROPE, PACK_HEADS, JOIN_LINEARS)
 
 
-def told(program: Program, without: Collection[str], device: torch.device) -> Iterator[str]:
-    """What each of them does to a program, one after the other."""
+def told(
+    program: Program, without: Collection[str], device: torch.device, timings: Timings | None = None
+) -> Iterator[str]:  # fmt: skip
+    """What each of them does to a program, one after the other.
+
+    Args:
+        without: those that are left out.
+        device: what they are for.
+        timings: what was measured there.
+    """
+    if hoist_linears.__name__ not in without:
+        yield hoisting.told(program)
     for each in (each for each in IN_ORDER if each.asked_for(without, device)):
         reason = each.unsupported(device)
         if reason is not None:
             yield f"{each.name}: left out, as {reason}"
             continue
-        yield each.told(program)
-        program = each.run(program)
+        chooser = each.chooser(timings or Timings())
+        yield each.told(program, chooser)
+        program = each.run(program, chooser)

@@ -15,13 +15,16 @@ import torch
 from torch import fx
 
 from xdit_compile.capture.simplify import erase_with_sources
+from xdit_compile.ir.arguments import node_of
 from xdit_compile.kernels import norm_rope as kernel  # noqa: F401 - registers the op
-from xdit_compile.passes.memory.on_meta import Shapes
+from xdit_compile.passes.heads.elements import VIEWS
+from xdit_compile.passes.heads.head_values import SAME, HeadValues, Norm, TableOf
+from xdit_compile.passes.heads.lanes import Heads, Stretch, rotation_of
+from xdit_compile.passes.memory.on_meta import Shapes, name_of
 
 from .equal_values import EqualValues
-from .head_values import HeadValues, Norm, TableOf
-from .lanes import Heads, Stretch, rotation_of
-from .rewriting import Found, Fusion
+from .rewriting import Fusion
+from .selection import Chooser, Cost, Found, Site
 
 aten = torch.ops.aten
 OTHER = "what is done with the heads is no rotation"
@@ -68,7 +71,7 @@ class Line:
         ]
 
 
-def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
+def _rewrite(graph: fx.Graph, shapes: Shapes, chooser: Chooser) -> Found:
     result, values, equal = Found(), HeadValues(graph, shapes), EqualValues(graph)
     lines = []
     for end in _ends(values, result):
@@ -77,14 +80,45 @@ def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
             lines.append(line)
         else:
             result.apart[line] += 1
-    result.changed = len(lines)
     while lines:
         pair = [lines[0], *[line for line in lines[1:] if line.key == lines[0].key][:1]]
         if _place(graph, pair) is None:
             pair = pair[:1]
         lines = [line for line in lines if line not in pair]
-        _emit(graph, pair, shapes)
+        if result.takes(chooser.choose(_site(pair, shapes, equal), shapes), len(pair)):
+            _emit(graph, pair, shapes)
     return result
+
+
+def _site(lines: Sequence[Line], shapes: Shapes, equal: EqualValues) -> Site:
+    """What one kernel makes of lines.
+
+    By itself a norm of one stream is rotated by the kernel that computes it, which makes all lines and loads the lanes
+    that are turned once more. Streams that are joined are normalized by a kernel each, and another one for each line
+    loads these twice to rotate them; without a rotation they are written to their places. The one kernel loads tables
+    for every line.
+    """
+    made = [shapes[line.end].nbytes for line in lines]
+    tables = sum(shapes[table.node].nbytes for table in lines[0].tables)
+    moved, launches = tables, 0
+    for line, size in zip(lines, made, strict=True):
+        turned, streams = any(line.turned), len(line.norms)
+        moved += size * (5 if turned and streams > 1 else 2 + turned)
+        launches += streams + turned if streams > 1 else 0
+    fused = Cost(2 * sum(made) + tables * len(lines), 1)
+    inputs = tuple(dict.fromkeys(_features(node) for line in lines for node in line.inputs))
+    ends = tuple(line.end for line in lines)
+    return Site(inputs, ends, Cost(moved, max(1, launches)), fused, equal.first)
+
+
+def _features(node: fx.Node) -> fx.Node:
+    """What heads are cut from, by which their dims are known; the node itself where it is not cut."""
+    source = node
+    while source.op == "call_function" and name_of(source) in (*SAME, *VIEWS, "transpose", "permute"):
+        is_cut, source = name_of(source) in VIEWS, node_of(source.args[0])
+        if is_cut:
+            return source
+    return node
 
 
 def _ends(values: HeadValues, result: Found) -> Iterator[fx.Node]:

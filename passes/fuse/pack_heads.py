@@ -13,11 +13,12 @@ from torch import fx
 
 from xdit_compile.capture.simplify import erase_with_sources
 from xdit_compile.ir.arguments import integer_of, node_of, sequence_of
+from xdit_compile.passes.heads.elements import SAME, VIEWS, source
 from xdit_compile.passes.memory.on_meta import Shapes, name_of
 
-from .elements import SAME, VIEWS, source
 from .equal_values import EqualValues
-from .rewriting import Found, Fusion
+from .rewriting import Fusion
+from .selection import Choice, Chooser, Cost, Found, Site, bytes_of
 
 aten = torch.ops.aten
 PROBES = 256
@@ -25,7 +26,7 @@ PROBES = 256
 OTHER = "queries and keys go into a buffer of another order"
 
 
-def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
+def _rewrite(graph: fx.Graph, shapes: Shapes, chooser: Chooser) -> Found:
     result, values = Found(), EqualValues(graph)
     for made in graph.find_nodes(op="call_function", target=torch.ops.xdit_compile.norm_rope.default):
         lines = sorted(made.users, key=lambda user: integer_of(user.args[1]))
@@ -38,7 +39,9 @@ def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
             or any(map(values.is_written, plain.all_input_nodes))
             or not _fits(buffer, [*lines, plain], shapes)
         ):
-            result.apart[OTHER] += 1
+            result.takes(Choice(OTHER, ""))
+            continue
+        if not result.takes(chooser.choose(_site(buffer, plain, made, lines, shapes, values), shapes)):
             continue
         with graph.inserting_before(buffer):
             streams = _streams(graph, plain, made, shapes)
@@ -47,8 +50,18 @@ def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
             flat = graph.call_function(operator.getitem, (packed, 0))
         buffer.replace_all_uses_with(flat)
         erase_with_sources(buffer)
-        result.changed += 1
     return result
+
+
+def _site(
+    buffer: fx.Node, plain: fx.Node, made: fx.Node, lines: Sequence[fx.Node], shapes: Shapes, values: EqualValues
+) -> Site:  # fmt: skip
+    """Queries, keys and values on their way into a buffer: by itself a kernel copies what others made."""
+    tables, size = bytes_of(made.args[3:5], shapes), shapes[lines[0]].nbytes
+    streams = plain.all_input_nodes if name_of(plain) == "cat" else [plain]
+    inputs = tuple(dict.fromkeys([*made.all_input_nodes, *streams]))
+    apart = Cost((2 * len(lines) + 2 * (len(lines) + 1)) * size + tables, 2)
+    return Site(inputs, (buffer,), apart, Cost(2 * (len(lines) + 1) * size + tables, 1), values.first)
 
 
 def _buffer(lines: Sequence[fx.Node]) -> fx.Node | None:

@@ -14,13 +14,7 @@ from xdit_compile.capture.simplify import erase_with_sources
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.memory.on_meta import Shapes, shapes_of
 
-
-@dataclasses.dataclass
-class Found:
-    """What a pass did in a graph: how many places it changed, and how many others it left for which reason."""
-
-    changed: int = 0
-    apart: Counter[str] = dataclasses.field(default_factory=Counter)
+from .selection import Chooser, Found
 
 
 def put_in_place(node: fx.Node, operator: Any, arguments: tuple[Any, ...]) -> None:
@@ -37,24 +31,24 @@ class Fusion:
     Args:
         name: of the pass.
         what: what it changes, in the plural.
-        rewrite: changes a graph in place, of whose nodes it is told what they yield.
+        rewrite: changes a graph in place, of whose nodes it is told what they yield, at the sites that are chosen.
     """
 
     name: str
     what: str
-    rewrite: Callable[[fx.Graph, Shapes], Found]
+    rewrite: Callable[[fx.Graph, Shapes, Chooser], Found]
 
-    def __call__(self, program: Program) -> Program:
+    def __call__(self, program: Program, chooser: Chooser | None = None) -> Program:
         """The same program, rewritten."""
-        return self._run(program)[0]
+        return self._run(program, chooser)[0]
 
-    def told(self, program: Program) -> str:
-        """What the pass does to one call of the module, and what it leaves."""
-        _, result = self._run(program)
-        apart = "".join(f"; {count} apart, as {reason}" for reason, count in result.apart.most_common())
-        return f"{self.name}: {result.changed} {self.what}{apart}"
+    def told(self, program: Program, chooser: Chooser | None = None) -> str:
+        """What the pass does to one call of the module, what that was chosen by, and what it leaves."""
+        result = self._run(program, chooser)[1]
+        return f"{self.name}: {result.changed} {self.what}{result}"
 
-    def _run(self, program: Program) -> tuple[Program, Found]:
+    def _run(self, program: Program, chooser: Chooser | None) -> tuple[Program, Found]:
+        chooser = Chooser(self.name) if chooser is None else chooser
         modules = {
             name: fx.GraphModule(structure, copy.deepcopy(structure.graph))
             for name, structure in program.structures().items()
@@ -63,9 +57,7 @@ class Fusion:
         shapes, total = shapes_of(copied), Found()
         calls = Counter(str(call.target) for call in program.calls())
         for name, module in modules.items():
-            result = self.rewrite(module.graph, shapes)
-            total.changed += result.changed * calls[name]
-            total.apart.update({reason: count * calls[name] for reason, count in result.apart.items()})
+            total.add(self.rewrite(module.graph, shapes, chooser), calls[name])
             module.graph.lint()
             module.recompile()
         root = fx.GraphModule({**modules}, copied.root.graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 
 import torch
@@ -12,29 +13,30 @@ from xdit_compile.kernels import linears  # noqa: F401 - registers the op
 from xdit_compile.passes.memory.on_meta import Shapes, name_of
 
 from .equal_values import EqualValues
-from .rewriting import Found, Fusion, put_in_place
+from .rewriting import Fusion, put_in_place
+from .selection import Choice, Chooser, Cost, Found, Site, bytes_of
 
 aten = torch.ops.aten
 USED = "the joined value is used by others, too"
 WRITTEN = "a value is written to"
-WIDE = "the sum of products would move more than the copy"
 POINTWISE = torch.Tag.pointwise
 VIEWS = ("slice", "split", "split_with_sizes", "reshape", "view", "permute", "transpose", "unsqueeze", "expand")
 
 
-def _rewrite(graph: fx.Graph, shapes: Shapes) -> Found:
-    result, values = Found(), EqualValues(graph)
+def _rewrite(graph: fx.Graph, shapes: Shapes, chooser: Chooser) -> Found:
+    result, values, chosen = Found(), EqualValues(graph), []
     for linear in graph.find_nodes(op="call_function", target=aten.linear.default):
         joined = linear.args[0]
         if not isinstance(joined, fx.Node) or joined.target is not aten.cat.default or not _by_features(joined, shapes):
             continue
-        reason = WRITTEN if any(map(values.is_written, joined.all_input_nodes)) else _apart(linear, joined, shapes)
-        if reason is not None:
-            result.apart[reason] += 1
-            continue
+        reason = USED if len(joined.users) > 1 else None
+        reason = WRITTEN if any(map(values.is_written, joined.all_input_nodes)) else reason
+        choice = Choice(reason, "") if reason else chooser.choose(_site(linear, joined, shapes), shapes)
+        if result.takes(choice):
+            chosen.append((linear, joined))
+    for linear, joined in chosen:
         arguments = (list(sequence_of(joined.args[0])), linear.args[1], linear.args[2] if linear.args[2:] else None)
         put_in_place(linear, torch.ops.xdit_compile.linear_of_parts.default, arguments)
-        result.changed += 1
     return result
 
 
@@ -44,27 +46,35 @@ def _by_features(joined: fx.Node, shapes: Shapes) -> bool:
     return joined in shapes and dim in (-1, shapes[joined].dim() - 1)
 
 
-def _apart(linear: fx.Node, joined: fx.Node, shapes: Shapes) -> str | None:
-    """Why a product keeps its operand in one piece; None where it need not.
+def _site(linear: fx.Node, joined: fx.Node, shapes: Shapes) -> Site:
+    """A product of values that are joined, with what writes some of them to their places.
 
     A copy costs a read and a write of every part that nothing writes to its place, the sum of products a read and a
     write of the result for every part but one.
     """
-    if len(joined.users) > 1:
-        return USED
     parts = list(map(node_of, sequence_of(joined.args[0])))
-    copied = sum(shapes[part].nbytes for part in parts if not _in_place(part, shapes))
-    return None if copied > (len(parts) - 1) * shapes[linear].nbytes else WIDE
+    makers = [_maker(part, shapes) for part in parts]
+    copied = sum(shapes[each].nbytes for each, maker in zip(parts, makers, strict=True) if maker is None)
+    result = shapes[linear].nbytes
+    all_read = shapes[joined].nbytes + bytes_of(linear.args[1:], shapes)
+    sources = [maker.all_input_nodes if maker else [each] for each, maker in zip(parts, makers, strict=True)]
+    weights = [each for each in linear.args[1:] if isinstance(each, fx.Node)]
+    return Site(
+        (*itertools.chain(*sources), *weights), (linear,),
+        apart=Cost(2 * copied + all_read + result, 1 + (copied > 0)),
+        fused=Cost(all_read + (2 * len(parts) - 1) * result, len(parts)),
+    )  # fmt: skip
 
 
-def _in_place(node: fx.Node, shapes: Shapes) -> bool:
-    """Whether inductor has a part written to its place: a matrix by the product that makes it, and what a kernel makes
-    that computes element by element, views of that, too."""
+def _maker(node: fx.Node, shapes: Shapes) -> fx.Node | None:
+    """What inductor has write a part to its place, if it does: the product that makes a matrix, and what computes
+    element by element what the part is or is a view of."""
     if node.target is aten.linear.default and shapes[node].dim() == 2:
-        return True
+        return node
     while node.op == "call_function" and (name_of(node) in VIEWS or node.target is operator.getitem):
         node = node_of(node.args[0])
-    return name_of(node) == "cat" or isinstance(node.target, torch._ops.OpOverload) and POINTWISE in node.target.tags
+    is_pointwise = isinstance(node.target, torch._ops.OpOverload) and POINTWISE in node.target.tags
+    return node if name_of(node) == "cat" or is_pointwise else None
 
 
 split_concatenations = Fusion("split_concatenations", "products of joined values taken part by part", _rewrite)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,17 +10,28 @@ from torch import fx
 
 from xdit_compile.ir.axes import Axis
 from xdit_compile.passes.axes.flops import flops
+from xdit_compile.passes.axes.infer import Frame, Place
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.plan.methods import PATCH
 
 from .choose_loop import ShardedLoop
+from .layout import Layout
 from .ledger import STALE
+from .local_graph import Value
 from .redistribute import Redistributor
 from .stale_exchange import Exchange
 
 
 class LoweringContext(Redistributor):
-    """The graph of one call on one rank, as it grows, with its values, its ledger and what stays from call to call."""
+    """The graph of one call on one rank, as it grows, with its values, its ledger and what stays from call to call.
+
+    ``env`` has the values of every node so far, ``ahead`` results of nodes whose turn has not come.
+    """
+
+    def __init__(self, frame: Frame, layout: Layout, place: Callable[[fx.Node], Place]):
+        super().__init__(frame, layout, place)
+        self.env: dict[fx.Node, list[Value]] = {}
+        self.ahead: dict[fx.Node, Value] = {}
 
     def count(self, node: fx.Node, op_axes: OpAxes, choices: Mapping[str, ShardedLoop]) -> None:
         """Count the work of a node, and how much of it this rank does."""

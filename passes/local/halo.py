@@ -124,18 +124,21 @@ def _state(
     return context.local.state(f"{operand.name}_rows{name}", shape, operand.meta["val"].dtype, exchange)
 
 
-def ask(context: LoweringContext, op_axes: OpAxes, name: str, choices: Mapping[str, ShardedLoop]) -> Request:
+def ask(
+    context: LoweringContext, op_axes: OpAxes, name: str, choices: Mapping[str, ShardedLoop], hidden: bool = False
+) -> Request:  # fmt: skip
     """Which rows every rank of mesh dimension ``name`` wants of the first operand, counted in the ledger.
 
     Args:
         choices: the loop that each mesh dimension splits; that of ``name`` is of kind ``halo``.
+        hidden: whether anything is computed before they are there.
     """
     request = _wanted(context.sharding.splits[name], context.sharding.index[name], op_axes, choices[name])
     if request.needed:
         shard = context.sharding.sizes(op_axes.operand_axes[0], required(choices, 0))
         numel = request.rows.elements_sent(shard)
         op = STALE if name == PATCH and context.layout.stale else "halo_exchange"
-        context.ledger.sent(op, "halo", numel, op_axes.operands[0].meta["val"].dtype)
+        context.ledger.sent(op, "halo", numel, op_axes.operands[0].meta["val"].dtype, hidden)
     return dataclasses.replace(request, rows=dataclasses.replace(request.rows, group=context.local.group(name)))
 
 

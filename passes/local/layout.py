@@ -29,7 +29,9 @@ class Layout:
     With ``patches`` the program keeps the keys and values of all tokens from call to call; the split of `PATCH` is then
     among ``sharding`` too where the program computes one patch alone. Where ``patches`` lie on ranks, each rank keeps
     what it needs of the others': as it is now, or where ``stale`` as it was one call ago.
-    Ranks of `SEQUENCE` share every patch that is computed on one rank.
+    Ranks of `SEQUENCE` share every patch that is computed on one rank, and where it ``shares_columns`` the columns of
+    linears that have few rows. Over a ``link`` of so many bytes per second from each rank, exchanges of heads are
+    hidden where that pays; over None, none are.
     """
 
     mesh: Mesh
@@ -41,6 +43,8 @@ class Layout:
     sparing: bool = False
     patches: Split | None = None
     stale: bool = False
+    shares_columns: bool = True
+    link: float | None = None
 
     @classmethod
     def of(cls, plan: Plan, mesh: Mesh, units: Chosen) -> Layout:
@@ -59,6 +63,8 @@ class Layout:
             plan.fallback == "error",
             plan.vae_memory is not None,
             splits.get(PATCH),
+            shares_columns="hoist_linears" not in plan.without,
+            link=plan.hiding_link,
         )
 
     @property

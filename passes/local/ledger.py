@@ -9,6 +9,9 @@ from xdit_compile.passes.axes.infer import Place
 
 STALE = "stale_exchange"
 """The op of what is sent for the next call, while this one goes on."""
+HIDDEN = (STALE, "ring_attention")
+"""What is under way while its own graph computes: the next keys of a ring travel while a rank attends to those that it
+has, and what is sent for the next call does while this one goes on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +26,18 @@ class Gather:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a local graph."""
+    """One collective of a local graph; ``hidden`` where the graph goes on computing while it is under way."""
 
     op: str
     purpose: str
     elements: int
     bytes: int
+    hidden: bool = False
+
+    @property
+    def exposed(self) -> int:
+        """The bytes for which nothing is computed meanwhile."""
+        return 0 if self.hidden else self.bytes
 
 
 @dataclasses.dataclass
@@ -82,9 +91,13 @@ class Ledger:
         elements = numel * (parts - 1) if op == "all_gather" else 2 * numel * (parts - 1) // parts
         return self.sent(op, purpose, elements, value.dtype)
 
-    def sent(self, op: str, purpose: str, elements: int, dtype: Any) -> int:
-        """Count a collective for which ``elements`` of ``dtype`` leave this rank; returns their bytes."""
-        self.collectives.append(Collective(op, purpose, elements, elements * dtype.itemsize))
+    def sent(self, op: str, purpose: str, elements: int, dtype: Any, hidden: bool = False) -> int:
+        """Count a collective for which ``elements`` of ``dtype`` leave this rank; returns their bytes.
+
+        Args:
+            hidden: whether anything is computed while it is under way; that of `HIDDEN` is in any case.
+        """
+        self.collectives.append(Collective(op, purpose, elements, elements * dtype.itemsize, hidden or op in HIDDEN))
         return elements * dtype.itemsize
 
     def add(self, other: Ledger) -> None:

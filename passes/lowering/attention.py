@@ -25,19 +25,20 @@ from xdit_compile.passes.local.context import LoweringContext
 from xdit_compile.passes.local.local_graph import Value, aten
 from xdit_compile.plan.methods import SEQUENCE
 
+from .hidden_exchange import HiddenExchange, choose
 from .ulysses import HeadExchange
 
 ops = torch.ops.xdit_compile
 
 
 def lower(context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value]) -> list[Value] | None:
-    """What this rank runs for one attention, or None where every operand is whole.
+    """What this rank runs for one attention, or None where every operand is whole and no provider is named.
 
     Returns:
         The result [..., heads, tokens, channels], split as its queries are.
     """
     choices = choose_all(op_axes, operands, context.sharding.splits)
-    if not choices:
+    if not choices and context.layout.provider == "auto":
         elements = sum(math.prod(axis.size for axis in axes) for axes in op_axes.operand_axes[1:3])
         context.ledger.hold_keys(elements * node.meta["val"].dtype.itemsize)
         return None
@@ -208,16 +209,38 @@ class Exchanged(LocalAttention):
         """
         if self.attention.dropout_p:
             raise ValueError(f"{self.node.name}: attention with dropout cannot be split")
+        link = self.context.layout.link if self.ring == 1 and self.context.layout.patches is None else None
+        hiding = choose(self.exchange, link)
+        result = self._at_once() if hiding is None else self._hidden(HiddenExchange(self.exchange, hiding))
+        self._count()
+        return [Value(result, self.op_axes.result_axes[0], self.dtype, self.results())]
+
+    def _at_once(self) -> fx.Node:
         q, k, v = (self.local_operand(operand) for operand in range(3))
         if len(self.op_axes.operand_axes[0]) == 2:
             q, k, v = (self.local.call(aten.unsqueeze.default, x, 0) for x in (q, k, v))
         q, k, v = self.exchange.to_heads(q, k, v)
         k, v = (self._aligned(self.kept(operand, rows)) for operand, rows in ((1, k), (2, v)))
-        result = self.exchange.to_tokens(self._attend(q, k, v))
+        result = self.exchange.to_tokens(self._attend(q, k, v, self._mask()))
         if len(self.op_axes.operand_axes[0]) == 2:
             result = self.local.call(aten.squeeze.dim, result, 0)
-        self._count()
-        return [Value(result, self.op_axes.result_axes[0], self.dtype, self.results())]
+        return result
+
+    def _hidden(self, exchange: HiddenExchange) -> fx.Node:
+        """The same with a part of the exchange under way while something is computed; every key head is whole here."""
+        v = self.local_operand(2)
+        q, k, v = exchange.to_heads(v, lambda: (self.local_operand(0), self.local_operand(1)))
+        mask, dim = self._mask(), len(self.exchange.batch)
+
+        def some(tensor: fx.Node, heads: slice) -> fx.Node:
+            return self.local.call(aten.slice.Tensor, tensor, dim, heads.start, heads.stop)
+
+        def attend(queries: slice, keys: slice) -> fx.Node:
+            if queries.stop - queries.start == self.heads.query_count:
+                return self._attend(q, k, v, mask)
+            return self._attend(some(q, queries), some(k, keys), some(v, keys), self._mask_of(mask, queries))
+
+        return exchange.to_tokens(attend)
 
     def local_operand(self, operand: int) -> fx.Node:
         """An operand on this rank, its tokens split."""
@@ -258,8 +281,8 @@ class Exchanged(LocalAttention):
     def _grouped(self) -> bool:
         return self.attention.enable_gqa and self._are_whole_groups()
 
-    def _attend(self, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
-        mask, scale, provider = self._mask(), self.attention.scale, self.context.layout.provider
+    def _attend(self, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> fx.Node:
+        scale, provider = self.attention.scale, self.context.layout.provider
         if self.ring == 1:
             return self.local.call(ops.attention.default, q, k, v, mask, False, scale, self._grouped(), self.provider())
         exchange, lengths = self.exchange, [len(self.attended(ring)) for ring in range(self.ring)]
@@ -272,6 +295,13 @@ class Exchanged(LocalAttention):
         return self.local.call(
             ops.ring_attention.default, q, k, v, mask, lengths, scale, self._grouped(), group, provider
         )
+
+    def _mask_of(self, mask: fx.Node | None, heads: slice) -> fx.Node | None:
+        """What of this rank's mask is for some of its heads."""
+        shape = [1] if mask is None or self.attention.mask is None else self.sizes(self.attention.mask)
+        if len(shape) < 3 or shape[-3] == 1:
+            return mask
+        return self.local.call(aten.slice.Tensor, mask, len(shape) - 3, heads.start, heads.stop)
 
     def _mask(self) -> fx.Node | None:
         """The mask of this rank's heads and queries, its columns in the order in which keys arrive."""

@@ -85,7 +85,7 @@ def _overlapped(
         return None
     if held[dim] != sizes[dim] or held[dim] < 2 * edge or not _same_ends(context, op_axes, halos[0], choices):
         return None
-    request = ask(context, op_axes, halos[0], choices)
+    request = ask(context, op_axes, halos[0], choices, hidden=True)
     context.count(node, op_axes, choices)
     call, halo = context.local.call, torch.ops.xdit_compile
     incoming = call(halo.halo_start.default, tensors[0], *request.rows.arguments)

@@ -19,6 +19,8 @@ from xdit_compile.ir.sharding import share
 from xdit_compile.passes.local.ledger import Ledger
 from xdit_compile.passes.local.local_graph import LocalGraph, aten
 
+ops = torch.ops.xdit_compile
+
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
@@ -47,6 +49,19 @@ class Heads:
     @property
     def key_count(self) -> int:
         return self.keys[1] - self.keys[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """So many heads of so many channels."""
+
+    heads: int
+    dim: int
+
+    @property
+    def width(self) -> int:
+        """Channels of all heads."""
+        return self.heads * self.dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,63 +102,95 @@ class HeadExchange:
         """Queries, keys and values [..., H, t, c] of this rank's tokens to [..., h, T, c] of its heads."""
         if self.ranks == 1:
             return [q, k, v]
-        return self._rows_to_heads(q, k, v) if self._regular else self._pieces_to_heads(q, k, v)
+        return self._rows_to_heads(q, k, v) if self.regular else self._pieces_to_heads(q, k, v)
 
     def to_tokens(self, result: fx.Node) -> fx.Node:
         """The result [..., h, T, c] of this rank's heads to [..., H, t, c] of its tokens."""
         if self.ranks == 1:
             return result
-        return self._rows_to_tokens(result) if self._regular else self._pieces_to_tokens(result)
+        return self._rows_to_tokens(result) if self.regular else self._pieces_to_tokens(result)
 
     @property
-    def _regular(self) -> bool:
+    def regular(self) -> bool:
         """Every rank computes equally many heads, and keys lie as queries do."""
         even = self.query_heads % self.ranks == 0 and self.key_heads % self.ranks == 0
         return even and list(self.query_lengths) == list(self.key_lengths)
 
+    @property
+    def lines(self) -> tuple[Line, Line, Line]:
+        """What this rank attends with, of queries, keys and values, where all ranks compute equally many heads."""
+        queries, keys = self.query_heads // self.ranks, self.key_heads // self.ranks
+        return Line(queries, self.head_dim), Line(keys, self.head_dim), Line(keys, self.value_dim)
+
     def _rows_to_heads(self, *tensors: fx.Node) -> list[fx.Node]:
-        """Tokens outermost in every piece: pieces join in the order they arrive, uneven or not, and queries, keys and
-        values are views of them."""
+        packed, *splits = self.packed(tensors, self.lines)
+        return self.attended(self.at_once(packed, *splits), self.lines)
+
+    def packed(self, tensors: Sequence[fx.Node], lines: Sequence[Line]) -> tuple[fx.Node, list[int], list[int]]:
+        """Tensors [..., H, t, c] as they are sent in one piece, and the elements that go to and come from every rank.
+
+        Tokens are outermost in every piece: pieces join in the order they arrive, uneven or not.
+        """
         call, batch, lengths = self.local.call, math.prod(self.batch), self.query_lengths
-        mine, outer, total = lengths[self.index], len(self.batch), sum(lengths)
-        heads = [count // self.ranks for count in (self.query_heads, self.key_heads, self.key_heads)]
-        dims = (self.head_dim, self.head_dim, self.value_dim)
-        widths = [count * dim for count, dim in zip(heads, dims, strict=True)]
+        mine, outer = lengths[self.index], len(self.batch)
         rows = []
-        for tensor, width in zip(tensors, widths, strict=True):  # [..., H, t, c]
+        for tensor, line in zip(tensors, lines, strict=True):  # [..., H, t, c]
             tensor = call(aten.permute.default, tensor, [outer + 1, *range(outer + 1), outer + 2])  # [t, ..., H, c]
-            tensor = call(aten.reshape.default, tensor, [mine, batch, self.ranks, width])  # [t, batch, U, h c]
+            tensor = call(aten.reshape.default, tensor, [mine, batch, self.ranks, line.width])  # [t, batch, U, h c]
             rows.append(call(aten.permute.default, tensor, [2, 0, 1, 3]))  # [U, t, batch, h c]
-        joined = call(aten.cat.default, rows, 3)  # [U, t, batch, h c of q, k and v]
-        row = batch * sum(widths)
+        joined = call(aten.cat.default, rows, 3) if len(rows) > 1 else rows[0]  # [U, t, batch, h c of all]
+        row = batch * sum(line.width for line in lines)
         sent, received = [mine * row] * self.ranks, [length * row for length in lengths]
-        incoming = self._exchange(call(aten.reshape.default, joined, [-1]), sent, received)
-        whole = [total, *self.batch, sum(widths)]
-        incoming = call(aten.reshape.default, incoming, whole)  # [T, ..., h c of q, k and v]
-        split = call(aten.split_with_sizes.default, incoming, widths, outer + 1)
-        attended = []
-        for position, (count, dim) in enumerate(zip(heads, dims, strict=True)):
-            tensor = call(operator.getitem, split, position)  # [T, ..., h c]
-            tensor = call(aten.reshape.default, tensor, [total, *self.batch, count, dim])  # [T, ..., h, c]
+        return call(aten.reshape.default, joined, [-1]), sent, received
+
+    def attended(self, incoming: fx.Node, lines: Sequence[Line]) -> list[fx.Node]:
+        """Views [..., h, T, c] of what came of tensors that were sent as `packed` has them."""
+        call, total, outer, widths = self.local.call, sum(self.query_lengths), len(self.batch), [e.width for e in lines]
+        incoming = call(aten.reshape.default, incoming, [total, *self.batch, sum(widths)])  # [T, ..., h c of all]
+        split = call(aten.split_with_sizes.default, incoming, widths, outer + 1) if len(lines) > 1 else None
+        views = []
+        for position, line in enumerate(lines):
+            tensor = incoming if split is None else call(operator.getitem, split, position)  # [T, ..., h c]
+            tensor = call(aten.reshape.default, tensor, [total, *self.batch, line.heads, line.dim])  # [T, ..., h, c]
             order = [*range(1, outer + 2), 0, outer + 2]
-            attended.append(call(aten.permute.default, tensor, order))  # [..., h, T, c]
-        return attended
+            views.append(call(aten.permute.default, tensor, order))  # [..., h, T, c]
+        return views
 
     def _rows_to_tokens(self, result: fx.Node) -> fx.Node:
-        """Tokens outermost in every piece: what attention returns is sent as it lies in memory."""
+        count = self.query_heads // self.ranks
+        packed, *splits = self.packed_result(result, count)
+        incoming = self.by_token(self.at_once(packed, *splits), count)
+        return self.whole(incoming)
+
+    def packed_result(self, result: fx.Node, heads: int) -> tuple[fx.Node, list[int], list[int]]:
+        """A result [..., h, T, c] of some heads as it is sent, and the elements that go to and come from every rank.
+
+        Tokens are outermost in every piece: what attention returns is sent as it lies in memory.
+        """
         call, lengths, outer = self.local.call, self.query_lengths, len(self.batch)
-        mine, count = lengths[self.index], self.query_heads // self.ranks
         rows = call(aten.permute.default, result, [outer + 1, *range(outer + 1), outer + 2])  # [T, ..., h, c]
-        row = math.prod(self.batch) * count * self.value_dim
-        sent, received = [length * row for length in lengths], [mine * row] * self.ranks
-        incoming = self._exchange(call(aten.reshape.default, rows, [-1]), sent, received)
-        shape = [self.ranks, mine, *self.batch, count, self.value_dim]
+        row = math.prod(self.batch) * heads * self.value_dim
+        sent, received = [length * row for length in lengths], [lengths[self.index] * row] * self.ranks
+        return call(aten.reshape.default, rows, [-1]), sent, received
+
+    def by_token(self, incoming: fx.Node, heads: int) -> fx.Node:
+        """What came of a result that was sent as `packed_result` has it, as a view [..., t, U, h, c]."""
+        call, outer = self.local.call, len(self.batch)
+        shape = [self.ranks, self.query_lengths[self.index], *self.batch, heads, self.value_dim]
         incoming = call(aten.reshape.default, incoming, shape)  # [U, t, ..., h, c]
         order = [*range(2, outer + 2), 1, 0, outer + 2, outer + 3]
-        incoming = call(aten.permute.default, incoming, order)  # [..., t, U, h, c]
-        whole = [*self.batch, mine, self.query_heads, self.value_dim]
-        incoming = call(aten.reshape.default, incoming, whole)  # [..., t, H, c]
-        return call(aten.permute.default, incoming, [*range(outer), outer + 1, outer, outer + 2])  # [..., H, t, c]
+        return call(aten.permute.default, incoming, order)
+
+    def side_by_side(self, parts: Sequence[fx.Node]) -> fx.Node:
+        """Parts [..., t, U, h, c] of a result, each of other heads of every rank, as one."""
+        return self.local.call(aten.cat.default, list(parts), len(self.batch) + 2)
+
+    def whole(self, result: fx.Node) -> fx.Node:
+        """A result [..., t, U, h, c] as [..., H, t, c]."""
+        call, outer = self.local.call, len(self.batch)
+        shape = [*self.batch, self.query_lengths[self.index], self.query_heads, self.value_dim]
+        result = call(aten.reshape.default, result, shape)  # [..., t, H, c]
+        return call(aten.permute.default, result, [*range(outer), outer + 1, outer, outer + 2])  # [..., H, t, c]
 
     def _pieces_to_heads(self, *tensors: fx.Node) -> list[fx.Node]:
         """A flat piece [..., h, t, c] of queries, keys and values for every rank, since ``h`` differs from rank to rank
@@ -197,14 +244,28 @@ class HeadExchange:
             start += size
         return tensors
 
-    def _exchange(self, packed: fx.Node, sent: list[int], received: list[int]) -> fx.Node:
+    def at_once(self, packed: fx.Node, sent: list[int], received: list[int]) -> fx.Node:
         """One all-to-all of flat pieces, in order of their rank there and here."""
-        incoming = self.local.call(torch.ops.xdit_compile.all_to_all.default, packed, received, sent, self.group)
+        incoming = self.local.call(ops.all_to_all.default, packed, received, sent, self.group)
         self.ledger.sent("all_to_all", "attention", sum(sent) - sent[self.index], self.dtype)
         return incoming
 
+    def begin(self, packed: fx.Node, sent: list[int], received: list[int], hidden: bool) -> fx.Node:
+        """The same, begun; `end` gives what came.
+
+        Args:
+            hidden: whether anything is computed before that.
+        """
+        arriving = self.local.call(ops.all_to_all_start.default, packed, received, sent, self.group)
+        self.ledger.sent("all_to_all_start", "attention", sum(sent) - sent[self.index], self.dtype, hidden)
+        return arriving
+
+    def end(self, arriving: fx.Node, packed: fx.Node) -> fx.Node:
+        """What came of `packed`, once it is there."""
+        return self.local.call(ops.all_to_all_finish.default, arriving, packed, self.group)
+
     def _exchange_pieces(self, pieces: list[fx.Node], sent: list[int], received: list[int]) -> list[fx.Node]:
         """One all-to-all: ``pieces`` flat in order of their rank, back one flat piece per rank."""
-        incoming = self._exchange(self.local.call(aten.cat.default, pieces, 0), sent, received)
+        incoming = self.at_once(self.local.call(aten.cat.default, pieces, 0), sent, received)
         split = self.local.call(aten.split_with_sizes.default, incoming, received, 0)
         return [self.local.call(operator.getitem, split, index) for index in range(len(received))]

@@ -22,6 +22,8 @@ from xdit_compile.ir.digest import digest_tensors
 from xdit_compile.ir.program import Input, Program
 from xdit_compile.ir.subgraph import placeholders_first
 
+from .slice_results import slice_results
+
 aten, ops = torch.ops.aten, torch.ops.xdit_compile
 
 
@@ -68,7 +70,7 @@ def hoist_positions(program: Program, device: torch.device) -> Program:
     Args:
         device: where positions are looked up.
     """
-    return _Root(program, device).run()
+    return _Root(slice_results(program), device).run()
 
 
 class _Root:
@@ -146,7 +148,8 @@ def _hoisted(structure: fx.GraphModule) -> _Hoisted:
     if placeholders:
         for node in list(module.graph.nodes):
             _hoist(module, node, placeholders, added)
-    kept = [position for position, node in enumerate(placeholders) if node.users or not added]
+    used = bool(added) or any(node.users for node in placeholders)
+    kept = [position for position, node in enumerate(placeholders) if node.users or not used]
     for position, node in enumerate(placeholders):
         if position not in kept:
             module.graph.erase_node(node)

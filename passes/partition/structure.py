@@ -62,7 +62,6 @@ class StructurePartitioner(LoweringContext):
 
     def __init__(self, frame: Frame, layout: Layout, arguments: Sequence[Value], wanted: set[fx.Node], place: Any):
         super().__init__(frame, layout, place)
-        self.env: dict[fx.Node, list[Value]] = {}
         self.wanted = wanted
         self._arguments = iter(arguments)
 

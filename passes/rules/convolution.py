@@ -7,7 +7,7 @@ from typing import Any
 
 from xdit_compile.ir.arguments import overload_of
 from xdit_compile.ir.axes import Axis, Conflict
-from xdit_compile.passes.axes.operators import ConvolutionOp
+from xdit_compile.passes.axes.operators import CONVOLUTIONS, ConvolutionOp
 from xdit_compile.passes.axes.rule import Rule, RuleBook, type_opaquely
 from xdit_compile.passes.axes.windows import Windows
 
@@ -20,7 +20,7 @@ def per_dim(value: Any, rank: int) -> list[int]:
     return values * rank if len(values) == 1 else values
 
 
-@BOOK.rule("conv1d", "conv2d", "conv3d", "convolution")
+@BOOK.rule(*CONVOLUTIONS)
 def convolution(rule: Rule) -> None:
     """A map over batch and channels of the result, a sum over those of the operand, windows over space.
 

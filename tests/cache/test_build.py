@@ -37,6 +37,8 @@ def test_bad_requests_are_one_line(tmp_path: Path) -> None:
     for flags, said in (
         (["--size", "wide"], "--size wide must be a height and a width in pixels"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--target", "sm_70"], "'sm_70' is unknown; choose one of sm_80, sm_89, sm_90, sm_100, sm_120"),
+        (["--target", "sm_90", "--device", "cpu"], "leave out --device"),
         (["--no_cache"], "there is nowhere to keep graphs"),
         (["--also", "--ulysses_degree x"], "'x' is not a valid integer"),
     ):
@@ -58,6 +60,21 @@ def test_ranks_with_weights_start_from_what_was_built(degree: str, tmp_path: Pat
         made = command(*run, "--num_inference_steps", "3", cache=cache)
         assert "from the cache" in made and "captured" not in made, made
     assert "2 of them there already" in command("build", f"--{degree}", "2", "--size", "192x256", cache=cache)
+
+
+class Writes(torch.nn.Module):
+    """Writes to a tensor in place, for which it is traced in another way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y[:, 0] = 1.0
+        return y + x
+
+
+def test_a_module_that_writes_in_place_is_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    build_ahead(Writes().eval(), "module", (torch.ones(4, 4),), {}, Plan(backend="eager"), store, lambda rank: None)
+    assert [each.kind for each in store.listed()] == ["program"]
 
 
 def make_call(rank: int, folder: str) -> tuple[str, list[str], float]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from xdit_compile.cache.bundle import pack, unpack
+from xdit_compile.cache.environment import environment
 from xdit_compile.cache.store import Store
 from xdit_compile.errors import UsageError
 
@@ -20,7 +21,7 @@ def packed(tmp_path: Path) -> tuple[Path, str]:
     store = Store(tmp_path / "one")
     store.write("program", NAME, {"for": "a call"}, b"graphs")
     store.write("code", NAME, {"for": "some operators"}, bytes(range(256)))
-    return tmp_path / "bundle", pack(store, tmp_path / "bundle", CPU)
+    return tmp_path / "bundle", pack(store, tmp_path / "bundle", environment(CPU))
 
 
 def test_entries_come_over(packed: tuple[Path, str], tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from xdit_compile.passes.fuse.fold_activations import fold_activations
 from xdit_compile.passes.fuse.norm_rope import norm_rope
 from xdit_compile.passes.fuse.pack_heads import pack_heads
 from xdit_compile.passes.fuse.rewriting import Fusion
+from xdit_compile.passes.fuse.selection import MORE, Chooser
 from xdit_compile.passes.fuse.split_concatenations import split_concatenations
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.runtime.verify.simulated_mesh import run_simulated
@@ -132,6 +133,9 @@ def test_they_are_for_gpus_and_can_be_left_out() -> None:
         assert not calls(program, op) and any(calls(program, other) for other in ops)
     told = list(fusions.told(fused("flux", Plan(without=names), 0).programs["call"], ("norm_rope",), GPU))
     assert [line.split(":")[0] for line in told] == [
+        "hoist_linears",
+        "spread_norms",
+        "late_biases",
         "fold_activations",
         "split_concatenations",
         "pack_heads",
@@ -211,7 +215,7 @@ def test_what_is_written_to_stays_where_it_is() -> None:
     graph.output((graph.call_function(aten.gelu.default, (linear,), {"approximate": "tanh"}),))
     for node, sizes in ((x, (2, 8)), (weight, (4, 8)), (bias, (4,))):
         shapes[node] = torch.empty(sizes, device="meta")
-    result = fold_activations.rewrite(graph, shapes)
+    result = fold_activations.rewrite(graph, shapes, Chooser())
     assert result.changed == 0 and dict(result.apart) == {folding.WRITTEN: 1}
 
 
@@ -224,9 +228,9 @@ def joined_twice(layers: Any, x: torch.Tensor) -> torch.Tensor:
     ("run", "changed", "reason"),
     [
         (lambda m, x: m.last(torch.cat([m.narrow(x), m.wide(x)], -1)), 1, None),
-        (lambda m, x: m.last(torch.cat([m.narrow(x[0]), m.wide(x[0])], -1)), 0, splitting.WIDE),
+        (lambda m, x: m.last(torch.cat([m.narrow(x[0]), m.wide(x[0])], -1)), 0, MORE),
         (lambda m, x: m.last(torch.cat([m.narrow(x), m.wide(x)], 2)), 1, None),
-        (lambda m, x: m.last(torch.cat([m.narrow(x), m.wide(x).relu()], -1)), 0, splitting.WIDE),
+        (lambda m, x: m.last(torch.cat([m.narrow(x), m.wide(x).relu()], -1)), 0, MORE),
         (joined_twice, 0, splitting.USED),
         (lambda m, x: m.same(torch.cat([m.wide(x), m.wide(x)], 1)), 0, None),
     ],

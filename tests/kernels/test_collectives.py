@@ -237,9 +237,11 @@ def test_a_compiler_drops_none():
 
 
 def test_every_op_that_reaches_other_ranks_or_draws_is_ordered():
-    met = "all_to_all all_gather gather_start all_reduce reduce_scatter halo_exchange halo_start ring_attention".split()
+    met = "all_to_all all_to_all_start all_gather gather_start all_reduce reduce_scatter halo_exchange halo_start "
+    met = (met + "ring_attention").split()
     assert {op for op in ordered_ops() if collective(op)} == {getattr(OPS, name).default for name in met}
-    assert {op for op in ordered_ops() if not collective(op)} == {OPS.halo_finish.default, OPS.draw.default}
+    others = "halo_finish all_to_all_finish all_to_all_settle draw".split()
+    assert {op for op in ordered_ops() if not collective(op)} == {getattr(OPS, name).default for name in others}
 
 
 def test_alone_they_copy():
@@ -257,6 +259,8 @@ def test_opcheck():
     x = torch.randn(6)
     for op, args in (
         (OPS.all_to_all, (x, [6], [6], "")),
+        (OPS.all_to_all_start, (x, [6], [6], "")),
+        (OPS.all_to_all_finish, (x, x, "")),
         (OPS.all_gather, (x, 0, [6], "")),
         (OPS.all_reduce, (x, "")),
         (OPS.halo_exchange, (x, 0, [0], [6], [6], 0, "")),

@@ -55,7 +55,7 @@ for capability in (80, 90, 100):
 
 def run(program: str, **variables: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT / "benchmarks", env={**os.environ, **variables}, capture_output=True,
+        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **variables}, capture_output=True,
         text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -341,12 +341,13 @@ def launched() -> list[tuple[int, ...]]:
 
     The last goes into groups.
     """
-    from gpu_count import count
     from torch import fx
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    from xdit_compile.backends.target.pretend_card import CARDS, DEVICE, pretend_card
+    from xdit_compile.backends.target.cards import CARDS
+    from xdit_compile.backends.target.pretend_card import DEVICE, pretend_card
+    from xdit_compile.reports.counting.count import count
 
     found = []
     for lines, plain, groups in ((1, 0, 0), (2, 0, 0), (2, 1, 0), (2, 1, 2)):
@@ -370,17 +371,13 @@ def launched() -> list[tuple[int, ...]]:
             args = [torch.empty(shape, device=DEVICE, dtype=torch.bfloat16) for shape in shapes]
         with pretend_card(CARDS["sm_90"]) as binaries:
             names = {"lines": lines, "plain": plain, "groups": groups}
-            code = count(fx.symbolic_trace(graph, names), args, binaries, "sm_90")
-        found.append((code.kernels, code.launches, code.products, code.stack))
+            code = count(fx.symbolic_trace(graph, names), args, binaries, CARDS["sm_90"])
+        found.append((len(code.kernels), code.launches, code.products, code.stack))
     return found
 
 
 def in_a_process(what: str, folder: Path, **environment: str) -> Any:
-    given = {
-        "TRITON_CACHE_DIR": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT / "benchmarks"),
-    } | environment
+    given = {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-W", "ignore", __file__, what]
     done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

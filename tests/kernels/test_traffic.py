@@ -88,7 +88,16 @@ def test_keys_and_weights_that_a_rank_holds(name: str, keys: int, most: float, p
 
 @pytest.mark.parametrize("name", ["flux", "pixart", "sana", "sd3"])
 @pytest.mark.parametrize(
-    "plan", [Plan(ulysses=2), Plan(ring=3), Plan(ulysses=2, ring=2), Plan(tensor=3), Plan(tensor=2, ulysses=2)], ids=str
+    "plan",
+    [
+        Plan(ulysses=2),
+        Plan(ulysses=5, link="1B/s"),
+        Plan(ring=3),
+        Plan(ulysses=2, ring=2),
+        Plan(tensor=3),
+        Plan(tensor=2, ulysses=2),
+    ],
+    ids=str,
 )
 def test_the_ledger_is_what_is_really_sent(name: str, plan: Plan) -> None:
     model = captured(name)

@@ -15,6 +15,7 @@ from xdit_compile.passes.axes.infer import infer
 from xdit_compile.passes.rules.registry import rulebook
 from xdit_compile.plan import Plan
 
+ATTENTION = torch.ops.xdit_compile.attention.default
 MESHES = [(2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (1, 8), (8, 1)]
 
 
@@ -55,7 +56,10 @@ class Attention(nn.Module):
         return y if text is None else (y[:, : text.shape[1]], y[:, text.shape[1] :])
 
 
-def split_and_compare(shape: Shape, meshes=MESHES, mask: torch.Tensor | None = None, **options: object) -> None:
+def split_and_compare(
+    shape: Shape, meshes=MESHES, mask: torch.Tensor | None = None, hidden: int | None = None, **options: object
+) -> None:
+    """``hidden`` are the all-to-alls that are begun ahead where a link is slow; None for no link."""
     module = Attention(shape, **options).eval()
     generator = torch.Generator().manual_seed(1)
     width = shape.heads * shape.head_dim
@@ -67,10 +71,11 @@ def split_and_compare(shape: Shape, meshes=MESHES, mask: torch.Tensor | None = N
     expected = [expected] if isinstance(expected, torch.Tensor) else list(expected)
     model = Captured(module, args, {}, expected, infer(capture(module, args, {}), rulebook()))
     for ulysses, ring in meshes:
-        worst, ranks = run_split(model, Plan(ulysses=ulysses, ring=ring))
+        worst, ranks = run_split(model, Plan(ulysses=ulysses, ring=ring, link="1B/s" if hidden is not None else None))
         assert worst <= 2e-5, f"ulysses={ulysses} ring={ring}: {worst}"
         operators = [item.op for item in ranks[0].ledger.collectives]
-        assert operators.count("all_to_all") == (2 if ulysses > 1 else 0)
+        assert operators.count("all_to_all_start") == (hidden or 0)
+        assert operators.count("all_to_all") == (0 if ulysses == 1 else 1 if hidden else 2)
         assert operators.count("ring_attention") == (1 if ring > 1 else 0)
 
 
@@ -83,6 +88,15 @@ def test_any_token_and_head_count(text: int, scale: float | None) -> None:
 @pytest.mark.parametrize("key_heads", [1, 2, 3, 6])
 def test_grouped_query_heads_are_split_by_key_head_and_replicated_when_there_are_too_few(key_heads: int) -> None:
     split_and_compare(Shape(heads=6, key_heads=key_heads), enable_gqa=True)
+
+
+@pytest.mark.parametrize("key_heads", [2, 4, 8])
+def test_hidden_exchanges_keep_query_heads_with_their_key_head(key_heads: int) -> None:
+    """At two ranks both halves have one key head each, or share the only one."""
+    shape = Shape(heads=8, key_heads=key_heads, text=3)
+    split_and_compare(shape, meshes=[(2, 1)], hidden=3, enable_gqa=True)
+    split_and_compare(shape, meshes=[(2, 1)], hidden=3, enable_gqa=True, is_causal=True)
+    split_and_compare(shape, meshes=[(3, 1), (1, 2), (2, 2)], hidden=0, enable_gqa=True)
 
 
 def test_causal_attention_sees_global_positions() -> None:
@@ -102,6 +116,12 @@ def test_masks_of_every_broadcast_shape(shape: tuple[int, ...], kind: str) -> No
     if kind == "bool":
         mask[..., 0] = True
     split_and_compare(Shape(text=3), meshes=[(2, 1), (1, 3), (2, 2)], mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(14, 14), (4, 1, 14), (2, 1, 1, 14), (2, 4, 14, 14)])
+def test_each_half_of_the_heads_has_its_mask(shape: tuple[int, ...]) -> None:
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    split_and_compare(Shape(heads=4, key_heads=4, text=3), meshes=[(2, 1)], mask=mask, hidden=3)
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
@@ -155,3 +175,17 @@ def test_heads_that_divide_and_tokens_that_do_not(key_heads: int, text: int) -> 
     split_and_compare(shape, meshes=meshes, enable_gqa=key_heads != 12)
     split_and_compare(shape, meshes=meshes, mask=mask, enable_gqa=key_heads != 12)
     split_and_compare(dataclasses.replace(shape, tokens=4), meshes=[(6, 1)], enable_gqa=key_heads != 12)
+
+
+@pytest.mark.parametrize("provider", ["auto", "chunked"])
+def test_a_provider_that_is_named_computes_on_one_rank_too(provider: str) -> None:
+    x = torch.randn(2, 11, 30)
+    module = Attention(Shape()).eval()
+    with torch.no_grad():
+        expected = [module(x)]
+    model = Captured(module, (x,), {}, expected, infer(capture(module, (x,), {}), rulebook()))
+    worst, (rank,) = run_split(model, Plan(attention=provider))
+    assert worst < 2e-5
+    graphs = [structure.graph for structure in rank.program.structures().values()]
+    called = [node for graph in graphs for node in graph.find_nodes(op="call_function", target=ATTENTION)]
+    assert [node.args[-1] for node in called] == ([] if provider == "auto" else [provider])

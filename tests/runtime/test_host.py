@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import transformers as zoo
 
 import xdit_compile
+import xdit_compile.kernels.attention  # noqa: F401 - registers its ops
 from tests.capture.test_signature import CHANGES, Holder, counting
 from xdit_compile import Plan
 from xdit_compile.capture.interpret import bind
@@ -26,7 +27,7 @@ from xdit_compile.capture.state.unchanged import Watch
 from xdit_compile.errors import AgreementError
 from xdit_compile.ir.program import Input, Program, WeightSlice
 from xdit_compile.ir.results import Template
-from xdit_compile.kernels import providers
+from xdit_compile.kernels.attention_packages.installed import is_there
 from xdit_compile.kernels.collectives.process_groups import Groups, process_group
 from xdit_compile.weights.weights import Weights
 
@@ -113,13 +114,13 @@ def test_guards_know_the_tensors_that_came_and_read_only_others() -> None:
 
 
 def test_where_packages_are_is_looked_up_once() -> None:
-    providers._is_there.cache_clear()
+    is_there.cache_clear()
     q = torch.randn(1, 2, 8, 8)
     with mock.patch.object(importlib.util, "find_spec", return_value=None) as found:
         for _ in range(5):
             torch.ops.xdit_compile.attention_lse(q, q, q)
     assert found.call_count == len({call.args for call in found.call_args_list}) <= 2
-    providers._is_there.cache_clear()
+    is_there.cache_clear()
 
 
 def test_groups_are_made_once_and_anew_after_a_failure() -> None:

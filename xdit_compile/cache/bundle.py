@@ -11,18 +11,18 @@ import torch
 
 from xdit_compile.errors import UsageError
 
-from .environment import environment
+from .environment import environment, environment_of_target, target_of
 from .store import Store
 
 MAGIC = b"xdit_compile bundle 1\n"
 LENGTH = 8
 
 
-def pack(store: Store, file: Path, device: torch.device) -> str:
+def pack(store: Store, file: Path, made_for: dict[str, Any]) -> str:
     """Write all sound entries of a store to a file.
 
     Args:
-        device: what the entries were made for.
+        made_for: the `environment` that the entries were made for, or that of a target.
 
     Returns:
         The SHA-256 of the file, in hex, by which whoever takes it in knows that it is this one.
@@ -32,7 +32,7 @@ def pack(store: Store, file: Path, device: torch.device) -> str:
     """
     entries = [entry for each in store.entries() if (entry := store.read(each.kind, each.name)) is not None]
     index = [[each.kind, each.name, each.about, len(each.body)] for each in entries]
-    header = json.dumps({"environment": environment(device), "entries": index}).encode()
+    header = json.dumps({"environment": made_for, "entries": index}).encode()
     parts = [MAGIC, len(header).to_bytes(LENGTH, "little"), header, *(each.body for each in entries)]
     digest = hashlib.sha256()
     draft = file.with_name(f".{file.name}.draft")
@@ -69,7 +69,9 @@ def unpack(store: Store, file: Path, digest: str, device: torch.device) -> int:
     begin = len(MAGIC) + LENGTH
     end = begin + int.from_bytes(content[len(MAGIC) : begin], "little")
     header = json.loads(content[begin:end])
-    _refuse_other(file, header["environment"], environment(device))
+    made_for = header["environment"]
+    here = environment_of_target(target_of(device) or device.type) if "target" in made_for["device"] else None
+    _refuse_other(file, made_for, here or environment(device))
     for kind, name, about, size in header["entries"]:
         store.write(kind, name, about, content[end : end + size])
         end += size

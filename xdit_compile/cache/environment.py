@@ -31,12 +31,16 @@ UNIMPORTANT = (
 """Settings of inductor that change no code, by how they begin."""
 PREFIXES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_", "TRITON_", "XDIT_COMPILE_", "DIFFUSERS_ATTN_")
 VARIABLES = ("ATEN_CPU_CAPABILITY", "CXX", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
+OF_HOST = ("ATEN_CPU_CAPABILITY", "CXX", "TORCH_CUDA_ARCH_LIST")
+"""Environment variables that decide on code for the processor alone, and on extensions."""
 APART = re.compile(
     r"(^|_)(DIR|HOME|FOLDER|LOG|LOGS|LOGGING|DUMP|TRACE|DEBUG|PROFILE|PROGRESS|REDIS)(_|$)"
     r"|(^|_)(NCCL|GLOO|DIST|DISTRIBUTED|STACKTRACES)(_|$)|^XDIT_COMPILE_CHECK$"
     r"|_CACHE$|_CACHE_MANAGER$|_COMPILE_THREADS$|_WORKER_START$|_WORKER_LOGPATH$|_WARM_POOL$"
 )
 """Environment variables that name folders, write down what happens, or say how it is done, and so change no code."""
+OF_CARDS = ("precisions", "float16 sums", "bfloat16 sums", "deterministic", "cudnn", "default dtype")
+"""What of the settings of numerics counts for code that a card runs, in which attention is one operator."""
 ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")
 SIZES = ("l1d_cache_size", "l2_cache_size", "num_logical_cores", "num_physical_cores", "num_sockets")
 """What is said of a processor besides what it can do."""
@@ -62,6 +66,40 @@ def environment(device: torch.device, variables: Mapping[str, str] = os.environ)
         "settings": {name: _changed(name) for name in CONFIGS},
         "variables": dict(sorted(_counted(variables))),
     }
+
+
+def environment_of_target(target: str, variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Describe what a compiled program for a card depends on, wherever it is made, in plain data.
+
+    It is the same on a machine without a card and on one that has it, with torch built for the CPU and for CUDA, if the
+    release of torch is: neither the build nor processor, C++ compiler and name of the card are in it, nor what is
+    decided when attention runs.
+
+    Args:
+        target: the architecture, such as ``sm_90``.
+        variables: environment variables.
+
+    Raises:
+        Unportable: as `environment`.
+    """
+    versions = {name: _version(name) for name in PACKAGES}
+    versions["torch"] = str(versions["torch"]).partition("+")[0]
+    counted = {name: value for name, value in _counted(variables) if name not in OF_HOST}
+    return {
+        "versions": {**versions, "python": list(sys.version_info[:2])},
+        "device": {"kind": "cuda", "target": target},
+        "numerics": {name: value for name, value in _numerics().items() if name in OF_CARDS},
+        "settings": {name: _changed(name) for name in CONFIGS},
+        "variables": dict(sorted(counted.items())),
+    }
+
+
+def target_of(device: torch.device) -> str | None:
+    """The architecture of a card of NVIDIA's; None for any other device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def _versions() -> dict[str, Any]:

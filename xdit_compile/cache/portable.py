@@ -32,7 +32,7 @@ ATTENTION = ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry",
 """Where diffusers keeps which attention processors take that were told of none."""
 
 
-def describe_module(module: nn.Module, absent: str = "meta") -> dict[str, Any]:
+def describe_module(module: nn.Module, absent: str = "meta", kind: str | None = None) -> dict[str, Any]:
     """Describe a module, with all that is in it and hangs on it, by the paths of its modules.
 
     Counted are: classes, the order of children, training mode; of parameters and buffers shape, dtype, kind of device,
@@ -42,6 +42,7 @@ def describe_module(module: nn.Module, absent: str = "meta") -> dict[str, Any]:
 
     Args:
         absent: the kind of device where weights would be that were released, or are yet to be read.
+        kind: that where all of them will be; None for where they are.
 
     Returns:
         Dicts, lists, strings and numbers. Tensors and objects that are there twice count as such.
@@ -49,16 +50,20 @@ def describe_module(module: nn.Module, absent: str = "meta") -> dict[str, Any]:
     Raises:
         Unportable: something that another process would not find again, named with its module and attribute.
     """
-    describing = _Modules(absent)
+    describing = _Modules(absent, kind)
     with _understood(describing):
         return {"modules": describing.tree(module), "global hooks": describing.global_hooks()}
 
 
-def describe_call(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def describe_call(args: tuple, kwargs: dict[str, Any], kind: str | None = None) -> dict[str, Any]:
     """Describe a call without its module: the containers of its arguments, their leaves, and what is set around it.
 
     Of tensors shape, dtype and kind of device count; programs take all inputs contiguous, whatever strides they come
     with. All other leaves count by value.
+
+    Args:
+        args, kwargs: of the call.
+        kind: of the device where all tensors will be; None for where they are.
 
     Raises:
         Unportable: an argument that another process would not find again.
@@ -68,7 +73,7 @@ def describe_call(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     with _understood(describing):
         return {
             "containers": _containers(describing, spec),
-            "leaves": [_leaf(describing, number, leaf) for number, leaf in enumerate(leaves)],
+            "leaves": [_leaf(describing, number, leaf, kind) for number, leaf in enumerate(leaves)],
             "around": _around(),
         }
 
@@ -107,9 +112,9 @@ class _understood:
 class _Modules(Describing):
     """Describes modules, and what hangs on them as `Describing` does."""
 
-    def __init__(self, absent: str = "meta") -> None:
+    def __init__(self, absent: str = "meta", kind: str | None = None) -> None:
         super().__init__()
-        self._absent = absent
+        self._absent, self._kind = absent, kind
         self._paths: dict[int, str] = {}
         self._weights: dict[int, str] = {}
         self._roots: list[nn.Module] = []
@@ -203,7 +208,9 @@ class _Modules(Describing):
         if isinstance(tensor, Released):
             return [name, list(tensor.shape), str(tensor.dtype), self._absent]
         self.at(path, name)
-        return [name, *self.form(tensor), *self.subclass(tensor, plain=(torch.Tensor, nn.Parameter))]
+        shape, dtype, kind, *strides = self.form(tensor)
+        form = [shape, dtype, self._kind or kind, *strides]
+        return [name, *form, *self.subclass(tensor, plain=(torch.Tensor, nn.Parameter))]
 
     def _hook(self, path: str, state: dict[str, Any], hooks: str, key: int) -> Any:
         flags = [key in state.get(f"{hooks}_with_kwargs", ()), key in state.get(f"{hooks}_always_called", ())]
@@ -234,11 +241,11 @@ def _containers(describing: Describing, spec: pytree.TreeSpec) -> Any:
     return [*described, *(_containers(describing, child) for child in spec.children())]
 
 
-def _leaf(describing: Describing, number: int, leaf: Any) -> Any:
+def _leaf(describing: Describing, number: int, leaf: Any, kind: str | None) -> Any:
     describing.at("", f"input {number}")
     if not isinstance(leaf, torch.Tensor):
         return describing.attribute("", f"input {number}", leaf)
-    form = [list(leaf.shape), str(leaf.dtype), leaf.device.type]
+    form = [list(leaf.shape), str(leaf.dtype), kind or leaf.device.type]
     return {"input": form if leaf.layout == torch.strided else [*form, str(leaf.layout)]}
 
 

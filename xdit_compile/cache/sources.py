@@ -28,6 +28,8 @@ UNNAMED = ("<frozen ", "<eval_with_key>")
 DATACLASS = "__create_fn__ __init__ __repr__ __eq__ __hash__ __lt__ __le__ __gt__ __ge__ __setattr__ __delattr__"
 TEXTS = frozenset(["<module>", *DATACLASS.split()])
 """Names of code that was no file but a text: what was evaluated, and methods of dataclasses."""
+OF_NAMES = (("<lambda>", ("_tuple_new",)), ("<lambda>", ("fn",)), ("_", ("torch", "_assert")))
+"""Names of further such code, with the first names that it uses."""
 MODULE, FILE, CELL = "module:", "file:", "cell:"
 """How keys of a manifest begin: what can be imported, other files by their path, cells of notebooks by content."""
 
@@ -195,11 +197,12 @@ def _is_active(profile: cProfile.Profile) -> bool:
 def _is_generated(code: CodeType) -> bool:
     """Whether code is a method that Python's dataclasses or named tuples made of a class, or was a text until it ran.
 
-    Of such a text, as an annotation that is evaluated, the code that had it run is recorded itself.
+    Of such a text, as an annotation that is evaluated, the code that had it run is recorded itself. PyTorch has some
+    run while a module is traced: a function of so many arguments that calls another one, and checks of sizes.
     """
     if code.co_filename != "<string>":
         return False
-    return code.co_name in TEXTS or (code.co_name == "<lambda>" and code.co_names == ("_tuple_new",))
+    return code.co_name in TEXTS or (code.co_name, code.co_names[:2]) in OF_NAMES
 
 
 def _changed_since_import(codes: Iterable[CodeType]) -> str | None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from xdit_compile.backends.registry import find_backend
+from xdit_compile.backends.target.cards import Card
+from xdit_compile.backends.target.pretend_card import check_versions
 from xdit_compile.cache.bundle import pack
+from xdit_compile.cache.environment import environment, environment_of_target
 from xdit_compile.cache.store import Store, open_store
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError
@@ -22,7 +27,7 @@ from .request import Request
 
 
 def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Sequence[int], plans: Sequence[Plan],
-          output: Path | None) -> list[str]:  # fmt: skip
+          output: Path | None, card: Card | None = None) -> list[str]:  # fmt: skip
     """Keep what every rank runs, for every size, batch and plan.
 
     Args:
@@ -30,12 +35,13 @@ def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Se
         sizes: heights and widths in pixels; None for the pipeline's own.
         batches: numbers of prompts in one call.
         output: a file that all of it is packed into, for other machines.
+        card: what it is for, on a machine without one; None for a device of this machine.
 
     Returns:
         Lines that say what was made.
 
     Raises:
-        UsageError: nothing can be kept, or the file cannot be written.
+        UsageError: nothing can be kept, the file cannot be written, or nothing can be compiled for the card here.
         XditCompileError: the model cannot be built, or a plan cannot be done with it.
     """
     from rich.console import Console
@@ -44,6 +50,11 @@ def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Se
     from xdit_compile.runtime.methods.ahead import build_ahead
 
     set_logs(request.debug)
+    if card is not None:
+        check_versions()
+        for plan in plans:
+            find_backend(plan.backend, plan.compile_mode).for_card(card)
+        request = dataclasses.replace(request, device="cpu", dtype=_dtype_on_card(request.dtype))
     store = open_store(plans[0].cache)
     if store is None:
         raise UsageError("there is nowhere to keep graphs: give --cache_dir, or leave out --no_cache")
@@ -55,26 +66,28 @@ def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Se
         total = len(sizes) * len(batches) * sum(plan.world_size for plan in plans)
         task = bar.add_task("building", total=total)
         for size, batch in [(size, batch) for size in sizes for batch in batches]:
-            wanted = _of_size(request, size, batch)
-            bar.update(task, description=_said(size, batch))
+            wanted = of_size(request, size, batch)
+            bar.update(task, description=said(size, batch))
             call = denoiser_call(wanted, device=device.type)
-            module, args, kwargs = _without_values(call.module, call.args, call.kwargs, device)
+            module, args, kwargs = without_values(call.module, call.args, call.kwargs, device)
             for plan in plans:
-                there = build_ahead(module, call.name, args, kwargs, plan, store, lambda rank: bar.advance(task))
+                there = build_ahead(module, call.name, args, kwargs, plan, store, lambda rank: bar.advance(task), card)
                 known = f", {there} of them there already" if there else ""
-                lines.append(f"{_said(size, batch)}, {_degrees(plan)}: {plan.world_size} ranks{known}")
+                lines.append(f"{said(size, batch)}, {_degrees(plan)}: {plan.world_size} ranks{known}")
     lines.append(f"{len(store.listed()) - before} new entries in {store.folder}")
     if output is not None:
-        lines.append(_packed(store, output, device))
+        made_for = environment(device) if card is None else environment_of_target(card.target)
+        lines.append(_packed(store, output, made_for))
     return lines
 
 
-def _of_size(request: Request, size: tuple[int, int] | None, batch: int) -> Request:
+def of_size(request: Request, size: tuple[int, int] | None, batch: int) -> Request:
+    """A request for pictures of a height and width in pixels, the pipeline's own for None, and so many prompts."""
     height, width = size or (request.height, request.width)
     return dataclasses.replace(request, height=height, width=width, prompt=request.prompt[:1] * batch)
 
 
-def _without_values(
+def without_values(
     module: nn.Module, args: tuple, kwargs: dict, device: torch.device
 ) -> tuple[nn.Module, tuple, dict]:  # fmt: skip
     """The module with parameters of whatever values on its device, and inputs there, laid out as in a real call."""
@@ -89,15 +102,21 @@ def _without_values(
     return module, args, kwargs
 
 
-def _packed(store: Store, output: Path, device: torch.device) -> str:
+def _dtype_on_card(dtype: str) -> str:
+    """What runs with weights on a card take where no dtype is asked for."""
+    return "bfloat16" if dtype == "auto" else dtype
+
+
+def _packed(store: Store, output: Path, made_for: dict[str, Any]) -> str:
     try:
-        digest = pack(store, output, device)
+        digest = pack(store, output, made_for)
     except OSError as error:
         raise XditCompileError(f"--output {output} cannot be written: {error.strerror}") from error
     return f"wrote {output}; take it in elsewhere with: xdit-compile cache unpack {output} --digest {digest}"
 
 
-def _said(size: tuple[int, int] | None, batch: int) -> str:
+def said(size: tuple[int, int] | None, batch: int) -> str:
+    """A size and a number of prompts in words."""
     of_size = "the pipeline's own size" if size is None else f"{size[0]} x {size[1]} pixels"
     return f"{of_size}, {batch} prompt{'s' if batch > 1 else ''}"
 

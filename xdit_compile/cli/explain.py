@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from xdit_compile.backends.target.pretend_card import check_versions
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 from xdit_compile.weights.meta_module import component_class, empty_module
 from xdit_compile.weights.model_folder import check_component, pipeline_index
@@ -42,8 +43,13 @@ class _FirstCall(BaseException):
         self.name, self.call_args, self.call_kwargs = name, args, kwargs
 
 
-def explain(request: Request, component: str | None = None, inputs: str | None = None) -> Any:
+def explain(
+    request: Request, component: str | None = None, inputs: str | None = None, target: str | None = None
+) -> Any:  # fmt: skip
     """The report that ``api.explain`` makes of the denoiser under the request's plan.
+
+    Args:
+        target: a card that code is compiled for and counted; weights are then in bfloat16 where no dtype is asked for.
 
     Raises:
         UsageError: the model, the component or the file of inputs is not there.
@@ -52,8 +58,11 @@ def explain(request: Request, component: str | None = None, inputs: str | None =
     from xdit_compile import api
 
     set_logs(request.debug)
+    if target is not None:
+        check_versions()
+        request = dataclasses.replace(request, dtype="bfloat16" if request.dtype == "auto" else request.dtype)
     call = denoiser_call(request, component, inputs)
-    return api.explain(call.module, request.plan, args=call.args, kwargs=call.kwargs)
+    return api.explain(call.module, request.plan, args=call.args, kwargs=call.kwargs, target=target)
 
 
 def denoiser_call(

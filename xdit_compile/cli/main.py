@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from xdit_compile import __version__
+from xdit_compile.backends.target.cards import CARDS, card_for
+from xdit_compile.cache.folder import resolve
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 from xdit_compile.plan import Plan
-from xdit_compile.plan.methods import METHODS, Method
-from xdit_compile.plan.plan import BACKENDS, COMPILES, OPTIONAL_PASSES
 from xdit_compile.weights.model_folder import check_component
 
 from .cache import cache
 from .evaluation_request import DEFAULT_COUNT, FEATURES, EvaluationRequest
-from .request import DTYPES, OUTPUT_TYPES, PipelineRequest, Request, check_inputs, find_model, plan_from_flags
+from .flags import call_flags, model_flags, picture_flags, plan_flags, run_flags, size_flags
+from .request import OUTPUT_TYPES, PipelineRequest, Request, check_inputs, find_model
 
 NAME = "xdit-compile"
 INTERRUPTED = 130
@@ -100,148 +100,6 @@ def _rank_prefix() -> str:
     return f"rank {world.rank}: " if world.launched else ""
 
 
-def _plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags of a plan; the command is given the plan that they make."""
-    flags = {**_degree_flags(), **_vae_flags(), **_choice_flags(), **_cache_flags()}
-
-    @functools.wraps(command)
-    def with_plan(**given: Any) -> Any:
-        plan = plan_from_flags(**{name: given.pop(name) for name in flags})
-        return command(plan=plan, **given)
-
-    return _flagged(with_plan, *flags.values())
-
-
-def _degree_flags() -> dict[str, Any]:
-    return {method.flag: _degree_flag(method) for method in METHODS} | {
-        "num_pipeline_patch": click.option(
-            "--num_pipeline_patch", type=int, help="Parts of the tokens.  [default: as many as stages]"
-        ),
-        "warmup_steps": click.option(
-            "--warmup_steps", type=int, default=1, help="First steps, which compute all tokens at once."
-        ),
-        "attn_layer_num_for_pp": click.option(
-            "--attn_layer_num_for_pp", help="Blocks of each stage, as 10,9.  [default: even by cost]"
-        ),
-    }
-
-
-def _degree_flag(method: Method) -> Any:
-    if method.flag_degree is None:
-        return click.option(f"--{method.flag}", type=int, default=1, help=f"{method.help[0].upper()}{method.help[1:]}.")
-    return click.option(f"--{method.flag}", is_flag=True, help=f"{method.flag_degree} {method.help}.")
-
-
-def _vae_flags() -> dict[str, Any]:
-    return {
-        "use_parallel_vae": click.option(
-            "--use_parallel_vae", is_flag=True, help="Split the rows that the autoencoder decodes and encodes."
-        ),
-        "vae_parallel_degree": click.option(
-            "--vae_parallel_degree", type=int, help="Ranks that share these rows.  [default: all of one image]"
-        ),
-        "vae_provider": click.option(
-            "--vae_provider", default="patch", help="Who splits them: patch, our own, or distvae, the package."
-        ),
-        "vae_memory": click.option(
-            "--vae_memory", help="What the parallel autoencoder may take beside weights on a rank, such as 2GiB."
-        ),
-    }
-
-
-def _choice_flags() -> dict[str, Any]:
-    return {
-        "split_scheme": click.option(
-            "--split_scheme",
-            default=Plan.split_scheme,
-            help="What tensor parallel splits: all (also row), heads or ffn.",
-        ),
-        "mesh_order": click.option(
-            "--mesh_order", default=",".join(Plan.mesh_order), help="Degrees from the farthest ranks to the nearest."
-        ),
-        "backend": click.option("--backend", default=Plan.backend, help=f"{', '.join(BACKENDS)}."),
-        "compile_mode": click.option(
-            "--compile_mode",
-            default=Plan.compile_mode,
-            help="Inductor's: default, or max-autotune-no-cudagraphs, which compiles for longer.",
-        ),
-        "without": click.option(
-            "--without", default="", help=f"Passes to leave out, by comma: {', '.join(OPTIONAL_PASSES)}."
-        ),
-        "attention": click.option(
-            "--attention", default=Plan.attention, help="Attention provider; auto takes the best available."
-        ),
-        "fallback": click.option(
-            "--fallback",
-            default=Plan.fallback,
-            help="What cannot be split: gather it, error, or unsplit (run a denoiser whole that cannot be captured).",
-        ),
-    }
-
-
-def _cache_flags() -> dict[str, Any]:
-    return {
-        "cache_dir": click.option(
-            "--cache_dir", help="Where compiled graphs are kept.  [default: $XDIT_COMPILE_CACHE or the user's cache]"
-        ),
-        "compile": click.option(
-            "--compile", default=Plan.compile, help=f"{' or '.join(COMPILES)}: whether a new size waits for its graphs."
-        ),
-        "no_cache": click.option("--no_cache", is_flag=True, help="Keep no compiled graphs, and use none."),
-    }
-
-
-def _model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags of whatever runs a pipeline."""
-    return _flagged(
-        command,
-        click.option("--model", help="Pipeline folder or Hub id; without it the embedded one, which draws shapes."),
-        click.option("--negative_prompt"),
-        click.option("--height", type=int, help="Pixels.  [default: the pipeline's]"),
-        click.option("--width", type=int, help="Pixels.  [default: the pipeline's]"),
-        click.option("--guidance_scale", type=float, help="[default: the pipeline's]"),
-        click.option("--max_sequence_length", type=int, help="Text tokens.  [default: the pipeline's]"),
-        click.option(
-            "--use_resolution_binning/--no_use_resolution_binning",
-            default=None,
-            help="Work at the nearest of the pipeline's own sizes and resize.  [default: without a size]",
-        ),
-        click.option("--dtype", default="auto", help=f"auto or {', '.join(DTYPES)}; auto is bfloat16 on CUDA."),
-        click.option("--download_dir", help="Where models of the Hub are kept.  [default: the Hub's cache]"),
-        click.option("--trust_remote_code", is_flag=True, help="Run the code that a model of the Hub brings along."),
-        click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages."),
-    )
-
-
-def _picture_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What to show, for the commands that look at one picture or video."""
-    return _flagged(
-        command,
-        click.option("--prompt", multiple=True, default=Request.prompt, help="Give it again for more images."),
-        click.option("--num_frames", type=int, help="Frames of a video.  [default: the pipeline's]"),
-    )
-
-
-def _run_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags of what runs a pipeline to the end."""
-    return _flagged(
-        command,
-        click.option("--num_inference_steps", type=int, help="[default: the pipeline's]"),
-        click.option("--device", default="auto", help="auto, cpu or cuda."),
-        click.option("--enable_model_cpu_offload", is_flag=True, help="Keep models on the CPU while they do not run."),
-        click.option(
-            "--enable_sequential_cpu_offload", is_flag=True, help="Keep layers on the CPU while they do not run."
-        ),
-        click.option("--nproc", type=int, help="Start this many processes here; leave it out under torchrun."),
-    )
-
-
-def _flagged(command: Callable[..., Any], *flags: Callable[..., Any]) -> Callable[..., Any]:
-    for flag in reversed(flags):
-        command = flag(command)
-    return command
-
-
 @click.group(context_settings=_SETTINGS)
 @click.version_option(__version__)
 def cli() -> None:
@@ -252,13 +110,13 @@ cli.add_command(cache)
 
 
 @cli.command()
-@_model_flags
-@_picture_flags
-@_run_flags
+@model_flags
+@picture_flags
+@run_flags
 @click.option("--num_images_per_prompt", type=int, help="[default: the pipeline's]")
 @click.option("--fps", type=int, default=Request.fps, help="Frames per second of a video file.")
 @click.option("--seed", type=int, default=Request.seed)
-@_plan_flags
+@plan_flags
 @click.option(
     "--output", help="PNG, JPEG or WebP for images, MP4 or GIF for videos, safetensors for latents.  [default: out.png]"
 )
@@ -270,15 +128,15 @@ def generate(plan: Plan, nproc: int | None, **flags: Any) -> None:
 
 
 @cli.command()
-@_model_flags
-@_run_flags
+@model_flags
+@run_flags
 @click.option("--prompts", help="A file with one prompt a line; without it, captions of drawn scenes.")
 @click.option("--num_prompts", type=int, help=f"How many of them.  [default: all; {DEFAULT_COUNT} captions]")
 @click.option(
     "--seed", type=int, default=EvaluationRequest.seed, help="Of the first picture; each next one has one more."
 )
 @click.option("--batch_size", type=int, default=EvaluationRequest.batch_size, help="Prompts in one call.")
-@_plan_flags
+@plan_flags
 @click.option(
     "--features", default=EvaluationRequest.features, help=f"Of the Frechet distance: {' or '.join(FEATURES)}."
 )
@@ -316,30 +174,63 @@ def _run(request: PipelineRequest, world: World) -> None:
 
 
 @cli.command()
-@_model_flags
-@click.option("--prompt", default=Request.prompt[0], help="Matters where a model's code reads what it is given.")
-@click.option("--num_frames", type=int, help="Frames of a video.  [default: the pipeline's]")
+@model_flags
+@size_flags
 @click.option("--device", default="auto", help="What the graphs are for: auto, cpu or cuda.")
-@click.option("--size", "sizes", multiple=True, help="Such as 1024x1024, height first; give it again for more.")
-@click.option("--batch_size", "batches", type=int, multiple=True, default=(1,), help="Prompts in one call.")
-@_plan_flags
+@click.option("--target", help=f"Or a card that is not here: {', '.join(CARDS)}.")
+@plan_flags
 @click.option("--also", multiple=True, help="Flags of one more plan, as '--tensor_parallel_degree 4'.")
 @click.option("--output", type=click.Path(path_type=Path), help="A file to pack all of it into, for other machines.")
 def build(
     plan: Plan, sizes: Sequence[str], batches: Sequence[int], also: Sequence[str], prompt: str, output: Path | None,
-    **flags: Any,
+    target: str | None, **flags: Any,
 ) -> None:  # fmt: skip
     """Make the graphs of all ranks ahead of time: one process, no weights. A run with weights compares them first."""
     plans = [plan, *(_plan_of(text, plan) for text in also)]
     request = Request(plan=plan, prompt=(prompt,), **flags)
     for each in plans:
         dataclasses.replace(request, plan=each).check(None, weights=False)
-    if any(batch < 1 for batch in batches):
-        raise UsageError("--batch_size must be at least 1")
+    _check_batches(batches)
+    if target is not None and request.device != "auto":
+        raise UsageError("--target says what the graphs are for already: leave out --device")
+    card = None if target is None else card_for(target)
     from .build import build as run
 
-    for line in run(request, [_size(each) for each in sizes] or [None], batches, plans, output):
+    for line in run(request, [_size(each) for each in sizes] or [None], batches, plans, output, card):
         click.echo(line)
+
+
+@cli.command()
+@model_flags
+@size_flags
+@click.option("--device", default="auto", help="What is timed: auto, cpu or cuda.")
+@call_flags
+@click.option("--rounds", type=click.IntRange(3), default=25, help="Samples of each place, apart and fused.")
+@click.option("--again", is_flag=True, help="Time places once more that were timed before.")
+@plan_flags
+def tune(
+    plan: Plan, prompt: str, component: str | None, inputs: str | None, sizes: Sequence[str], batches: Sequence[int],
+    rounds: int, again: bool, **flags: Any,
+) -> None:  # fmt: skip
+    """Time on this device what passes can fuse in a model, and go by that from then on. One process, no weights."""
+    request = Request(plan=plan, prompt=(prompt,), **flags)
+    request.check(None, weights=False)
+    check_inputs(inputs)
+    _check_batches(batches)
+    if (folder := Path(find_model(request.model))).is_dir():
+        check_component(folder, component)
+    pixels: Sequence[tuple[int, int] | None] = [_size(each) for each in sizes] or [None]
+    if resolve(plan.cache) is None:
+        raise UsageError("there is nowhere to keep timings: give --cache_dir, or leave out --no_cache")
+    from .tune import tune as run
+
+    for line in run(request, component, inputs, pixels, batches, again, rounds):
+        click.echo(line)
+
+
+def _check_batches(batches: Sequence[int]) -> None:
+    if any(batch < 1 for batch in batches):
+        raise UsageError("--batch_size must be at least 1")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -353,7 +244,7 @@ def _plan_of(text: str, like: Plan) -> Plan:
     """The plan of some flags, with the cache of another one."""
 
     @click.command()
-    @_plan_flags
+    @plan_flags
     def flags_of_a_plan(plan: Plan) -> Plan:
         return plan
 
@@ -374,18 +265,22 @@ def worker(command: str, request_json: str) -> None:
 
 
 @cli.command()
-@_model_flags
-@_picture_flags
-@_plan_flags
-@click.option("--component", help="Which denoiser; without it the one that the pipeline calls first.")
-@click.option("--inputs", help="Example inputs of the denoiser: torch.save({'args': (...), 'kwargs': {...}}).")
-def explain(plan: Plan, component: str | None, inputs: str | None, **flags: Any) -> None:
+@model_flags
+@picture_flags
+@plan_flags
+@call_flags
+@click.option(
+    "--target", help=f"Also compile for a card, and count what it would run: {', '.join(CARDS)}. No card is needed."
+)
+def explain(plan: Plan, component: str | None, inputs: str | None, target: str | None, **flags: Any) -> None:
     """Print what a plan makes of a model's graph: axes, gathers, traffic. Reads no weights, needs one process."""
     request = Request(plan=plan, **flags)
     request.check(None, weights=False)
     check_inputs(inputs)
     if (folder := Path(find_model(request.model))).is_dir():
         check_component(folder, component)
+    if target is not None:
+        card_for(target)
     from .explain import explain as run
 
-    click.echo(str(run(request, component, inputs)))
+    click.echo(str(run(request, component, inputs, target)))

@@ -246,6 +246,7 @@ def plan_from_flags(**flags: Any) -> Plan:
         compile_mode=flags["compile_mode"],
         without=tuple(name.strip() for name in flags["without"].split(",") if name.strip()),
         attention=flags["attention"],
+        link=flags["link"],
         vae=flags["vae_provider"] if flags["use_parallel_vae"] else "whole",
         vae_degree=flags["vae_parallel_degree"],
         vae_memory=flags["vae_memory"],

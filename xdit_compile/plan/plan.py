@@ -22,14 +22,29 @@ ATTENTIONS = (
     "sdpa_efficient",
     "sdpa_cudnn",
     "flash_attn",
+    "flash_attn_3",
+    "flash_attn_4",
+    "sage",
     "yunchang",
     "chunked",
 )
+INEXACT_ATTENTIONS = ("sage",)
+"""Those that round beyond the dtype of their operands. ``auto`` takes none of them."""
 FALLBACKS = ("gather", "error", "unsplit")
 SPLIT_SCHEMES = ("all", "heads", "ffn")
 VAES = ("whole", "patch", "distvae")
 COMPILES = ("now", "background")
-OPTIONAL_PASSES = ("fold_activations", "split_concatenations", "norm_rope", "pack_heads", "join_linears")
+OPTIONAL_PASSES = (
+    "hoist_linears",
+    "spread_norms",
+    "late_biases",
+    "fold_activations",
+    "split_concatenations",
+    "norm_rope",
+    "pack_heads",
+    "join_linears",
+    "hide_exchanges",
+)
 """Passes that change how fast something runs, and can be left out."""
 _CHOICES = (
     ("compile", COMPILES),
@@ -66,8 +81,10 @@ class Plan(Degrees):
         compile_mode: that of ``torch.compile`` for ``inductor``; ``max-autotune-no-cudagraphs`` times several kernels
             for each matrix product and takes the fastest, which compiles for longer. There is none with CUDA graphs:
             a graph of one block that serves all of them would copy each block's weights in every call.
-        attention: which kernel computes attention; ``auto`` takes the best that is available. ``chunked`` needs memory
-            linear in the tokens on any device, and takes every mask and dtype.
+        attention: which kernel computes attention; ``auto`` takes the best exact one that is available. ``chunked``
+            needs memory linear in the tokens on any device, and takes every mask and dtype. ``sage`` is not exact: the
+            first call is compared with exact attention in its place, then with it, and how far it moves the result is
+            told in a warning. Autoencoders have exact attention then.
         fallback: ``gather`` runs what cannot be split on gathered tensors and reports it, ``error`` refuses it;
             ``unsplit`` gathers, and runs a denoiser that cannot be captured, as one that keeps state from step to step,
             whole on every rank with a warning.
@@ -78,6 +95,9 @@ class Plan(Degrees):
         timeout_s: seconds that any rank waits for another before it gives up.
         compile: ``background`` runs calls of a new size op by op at once, while another process compiles; all ranks go
             on with what was compiled from the same step on. It takes a cache.
+        link: what connects a rank with the others of ``ulysses``, one way, as ``"450GB/s"`` or ``"25GB/s"``: values
+            leave before queries and keys are computed, and results return in halves, wherever that is worth more
+            all-to-alls over such a link. Nothing is hidden without it.
         without: names of passes to leave out: ``join_linears`` makes one product of linears that read the same value.
         cache: the folder in which compiled graphs are kept for later processes; ``auto`` takes the one that the
             environment variable ``XDIT_COMPILE_CACHE`` names, or the user's cache folder, and None keeps nothing.
@@ -100,6 +120,7 @@ class Plan(Degrees):
     max_programs: int = 32
     timeout_s: float = 600.0
     compile: str = "now"
+    link: str | None = None
     without: tuple[str, ...] = ()
     cache: str | os.PathLike[str] | None = dataclasses.field(default="auto", compare=False, repr=False)
 
@@ -129,6 +150,7 @@ class Plan(Degrees):
         ring."""
         degrees: dict[str, Any] = {method.name: 1 for method in METHODS if method.name != "data"}
         degrees["ring"] = (self.vae_degree or self.replica) if self.vae != "whole" else 1
+        degrees["attention"] = "auto" if self.attention in INEXACT_ATTENTIONS else self.attention
         return dataclasses.replace(self, patches=None, stage_layers=None, **degrees)
 
     @property
@@ -137,6 +159,11 @@ class Plan(Degrees):
         if isinstance(self.vae_memory, int):
             return self.vae_memory if self.vae_memory > 0 and self.vae_memory is not True else None
         return bytes_in(self.vae_memory or "")
+
+    @property
+    def hiding_link(self) -> float | None:
+        """Bytes per second of ``link``, by which exchanges are hidden; None where they are not."""
+        return bytes_per_second(self.link) if self.link is not None and "hide_exchanges" not in self.without else None
 
     @property
     def dimensions(self) -> tuple[str, ...]:
@@ -171,6 +198,8 @@ class Plan(Degrees):
             problems.append(f"max_programs={self.max_programs!r} must be a whole number of at least 1")
         if not isinstance(self.without, tuple) or set(self.without) - {*OPTIONAL_PASSES}:
             problems.append(f"without={self.without!r} must be a tuple of some of {', '.join(OPTIONAL_PASSES)}")
+        if self.link is not None and not bytes_per_second(self.link):
+            problems.append(f"link={self.link!r} must be bytes per second of one rank, such as '450GB/s' or '25GB/s'")
         if self.cache is not None and not isinstance(self.cache, str | os.PathLike):
             problems.append(f"cache={self.cache!r} must be a folder, 'auto' or None")
         if not isinstance(self.timeout_s, int | float) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
@@ -179,6 +208,8 @@ class Plan(Degrees):
             problems.append(
                 f"compile_mode={self.compile_mode!r} is inductor's, and backend={self.backend!r}; change one"
             )
+        if not problems and self.link is not None and self.backend == "nexfort":
+            problems.append("link begins exchanges early, and nexfort is not known to keep them in order; change one")
         if not problems and self.compile == "background" and self.cache is None:
             problems.append("compile='background' hands graphs over by way of the cache, and cache=None; change one")
         if not problems:
@@ -256,6 +287,14 @@ def bytes_in(text: str) -> int | None:
         return None
     power = " KMGT".find(number[2].upper() or " ")
     return int(float(number[1]) * (1024 if number[3] else 1000) ** power)
+
+
+def bytes_per_second(text: object) -> float | None:
+    """A number of bytes per second such as ``450GB/s``; None where it is none, or not above zero."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B/s", text) if isinstance(text, str) else None
+    if number is None or (number[3] and not number[2]):
+        return None
+    return float(number[1]) * (1024 if number[3] else 1000) ** " KMGT".find(number[2] or " ") or None
 
 
 def _is_count(value: object, least: int) -> bool:

@@ -11,6 +11,8 @@ from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan
 
+from .attention_report import attention_line
+from .counted_report import CountedReport, rendered
 from .report import lines_of_making, printed
 
 
@@ -35,7 +37,8 @@ class PipelineReport:
 
     ``patches`` are the positions of each patch along the dim of the first result that is cut; ``shared`` counts the
     elements of parameters that several stages hold, because they come before or after the blocks; ``ready`` says how
-    long the call took to be ready, and where its graphs came from.
+    long the call took to be ready, and where its graphs came from; ``attention`` who computes it, and whether exactly;
+    ``counted`` what a card would run of one rank's programs, where one was asked for.
     """
 
     captured_by: str
@@ -45,6 +48,8 @@ class PipelineReport:
     shared: int
     seconds: tuple[tuple[str, float], ...] = dataclasses.field(default=(), compare=False)
     ready: str = dataclasses.field(default="", compare=False)
+    attention: str = ""
+    counted: CountedReport | None = None
 
     def __str__(self) -> str:
         return printed(_rendered(self))
@@ -85,6 +90,7 @@ def pipeline_report(analysis: Analysis, plan: Plan, ready: str = "") -> Pipeline
         shared=sum(everything[name] for name in several),
         seconds=analysis.seconds,
         ready=ready,
+        attention=attention_line(plan.attention),
     )
 
 
@@ -114,4 +120,5 @@ def _rendered(summary: PipelineReport) -> list[Any]:
             str(entry.stage), str(entry.blocks), f"{entry.parameters:,}", f"{entry.states / 2**20:.2f}",
             f"{entry.sent / 2**20:.2f}",
         )  # fmt: skip
-    return [head, *lines_of_making(summary.seconds, summary.ready), table]
+    counted = rendered(summary.counted) if summary.counted else []
+    return [head, summary.attention, *lines_of_making(summary.seconds, summary.ready), table, *counted]

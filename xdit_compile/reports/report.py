@@ -16,8 +16,13 @@ from xdit_compile.ir.axes import Axis, Concat, Product, atoms
 from xdit_compile.passes.axes.axis_roles import roles
 from xdit_compile.passes.axes.infer import Inference, Place
 from xdit_compile.passes.fuse import fusions
+from xdit_compile.passes.fuse.timings import Timings
 from xdit_compile.passes.local.ledger import Gather
+from xdit_compile.passes.partition.hide_exchanges import told as hidden_told
 from xdit_compile.passes.partition.program import Partitioned
+
+from .attention_report import attention_lines
+from .counted_report import CountedReport, rendered
 
 CPU = torch.device("cpu")
 
@@ -44,13 +49,18 @@ class BoundaryEntry:
 
 @dataclasses.dataclass(frozen=True)
 class CollectiveEntry:
-    """One kind of collective: calls, elements and bytes that leave this rank in one call of the module."""
+    """One kind of collective: calls, elements and bytes that leave this rank in one call of the module.
+
+    Of ``exposed`` bytes nothing hides that they travel: the graph has nothing to compute meanwhile. Whether what there
+    is takes as long as the others is not counted.
+    """
 
     op: str
     purpose: str
     count: int
     elements: int
     bytes: int
+    exposed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +70,9 @@ class Report:
     ``imbalance`` is the busiest rank's arithmetic over the mean; ``replicated_flops`` the share of the graph's
     arithmetic that every rank repeats; ``memory`` bytes by kind on this rank: ``weights``, the ``largest_activation``,
     and the ``keys_values`` of the attention with most of them; ``seconds`` those of each pass; ``ready`` how long the
-    call took to be ready, and where its graphs came from; ``fused`` what passes joined, and why not the rest. Exact
-    methods keep nothing from step to step.
+    call took to be ready, and where its graphs came from; ``fused`` what passes joined, and why not the rest;
+    ``attention`` which kernels compute it, and why not others; ``counted`` what a card would run, where one was asked
+    for. Exact methods keep nothing from step to step.
     """
 
     ranks: int
@@ -79,6 +90,8 @@ class Report:
     seconds: tuple[tuple[str, float], ...] = dataclasses.field(default=(), compare=False)
     ready: str = dataclasses.field(default="", compare=False)
     fused: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+    counted: CountedReport | None = None
 
     def __str__(self) -> str:
         return printed(_rendered(self))
@@ -99,7 +112,7 @@ def printed(parts: Iterable[Any]) -> str:
 
 def report(
     analysis: Analysis, ranks: Sequence[Partitioned], here: int, ready: str = "", without: Sequence[str] = (),
-    device: torch.device = CPU,
+    device: torch.device = CPU, timings: Timings | None = None,
 ) -> Report:  # fmt: skip
     """Sum up an analysis and the programs of all ranks, from the view of rank ``here``.
 
@@ -107,6 +120,7 @@ def report(
         ready: how long the call took to be ready.
         without: passes that were left out.
         device: what it runs on.
+        timings: what was measured there of what passes can change.
     """
     mine = ranks[here]
     ledger = mine.ledger
@@ -128,11 +142,13 @@ def report(
         memory=_memory(mine),
         seconds=analysis.seconds,
         ready=ready,
-        fused=tuple(fusions.told(mine.program, without, device)),
+        fused=(*fusions.told(mine.program, without, device, timings), *hidden_told(mine.program, mine.layout.link)),
+        attention=attention_lines(mine.program, device),
     )
 
 
 OUTPUT = "the result"
+SUMMED = ("elements", "bytes", "exposed")
 
 
 def _boundaries(inference: Inference) -> tuple[BoundaryEntry, ...]:
@@ -148,7 +164,7 @@ def _collectives(mine: Partitioned) -> tuple[CollectiveEntry, ...]:
     for item in mine.ledger.collectives:
         grouped[item.op, item.purpose].append(item)
     return tuple(
-        CollectiveEntry(op, purpose, len(items), sum(i.elements for i in items), sum(i.bytes for i in items))
+        CollectiveEntry(op, purpose, len(items), *(sum(getattr(i, what) for i in items) for what in SUMMED))
         for (op, purpose), items in grouped.items()
     )
 
@@ -212,6 +228,7 @@ def lines_of_making(seconds: Sequence[tuple[str, float]], ready: str) -> list[st
 
 
 def _rendered(summary: Report) -> list[Any]:
+    from rich.markup import escape
     from rich.table import Table
 
     axes = Table("axis", "role", "size", "split", "first seen", title="axes", title_justify="left")
@@ -220,11 +237,13 @@ def _rendered(summary: Report) -> list[Any]:
             entry.axis.replace("[", r"\["), entry.role, str(entry.size), "yes" if entry.split else "", entry.where
         )
     collectives = Table(
-        "collective", "purpose", "calls", "elements", "bytes", title="per call of the module, leaving this rank",
-        title_justify="left",
+        "collective", "purpose", "calls", "elements", "bytes", "of these exposed", title_justify="left",
+        title=f"per call of the module, leaving this rank; {sum(item.exposed for item in summary.collectives):,} bytes "
+        "that nothing hides",
     )  # fmt: skip
     for item in summary.collectives:
-        collectives.add_row(item.op, item.purpose, str(item.count), f"{item.elements:,}", f"{item.bytes:,}")
+        sizes = [f"{getattr(item, what):,}" for what in SUMMED]
+        collectives.add_row(item.op, item.purpose, str(item.count), *sizes)
     gathers = Table("node", "in a block", "reason", "bytes", title="gathers", title_justify="left")
     for gather in summary.gathers:
         place = f"{gather.place.path} {gather.place.node}".strip()
@@ -235,7 +254,8 @@ def _rendered(summary: Report) -> list[Any]:
         f"{summary.replicated_flops:.2%} replicated; busiest rank {summary.imbalance:.3f} of the mean; "
         f"{_memory_line(summary.memory)}; {len(summary.boundaries)} boundaries"
     )
-    parts: list[Any] = [head, *summary.fused, *lines_of_making(summary.seconds, summary.ready), axes, collectives]
+    said = [*summary.fused, *map(escape, summary.attention), *lines_of_making(summary.seconds, summary.ready)]
+    parts: list[Any] = [head, *said, axes, collectives]
     parts.append(gathers if summary.gathers else "no gathers but the result")
     if summary.boundaries:
         counted = collections.Counter((entry.place.target, entry.reason) for entry in summary.boundaries)
@@ -243,4 +263,4 @@ def _rendered(summary: Report) -> list[Any]:
         for (target, reason), count in counted.most_common(20):
             table.add_row(target, reason.replace("[", r"\["), str(count))
         parts.append(table)
-    return parts
+    return parts + (rendered(summary.counted) if summary.counted else [])

@@ -19,6 +19,7 @@ from xdit_compile.compiler import Analysis, Compilation, analyse, compiled
 from xdit_compile.errors import CaptureError, NoRoomError, VerificationError, one_line
 from xdit_compile.ir.digest import digest, digest_program, digest_shapes
 from xdit_compile.ir.program import Program
+from xdit_compile.passes.fuse.timings import Timings
 from xdit_compile.reports.dump import observers
 from xdit_compile.runtime.verify.independence import Bound
 
@@ -26,6 +27,7 @@ from .cfg_branches import unshared_images
 from .compiled_call import CompiledCall, Run
 from .data_parallel import Batch, Batches
 from .proving import Proving, device_of
+from .session import Session
 from .stored.keeper import APART, ROWS
 from .stored.stored_call import StoredCall
 from .unsplit import Changing, RunsWhole, Unsplit
@@ -36,6 +38,7 @@ logger = logging.getLogger("xdit_compile")
 class Making(Proving):
     """The part of a runner that makes what runs a call; all ranks go through it in step."""
 
+    session: Session
     unsplit: Unsplit
     _batches: Batches
     _changing: Changing
@@ -43,6 +46,7 @@ class Making(Proving):
     _gather: bool
     _budget: int | None
     _settle: Callable[[CompiledCall], None]
+    _timings: Callable[[torch.device], Timings]
 
     @property
     @abc.abstractmethod
@@ -78,14 +82,19 @@ class Making(Proving):
     def prepare_ahead(self, args: tuple, kwargs: dict) -> bool:
         """Make and keep what runs a call, and run nothing; whether it was there already."""
         leaves = pytree.tree_leaves((args, kwargs))
-        stored = self._find(args, kwargs, device_of(leaves))
+        stored = self._find(args, kwargs, self._device(leaves))
         if stored is None:
             self._made(signature(self.module, args, kwargs), args, kwargs, leaves)
         return stored is not None
 
+    def _device(self, leaves: list[Any]) -> torch.device:
+        """Where a call with these flat inputs will run, which may be a device that is not there."""
+        return self.session.ahead_for or device_of(leaves)
+
     def _find(self, args: tuple, kwargs: dict, device: torch.device) -> StoredCall | None:
         apart = (*APART, *ROWS) if self._is_denoiser else APART
-        return self._keeper.find(args, kwargs, self.plan, self._besides, device, apart)
+        besides = [*self._besides, self._timings(device).digest]
+        return self._keeper.find(args, kwargs, self.plan, besides, device, apart)
 
     @property
     def _in_background(self) -> bool:
@@ -114,7 +123,7 @@ class Making(Proving):
 
     def _made(self, key: Signature, args: tuple, kwargs: dict, leaves: list[Any]) -> CompiledCall:
         """What runs a call, made of the module, and kept for other processes."""
-        computation, device = self._computation, device_of(leaves)
+        computation, device = self._computation, self._device(leaves)
         analysis, room = self._analysed(key, computation, args, kwargs)
         self._agreement.agree("its graph", {"graph": digest([digest_program(analysis.program), analysis.units])})
         analysis, batch = self._shared(analysis, computation, args, kwargs, room)
@@ -229,7 +238,7 @@ class Making(Proving):
         """What the passes for this rank make of a call."""
         return compiled(
             analysis, self.plan, self.mesh, gather=self._gather, budget=self._budget, backend=self.backend,
-            device=device, observers=observers(self.name, self.mesh.rank), **wanted,
+            device=device, timings=self._timings(device), observers=observers(self.name, self.mesh.rank), **wanted,
         )  # fmt: skip
 
 

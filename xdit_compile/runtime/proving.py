@@ -26,9 +26,12 @@ from xdit_compile.errors import StateError, VerificationError
 from xdit_compile.ir.digest import digest, digest_program
 from xdit_compile.ir.peak_memory import if_room
 from xdit_compile.ir.precision import precision_for
+from xdit_compile.kernels.registry import exactly
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.local.layout import Chosen
 from xdit_compile.plan import Plan
+from xdit_compile.plan.plan import INEXACT_ATTENTIONS
+from xdit_compile.runtime.verify.inexact import Moved, moved, refuse_far
 from xdit_compile.runtime.verify.room import has_room
 from xdit_compile.runtime.verify.smaller import smaller
 from xdit_compile.runtime.verify.verification import Difference, Slack, narrow_rounding, verify, verify_later
@@ -72,7 +75,7 @@ class Proving:
         """What runs a call, compared with the module itself, or of a smaller call where there is no memory for that."""
         rewritten = (
             self.mesh.world_size > 1 or self.plan.patch_count > 1 or compiled_call.stored is not None
-            or not isinstance(self.backend, Eager)
+            or not isinstance(self.backend, Eager) or self.plan.attention != "auto"
         )  # fmt: skip
         self._was_compared = False
         if not self.plan.verify or self._trace_only:
@@ -106,15 +109,36 @@ class Proving:
             if self._agreement.any("what the module itself gives", expected is None):
                 return False
             slack, wrong = self._slack(compiled_call, leaves), None
-            for actual in self._found(compiled_call, leaves):
-                try:
-                    verify(assemble(compiled_call.whole, actual), expected, slack)
-                except VerificationError as error:
-                    wrong = wrong or error
-        if self._agreement.any("a wrong result", wrong is not None):
-            raise wrong or VerificationError("another rank's result is not the unsplit one; it says how it differs")
+            with exactly():
+                for actual in self._found(compiled_call, leaves):
+                    try:
+                        verify(assemble(compiled_call.whole, actual), expected, slack)
+                    except VerificationError as error:
+                        wrong = wrong or error
+            if self._agreement.any("a wrong result", wrong is not None):
+                raise wrong or VerificationError("another rank's result is not the unsplit one; it says how it differs")
+            if expected is not None and self.plan.attention in INEXACT_ATTENTIONS:
+                self._tell_inexact(compiled_call, leaves, expected)
         self._was_compared = True
         return True
+
+    def _tell_inexact(self, compiled_call: CompiledCall, leaves: list[Any], expected: Outcome) -> None:
+        """Say how far attention that is not exact moves the results of a call that is right with another.
+
+        Raises:
+            VerificationError: on all ranks, where it is farther than that explains.
+        """
+        farthest = Moved()
+        for actual in self._found(compiled_call, leaves):
+            farthest = farthest.or_more(moved(assemble(compiled_call.whole, actual), expected))
+        if self._agreement.any("a result that is too far", not farthest.allowed):
+            refuse_far(farthest, self.name, self.plan.attention)
+            raise VerificationError("another rank's result is too far from the unsplit one; it says how far")
+        if self.mesh.rank == 0:
+            warnings.warn(
+                f"attention={self.plan.attention!r} is not exact: it moves what {self.name} gives by {farthest}",
+                stacklevel=2,
+            )
 
     def _rehearsed(self, compiled_call: CompiledCall, computation: Callable[..., Any], leaves: list[Any]) -> str:
         """Compare a smaller call, uncompiled; why it could not be, where it could not."""
@@ -160,7 +184,10 @@ class Proving:
 
     def _verify_later(self, compiled_call: CompiledCall, leaves: list[Any], actual: Any, expected: Any) -> None:
         if expected is not None:
-            verify_later(actual, expected, self.name, self._slack(compiled_call, leaves))
+            if self.plan.attention in INEXACT_ATTENTIONS:
+                refuse_far(moved(actual, expected), self.name, self.plan.attention)
+            else:
+                verify_later(actual, expected, self.name, self._slack(compiled_call, leaves))
             self._keeper.compared(compiled_call.ticket, leaves, device_of(leaves))
         self._release_all()
 

@@ -94,6 +94,7 @@ class Runner(Making):
         self._keeper = session.keeper(weights, name, self.backend)
         self._batches = Batches(self.plan, self.mesh, session.agreement, self.cuts_calls)
         self._branches = session.branches
+        self._timings = session.timings
         session.before_request(self.renew)
         session.after_request(self._unwatch)
 

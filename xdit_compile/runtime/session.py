@@ -26,6 +26,7 @@ from xdit_compile.ir.digest import digest, digest_tensors
 from xdit_compile.ir.results import found_in
 from xdit_compile.kernels.collectives.communicators import finish_device
 from xdit_compile.kernels.collectives.process_groups import Groups
+from xdit_compile.passes.fuse.timings import Timings, described, load
 from xdit_compile.plan import Plan
 from xdit_compile.weights.weights import Weights
 
@@ -72,6 +73,9 @@ class Session:
         store: where compiled calls outlive the process; None where they do not.
         ahead: where nothing is run, as there are no other ranks, and what this one would run is made and kept: what
             that has in common with what is made for the others.
+
+    Attributes:
+        ahead_for: the device that this is made for then, which need not be there.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Session:
         ahead: str | None = None,
     ):  # fmt: skip
         self.plan, self.mesh, self.device = plan, mesh, device
+        self.ahead_for = None if ahead is None else device
         self.place = Target(plan, mesh, backend)
         self.rows = Target(plan.rows, mesh.shared_rows(plan), backend)
         alone = Agreement("ahead", mesh.rank, [mesh.rank], plan.timeout_s)
@@ -90,6 +95,7 @@ class Session:
             self.groups.open()
         self._lookout = Lookout(self.agreement, self.groups)
         self._shelf = Shelf(store, self.agreement, backend.codes, ahead)
+        self._timings: dict[torch.device, Timings] = {}
         self.branches = GuidanceScheduler(mesh, self.call)
         self.generation = Generation(plan.warmup_steps if plan.is_stale else 0)
         self.inputs = SharedInputs(self.agreement, mesh.group(mesh.names))
@@ -136,6 +142,13 @@ class Session:
     def keeper(self, weights: Weights, name: str, backend: Backend) -> Keeper:
         """What keeps the calls of one module, and finds those that were kept."""
         return Keeper(self._shelf, backend.codes, weights, name, self.mesh.rank == 0)
+
+    def timings(self, device: torch.device) -> Timings:
+        """What was measured on a device, read once: keys of programs and the programs go by the same table."""
+        if device not in self._timings:
+            about = described(device, self.place.backend.name, self.plan.compile_mode)
+            self._timings[device] = load(self._shelf.folder, about)
+        return self._timings[device]
 
     def close(self) -> None:
         """End what the session holds: connections and signs of life."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_compile.backends.registry import find_backend
+from xdit_compile.backends.target.cards import Card
+from xdit_compile.backends.target.pretend_card import DEVICE, kept_on_host
 from xdit_compile.cache.store import Store
 from xdit_compile.capture.state.in_place import put_back, put_in_place
 from xdit_compile.distributed.mesh import Mesh
@@ -35,7 +38,8 @@ def runner_class(plan: Plan) -> type[Runner]:
 
 
 def build_ahead(
-    module: nn.Module, name: str, args: tuple, kwargs: dict[str, Any], plan: Plan, store: Store, tell: Tell
+    module: nn.Module, name: str, args: tuple, kwargs: dict[str, Any], plan: Plan, store: Store, tell: Tell,
+    card: Card | None = None,
 ) -> int:  # fmt: skip
     """Keep what every rank of a plan runs for one call of a denoiser.
 
@@ -49,17 +53,21 @@ def build_ahead(
         plan: for any number of ranks.
         store: where it is kept.
         tell: called after each rank, with its number.
+        card: what it is for, where that is not there; module and inputs are on the CPU then, and stand for such on it.
 
     Returns:
         For how many ranks it was there already.
 
     Raises:
         CaptureError, PartitionError: the plan cannot be done with this call.
+        UsageError: the plan's backend compiles nothing for a card that is not there.
     """
     backend = find_backend(plan.backend, plan.compile_mode)
-    plan = dataclasses.replace(plan, verify=False)
-    device, there, making = device_of(pytree.tree_leaves((args, kwargs))), 0, uuid.uuid4().hex
-    with torch.inference_mode(False), torch.no_grad():
+    backend = backend if card is None else backend.for_card(card)
+    plan = dataclasses.replace(plan, verify=False, compile="now")
+    device = device_of(pytree.tree_leaves((args, kwargs))) if card is None else DEVICE
+    there, making = 0, uuid.uuid4().hex
+    with nullcontext() if card is None else kept_on_host(), torch.inference_mode(False), torch.no_grad():
         for rank in range(plan.world_size):
             session = Session(plan, Mesh.named(plan, rank), backend, device, store, making)
             runner = runner_class(plan)(Weights(module), session, name, trace_only=True)

@@ -26,7 +26,7 @@ from .compile_together import Shares, Wanted, compile_together
 from .pending import Pending
 from .progress import Progress
 from .shelf import Shelf, Ticket
-from .stored_call import StoredCall, StoredCode
+from .stored_call import StoredCall, StoredCode, stays_on_host
 
 Run = Callable[..., tuple[Any, ...]]
 Parts = Mapping[str, tuple[Program, Run]]
@@ -87,8 +87,8 @@ class Keeper:
         fields = {each.name: getattr(plan, each.name) for each in dataclasses.fields(plan) if each.name not in apart}
 
         def described() -> Any:
-            call = describe_call(args, kwargs)
-            module = describe_module(self._weights.module, device.type)
+            call = describe_call(args, kwargs, self._shelf.kind)
+            module = describe_module(self._weights.module, device.type, self._shelf.kind)
             return [module, call, str(fields), list(map(str, besides))]
 
         self._show, self._code, self._recording = Progress(self._name, self._speaks), {}, None
@@ -105,7 +105,9 @@ class Keeper:
         shapes = ["x".join(map(str, leaf.shape)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         degrees = [f"{name}={getattr(plan, name)}" for name in plan.used]
         kind = type(self._weights.module).__name__
-        return f"{kind}, {self._name} of {shapes[0] if shapes else 'nothing'}, {' '.join(degrees) or 'one process'}"
+        card = "" if self._codes is None or self._codes.card is None else f", for {self._codes.card.target}"
+        said = f"{kind}, {self._name} of {shapes[0] if shapes else 'nothing'}, {' '.join(degrees) or 'one process'}"
+        return said + card
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -149,6 +151,8 @@ class Keeper:
     ) -> Wanted:  # fmt: skip
         assert self._codes is not None
         inputs = forms_of_inputs(program, self._weights, leaves, device)
+        if self._shelf.kind is not None:
+            inputs = _moved(program, inputs, device)
         if known is not None and known.inputs == inputs:
             return Wanted(run, known)
         return Wanted.of(run, inputs, self._codes)
@@ -245,6 +249,15 @@ def forms_of_inputs(program: Program, weights: Weights, leaves: Sequence[Any], d
             forms.append(contiguous(node.meta["val"].shape, node.meta["val"].dtype, here))
     received = placeholders[len(program.inputs) :]
     return (*forms, *(contiguous(node.meta["val"].shape, node.meta["val"].dtype, device) for node in received))
+
+
+def _moved(program: Program, inputs: Forms, device: torch.device) -> Forms:
+    """The forms of a program's inputs where those that lie on the host will be on a device."""
+    moved = [form._replace(device=device) for form in inputs]
+    for place, (spec, form) in enumerate(zip(program.inputs, inputs, strict=False)):
+        if spec.kind == "constant" and stays_on_host(form.shape, form.dtype):
+            moved[place] = form
+    return tuple(moved)
 
 
 def _form_of_weight(spec: Input, weights: Weights) -> TensorForm:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from xdit_compile.backends.codes import CodeFiles, Codes
-from xdit_compile.cache.environment import environment
+from xdit_compile.backends.target.pretend_card import DEVICE
+from xdit_compile.cache.environment import environment, environment_of_target, target_of
 from xdit_compile.cache.sources import fits, own_sources
 from xdit_compile.cache.store import Store
 from xdit_compile.cache.unportable import Unportable
@@ -36,17 +37,18 @@ class Ticket:
     """What a call is kept under on this rank.
 
     Args:
-        key: a digest of all that decides what the rank runs for it, but for values that the capture bakes in.
+        keys: digests of all that decides what the rank runs for it, but for values that the capture bakes in: that of
+            entries that are made here, and after it that of those which other machines make for cards such as this one.
         about: what it is for, in words of JSON.
     """
 
-    key: str
+    keys: tuple[str, ...]
     about: dict[str, Any]
 
     @property
-    def names(self) -> list[str]:
-        """Where calls that differ in such values have their places."""
-        return [digest_of([self.key, place]) for place in range(MOST_VALUES)]
+    def names(self) -> list[list[str]]:
+        """For each key the places of calls that differ in such values."""
+        return [[digest_of([key, place]) for place in range(MOST_VALUES)] for key in self.keys]
 
 
 class Shelf:
@@ -79,13 +81,27 @@ class Shelf:
         if self._store is None:
             return None
         try:
-            around = {"environment": environment(device), "own sources": self._own_sources()}
+            described, around = describe(), self._environments(device)
             if self._codes is not None:
-                self._codes.environment = digest_of(around)
-            return Ticket(digest_of([around, describe()]), about)
+                self._codes.environment = around[0]
+            return Ticket(tuple(digest_of([each, described]) for each in around), about)
         except Exception as error:  # whatever code of somebody else's does when it is looked at
             _say_why(error)
         return None
+
+    def _environments(self, device: torch.device) -> list[str]:
+        """Digests of what surrounds entries that are made here, and those that are made for such a card elsewhere."""
+        if self._codes is not None and self._codes.card is not None:
+            around = [environment_of_target(self._codes.card.target)]
+        else:
+            target = target_of(device)
+            around = [environment(device), *([] if target is None else [environment_of_target(target)])]
+        return [digest_of({"environment": each, "own sources": self._own_sources()}) for each in around]
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of device that is compiled for where it is not there, and all lies on the host; None elsewhere."""
+        return None if self._codes is None or self._codes.card is None else DEVICE.type
 
     def find(self, ticket: Ticket | None, leaves: Sequence[Any], device: torch.device) -> StoredCall | None:
         """What is kept under a ticket for a call's flat inputs, if every rank has an entry of the same making."""
@@ -102,16 +118,17 @@ class Shelf:
     ) -> tuple[str, StoredCall | None]:  # fmt: skip
         """What is kept under a ticket for a call's flat inputs, and under which name; or the name where it can be."""
         assert self._store is not None
-        free = []
-        for name in ticket.names:
-            entry = self._store.read(KIND, name)
-            stored = None if entry is None else self._unpacked(entry.body, device)
-            if stored is not None and stored.fits(leaves):
-                return name, stored
-            free += [name] if stored is None else []
-            if entry is None:
-                break
-        return (free or ticket.names)[0], None
+        free, places = list[str](), ticket.names
+        for names in places:
+            for name in names:
+                entry = self._store.read(KIND, name)
+                stored = None if entry is None else self._unpacked(entry.body, device)
+                if stored is not None and stored.fits(leaves):
+                    return name, stored
+                free += [name] if stored is None and name in places[0] else []
+                if entry is None:
+                    break
+        return (free or places[0])[0], None
 
     def _unpacked(self, body: bytes, device: torch.device) -> StoredCall | None:
         try:
@@ -144,7 +161,7 @@ class Shelf:
     def _write(self, ticket: Ticket, name: str, stored: StoredCall) -> None:
         assert self._store is not None
         try:
-            body = stored.packed()
+            body = stored.packed(self.kind)
         except Exception as error:  # as in `ticket`
             _say_why(error)
         else:

@@ -17,6 +17,7 @@ from xdit_compile.ir.program import Program
 
 SAID = ("making", "verified", "compared", "over", "unshared", "facts")
 """Fields that plain data can say as they are."""
+HOST = "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,11 @@ class StoredCall:
         """Whether the values that the capture baked in are those of a call's flat inputs."""
         return all(Guards(program.guards).fit(leaves) for program in self.programs.values())
 
-    def packed(self) -> bytes:
+    def packed(self, kind: str | None = None) -> bytes:
         """All of it as bytes.
+
+        Args:
+            kind: of the device that what lies on the host is for; None where it stays there.
 
         Raises:
             Unportable: something of it cannot be said.
@@ -77,7 +81,7 @@ class StoredCall:
         for name, program in self.programs.items():
             plain["programs"][name], own = program_to_plain(program)
             tensors |= {f"{name}/{key}": value for key, value in own.items()}
-        return packed(plain, tensors)
+        return packed(plain if kind is None else _moved(plain, kind), tensors)
 
     @classmethod
     def unpacked(cls, data: bytes, device: torch.device) -> StoredCall:
@@ -98,6 +102,26 @@ class StoredCall:
             programs=programs,
             code={name: _code_from_plain(code, device) for name, code in plain["code"].items()},
         )
+
+
+def stays_on_host(shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a constant of a program stays on the host where the program is for a card: a position is read there."""
+    return not len(shape) and not dtype.is_floating_point
+
+
+def _moved(plain: Any, kind: str) -> Any:
+    """Plain data with devices of a kind in the place of the host."""
+    if isinstance(plain, list):
+        return [_moved(each, kind) for each in plain]
+    if not isinstance(plain, dict):
+        return plain
+    moved = {name: (_moved_constants if name == "constants" else _moved)(each, kind) for name, each in plain.items()}
+    return {**moved, "device": kind} if plain.get("device") == HOST else moved
+
+
+def _moved_constants(forms: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    stay = {name for name, form in forms.items() if stays_on_host(form["shape"], from_plain(form["dtype"]))}
+    return {name: form if name in stay else _moved(form, kind) for name, form in forms.items()}
 
 
 def _code_to_plain(code: StoredCode) -> Any:

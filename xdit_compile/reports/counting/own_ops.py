@@ -13,6 +13,8 @@ from typing import Any
 
 from torch._inductor import ir
 
+from xdit_compile.kernels.collectives.row_exchange import RowExchange, count, row_of
+
 
 @dataclasses.dataclass(frozen=True)
 class Inside:
@@ -59,6 +61,19 @@ KERNELS = {"_norm_rope_kernel": _norm_rope}
 """What kernels load and store, by their names, from their arguments."""
 
 
+def some_rows(kernel: Any) -> int | None:
+    """Bytes that an operator moves that is given whole tensors and touches some of their rows; None for any other."""
+    name = str(getattr(kernel, "op_overload", ""))
+    if name.startswith("xdit_compile.put_rows"):
+        return 2 * _bytes(kernel.inputs[1])
+    if name.startswith("xdit_compile.halo_start"):
+        x, *rows = kernel.unflatten_args(kernel.inputs, kernel.constant_args)[0]
+        exchange, shape = RowExchange.of(*rows), _sizes(x)
+        received = count(exchange.got) * row_of(shape, exchange.dim)
+        return int((2 * exchange.elements_sent(shape) + received) * x.get_dtype().itemsize)
+    return None
+
+
 def inside(kernel: Any) -> Inside | None:
     """What an operator does inside; None for one of inductor's own or of PyTorch's that it knows."""
     if isinstance(kernel, ir.UserDefinedTritonKernel):
@@ -69,10 +84,14 @@ def inside(kernel: Any) -> Inside | None:
         return Inside(1, 2 * math.prod(rows) * weight[-1])
     if name.startswith("xdit_compile.linear_of_parts"):
         *parts, weight = [_sizes(each) for each in kernel.inputs if len(_sizes(each)) > 1]
-        rows = math.prod(parts[0][:-1])
-        result = rows * weight[0] * kernel.inputs[0].get_dtype().itemsize
-        return Inside(len(parts), 2 * rows * math.prod(weight), 2 * (len(parts) - 1) * result)
+        count = math.prod(parts[0][:-1])
+        result = count * weight[0] * kernel.inputs[0].get_dtype().itemsize
+        return Inside(len(parts), 2 * count * math.prod(weight), 2 * (len(parts) - 1) * result)
     return None
+
+
+def _bytes(value: Any) -> int:
+    return int(math.prod(_sizes(value)) * value.get_dtype().itemsize)
 
 
 def _sizes(value: Any) -> Sequence[int]:

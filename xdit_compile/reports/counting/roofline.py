@@ -11,10 +11,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from moved_bytes import moved_bytes
-from own_ops import inside
-from peaks import Peak
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode
+
+from xdit_compile.backends.target.cards import Card
+
+from .moved_bytes import moved_bytes
+from .own_ops import inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,25 +29,32 @@ class Work:
     products: int
 
     @classmethod
-    def of(cls, nodes: Sequence[BaseSchedulerNode], peak: Peak) -> Work:
+    def of(cls, nodes: Sequence[BaseSchedulerNode], card: Card) -> Work:
         """Of the nodes of inductor's scheduler, each of which becomes a kernel."""
-        own = [inside(node.node) if isinstance(node, ExternKernelSchedulerNode) else None for node in nodes]
+        insides = [inside(node.node) if isinstance(node, ExternKernelSchedulerNode) else None for node in nodes]
         each = [
             (_flops(node), moved_bytes(node)) if op is None else (op.flops, moved_bytes(node) + op.again)
-            for node, op in zip(nodes, own, strict=True)
+            for node, op in zip(nodes, insides, strict=True)
         ]
         flops, moved = sum(work for work, _ in each), sum(size for _, size in each)
-        products = sum(op.products for op in own if op is not None)
-        return cls(moved, flops, sum(peak.seconds(*one) for one in each), products)
+        products = sum(op.products for op in insides if op is not None)
+        return cls(moved, flops, sum(card.seconds(*one) for one in each), products)
 
 
 def _flops(node: BaseSchedulerNode) -> int:
-    """Of products and attention; what else kernels compute is bound by memory."""
+    """Of products, convolutions and attention; what else kernels compute is bound by memory.
+
+    Inductor does not know its own convolutions any more once it has taken their bias out.
+    """
     if not isinstance(node, ExternKernelSchedulerNode):
         return 0
     if "flash_attention" in str(getattr(node.node, "python_kernel_name", "")):
         query, key, value = (list(map(int, each.get_size())) for each in _tensors(node.node)[:3])
         return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    if str(getattr(node.node, "op_overload", "")).startswith("aten.convolution"):
+        convolution: Any = node.node
+        result, weight = ([int(size) for size in each.get_size()] for each in (convolution, convolution.inputs[1]))
+        return 2 * math.prod(result) * math.prod(weight[1:])
     return node.estimate_flops() or 0
 
 

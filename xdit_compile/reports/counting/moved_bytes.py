@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import sympy
-from own_ops import written_in_triton
 from torch._inductor import ir
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, FusedSchedulerNode
 from torch._inductor.virtualized import V
+
+from .own_ops import some_rows, written_in_triton
 
 INTEGERS = {
     "ModularIndexing": lambda value, divisor, modulus: value // divisor % modulus,
@@ -25,16 +26,20 @@ INTEGERS = {
 
 
 def moved_bytes(node: BaseSchedulerNode) -> int:
-    """Bytes read and written; of operators that are called, what they are given and what they make."""
+    """Bytes read and written; of operators that are called, what they are given and make, or the rows they touch."""
     if isinstance(node.node, ir.UserDefinedTritonKernel):
         return written_in_triton(node.node)
-    written = sum(node.get_read_write_buffer_accesses(include_reads=False, include_writes=True).values())
+    if (rows := some_rows(node.node)) is not None:
+        return rows
+    writes = node.get_read_write_buffer_accesses(include_reads=False, include_writes=True)
     if isinstance(node, ExternKernelSchedulerNode):
-        return written + (0 if isinstance(node.node, ir.MultiOutput) else _given(node.node))
+        return sum(writes.values()) + (0 if isinstance(node.node, ir.MultiOutput) else _given(node.node))
     accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
     inside = node.get_buffer_names() if isinstance(node, FusedSchedulerNode) else ()
     reads = [name for name in accesses if name not in inside]
-    return written + sum(min(accesses[name], _parts(name, node.read_writes.reads)) for name in reads)
+    return sum(min(writes[name], _parts(name, node.read_writes.writes)) for name in writes) + sum(
+        min(accesses[name], _parts(name, node.read_writes.reads)) for name in reads
+    )
 
 
 def _given(kernel: Any) -> int:
@@ -48,11 +53,11 @@ def _given(kernel: Any) -> int:
 
 
 def _parts(name: str, deps: Iterable[Any]) -> int:
-    """Bytes of the parts of a buffer that are read, each element once."""
+    """Bytes of the parts of a buffer that are read or written, each element once; its dims may lie in any order."""
     buffer = _buffer(name)
     whole, item = _elements(buffer.get_size()), buffer.get_dtype().itemsize
     here = {dep for dep in deps if dep.name == name}
-    if not all(isinstance(dep, MemoryDep) for dep in here) or not buffer.get_layout().is_contiguous():
+    if not all(isinstance(dep, MemoryDep) for dep in here) or int(buffer.get_layout().storage_size()) != whole:
         return whole * item
     if len(here) == 1 and _elements([next(iter(here)).get_numel()]) == whole:
         return whole * item
