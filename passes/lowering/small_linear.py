@@ -96,10 +96,11 @@ def _end_to_end(context: LoweringContext, node: fx.Node) -> list[Value] | None:
         if _goes_with(context, node, each)
     ]
     parts, index, local = context.parts(SEQUENCE), context.sharding.index[SEQUENCE], context.local
-    if sum(_weight(each).nbytes for each in linears) * (parts - 1) < WORTH_A_GATHER * parts:
+    begins = list(itertools.accumulate((len(_weight(each)) for each in linears), initial=0))
+    spared = sum(_weight(each).nbytes for each in linears) * (parts - 1) // parts
+    if node not in linears or spared < WORTH_A_GATHER or begins[-1] < parts:
         return None
     values = [_result(context, each) for each in linears]
-    begins = list(itertools.accumulate((len(_weight(each)) for each in linears), initial=0))
     bounds = [share(begins[-1], parts, rank) for rank in range(parts)]
     shares = [
         (max(bounds[index][0], begin) - begin, min(bounds[index][1], end) - begin)
@@ -130,21 +131,14 @@ def _operands(context: LoweringContext, node: fx.Node) -> list[Value]:
 
 def _goes_with(context: LoweringContext, node: fx.Node, other: fx.Node) -> bool:
     """Whether a linear reads the value of another one, and can be computed now and lie as that one does."""
-    op_axes = context.frame.op_axes[other]
-    if (
-        other.args[0] is not node.args[0]
-        or not has_few_rows(other)
-        or other.meta["val"].dtype != node.meta["val"].dtype
-    ):
+    dtypes = {each.meta["val"].dtype for each in (node, other)}
+    if other.args[0] is not node.args[0] or not has_few_rows(other) or len(dtypes) > 1:
         return False
-    if not all(operand in context.env for operand in op_axes.operands):
+    if not all(operand in context.env for operand in context.frame.op_axes[other].operands):
         return False
-    value, like = _result(context, other), _result(context, node)
-    return (
-        SEQUENCE not in value.split
-        and value.split == like.split
-        and all(each.replicated for each in _operands(context, other)[1:])
-    )
+    value, (_, *parameters) = _result(context, other), _operands(context, other)
+    lies_alike = SEQUENCE not in value.split and value.split == _result(context, node).split
+    return lies_alike and all(each.replicated for each in parameters)
 
 
 def _result(context: LoweringContext, node: fx.Node) -> Value:

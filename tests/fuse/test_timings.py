@@ -31,7 +31,6 @@ from xdit_compile.runtime.verify.timed import timed
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
-ABOUT = described(CPU, "eager", "default")
 
 
 def sites(fusion: OptionalPass, program: Program) -> dict[str, Small]:
@@ -59,6 +58,11 @@ def assert_exact(programs: list[Program], model: Any) -> None:
     for result in run_simulated(programs, model.module, model.args, model.kwargs):
         for one, like in zip(pytree.tree_leaves(result), model.expected, strict=True):
             assert (one - like).abs().max() <= TOLERANCE * like.abs().max()
+
+
+def about() -> dict[str, Any]:
+    """This device as it is now: other tests change the number of threads."""
+    return described(CPU, "eager", "default")
 
 
 # ---- measuring
@@ -177,11 +181,13 @@ def test_ranks_may_choose_differently() -> None:
 def test_a_table_is_kept_and_grows(tmp_path: Path) -> None:
     small = next(iter(sites(JOIN_LINEARS, unfused("flux", Plan())).values()))
     first, second = "a" * 64, "b" * 64
-    keep(tmp_path, ABOUT, {first: slower(small)})
-    keep(tmp_path, ABOUT, {second: dataclasses.replace(slower(small), wrong="off", fused=None, apart=None, error=None)})
-    table = load(tmp_path, ABOUT)
+    keep(tmp_path, about(), {first: slower(small)})
+    keep(
+        tmp_path, about(), {second: dataclasses.replace(slower(small), wrong="off", fused=None, apart=None, error=None)}
+    )
+    table = load(tmp_path, about())
     assert set(table.entries) == {first, second} and table.entries[first] == slower(small)
-    assert load(tmp_path, {**ABOUT, "threads": 99}).entries == {}
+    assert load(tmp_path, {**about(), "threads": 99}).entries == {}
     again = table.with_others({first: slower(small, ratio=1.5)})
     assert again.digest == table.digest, "the same is decided"
     assert table.with_others({first: slower(small, ratio=0.5)}).digest != table.digest != Timings().digest
@@ -202,12 +208,12 @@ def test_a_table_is_kept_and_grows(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_table_is_one_line_and_not_used(change: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    keep(tmp_path, ABOUT, {"a" * 64: Timing("join_linears", "a place", 1.0, 1.0, 0.0, 5, "2026-01-01")})
-    path = file_of(tmp_path, ABOUT)
+    keep(tmp_path, about(), {"a" * 64: Timing("join_linears", "a place", 1.0, 1.0, 0.0, 5, "2026-01-01")})
+    path = file_of(tmp_path, about())
     broken = change(json.loads(path.read_text()))
     path.write_text(broken if isinstance(broken, str) else json.dumps(broken))
     with caplog.at_level(logging.WARNING, "xdit_compile"):
-        assert load(tmp_path, ABOUT) == Timings()
+        assert load(tmp_path, about()) == Timings()
     (record,) = caplog.records
     assert f"the table of timings {path} is not used: " in record.getMessage() and "\n" not in record.getMessage()
 
@@ -235,13 +241,13 @@ def test_calls_are_made_anew_with_another_table(tmp_path: Path) -> None:
             torch.testing.assert_close(module(x), expected, rtol=TOLERANCE, atol=TOLERANCE)
         summary: Any = explain(module)
         told = [line for line in summary.fused if "apart, as fused it timed 1.08 of apart" in line]
-        assert bool(told) == bool(load(tmp_path, ABOUT).entries)
+        assert bool(told) == bool(load(tmp_path, about()).entries)
         return summary.ready, module.other.weight.storage_offset() > 0
 
     (said, joined), (again, still) = ready(), ready()
     assert "captured anew" in said and "from the cache" in again and joined and still
     program = capture(Two(), (x,), {})
     ((key, small),) = sites(JOIN_LINEARS, program).items()
-    keep(tmp_path, ABOUT, {key: slower(small)})
+    keep(tmp_path, about(), {key: slower(small)})
     (said, joined), (again, still) = ready(), ready()
     assert "captured anew" in said and "from the cache" in again and not joined and not still

@@ -17,6 +17,7 @@ from xdit_compile.distributed.mesh import Mesh, channels
 from xdit_compile.distributed.messages import ALIGNED, length, pack, unpack
 from xdit_compile.ir.patch_layout import PatchLayout
 from xdit_compile.ir.program import Input
+from xdit_compile.passes.fuse.timings import Timings
 from xdit_compile.passes.stages.assign_stages import Stage
 from xdit_compile.passes.stages.stage_programs import StagePrograms
 from xdit_compile.plan import Plan
@@ -57,6 +58,7 @@ def stages_on(plan: Plan, mesh: Mesh, recorder: Recorder) -> Stages:
         after_request=lambda do: None,
         after_failure=lambda do: None,
         keeper=lambda *_: None,
+        timings=lambda device: Timings(),
     )
     runner = Stages(Weights(nn.Identity()), session)
     empty = fx.GraphModule({}, fx.Graph())

@@ -20,6 +20,8 @@ from xdit_compile.ir.precision import said
 from .portable import describe_value
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "numpy")
+KERNELS = ("flash-attn", "flash-attn-3", "flash-attn-4", "sageattention", "yunchang")
+"""Packages that compute attention where they are there: what was compared with one version was not with another."""
 COMPILERS = ("torch", "triton")
 """Those of them that bring programs along, by the names of their folders."""
 CONFIGS = ("torch._inductor.config", "torch._functorch.config", "torch._dynamo.config")
@@ -103,7 +105,7 @@ def target_of(device: torch.device) -> str | None:
 
 
 def _versions() -> dict[str, Any]:
-    versions: dict[str, Any] = {name: _version(name) for name in PACKAGES}
+    versions: dict[str, Any] = {name: _version(name) for name in (*PACKAGES, *KERNELS)}
     return {**versions, "python": list(sys.version_info[:2]), "torch git": torch.version.git_version}
 
 
