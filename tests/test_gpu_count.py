@@ -33,7 +33,7 @@ from torch.utils._triton import has_triton
 
 from xdit_compile.backends.target.cards import CARDS
 from xdit_compile.backends.target.pretend_card import DEVICE, SETTINGS, patches, pretend_card
-from xdit_compile.kernels import linears, norm_rope
+from xdit_compile.kernels import linears, norm_rope, put_rows
 from xdit_compile.reports.counting.count import count
 
 aten, OPS = torch.ops.aten, torch.ops.xdit_compile
@@ -59,7 +59,22 @@ def in_parts(x, y):
     return aten.relu(aten.slice(both, 1, 0, 16)), aten.neg(aten.slice(both, 1, 16, {COLUMNS}))
 
 
+def gated(activation, x, y):
+    both = aten.mm(x, y)
+    gate = activation(aten.slice(both, 1, 0, 24))
+    return (aten.mm(aten.mul(gate, aten.slice(both, 1, 24, {COLUMNS})), aten.slice(y, 0, 0, 24)),)
+
+
+def rows_put(x, y):
+    out = aten.mm(x, y)
+    OPS.put_rows.default(out, aten.relu(aten.slice(y, 0, 0, 4)), 0, 0)
+    return (out,)
+
+
 GRAPHS = dict(
+    swiglu=lambda x, y: gated(aten.silu, x, y),
+    geglu=lambda x, y: gated(aten.gelu, x, y),
+    rows_put=rows_put,
     product=lambda x, y: (aten.mm(x, y),),
     one_pass=lambda x, y: (aten.relu(aten.mm(x, y)),),
     two_passes=lambda x, y: (aten.neg(aten.relu(aten.mm(x, y))),),
@@ -129,6 +144,14 @@ def test_counts_are_those_of_graphs_that_one_can_count(by_hand: dict[str, Any], 
     assert of("second_pass") == hidden, "a sum inside an operator goes over its result once more"
     folded = {"kernels": 0, "launches": 0, "products": 1, "moved": operands + result + 4 * COLUMNS, "flops": flops}
     assert of("epilogue") == folded
+    half = 4 * ROWS * 24
+    between = {"kernels": 1, "launches": 1, "products": 2, "moved": operands + 3 * result + 2 * half + 4 * 24 * COLUMNS}
+    for name in ("swiglu", "geglu"):
+        counts = of(name)
+        del counts["flops"]
+        assert counts == between, "activation and gate are one kernel, which writes what the next product reads"
+    few = 4 * 4 * COLUMNS
+    assert of("rows_put")["moved"] == operands + result + 4 * few, "rows that are put in, and no others"
     saved = of("side_by_side")["moved"] - of("part_by_part")["moved"]
     assert saved == 2 * 4 * (ROWS * (COLUMNS + 16) - ROWS * INNER), "as the pass estimates from the graph"
     tables = 2 * 4 * ROWS * 8
