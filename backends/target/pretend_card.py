@@ -25,7 +25,6 @@ from .cards import CARDS as CARDS
 from .cards import Card
 
 DEVICE = torch.device("cuda", 0)
-ITEM = torch.Tensor.__getitem__
 KNOWN = {"torch": ("2.13",), "triton": ("3.7", "3.9")}
 """The versions whose insides were looked at."""
 Configuration = dict[str, Any]
@@ -94,6 +93,7 @@ def pretend_card(card: Card) -> Iterator[list[Binary]]:
         What Triton compiled so far.
     """
     from torch._inductor import config
+    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.utils import fresh_cache
 
     check_versions()
@@ -102,6 +102,8 @@ def pretend_card(card: Card) -> Iterator[list[Binary]]:
         stack.callback(_forget)
         for patch in patches(card, compiled):
             stack.enter_context(mock.patch.object(patch.owner, patch.name, patch.value, create=True))
+        decompositions = select_decomp_table()
+        stack.enter_context(mock.patch.dict(decompositions, {torch.ops.aten.index_select.default: _index_select}))
         stack.enter_context(config.patch(SETTINGS))
         stack.enter_context(fresh_cache())
         _forget()
@@ -211,7 +213,6 @@ def patches(card: Card, compiled: list[Binary]) -> list[Patch]:
         Patch(CudaInterface, "exchange_device", exchange, "inductor's own reference to the same, for launchers"),
         Patch(CudaInterface, "maybe_exchange_device", exchange, "as before, on the way back"),
         Patch(torch.Tensor, "copy_", _copy, "inductor tries out writes to views; the method makes the device current"),
-        Patch(torch.Tensor, "__getitem__", _item, "a selection is taken apart by it; it makes the device current, too"),
         Patch(torch.Tensor, "contiguous", _contiguous, "as before, where rows of a picture are repeated"),
         Patch(torch.cuda, "get_rng_state", _no_state, "tracing keeps the state of the device's generator"),
         Patch(torch.cuda, "set_rng_state", lambda state: None, "and restores it"),
@@ -232,13 +233,15 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     return torch.ops.aten.copy_.default(target, source, non_blocking)
 
 
-def _item(tensor: torch.Tensor, index: Any) -> torch.Tensor:
-    """The operator itself, where tensors select along whole dims of a tensor on the card."""
-    parts = index if isinstance(index, tuple) else (index,)
-    whole = [part == slice(None) if isinstance(part, slice) else isinstance(part, torch.Tensor) for part in parts]
-    if tensor.device.type == DEVICE.type and all(whole) and not all(isinstance(part, slice) for part in parts):
-        return torch.ops.aten.index.Tensor(tensor, [None if isinstance(part, slice) else part for part in parts])
-    return ITEM(tensor, index)
+def _index_select(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
+    """What inductor takes it apart into, by the operator itself: ``tensor[..., index]`` makes the device current.
+
+    That is no patch of ``Tensor.__getitem__``, which would stay: Python takes every tensor for a sequence from then on.
+    """
+    if tensor.ndim == 0 or index.ndim != 1:
+        return NotImplemented
+    before: list[torch.Tensor | None] = [None] * (dim % tensor.ndim)
+    return torch.ops.aten.index.Tensor(tensor, [*before, index])
 
 
 def _contiguous(
