@@ -257,6 +257,8 @@ PASSES = (
     Pass("compile", _compile),
 )
 """Everything that happens to a call, in this order."""
+BEFORE_FUSIONS = PASSES[[each.name for each in PASSES].index(fusions.IN_ORDER[0].name) - 1].name
+"""The last pass before those of `passes.fuse` that look at a rank's program."""
 Observer = Callable[[str, Compilation], None]
 
 

@@ -84,13 +84,26 @@ def all_to_all_start(x: torch.Tensor, out_splits: list[int], in_splits: list[int
     _check(x, out_splits, in_splits)
     if not group:
         return x.clone()
+    return begun(x.contiguous(), list(out_splits), list(in_splits), process_group(group), "an all-to-all")
+
+
+def begun(
+    x: torch.Tensor, out_splits: list[int], in_splits: list[int], members: dist.ProcessGroup, what: str
+) -> torch.Tensor:
+    """What an all-to-all over ``members`` fills, while it is under way.
+
+    Args:
+        x: contiguous.
+        what: the exchange in words, for errors.
+
+    Raises:
+        ValueError: for splits of another number of ranks.
+        AgreementError: when a peer fails.
+    """
     out = x.new_empty(sum(out_splits))
-    members = process_group(group)
     check_count(members, len(in_splits))
-    with answering(members, "an all-to-all"):
-        work = dist.all_to_all_single(
-            out, x.contiguous(), list(out_splits), list(in_splits), group=members, async_op=True
-        )
+    with answering(members, what):
+        work = dist.all_to_all_single(out, x, out_splits, in_splits, group=members, async_op=True)
     hold(out, work, members)
     return out
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 
 from xdit_compile.distributed.mesh import is_simulated
 
-from .all_to_all import all_to_all
+from .all_to_all import all_to_all, begun
 from .all_to_all import simulated as simulated_all_to_all
-from .process_groups import answering, check_count, check_place, hold, process_group, settle
+from .process_groups import check_place, process_group, settle
 from .registration import Args, ArgsPerRank, Finish, agree, register, register_ordered
 from .row_exchange import RowExchange, count, row_of
 
@@ -107,15 +106,11 @@ def halo_start(
     Args, raises: as ``halo_exchange``.
     """
     away, out_splits, in_splits = RowExchange.of(dim, starts, stops, sizes, index, group).checked(x).packed(x)
-    out = x.new_empty(sum(out_splits))
-    if group:
-        members = process_group(group)
-        check_place(members, index, "halo_exchange")
-        check_count(members, len(in_splits))
-        with answering(members, "an exchange of rows"):
-            work = dist.all_to_all_single(out, away, out_splits, in_splits, group=members, async_op=True)
-        hold(out, work, members)
-    return out
+    if not group:
+        return x.new_empty(sum(out_splits))
+    members = process_group(group)
+    check_place(members, index, "halo_exchange")
+    return begun(away, out_splits, in_splits, members, "an exchange of rows")
 
 
 def _fake_finish(

@@ -134,8 +134,7 @@ class _Root:
         module, arguments, positions = builder.finish()
         target = self._free_name(number)
         self._modules[target] = module
-        order = {node: at for at, node in enumerate(self._graph.nodes)}
-        last = max((*values, *self._graph.find_nodes(op="placeholder")), key=order.__getitem__)
+        last = max((*values, *self._graph.find_nodes(op="placeholder")))
         while last.next.target is operator.getitem:
             last = last.next
         with self._graph.inserting_after(last):

@@ -57,6 +57,10 @@ class Group:
     biases: Site
     leaves: bool = False
 
+    def of(self, placeholders: Sequence[fx.Node]) -> list[fx.Node]:
+        """The linears themselves, by the arguments of their structure."""
+        return [next(iter(placeholders[position].users)) for position in self.weights]
+
 
 def join_linears(program: Program, chooser: Chooser | None = None) -> Program:
     """The same program with one linear for all that read the same value, where their weights are parameters.
@@ -109,7 +113,7 @@ def _place(structure: fx.GraphModule, group: Group, values: EqualValues, shapes:
     """The linears of a group: each is a kernel that reads the value."""
     placeholders = structure.graph.find_nodes(op="placeholder")
     parameters = [placeholders[position] for position in (*group.weights, *group.biases)]
-    linears = [next(iter(placeholders[position].users)) for position in group.weights]
+    linears = group.of(placeholders)
     sources = [node_of(linear.args[0]) for linear in linears]
     once, rest = shapes[sources[0]].nbytes, bytes_of([*parameters, *linears], shapes)
     return Place(
@@ -131,8 +135,7 @@ def _stays(structure: fx.GraphModule, group: Group, call: fx.Node) -> bool:
     """Whether results of a group that leave its structure are read by other ones, and not what the root gives."""
     if not group.leaves:
         return True
-    placeholders = structure.graph.find_nodes(op="placeholder")
-    linears = [next(iter(placeholders[position].users)) for position in group.weights]
+    linears = group.of(structure.graph.find_nodes(op="placeholder"))
     results = sequence_of(structure.graph.output_node().args[0])
     items = [item for item in call.users if results[integer_of(item.args[1])] in linears]
     return not any(user.op == "output" for item in items for user in item.users)
@@ -313,7 +316,7 @@ def _join(graph: fx.Graph, placeholders: Sequence[fx.Node], group: Group, rows: 
     Returns:
         The linear, and how many columns it has.
     """
-    linears = [next(iter(placeholders[position].users)) for position in group.weights]
+    linears = group.of(placeholders)
     taken = []
     for _ in filter(None, (group.weights, group.biases)):
         known = graph.find_nodes(op="placeholder")
@@ -337,7 +340,7 @@ def _give_together(wholes: Sequence[tuple[fx.Node, int]]) -> None:
     for whole, columns in wholes:
         by_source.setdefault(node_of(whole.args[0]), []).append((whole, columns))
     for some in (some for some in by_source.values() if len(some) > 1):
-        last = max(some, key=lambda pair: [*pair[0].graph.nodes].index(pair[0]))[0]
+        last = max(whole for whole, _ in some)
         with last.graph.inserting_after(last):
             together = last.graph.call_function(aten.cat.default, ([whole for whole, _ in some], -1))
         begin = 0

@@ -29,10 +29,11 @@ def _rewrite(graph: fx.Graph, shapes: Shapes, chooser: Chooser) -> Found:
         writers = [user for user in node.users if user.target is PUT and user.args[0] is node]
         if not writers:
             continue
-        reason = _apart(node, writers)
-        choice = Choice(reason, "") if reason else chooser.choose(_site(node, writers, shapes), shapes)
+        rows = [node_of(writer.args[1]) for writer in writers]
+        reason = _apart(node, writers, rows)
+        choice = Choice(reason, "") if reason else chooser.choose(_site(node, rows, shapes), shapes)
         if result.takes(choice):
-            _add_behind(node, writers, shapes)
+            _add_behind(node, writers, rows, shapes)
     return result
 
 
@@ -42,31 +43,26 @@ def _bias(node: fx.Node) -> fx.Node | None:
     return node.args[2] if isinstance(node.args[2], fx.Node) else None
 
 
-def _apart(node: fx.Node, writers: list[fx.Node]) -> str | None:
+def _apart(node: fx.Node, writers: list[fx.Node], rows: list[fx.Node]) -> str | None:
     """Why a convolution keeps its bias; None where it need not."""
-    rows = [node_of(writer.args[1]) for writer in writers]
     if any(_bias(each) is not _bias(node) or len(each.users) > 1 for each in rows):
         return OTHER
-    order = {each: number for number, each in enumerate(node.graph.nodes)}
-    last = max(order[writer] for writer in writers)
-    return READ if any(order[user] < last for user in node.users if user not in writers) else None
+    return READ if any(user < max(writers) for user in node.users if user not in writers) else None
 
 
-def _site(node: fx.Node, writers: list[fx.Node], shapes: Shapes) -> Site:
+def _site(node: fx.Node, rows: list[fx.Node], shapes: Shapes) -> Site:
     """A convolution, and the rows that are put into its result."""
-    rows = [node_of(writer.args[1]) for writer in writers]
     inputs = tuple(dict.fromkeys(operand for each in (node, *rows) for operand in each.all_input_nodes))
     read, made = bytes_of(inputs, shapes), shapes[node].nbytes
-    return Site(inputs, (node,), Cost(read + 3 * made, 2 + len(writers)), Cost(read + made, 1 + len(writers)))
+    return Site(inputs, (node,), Cost(read + 3 * made, 2 + len(rows)), Cost(read + made, 1 + len(rows)))
 
 
-def _add_behind(node: fx.Node, writers: list[fx.Node], shapes: Shapes) -> None:
+def _add_behind(node: fx.Node, writers: list[fx.Node], rows: list[fx.Node], shapes: Shapes) -> None:
     graph, bias = node.graph, node_of(node.args[2])
     readers = [user for user in node.users if user not in writers]
-    for each in (node, *(node_of(writer.args[1]) for writer in writers)):
+    for each in (node, *rows):
         each.args = (*each.args[:2], None, *each.args[3:])
-    order = {each: number for number, each in enumerate(graph.nodes)}
-    with graph.inserting_after(max(writers, key=order.__getitem__)):
+    with graph.inserting_after(max(writers)):
         added = graph.call_function(aten.add.Tensor, (node, bias))
     with graph.inserting_before(added):
         column = graph.call_function(aten.reshape.default, (bias, [-1, *[1] * (shapes[node].dim() - 2)]))

@@ -207,11 +207,9 @@ def _sizes(table: TableOf, shapes: Shapes) -> list[int]:
 
 def _place(graph: fx.Graph, lines: Sequence[Line]) -> fx.Node | None:
     """The node before which all is there that lines are computed of, and none of them is used yet."""
-    order = {node: position for position, node in enumerate(graph.nodes)}
     placeholders = graph.find_nodes(op="placeholder")
-    last = max([*placeholders[-1:], *(node for line in lines for node in line.inputs)], key=order.__getitem__)
-    users = [user for line in lines for user in line.end.users]
-    return last.next if all(order[user] > order[last] for user in users) else None
+    last = max([*placeholders[-1:], *(node for line in lines for node in line.inputs)])
+    return last.next if all(user > last for line in lines for user in line.end.users) else None
 
 
 def _emit(graph: fx.Graph, lines: Sequence[Line], shapes: Shapes) -> None:

@@ -61,10 +61,7 @@ def _by_columns(
     context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: list[Value], choices: Mapping[str, ShardedLoop]
 ) -> list[Value]:
     """Some columns of a linear on each rank of `tensor`."""
-    tensors = [
-        context.redistribute(value, op_axes.operand_axes[operand], required(choices, operand), node, operand)
-        for operand, value in enumerate(operands)
-    ]
+    tensors = _laid_out(context, node, operands, choices)
     local, parts, columns = context.local, context.parts(TENSOR), op_axes.result_axes[0][-1].size
     bounds = [share(columns, parts, index) for index in range(parts)]
     mine = np.arange(*bounds[context.sharding.index[TENSOR]])
@@ -82,6 +79,17 @@ def _by_columns(
     total = math.prod(axis.size for axis in op_axes.result_axes[0])
     context.ledger.work(flops(node), portion(len(mine) * math.prod(rows), total), (TENSOR, *choices))
     return [dataclasses.replace(value, node=made)]
+
+
+def _laid_out(
+    context: LoweringContext, node: fx.Node, operands: list[Value], choices: Mapping[str, ShardedLoop]
+) -> list[fx.Node]:
+    """The operands of a linear as its loops want them."""
+    axes = context.frame.op_axes[node].operand_axes
+    return [
+        context.redistribute(value, axes[operand], required(choices, operand), node, operand)
+        for operand, value in enumerate(operands)
+    ]
 
 
 def _end_to_end(context: LoweringContext, node: fx.Node) -> list[Value] | None:
@@ -150,11 +158,8 @@ def _result(context: LoweringContext, node: fx.Node) -> Value:
 
 def _some_columns(context: LoweringContext, node: fx.Node, start: int, stop: int) -> fx.Node:
     """Columns ``start`` to ``stop`` of a linear."""
-    op_axes, operands, columns = context.frame.op_axes[node], _operands(context, node), len(_weight(node))
-    choices = choose_all(op_axes, operands, context.sharding.splits)
-    tensors = [
-        context.redistribute(value, op_axes.operand_axes[operand], required(choices, operand), node, operand)
-        for operand, value in enumerate(operands)
-    ]
+    operands, columns = _operands(context, node), len(_weight(node))
+    choices = choose_all(context.frame.op_axes[node], operands, context.sharding.splits)
+    tensors = _laid_out(context, node, operands, choices)
     weights = [context.local.take(tensor, 0, np.arange(start, stop), columns) for tensor in tensors[1:]]
     return context.local.call(aten.linear.default, tensors[0], *weights)

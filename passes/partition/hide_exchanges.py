@@ -93,7 +93,6 @@ def _order(graph: fx.Graph) -> list[fx.Node]:
         if node.target in ordered_ops():
             before[node] += [met] if met is not None else []
             met = node
-    position = {node: number for number, node in enumerate(before)}
     order = dict.fromkeys(node for node in before if node.op in ("placeholder", "get_attr"))
     late = [node for node in before if node.target is ENDED]
     for wanted in [*_begun(graph), *(node for node in before if node not in late)]:
@@ -103,5 +102,5 @@ def _order(graph: fx.Graph) -> list[fx.Node]:
             if node not in order and node not in needed:
                 needed.add(node)
                 pending += before[node]
-        order.update(dict.fromkeys(sorted(needed, key=position.__getitem__)))
+        order.update(dict.fromkeys(sorted(needed)))
     return list(order)

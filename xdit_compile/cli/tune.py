@@ -12,7 +12,7 @@ import torch
 from xdit_compile.backends.base import Backend
 from xdit_compile.backends.registry import find_backend
 from xdit_compile.cache.store import open_store
-from xdit_compile.compiler import PASSES, analyse, compiled
+from xdit_compile.compiler import BEFORE_FUSIONS, analyse, compiled
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError, one_line
@@ -95,12 +95,10 @@ class Tuning:
         """What all ranks run, before any pass that can be left out; in one process, without weights."""
         call = denoiser_call(request, component, inputs, self._device.type)
         module, args, kwargs = without_values(call.module, call.args, call.kwargs, self._device)
-        names = [each.name for each in PASSES]
-        before = names[names.index(IN_ORDER[0].name) - 1]
         with torch.inference_mode(False), torch.no_grad():
             analysis = analyse(module, self._plan, args, kwargs, check=False, run=False)
             ranks = (Mesh.named(self._plan, rank) for rank in range(self._plan.world_size))
-            states = [compiled(analysis, self._plan, mesh, until=before, device=self._device) for mesh in ranks]
+            states = [compiled(analysis, self._plan, mesh, until=BEFORE_FUSIONS, device=self._device) for mesh in ranks]
         return [program for state in states for program in state.programs.values()]
 
     def _measure(self, fusion: OptionalPass, sites: dict[str, Any], programs: Sequence[Program]) -> None:

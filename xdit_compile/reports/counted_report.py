@@ -11,11 +11,10 @@ from torch import fx
 
 from xdit_compile.backends.target.cards import Card
 from xdit_compile.backends.target.pretend_card import DEVICE, Binary
-from xdit_compile.compiler import PASSES, Analysis, Compilation, compiled, run_passes
+from xdit_compile.compiler import BEFORE_FUSIONS, PASSES, Analysis, Compilation, compiled, run_passes
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import one_line
 from xdit_compile.plan import Plan
-from xdit_compile.plan.plan import OPTIONAL_PASSES
 
 from .counting.counts import Counted
 from .counting.table import COUNTED, spills, table_of
@@ -55,11 +54,8 @@ def on_paper(analysis: Analysis, plan: Plan, mesh: Mesh) -> Compilation:
     Raises:
         PartitionError: as `compiled` does.
     """
-    names = [each.name for each in PASSES]
-    late = [name for name in names[names.index("partition") :] if name in OPTIONAL_PASSES]
-    before = names[names.index(late[0]) - 1]
-    state = compiled(analysis, plan, mesh, until=before)
-    return run_passes(dataclasses.replace(state, device=DEVICE), after=before, until=names[-2])
+    state = compiled(analysis, plan, mesh, until=BEFORE_FUSIONS)
+    return run_passes(dataclasses.replace(state, device=DEVICE), after=BEFORE_FUSIONS, until=PASSES[-2].name)
 
 
 def counted_report(
