@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xdit_compile import Plan, parallelize
-from xdit_compile.cli.request import DEMO_PIPELINE
+from xdit_compile.cli.options.request import DEMO_PIPELINE
 
 PROMPT = "a large red star in the center on a striped mint background"
 PICTURES = 3

@@ -34,9 +34,9 @@ from torch.distributed.run import get_args_parser
 
 import xdit_compile
 from xdit_compile import Plan, api, loading
-from xdit_compile.cli.explain import denoiser_call
 from xdit_compile.cli.main import cli
-from xdit_compile.cli.request import DEMO_PIPELINE, Request, plan_from_flags
+from xdit_compile.cli.options.request import DEMO_PIPELINE, Request, plan_from_flags
+from xdit_compile.cli.running.explain import denoiser_call
 from xdit_compile.compiler import Analysis, analyse, place
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.verify_program import verify_program

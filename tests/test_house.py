@@ -22,10 +22,10 @@ FLOORS = (
     "passes.local passes.rules passes.lowering passes.partition passes.choose passes.stages passes.memory "
     "passes.heads passes.fuse "
     "backends.target backends reports.counting compiler reports runtime.tensors runtime.verify runtime.stored runtime "
-    "runtime.methods api loading evaluation cli __main__"
+    "runtime.methods api loading evaluation cli.options cli.running cli.commands cli __main__"
 ).split()
 """Folders, and files that stand alone, from the ground up: each imports from those below alone."""
-LONGEST_CHAIN = 13
+LONGEST_CHAIN = 15
 MOST_ENTRIES = 20
 MOST_FILES = 15
 MOST_OVERRULED = 15

@@ -73,7 +73,7 @@ def test_the_installed_wheel_works_from_anywhere(wheel: Path, tmp_path: Path):
     subprocess.run(command, check=True, timeout=300)
     code = (
         "import xdit_compile.kernels.registry, xdit_compile.passes, xdit_compile.backends;"
-        "import xdit_compile.cli.request as r;"
+        "import xdit_compile.cli.options.request as r;"
         "print(xdit_compile.__file__, r.find_model(None))"
     )
     environment = {**os.environ, "PYTHONPATH": str(target)}

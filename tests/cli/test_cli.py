@@ -21,7 +21,7 @@ from commands import COMMAND, TINY_PIPELINE, clean_environment, files, one_error
 from PIL import Image
 from safetensors.numpy import load_file
 
-from xdit_compile.cli.output import Pixels
+from xdit_compile.cli.running.output import Pixels
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
 SMALL = ["--model", str(TINY_PIPELINE), "--backend", "eager"]
@@ -338,7 +338,7 @@ def test_explain_refuses_in_one_line(tmp_path: Path, arguments: str, expected: s
 
 def test_request_survives_the_way_to_the_workers():
     from xdit_compile import Plan
-    from xdit_compile.cli.request import Request
+    from xdit_compile.cli.options.request import Request
 
     request = Request(
         Plan(ulysses=2, timeout_s=3.5), prompt=('ein "Leuchtturm"\n—', "b"), seed=2**62, guidance_scale=1.5
@@ -352,8 +352,8 @@ def test_the_pipeline_is_gone_before_the_reference_is_loaded(tmp_path: Path, mon
     import torch
 
     from xdit_compile import Plan
-    from xdit_compile.cli import generate
-    from xdit_compile.cli.request import Request
+    from xdit_compile.cli.options.request import Request
+    from xdit_compile.cli.running import generate
     from xdit_compile.distributed.world import World
     from xdit_compile.ir import peak_memory as memory
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from xdit_compile.cli.output import Pixels, difference, pixels_of, write
+from xdit_compile.cli.running.output import Pixels, difference, pixels_of, write
 from xdit_compile.errors import XditCompileError
 
 
@@ -105,7 +105,7 @@ def test_a_write_cut_short_leaves_nothing_and_keeps_what_was_there(tmp_path: Pat
     (tmp_path / name).write_bytes(b"before")
     shape = (1, 64, 64, 3) if name == "a.png" else (1, 9, 64, 64, 3)
     code = (
-        "import resource, signal, numpy as np; from xdit_compile.cli.output import Pixels, write\n"
+        "import resource, signal, numpy as np; from xdit_compile.cli.running.output import Pixels, write\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"pixels = Pixels(np.random.default_rng(0).random({shape}, dtype=np.float32))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"

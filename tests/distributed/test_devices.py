@@ -17,8 +17,8 @@ from torch._subclasses import FakeTensorMode
 import xdit_compile
 from xdit_compile import Plan, api, loading
 from xdit_compile.backends.registry import find_backend
-from xdit_compile.cli import pipeline_call
-from xdit_compile.cli.request import Request
+from xdit_compile.cli.options.request import Request
+from xdit_compile.cli.running import pipeline_call
 from xdit_compile.distributed import devices, mesh, seats
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.distributed.seats import Seat

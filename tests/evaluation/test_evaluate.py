@@ -15,7 +15,7 @@ import pytest
 from commands import TINY_PIPELINE, clean_environment, files, one_error, run
 from PIL import Image
 
-from xdit_compile.cli.evaluation_request import EvaluationRequest, read_prompts
+from xdit_compile.cli.options.evaluation_request import EvaluationRequest, read_prompts
 from xdit_compile.plan import Plan
 
 QUICK = f"--model {TINY_PIPELINE} --num_inference_steps 2 --backend eager --height 64 --width 96".split()

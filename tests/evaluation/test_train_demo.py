@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from xdit_compile.cli.request import DEMO_PIPELINE, Request
+from xdit_compile.cli.options.request import DEMO_PIPELINE, Request
 from xdit_compile.evaluation.checker import judge
 from xdit_compile.evaluation.scenes import parse, phrase, training_scenes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import TINY_PIPELINE
 
-from xdit_compile.cli.request import Request
+from xdit_compile.cli.options.request import Request
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError
 from xdit_compile.weights.model_folder import check_parts, check_size, pixel_multiple

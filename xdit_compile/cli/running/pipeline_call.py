@@ -8,10 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from xdit_compile.cli.options.request import DTYPES, PipelineRequest, find_model
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError, one_line
-
-from .request import DTYPES, PipelineRequest, find_model
 
 if TYPE_CHECKING:
     import torch

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 
+from xdit_compile.cli.options.request import Request
 from xdit_compile.distributed.world import World
 
 from .output import Latents, Pixels, difference, write
 from .pipeline_call import call_arguments, call_pipeline, leave, open_parallel, placement, processes, say
-from .request import Request
 from .unsplit_reference import made_of, reference
 
 

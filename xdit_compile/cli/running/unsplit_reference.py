@@ -7,11 +7,11 @@ import multiprocessing
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from xdit_compile.cli.options.request import Request
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import XditCompileError
 
 from .output import Latents, Pixels, latents_of, pixels_of
-from .request import Request
 
 
 def reference(request: Request) -> tuple[Pixels | Latents, float]:

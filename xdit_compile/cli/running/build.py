@@ -17,13 +17,13 @@ from xdit_compile.backends.target.pretend_card import check_versions
 from xdit_compile.cache.bundle import pack
 from xdit_compile.cache.environment import environment, environment_of_target
 from xdit_compile.cache.store import Store, open_store
+from xdit_compile.cli.options.request import Request
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError
 from xdit_compile.plan import Plan
 
 from .explain import denoiser_call
 from .pipeline_call import placement, set_logs
-from .request import Request
 
 
 def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Sequence[int], plans: Sequence[Plan],

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xdit_compile.cli.options.evaluation_request import DEFAULT_COUNT, KEPT, EvaluationRequest, read_prompts
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import XditCompileError, one_line
 
-from .evaluation_request import DEFAULT_COUNT, KEPT, EvaluationRequest, read_prompts
 from .output import Pixels, pixels_of, whole_file, write
 from .pipeline_call import call_arguments, call_pipeline, leave, open_pipeline, processes, say
 

@@ -28,7 +28,7 @@ DEVICES = ("auto", "cpu", "cuda")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".mp4", ".gif")
 OUTPUT_TYPES = {"pil": SUFFIXES, "latent": (".safetensors",)}
 """What a pipeline may return, and the files it is written to: pictures, or latents that no autoencoder decoded."""
-DEMO_PIPELINE = Path(__file__).parent / "demo_pipeline"
+DEMO_PIPELINE = Path(__file__).parent.parent / "demo_pipeline"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

@@ -12,6 +12,7 @@ import torch
 from xdit_compile.backends.base import Backend
 from xdit_compile.backends.registry import find_backend
 from xdit_compile.cache.store import open_store
+from xdit_compile.cli.options.request import Request
 from xdit_compile.compiler import BEFORE_FUSIONS, analyse, compiled
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.distributed.world import World
@@ -27,7 +28,6 @@ from xdit_compile.runtime.verify.timed import timed
 from .build import of_size, said, without_values
 from .explain import denoiser_call
 from .pipeline_call import placement, set_logs
-from .request import Request
 
 ALONE = "it is rewritten only together with what is around it"
 

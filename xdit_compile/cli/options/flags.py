@@ -15,6 +15,11 @@ from xdit_compile.plan.plan import BACKENDS, COMPILES, OPTIONAL_PASSES
 from .request import DTYPES, Request, plan_from_flags
 
 
+def normalized(name: str) -> str:
+    """A flag as it is known: - and _ are the same."""
+    return name.replace("-", "_")
+
+
 def plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags of a plan; the command is given the plan that they make."""
     flags = {**_degree_flags(), **_vae_flags(), **_choice_flags(), **_cache_flags()}

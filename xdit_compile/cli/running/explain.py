@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xdit_compile.backends.target.pretend_card import check_versions
+from xdit_compile.cli.options.request import Request, find_model
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 from xdit_compile.weights.meta_module import component_class, empty_module
 from xdit_compile.weights.model_folder import check_component, pipeline_index
 
 from .pipeline_call import call_arguments, set_logs, weights_dtype
-from .request import Request, find_model
 
 LARGE = 4096
 CONFIGURATION = ("*.json", "*.txt", "*.model", "*.jinja")

@@ -1,0 +1,45 @@
+"""Times what passes can fuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xdit_compile.cache.folder import resolve
+from xdit_compile.cli.options.flags import call_flags, model_flags, plan_flags, size_flags
+from xdit_compile.cli.options.request import Request, check_inputs, find_model
+from xdit_compile.cli.options.sizes import check_batches, size_in_pixels
+from xdit_compile.errors import UsageError
+from xdit_compile.plan import Plan
+from xdit_compile.weights.model_folder import check_component
+
+
+@click.command()
+@model_flags
+@size_flags
+@click.option("--device", default="auto", help="What is timed: auto, cpu or cuda.")
+@call_flags
+@click.option("--rounds", type=click.IntRange(3), default=25, help="Samples of each place, apart and fused.")
+@click.option("--again", is_flag=True, help="Time places once more that were timed before.")
+@plan_flags
+def tune(
+    plan: Plan, prompt: str, component: str | None, inputs: str | None, sizes: Sequence[str], batches: Sequence[int],
+    rounds: int, again: bool, **flags: Any,
+) -> None:  # fmt: skip
+    """Time on this device what passes can fuse in a model, and go by that from then on. One process, no weights."""
+    request = Request(plan=plan, prompt=(prompt,), **flags)
+    request.check(None, weights=False)
+    check_inputs(inputs)
+    check_batches(batches)
+    if (folder := Path(find_model(request.model))).is_dir():
+        check_component(folder, component)
+    pixels: Sequence[tuple[int, int] | None] = [size_in_pixels(each) for each in sizes] or [None]
+    if resolve(plan.cache) is None:
+        raise UsageError("there is nowhere to keep timings: give --cache_dir, or leave out --no_cache")
+    from xdit_compile.cli.running.tune import tune as run
+
+    for line in run(request, component, inputs, pixels, batches, again, rounds):
+        click.echo(line)

@@ -1,0 +1,1 @@
+"""What commands are asked: their flags, and the requests that these make."""

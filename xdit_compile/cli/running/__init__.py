@@ -1,0 +1,1 @@
+"""What commands do once they were checked: imports whatever that needs."""
