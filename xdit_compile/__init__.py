@@ -8,7 +8,7 @@ from .errors import XditCompileError
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from xdit_compile.distributed.devices import local_device
+    from xdit_compile.distributed.devices import is_main_process, local_device
 
     from .api import explain, generation, parallelize, refresh, restore
     from .loading import from_pretrained
@@ -20,6 +20,7 @@ __all__ = [
     "explain",
     "from_pretrained",
     "generation",
+    "is_main_process",
     "local_device",
     "parallelize",
     "refresh",
@@ -37,8 +38,8 @@ def __getattr__(name: str) -> Any:
         from . import loading
 
         return loading.from_pretrained
-    if name == "local_device":
+    if name in ("is_main_process", "local_device"):
         from .distributed import devices
 
-        return devices.local_device
+        return getattr(devices, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

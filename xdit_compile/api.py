@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from xdit_compile.backends.registry import find_backend
+from xdit_compile.backends.registry import backend_of
 from xdit_compile.backends.target.cards import Card, card_for
 from xdit_compile.backends.target.pretend_card import DEVICE, check_versions, pretend_card
 from xdit_compile.cache.folder import resolve
@@ -28,6 +28,7 @@ from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.registry import choose
 from xdit_compile.passes.fuse.timings import Timings, described, load
 from xdit_compile.plan.methods import TEAM, TENSOR
+from xdit_compile.reports.components_report import ComponentsReport, whole
 from xdit_compile.reports.counted_report import counted_report, on_paper
 from xdit_compile.reports.pipeline_report import PipelineReport, pipeline_report
 from xdit_compile.reports.report import Report, report
@@ -37,6 +38,7 @@ from xdit_compile.runtime.diffusers_pipeline import (
     follow_modules,
     restore_call,
     session_of,
+    uncompiled,
     wrap_call,
 )
 from xdit_compile.runtime.methods.ahead import runner_class
@@ -80,7 +82,7 @@ def parallelize(target: Any, plan: Plan | None = None) -> Any:
 
 def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
     """What `parallelize` does, with the weights of some components given by name."""
-    backend, store = find_backend(plan.backend, plan.compile_mode), open_store(plan.cache)
+    backend, store = backend_of(plan), open_store(plan.cache)
     coders = dict(autoencoders(target)) if plan.vae != "whole" else {}
     if plan.vae != "whole" and not coders:
         raise UsageError(f"vae={plan.vae!r} but there is no autoencoder here; use vae='whole'")
@@ -197,14 +199,15 @@ def generation(module: nn.Module) -> AbstractContextManager[Any]:
 def explain(
     explained: Any, /, plan: Plan | None = None, args: tuple = (), kwargs: dict | None = None, *,
     target: str | None = None,
-) -> Report | PipelineReport:  # fmt: skip
+) -> Report | PipelineReport | ComponentsReport:  # fmt: skip
     """How a module is split: axes and roles, boundaries, gathers, collectives with their bytes, imbalance, memory.
 
-    Of a pipeline: blocks, parameters, states and bytes sent of every stage.
+    Under PipeFusion: blocks, parameters, states and bytes sent of every stage.
 
     Args:
-        explained: a parallelized pipeline or module that was called at least once, which reports on its latest program;
-            or any module together with ``plan`` and example inputs, which may be on the meta device.
+        explained: a parallelized pipeline that was called at least once, which reports on the latest program of each of
+            its components; a module of which the same holds; or any module together with ``plan`` and example inputs,
+            which may be on the meta device.
         plan: the degrees; needs no processes.
         args, kwargs: example inputs.
         target: a card, such as ``sm_90``, that need not be there: its code is generated and compiled, and launches,
@@ -216,26 +219,65 @@ def explain(
     card = None if target is None else card_for(target)
     if card is not None:
         check_versions()
-    plan_given = plan is not None or args or kwargs
-    if isinstance(explained, nn.Module) and (methods := row_methods(explained)) and not plan_given:
-        return _report_rows(methods, card)
-    for _, module in denoisers(explained):
-        runner = runner_of(module)
-        if runner is not None and not plan_given:
-            compiled_call = runner.calls.latest
-            if compiled_call is None and runner.unsplit:
-                raise UsageError("nothing to explain: the module runs whole on every rank, as it was warned of")
-            if compiled_call is None:
-                raise UsageError("nothing to explain yet: call the pipeline once, or give a plan and example inputs")
-            device = runner.session.device
-            rank, said = runner.mesh.rank, compiled_call.said
-            return _report(compiled_call.analysis, runner.plan, rank, said, device, card)
+    if plan is None and not (args or kwargs):
+        if isinstance(explained, nn.Module):
+            return _explain_called(explained, card)
+        return _explain_components(explained, card)
     if not (args or kwargs):
-        raise UsageError("explain needs example inputs (args=, kwargs=) for a module that was not parallelized")
+        raise UsageError(
+            "explain needs the inputs of one call beside a plan: explain(module, plan, args=(...), kwargs={...}); "
+            "of a parallelized pipeline that was called, explain(pipe) says all"
+        )
     plan = (plan or Plan()).check()
     ((_, module),) = list(denoisers(explained))[:1]
     analysis = analyse(module, plan, args, kwargs or {})
     return _report(analysis, plan, 0, card=card)
+
+
+def _explain_components(pipe: Any, card: Card | None) -> ComponentsReport:
+    """Every component that holds weights: its report, or why there is none.
+
+    Raises:
+        UsageError: the pipeline is not parallelized.
+    """
+    list(denoisers(pipe))
+    modules = {name: uncompiled(each) for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    if not any(map(_is_split, modules.values())):
+        raise UsageError("this pipeline is not parallelized: parallelize(pipe, plan) first, and call it once")
+    said: list[tuple[str, Report | PipelineReport | str]] = []
+    for name, module in modules.items():
+        if not _is_split(module):
+            said.append((name, whole(module)))
+            continue
+        try:
+            said.append((name, _explain_called(module, card)))
+        except UsageError as error:
+            said.append((name, str(error)))
+    return ComponentsReport(tuple(said))
+
+
+def _is_split(module: nn.Module) -> bool:
+    return runner_of(module) is not None or bool(row_methods(module))
+
+
+def _explain_called(module: nn.Module, card: Card | None) -> Report | PipelineReport:
+    """The report on the latest program of a parallelized module.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if methods := row_methods(module):
+        return _report_rows(methods, card)
+    runner = runner_of(module)
+    if runner is None:
+        raise UsageError("explain needs example inputs (args=, kwargs=) for a module that was not parallelized")
+    compiled_call = runner.calls.latest
+    if compiled_call is None and runner.unsplit:
+        raise UsageError("nothing to explain: the module runs whole on every rank, as it was warned of")
+    if compiled_call is None:
+        raise UsageError("nothing to explain yet: call the pipeline once, or give a plan and example inputs")
+    rank = runner.mesh.rank
+    return _report(compiled_call.analysis, runner.plan, rank, compiled_call.said, runner.session.device, card)
 
 
 def runner_of(module: nn.Module) -> Runner | None:
@@ -293,10 +335,10 @@ def _report(
 def _timings(plan: Plan, device: torch.device) -> Timings:
     """What was measured on a device; nothing where the plan's backend is not here."""
     try:
-        backend = find_backend(plan.backend, plan.compile_mode)
+        backend = backend_of(plan)
     except ProviderUnavailable:
         return Timings()
-    return load(resolve(plan.cache), described(device, backend.name, plan.compile_mode))
+    return load(resolve(plan.cache), described(device, backend.name, plan.compiled_how))
 
 
 def _counted(analysis: Any, plan: Plan, here: int, ready: str, card: Card) -> Report | PipelineReport:

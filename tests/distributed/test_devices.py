@@ -30,7 +30,7 @@ from xdit_compile.runtime.methods import pipefusion
 from xdit_compile.runtime.request_facts import share_random_state
 from xdit_compile.runtime.session import Session
 
-TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 class Cards:

@@ -61,6 +61,11 @@ def here() -> World:
     return World(dist.get_rank(), None, dist.get_world_size())
 
 
+def is_main_process() -> bool:
+    """Whether this is rank 0, which writes files and speaks; so is a process that no launcher started."""
+    return here().rank == 0
+
+
 def local_index(world: World, count: int, environment: Mapping[str, str] = os.environ) -> int:
     """Which of ``count`` visible accelerators is this rank's. A launcher such as srun may show every rank its own.
 

@@ -68,12 +68,16 @@ def join(plan: Plan, device: torch.device, world: World) -> None:
 
     Args:
         device: that this rank computes on, and the current one.
+
+    Raises:
+        UsageError: nothing says where ranks meet.
     """
     plan.check(dist.get_world_size() if dist.is_initialized() else world.size)
     if not dist.is_initialized() and world.launched and world.size > 1:
+        world.check_meeting()
         limit = datetime.timedelta(seconds=plan.timeout_s)
         with lenient():
-            dist.init_process_group(backend_for(device), timeout=limit)
+            dist.init_process_group(backend_for(device), timeout=limit, rank=world.rank, world_size=world.size)
 
 
 def compare_seats(mine: Seat, store: dist.Store, rank: int, size: int, limit_s: float) -> None:

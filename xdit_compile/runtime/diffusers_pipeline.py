@@ -40,7 +40,7 @@ def denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
     if not isinstance(components, dict):
         raise UsageError(f"a {type(target).__name__} is neither a diffusers pipeline nor a module")
     named_denoisers = [
-        (name, _uncompiled(module))
+        (name, uncompiled(module))
         for name, module in components.items()
         if isinstance(module, nn.Module) and is_denoiser(name)
     ]
@@ -56,11 +56,11 @@ def autoencoders(target: Any) -> Iterator[tuple[str, nn.Module]]:
     else:
         components = getattr(target, "components", None) or {}
         coders = ((name, module) for name, module in components.items() if name.rstrip("_0123456789") in AUTOENCODERS)
-        named_modules = [(name, _uncompiled(module)) for name, module in coders]
+        named_modules = [(name, uncompiled(module)) for name, module in coders]
     yield from ((name, module) for name, module in named_modules if _codes(module))
 
 
-def _uncompiled(module: Any) -> Any:
+def uncompiled(module: Any) -> Any:
     """The module that ``torch.compile`` was given; what it made of it calls that one."""
     return getattr(module, "_orig_mod", module)
 
