@@ -15,6 +15,7 @@ import functools
 import importlib
 import inspect
 import io
+import os
 import re
 import shlex
 import textwrap
@@ -205,13 +206,14 @@ def parallel_blocks() -> list[Block]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", parallel_blocks(), ids=lambda block: f"{block.page}:{block.line}")
-def test_python_runs_on_several_processes(block: Block):
+def test_python_runs_on_several_processes(block: Block, tmp_path: Path):
     ranks = max(plan.world_size for plan in written_plans(block.text))
-    pictures = procs.run(_on_a_rank, ranks, block, timeout=400)
+    pictures = procs.run(_on_a_rank, ranks, block, tmp_path, timeout=400)
     assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
 
 
-def _on_a_rank(rank: int, block: Block) -> Any:
+def _on_a_rank(rank: int, block: Block, folder: Path) -> Any:
+    os.chdir(folder)
     attach, namespace = api.attach, namespace_for(block.page)
     steps = 1 + max(plan.warmup_steps for plan in written_plans(block.text))
 
