@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ class Evaluation:
     psnr: dict[str, float]
     ssim: dict[str, float]
     right: dict[str, dict[str, float]]
+    greatest: Sequence[int]
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> Evaluation:
@@ -42,7 +44,9 @@ class Evaluation:
         if distances["psnr"] is None:
             raise click.UsageError(f"{folder}: all pictures are identical; nothing was stale")
         following = found["following"][ONE]["right"]
-        return cls(found["settings"]["plan"], distances["pairs"], distances["psnr"], distances["ssim"], following)
+        greatest = [pair["largest"] for pair in found["pairs"]]
+        pairs, psnr, ssim = (distances[name] for name in ("pairs", "psnr", "ssim"))
+        return cls(found["settings"]["plan"], pairs, psnr, ssim, following, greatest)
 
     @property
     def method(self) -> str:
@@ -68,9 +72,18 @@ class Evaluation:
         ]
         return f"| {' | '.join(cells)} |"
 
+    def greatest_row(self) -> str:
+        """A row of the table of greatest differences."""
+        ends = (min(self.greatest), statistics.median(self.greatest), max(self.greatest))
+        cells = [self.method, str(self.plan["warmup_steps"]), str(self.pairs), *(f"{each:.0f}" for each in ends)]
+        return f"| {' | '.join([*cells, _interval(self.psnr, 1)])} |"
+
 
 HEADER = """| plan | warm-up steps | pairs | PSNR, dB | SSIM | one process right | plan right | difference, points |
 |---|---|---|---|---|---|---|---|"""
+GREATEST = """| plan | warm-up steps | pairs | least | median | greatest | PSNR, dB |
+|---|---|---|---|---|---|---|"""
+"""Of the greatest difference of any pixel in each picture, of 255."""
 
 
 @click.command()
@@ -79,7 +92,8 @@ HEADER = """| plan | warm-up steps | pairs | PSNR, dB | SSIM | one process right
 def main(folders: Sequence[pathlib.Path], curve: pathlib.Path | None) -> None:
     """Print a table of the output FOLDERS of evaluations."""
     found = sorted(map(Evaluation.read, folders), key=lambda each: (each.method, each.pairs, each.plan["warmup_steps"]))
-    click.echo("\n".join([HEADER, *(each.row() for each in found)]))
+    click.echo("\n".join([HEADER, *(each.row() for each in found), "", GREATEST]))
+    click.echo("\n".join(each.greatest_row() for each in found))
     if curve is not None:
         draw(found, curve)
 

@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_compile import Plan
 from xdit_compile.backends.artifact import Artifact, loaded
-from xdit_compile.backends.build_folder import BuildFolder
+from xdit_compile.backends.folders.build_folder import BuildFolder
 from xdit_compile.backends.target import card_code
 from xdit_compile.backends.target.cards import CARDS
 from xdit_compile.backends.target.pretend_card import pretend_card

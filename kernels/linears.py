@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from .reference import accumulation_dtype
+
 _LIBRARY = torch.library.Library("xdit_compile", "FRAGMENT")
 for _schema in (
     "linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
@@ -19,7 +21,8 @@ for _schema in (
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """``gelu(x @ weight.T + bias)`` by its approximation with tanh, rounded once.
 
-    On NVIDIA's cards that is the epilogue ``CUBLASLT_EPILOGUE_GELU_BIAS`` of cuBLASLt; elsewhere a product and a pass.
+    On NVIDIA's cards that is the epilogue ``CUBLASLT_EPILOGUE_GELU_BIAS`` of cuBLASLt; elsewhere a product and a pass,
+    in float32 (float64 where ``x`` is).
 
     Args:
         x: [..., in features].
@@ -30,7 +33,9 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
         [..., out features].
     """
     if x.device.type != "cuda" or torch.version.hip is not None:
-        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+        exact = accumulation_dtype(x.dtype)
+        sums = F.linear(x.to(exact), weight.to(exact), bias.to(exact))
+        return F.gelu(sums, approximate="tanh").to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     found = torch.ops.aten._addmm_activation.default(bias, rows, weight.t(), use_gelu=True)
     return found.reshape(*x.shape[:-1], weight.shape[0])

@@ -253,12 +253,15 @@ PASSES = (
     _fusion(fusions.NORM_ROPE),
     _fusion(fusions.PACK_HEADS),
     _fusion(fusions.JOIN_LINEARS),
+    _fusion(fusions.JOIN_NORMS),
     Pass("hide_exchanges", _hide_exchanges, lambda state: state.plan.hiding_link is not None),
     Pass("compile", _compile),
 )
 """Everything that happens to a call, in this order."""
 BEFORE_FUSIONS = PASSES[[each.name for each in PASSES].index(fusions.IN_ORDER[0].name) - 1].name
 """The last pass before those of `passes.fuse` that look at a rank's program."""
+BEFORE_DEVICES = PASSES[[each.run for each in PASSES].index(_hoist_positions) - 1].name
+"""The last pass before those that ask for which device they are."""
 Observer = Callable[[str, Compilation], None]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from xdit_compile.ir.program import Program
 from xdit_compile.kernels.triton_jit import TRITON
+from xdit_compile.passes.across import join_norms as rotating
 
 from . import hoist_linears as hoisting
 from . import join_linears as joining
@@ -82,7 +83,14 @@ SPLIT_CONCATENATIONS = OptionalPass(split_concatenations.name, split_concatenati
 NORM_ROPE = OptionalPass(norm_rope.name, norm_rope, norm_rope.told, unsupported=no_triton)
 PACK_HEADS = OptionalPass(pack_heads.name, pack_heads, pack_heads.told, unsupported=no_triton)
 JOIN_LINEARS = OptionalPass("join_linears", joining.join_linears, joining.told, kinds=None)
-IN_ORDER = (SPREAD_NORMS, LATE_BIASES, FOLD_ACTIVATIONS, SPLIT_CONCATENATIONS, NORM_ROPE, PACK_HEADS, JOIN_LINEARS)
+JOIN_NORMS = OptionalPass(
+    "join_norms",
+    lambda program, chooser: rotating.join_norms(program),
+    lambda program, chooser: rotating.told(program),
+)
+IN_ORDER = (
+    SPREAD_NORMS, LATE_BIASES, FOLD_ACTIVATIONS, SPLIT_CONCATENATIONS, NORM_ROPE, PACK_HEADS, JOIN_LINEARS, JOIN_NORMS,
+)  # fmt: skip
 
 
 def told(

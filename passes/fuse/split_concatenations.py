@@ -1,4 +1,8 @@
-"""Takes a product of several values side by side as a sum of products, so that they are not copied together first."""
+"""Takes a product of several values side by side as a sum of products, so that they are not copied together first.
+
+In half precision the sum is rounded once more than the product would be for each part but one. So all parts but one
+must be rounded once less, as an activation is that the product before it applied.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,10 @@ from .rewriting import Fusion, put_in_place
 from .selection import Choice, Chooser, Cost, Found, Site, bytes_of
 
 aten = torch.ops.aten
+LINEAR_GELU = torch.ops.xdit_compile.linear_gelu.default
 USED = "the joined value is used by others, too"
 WRITTEN = "a value is written to"
+ROUNDED = "the sum would be rounded more often"
 POINTWISE = torch.Tag.pointwise
 VIEWS = ("slice", "split", "split_with_sizes", "reshape", "view", "permute", "transpose", "unsqueeze", "expand")
 
@@ -32,6 +38,8 @@ def _rewrite(graph: fx.Graph, shapes: Shapes, chooser: Chooser) -> Found:
         reason = USED if len(joined.users) > 1 else None
         reason = WRITTEN if any(map(values.is_written, joined.all_input_nodes)) else reason
         choice = Choice(reason, "") if reason else chooser.choose(_site(linear, joined, shapes), shapes)
+        if choice.reason is None and _is_rounded_more(joined, shapes):
+            choice = choice._replace(reason=ROUNDED)
         if result.takes(choice):
             chosen.append((linear, joined))
     for linear, joined in chosen:
@@ -66,13 +74,25 @@ def _site(linear: fx.Node, joined: fx.Node, shapes: Shapes) -> Site:
     )  # fmt: skip
 
 
+def _is_rounded_more(joined: fx.Node, shapes: Shapes) -> bool:
+    """Whether a sum of products has more roundings than one product of what is joined."""
+    others = [part for part in sequence_of(joined.args[0]) if _source(node_of(part)).target is not LINEAR_GELU]
+    return shapes[joined].dtype.itemsize < 4 and len(others) > 1
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a value is, or is a view of."""
+    while node.op == "call_function" and (name_of(node) in VIEWS or node.target is operator.getitem):
+        node = node_of(node.args[0])
+    return node
+
+
 def _maker(node: fx.Node, shapes: Shapes) -> fx.Node | None:
     """What inductor has write a part to its place, if it does: the product that makes a matrix, and what computes
     element by element what the part is or is a view of."""
     if node.target is aten.linear.default and shapes[node].dim() == 2:
         return node
-    while node.op == "call_function" and (name_of(node) in VIEWS or node.target is operator.getitem):
-        node = node_of(node.args[0])
+    node = _source(node)
     is_pointwise = isinstance(node.target, torch._ops.OpOverload) and POINTWISE in node.target.tags
     return node if name_of(node) == "cat" or is_pointwise else None
 

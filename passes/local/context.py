@@ -50,21 +50,26 @@ class LoweringContext(Redistributor):
     def exchange_all(self, dim: int, axis: Axis | None, shape: Sequence[int], dtype: torch.dtype) -> Exchange | None:
         """How a state of which every rank wants all comes from them, counted; None where one rank has all.
 
+        The state has the rows of one rank behind those of the other, in the order of ranks, so that each rank's lie
+        together.
+
         Args:
             dim: the dim that patches split: by ``axis``, or with one row for each where it is None.
             shape: of the state on this rank, with the rows of all patches.
         """
         if not self.layout.apart:
             return None
-        split, here = self.sharding.splits[PATCH], self.sharding.index[PATCH]
-        held = [
-            np.arange(rank, rank + 1) if axis is None else split.positions(axis, rank) for rank in range(split.parts)
-        ]
-        exchange = Exchange.of_all(dim, held, here, self.layout.mesh.behind)
+        here = self.sharding.index[PATCH]
+        exchange = Exchange.of_all(dim, self._rows_of_ranks(axis), here, self.layout.mesh.behind)
         self.ledger.sent(
             STALE if self.layout.stale else "all_gather", "state", exchange.rows.elements_sent(shape), dtype
         )
         return exchange
+
+    def _rows_of_ranks(self, axis: Axis | None) -> list[int]:
+        """How many rows of a state each rank brings."""
+        split = self.sharding.splits[PATCH]
+        return [1 if axis is None else split.length(axis, rank) for rank in range(split.parts)]
 
     def rows_of_patches(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> tuple[fx.Node, Exchange | None]:
         """A state [patches, *shape] of what every patch left, and how others' rows come; None where they need not."""

@@ -12,6 +12,7 @@ from torch import fx
 from xdit_compile.ir.sharding import Split
 from xdit_compile.kernels.collectives.row_exchange import RowExchange
 from xdit_compile.passes.axes.local_call import LocalCall
+from xdit_compile.passes.axes.operators import ConvolutionOp
 from xdit_compile.passes.axes.rule import OpAxes
 from xdit_compile.passes.axes.windows import HaloWindow
 from xdit_compile.plan.methods import PATCH
@@ -65,8 +66,7 @@ def _left(
     if request.needed:
         state = _state(context, op_axes, choices)
         context.local.put(state, inputs, request.rows.dim, np.arange(*request.rows.own))
-        rows = context.local.call(aten.slice.Tensor, state, request.rows.dim, request.seen.start, request.seen.stop)
-        inputs = context.local.call(aten.clone.default, rows)
+        inputs = _read(context, op_axes, state, request.rows.dim, (request.seen.start, request.seen.stop))
     return inputs, request.seen
 
 
@@ -84,11 +84,17 @@ def _kept(
     )
     context.local.put(state, inputs, request.rows.dim, np.arange(start - first, stop - first))
     if context.layout.stale:
-        rows = context.local.call(aten.slice.Tensor, state, request.rows.dim, seen.start - first, seen.stop - first)
-        return context.local.call(aten.clone.default, rows)
+        return _read(context, op_axes, state, request.rows.dim, (seen.start - first, seen.stop - first))
     rows = context.local.call(torch.ops.xdit_compile.halo_exchange.default, inputs, *request.rows.arguments)
     context.local.put(state, rows, request.rows.dim, np.arange(seen.start - first, seen.stop - first))
     return rows
+
+
+def _read(context: LoweringContext, op_axes: OpAxes, state: fx.Node, dim: int, rows: tuple[int, int]) -> fx.Node:
+    """Rows of a state for an operator; copied where its result may be a view of them, as they change later."""
+    seen = context.local.call(aten.slice.Tensor, state, dim, *rows)
+    makes_anew = isinstance(op_axes.operator, ConvolutionOp)
+    return seen if makes_anew else context.local.call(aten.clone.default, seen)
 
 
 def keep_rows(context: LoweringContext, op_axes: OpAxes, inputs: fx.Node, choices: Mapping[str, ShardedLoop]) -> None:

@@ -22,6 +22,8 @@ from .stale_exchange import Exchange, runs
 aten = torch.ops.aten
 SLICE = "slice"
 """Key in the ``meta`` of a node that is a slice, with ``(source, mesh dimension, piece)``."""
+ROWS = "rows"
+"""Key in the ``meta`` of a node that puts rows in their places, with how many these are."""
 MOST_PIECES = 8
 """Positions that fall into at most this many runs are sliced and joined; more are looked up by index."""
 
@@ -106,7 +108,8 @@ class LocalGraph:
         for start, stop in runs(positions):
             end = begin + stop - start
             piece = rows if end - begin == len(positions) else self.call(aten.slice.Tensor, rows, dim, begin, end)
-            self.call(torch.ops.xdit_compile.put_rows.default, state, piece, dim, start)
+            written = self.call(torch.ops.xdit_compile.put_rows.default, state, piece, dim, start)
+            written.meta[ROWS] = end - begin
             begin = end
 
     def sizes(self, value: Value) -> list[int]:

@@ -40,18 +40,17 @@ class Exchange:
     others: Runs
 
     @classmethod
-    def of_all(cls, dim: int, held: Sequence[np.ndarray], index: int, group: str) -> Exchange:
-        """Every rank wants everything.
+    def of_all(cls, dim: int, sizes: Sequence[int], index: int, group: str) -> Exchange:
+        """Every rank wants everything, and finds it in the order of ranks.
 
         Args:
             dim: where rows are counted.
-            held: for each rank the positions of its rows in the state.
+            sizes: how many rows each rank has.
             index: this rank's number in the group.
         """
-        sizes, count = tuple(map(len, held)), len(held)
-        others = tuple(run for rank, positions in enumerate(held) if rank != index for run in runs(positions))
-        rows = RowExchange(dim, (0,) * count, (sum(sizes),) * count, sizes, index, group)
-        return cls(rows, runs(held[index]), others)
+        rows = RowExchange(dim, (0,) * len(sizes), (sum(sizes),) * len(sizes), tuple(sizes), index, group)
+        others = tuple(rows.of_rank(rank) for rank in range(len(sizes)) if rank != index)
+        return cls(rows, (rows.own,), others)
 
     @classmethod
     def of_rows(cls, request: Request, first: int, group: str) -> Exchange:

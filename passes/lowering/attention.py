@@ -91,7 +91,7 @@ class LocalAttention:
         mask = tensors[3] if len(tensors) > 3 else None
         causal = self.attention.is_causal
         rows = [name for name, choice in self.choices.items() if choice.operands.get(0) == self.attention.tokens]
-        if causal and rows:
+        if causal and (rows or np.any(np.diff(self.columns()) < 0)):
             mask, causal = self._causal_rows(rows), False
         result = self.local.call(
             ops.attention.default,
@@ -129,8 +129,11 @@ class LocalAttention:
     def _causal_rows(self, names: Sequence[str]) -> fx.Node:
         tokens = self.attention.tokens
         rows = self.context.sharding.positions(self.op_axes.operand_axes[0][tokens], names)
-        columns = np.arange(self.op_axes.operand_axes[1][tokens].size)
-        return self.local.constant(torch.from_numpy(columns[None, :] <= rows[:, None]))
+        return self.local.constant(torch.from_numpy(self.columns()[None, :] <= rows[:, None]))
+
+    def columns(self) -> np.ndarray:
+        """Positions of the keys that this rank attends to, in the order in which it has them."""
+        return np.arange(self.op_axes.operand_axes[1][self.attention.tokens].size)
 
 
 class Exchanged(LocalAttention):

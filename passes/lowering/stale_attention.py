@@ -12,6 +12,7 @@ same mixture: a rank keeps its heads of the tokens of its Ulysses group, which a
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import fx
 
 from xdit_compile.passes.axes.operators import AttentionOp
@@ -46,28 +47,46 @@ def lower(context: LoweringContext, node: fx.Node, op_axes: OpAxes, operands: li
 
 
 class _Kept(LocalAttention):
-    """Attention over keys and values at their own positions, whole on every rank."""
+    """Attention over keys and values of all patches.
+
+    Where patches lie on ranks they stand in the order of ranks, each rank's together, which are written and sent off in
+    one piece. Elsewhere they stand at their own positions.
+    """
 
     def emit(self) -> list[Value]:
         if self.attention.dropout_p:
             raise ValueError(f"{self.node.name}: attention with dropout cannot be split")
         return super().emit()
 
+    def columns(self) -> np.ndarray:
+        axis = self.op_axes.operand_axes[KEYS][self.attention.tokens]
+        if not self.context.layout.apart:
+            return super().columns()
+        split = self.context.sharding.splits[PATCH]
+        return np.concatenate([split.positions(axis, rank) for rank in range(split.parts)])
+
     def local_operand(self, operand: int) -> fx.Node:
         """An operand on this rank; keys and values of all patches, once those of this one are in their place."""
+        tokens, axes = self.attention.tokens, self.op_axes.operand_axes[operand]
+        if operand == self.attention.mask:
+            mask, size = super().local_operand(operand), axes[-1].size
+            return mask if size == 1 else self.local.take(mask, len(axes) - 1, self.columns(), size)
         if operand not in (KEYS, VALUES):
             return super().local_operand(operand)
-        tokens, axes = self.attention.tokens, self.op_axes.operand_axes[operand]
         wanted = required(self.choices, operand)
         here = {PATCH: tokens, **wanted} if PATCH in self.context.sharding.splits else wanted
         rows = self.context.redistribute(self.operands[operand], axes, here, self.node, operand)
         shape = self.context.sharding.sizes(axes, wanted)
-        names = [name for name, dim in here.items() if dim == tokens]
-        held = self.context.sharding.positions(axes[tokens], names)
         exchange = self.context.exchange_all(tokens, axes[tokens], shape, self.operands[operand].dtype)
         state = self.local.state(f"{self.node.name}_{operand}", shape, self.operands[operand].dtype, exchange)
-        if exchange is not None and not self.context.layout.stale:
-            rows, _ = self.local.gather(rows, tokens, axes[tokens], PATCH, [name for name in names if name != PATCH])
+        if exchange is None:
+            names = [name for name, dim in here.items() if dim == tokens]
+            held = self.context.sharding.positions(axes[tokens], names)
+        elif self.context.layout.stale:
+            held = np.arange(*exchange.rows.own)
+        else:
+            sizes, group = list(exchange.rows.sizes), self.local.group(PATCH)
+            rows = self.local.call(torch.ops.xdit_compile.all_gather.default, rows, tokens, sizes, group)
             held = np.arange(shape[tokens])
         self.local.put(state, rows, tokens, held)
         return state

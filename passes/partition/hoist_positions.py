@@ -21,10 +21,13 @@ from xdit_compile.ir.arguments import integer_of, node_of, sequence_of
 from xdit_compile.ir.digest import digest_tensors
 from xdit_compile.ir.program import Input, Program
 from xdit_compile.ir.subgraph import placeholders_first
+from xdit_compile.passes.local.local_graph import ROWS
 
 from .slice_results import slice_results
 
 aten, ops = torch.ops.aten, torch.ops.xdit_compile
+SCATTERS = "cuda"
+"""Kind of devices for which inductor has the kernel that computes rows write each to its position."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,8 @@ class _Root:
         self._tensors: dict[tuple[Any, ...], fx.Node] = {}
 
     def run(self) -> Program:
-        hoisted = {name: _hoisted(structure) for name, structure in self._program.structures().items()}
+        scatters = self._device.type == SCATTERS
+        hoisted = {name: _hoisted(each, scatters) for name, each in self._program.structures().items()}
         for call in self._graph.find_nodes(op="call_module"):
             found = hoisted[str(call.target)]
             added = [self._argument(call, each) for each in found.added]
@@ -141,13 +145,13 @@ class _Root:
             del modules[name]
 
 
-def _hoisted(structure: fx.GraphModule) -> _Hoisted:
+def _hoisted(structure: fx.GraphModule, scatters: bool) -> _Hoisted:
     module = fx.GraphModule(structure, copy.deepcopy(structure.graph))
     placeholders = placeholders_first(module.graph)
     added: list[_Slice | _Positions] = []
     if placeholders:
         for node in list(module.graph.nodes):
-            _hoist(module, node, placeholders, added)
+            _hoist(module, node, placeholders, added, scatters)
     used = bool(added) or any(node.users for node in placeholders)
     kept = [position for position, node in enumerate(placeholders) if node.users or not used]
     for position, node in enumerate(placeholders):
@@ -158,7 +162,8 @@ def _hoisted(structure: fx.GraphModule) -> _Hoisted:
 
 
 def _hoist(
-    module: fx.GraphModule, node: fx.Node, placeholders: Sequence[fx.Node], added: list[_Slice | _Positions]
+    module: fx.GraphModule, node: fx.Node, placeholders: Sequence[fx.Node], added: list[_Slice | _Positions],
+    scatters: bool,
 ) -> None:  # fmt: skip
     """Take the positions of one node out, if it has any."""
     graph = module.graph
@@ -168,13 +173,24 @@ def _hoist(
         node.replace_all_uses_with(_taken(graph, _Slice(source, where), added))
         graph.erase_node(node)
     elif node.target is ops.put_rows.default and node.args[0] in placeholders:
-        start = _taken(graph, _Positions(torch.tensor(node.args[3])), added)
-        node.target, node.args = ops.put_rows_at.default, (*node.args[:3], start)
+        _hoist_put(graph, node, added, scatters)
     elif node.op == "get_attr":
         value = getattr(module, str(node.target))
         if isinstance(value, torch.Tensor):
             node.replace_all_uses_with(_taken(graph, _Positions(value), added))
             graph.erase_node(node)
+
+
+def _hoist_put(graph: fx.Graph, node: fx.Node, added: list[_Slice | _Positions], scatters: bool) -> None:
+    """Have rows put where an input says: from a number on, or each at a position of its own."""
+    state, rows, dim, start = node.args
+    if scatters and ROWS in node.meta:
+        first = integer_of(start)
+        positions = _taken(graph, _Positions(torch.arange(first, first + node.meta[ROWS])), added)
+        node.target, node.args = aten.index_copy_.default, (state, dim, positions, rows)
+    else:
+        node.target = ops.put_rows_at.default
+        node.args = (state, rows, dim, _taken(graph, _Positions(torch.tensor(start)), added))
 
 
 def _is_slice_of(node: fx.Node, placeholders: Sequence[fx.Node]) -> bool:

@@ -140,6 +140,7 @@ def test_they_are_for_gpus_and_can_be_left_out() -> None:
         "split_concatenations",
         "pack_heads",
         "join_linears",
+        "join_norms",
     ]
 
 

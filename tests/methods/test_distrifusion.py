@@ -325,6 +325,21 @@ def test_after_the_warm_up_nobody_waits_but_for_the_result(name, ranks):
             assert sent == 2 * 5 * held * 90 * (ranks - 1), "keys and values of five blocks, to every other rank"
 
 
+@pytest.mark.parametrize("name", ["flux", "unet_sdxl"])
+def test_nothing_is_copied_to_be_sent_or_to_be_read(name):
+    """A rank's rows of a state lie together, whatever sections ranks share; convolutions read the state itself."""
+    _, ranks = shared_by(name, 2)
+    for shared in ranks:
+        root, aten = shared.stale.root, torch.ops.aten
+        sent = root.graph.find_nodes(op="call_function", target=torch.ops.xdit_compile.gather_start.default)
+        assert sent and all(each.args[0].target is aten.slice.Tensor for each in sent)
+        structures = shared.stale.structures().values()
+        read = [each.args[0] for one in structures for each in one.graph.nodes if "aten.conv" in str(each.target)]
+        read += [each.args[0] for each in read if each.target is aten.constant_pad_nd.default]
+        assert any(each.target is aten.slice.Tensor for each in read) == (name == "unet_sdxl")
+        assert not any(each.target is aten.clone.default for each in read)
+
+
 def asked_for(shared: StaleCall, calls: int) -> list[Event]:
     """What a rank asks others for in some calls that go on at once, if every structure computes for a second."""
     numbers, arriving = itertools.count(), dict[str, int]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from typing import Any
 
 import diffusers
@@ -11,11 +12,14 @@ import torch
 from splitting import captured
 from torch import fx
 
+from xdit_compile.backends.target.pretend_card import DEVICE as CARD
+from xdit_compile.backends.target.pretend_card import kept_on_host
 from xdit_compile.cache.graphs import canonical
 from xdit_compile.compiler import Analysis, analyse, compiled
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.ir.program import Input, Program
 from xdit_compile.passes.choose.units import choose_units
+from xdit_compile.passes.local.local_graph import ROWS
 from xdit_compile.passes.partition.hoist_positions import hoist_positions
 from xdit_compile.plan import Plan
 from xdit_compile.runtime.verify.simulated_mesh import run_simulated
@@ -120,6 +124,35 @@ def test_what_is_written_to_is_not_sliced_before() -> None:
     values = [x, y, z, *(program.constants[str(each.target)] for each in program.inputs[3:])]
     (found,) = program.root(*values)
     assert torch.equal(found, y[1:3] + 1) and torch.equal(x[2:4], y[1:3])
+
+
+def test_on_cuda_rows_that_stay_are_written_by_what_computes_them() -> None:
+    """One scatter for each tensor that is kept, which inductor fuses with what comes before."""
+    model, plan = captured("flux"), Plan(distrifusion=2)
+    analysis = model.analysis(plan)
+    for rank in range(2):
+        with kept_on_host():
+            state = compiled(analysis, plan, Mesh.simulated(plan, rank), until="hoist_positions", device=CARD)
+        for structure in state.programs["stale"].structures().values():
+            targets = Counter(node.target for node in structure.graph.nodes)
+            assert targets[aten.index_copy_.default] == 2 * targets[ops.attention.default]
+            assert not targets[ops.put_rows_at.default]
+
+
+@pytest.mark.parametrize("device", [CPU, CARD], ids=str)
+def test_rows_are_put_where_an_input_says(device: torch.device) -> None:
+    def build(graph: fx.Graph, x: fx.Node, y: fx.Node, z: fx.Node) -> list[fx.Node]:
+        put = graph.call_function(ops.put_rows.default, (x, graph.call_function(aten.relu.default, (y,)), 0, 2))
+        put.meta[ROWS] = 3
+        return [graph.call_function(aten.add.Tensor, (x, z))]
+
+    with kept_on_host():
+        program = hoist_positions(program_of(build), device)
+    x, y, z = torch.zeros(6, 4), torch.randn(3, 4), torch.ones(6, 4)
+    (found,) = program.root(x, y, z, *(program.constants[str(each.target)] for each in program.inputs[3:]))
+    expected = torch.zeros(6, 4)
+    expected[2:5] = y.relu()
+    assert torch.equal(x, expected) and torch.equal(found, expected + 1)
 
 
 def test_arguments_may_come_after_what_uses_others() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import fx
 
 from xdit_compile.backends.target.cards import Card
-from xdit_compile.backends.target.pretend_card import DEVICE, Binary
-from xdit_compile.compiler import BEFORE_FUSIONS, PASSES, Analysis, Compilation, compiled, run_passes
+from xdit_compile.backends.target.pretend_card import DEVICE, Binary, kept_on_host
+from xdit_compile.compiler import BEFORE_DEVICES, PASSES, Analysis, Compilation, compiled, run_passes
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.errors import one_line
 from xdit_compile.plan import Plan
@@ -54,8 +54,9 @@ def on_paper(analysis: Analysis, plan: Plan, mesh: Mesh) -> Compilation:
     Raises:
         PartitionError: as `compiled` does.
     """
-    state = compiled(analysis, plan, mesh, until=BEFORE_FUSIONS)
-    return run_passes(dataclasses.replace(state, device=DEVICE), after=BEFORE_FUSIONS, until=PASSES[-2].name)
+    state = compiled(analysis, plan, mesh, until=BEFORE_DEVICES)
+    with kept_on_host():
+        return run_passes(dataclasses.replace(state, device=DEVICE), after=BEFORE_DEVICES, until=PASSES[-2].name)
 
 
 def counted_report(

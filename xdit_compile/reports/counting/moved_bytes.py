@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import sympy
 from torch._inductor import ir
-from torch._inductor.dependencies import MemoryDep
-from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, FusedSchedulerNode
+from torch._inductor.dependencies import MemoryDep, StarDep
+from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, FusedSchedulerNode, SchedulerNode
 from torch._inductor.virtualized import V
 
 from .own_ops import some_rows, written_in_triton
@@ -36,10 +36,31 @@ def moved_bytes(node: BaseSchedulerNode) -> int:
         return sum(writes.values()) + (0 if isinstance(node.node, ir.MultiOutput) else _given(node.node))
     accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
     inside = node.get_buffer_names() if isinstance(node, FusedSchedulerNode) else ()
-    reads = [name for name in accesses if name not in inside]
-    return sum(min(writes[name], _parts(name, node.read_writes.writes)) for name in writes) + sum(
+    reads = [name for name in accesses if name not in inside and not _only_kept(name, node)]
+    return sum(min(writes[name], _written(name, node)) for name in writes) + sum(
         min(accesses[name], _parts(name, node.read_writes.reads)) for name in reads
     )
+
+
+def _written(name: str, node: BaseSchedulerNode) -> int:
+    """Bytes of a buffer that a node writes; positions that it looks up are taken for different ones."""
+    made = _parts(name, node.read_writes.writes)
+    makers = [
+        each
+        for each in node.get_nodes()
+        if isinstance(each, SchedulerNode)
+        and any(
+            isinstance(dep, MemoryDep) and dep.name == name and dep.is_indirect() for dep in each.read_writes.writes
+        )
+    ]
+    stored = sum(_elements(each.get_ranges()[0]) for each in makers) * int(_buffer(name).get_dtype().itemsize)
+    return min(made, stored) if makers else made
+
+
+def _only_kept(name: str, node: BaseSchedulerNode) -> bool:
+    """Whether a node writes to positions of a buffer and reads none: that the rest stays is all it takes of it."""
+    written = {each for buffer in node.get_outputs() for each in buffer.get_mutations()}
+    return name in written and all(isinstance(dep, StarDep) for dep in node.read_writes.reads if dep.name == name)
 
 
 def _given(kernel: Any) -> int:
@@ -58,6 +79,8 @@ def _parts(name: str, deps: Iterable[Any]) -> int:
     whole, item = _elements(buffer.get_size()), buffer.get_dtype().itemsize
     here = {dep for dep in deps if dep.name == name}
     if not all(isinstance(dep, MemoryDep) for dep in here) or int(buffer.get_layout().storage_size()) != whole:
+        return whole * item
+    if any(dep.is_indirect() for dep in here):
         return whole * item
     if len(here) == 1 and _elements([next(iter(here)).get_numel()]) == whole:
         return whole * item

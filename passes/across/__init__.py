@@ -1,0 +1,1 @@
+"""What structures compute for one another: work that moves from one to the next."""
