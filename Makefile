@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PROMPT := a large red star in the center on a striped mint background
 TESTS := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 
-.PHONY: env demo test test-slow test-gpu bench-gpu conformance operators lint pipeline clean
+.PHONY: env demo test test-slow test-gpu test-versions bench-gpu conformance operators lint pipeline clean
 
 env: $(VENV)/.installed
 
@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: env
-	$(BIN)/xdit-compile generate --nproc 2 --ulysses_degree 2 --prompt "$(PROMPT)" --compare --output demo.png
+	$(BIN)/xdit-compile generate --nproc 2 --ulysses_degree 2 --prompt "$(PROMPT)" --compare --output demo.png --overwrite
 
 test: env
 	$(TESTS) -m "not slow"
@@ -32,6 +32,10 @@ test-slow: env
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu tests/test_on_gpu.py tests/test_kernels_on_gpu.py
+
+# A short suite under other releases of Python and PyTorch, in environments of some GB each. ARGS: PYTHON:TORCH ...
+test-versions: env
+	$(BIN)/python tests/versions.py --write docs/versions.md $(ARGS)
 
 # Goes on where it was stopped, and runs only what changed; exit code 1 where a pipeline is wrong or crashes. ARGS: --help
 bench-gpu: env
@@ -56,4 +60,4 @@ pipeline: env
 	$(BIN)/python examples/train_demo/train.py --work demo_run
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .conformance .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist *.egg-info .conformance .pytest_cache .ruff_cache .mypy_cache .versions

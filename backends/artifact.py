@@ -25,8 +25,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from .build_folder import BuildFolder
-from .common_folder import headers_in
+from .folders.build_folder import BuildFolder
+from .folders.common_folder import headers_in
 from .forms import Forms, fakes_of, give_dense
 from .inductor_order import options_for, pin_order
 from .target.card_code import CardCode, compiling_for, loading

@@ -18,8 +18,8 @@ from xdit_compile.errors import one_line
 from xdit_compile.ir.precision import products
 
 from .artifact import Artifact, compiled, loaded
-from .build_folder import BuildFolder
-from .common_folder import VectorInstructions
+from .folders.build_folder import BuildFolder
+from .folders.common_folder import VectorInstructions
 from .forms import Forms, TensorForm
 from .target.cards import Card
 

@@ -93,8 +93,8 @@ def test_a_mode_reaches_inductor_and_is_refused_elsewhere() -> None:
     assert isinstance(registry.find_backend("auto", mode), Inductor)
     with pytest.raises(PlanError, match="compile_mode='max-auto.* is inductor's, and backend='eager'; change one"):
         Plan(compile_mode=mode, backend="eager").check()
-    with pytest.raises(PlanError, match="choose one of default, max-autotune-no-cudagraphs"):
-        Plan(compile_mode="reduce-overhead").check()
+    with pytest.raises(PlanError, match="choose one of default, reduce-overhead, max-autotune, max-autotune-no-cuda"):
+        Plan(compile_mode="fastest").check()
 
 
 class Normed(torch.nn.Module):
@@ -169,13 +169,6 @@ def test_aot_eager_gives_what_the_module_gives(name: str) -> None:
 def test_aot_eager_gives_it_on_two_processes() -> None:
     splits = ({"ulysses": 2}, {"ring": 2, "attention": "chunked"}, {"tensor": 2})
     assert max(procs.run(run_split, 2, "flux", *[Plan(**each, backend="aot_eager") for each in splits])) <= 2e-5
-
-
-def test_nexfort_says_how_to_get_it_where_it_is_missing() -> None:
-    if registry.backends()["nexfort"].unavailable() is None:
-        pytest.skip("nexfort is installed")
-    with pytest.raises(ProviderUnavailable, match=r"nexfort.*not installed.*pip install"):
-        registry.find_backend("nexfort")
 
 
 def test_an_unknown_backend_is_named() -> None:

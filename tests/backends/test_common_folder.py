@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch._inductor import codecache, cpu_vec_isa
 
-from xdit_compile.backends.common_folder import VectorInstructions, headers_in, is_private
+from xdit_compile.backends.folders.common_folder import VectorInstructions, headers_in, is_private
 
 
 def test_a_folder_that_others_can_write_to_is_not_private(tmp_path: Path) -> None:

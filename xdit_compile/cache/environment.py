@@ -31,13 +31,14 @@ UNIMPORTANT = (
     "autotune_local_cache", "autotune_remote_cache", "bundled_autotune_remote_cache", "verbose_progress", "debug",
 )  # fmt: skip
 """Settings of inductor that change no code, by how they begin."""
-PREFIXES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_", "TRITON_", "XDIT_COMPILE_", "DIFFUSERS_ATTN_")
+PREFIXES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_", "TRITON_", "DIFFUSERS_ATTN_")
+"""How environment variables begin that count. Ours do not: what they say stands in the plan, or changes no code."""
 VARIABLES = ("ATEN_CPU_CAPABILITY", "CXX", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
 OF_HOST = ("ATEN_CPU_CAPABILITY", "CXX", "TORCH_CUDA_ARCH_LIST")
 """Environment variables that decide on code for the processor alone, and on extensions."""
 APART = re.compile(
     r"(^|_)(DIR|HOME|FOLDER|LOG|LOGS|LOGGING|DUMP|TRACE|DEBUG|PROFILE|PROGRESS|REDIS)(_|$)"
-    r"|(^|_)(NCCL|GLOO|DIST|DISTRIBUTED|STACKTRACES)(_|$)|^XDIT_COMPILE_CHECK$"
+    r"|(^|_)(NCCL|GLOO|DIST|DISTRIBUTED|STACKTRACES)(_|$)"
     r"|_CACHE$|_CACHE_MANAGER$|_COMPILE_THREADS$|_WORKER_START$|_WORKER_LOGPATH$|_WARM_POOL$"
 )
 """Environment variables that name folders, write down what happens, or say how it is done, and so change no code."""

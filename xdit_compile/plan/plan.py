@@ -6,14 +6,19 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from xdit_compile.errors import PlanError
+from xdit_compile.errors import PlanError, WrongTypeError
 
+from . import backend_options as options_of
+from .backend_options import GRAPHS, Options
 from .methods import DIMENSIONS, MESH_ORDER, METHODS, Degrees, dimensions
 
 BACKENDS = ("auto", "inductor", "nexfort", "eager", "aot_eager")
-COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""Those that record CUDA graphs. On a processor, which has none, ``max-autotune`` is the one without."""
 ATTENTIONS = (
     "auto",
     "sdpa",
@@ -43,6 +48,7 @@ OPTIONAL_PASSES = (
     "norm_rope",
     "pack_heads",
     "join_linears",
+    "join_norms",
     "hide_exchanges",
 )
 """Passes that change how fast something runs, and can be left out."""
@@ -79,8 +85,11 @@ class Plan(Degrees):
             where it can be used and ``eager`` elsewhere. ``aot_eager`` runs inductor's decompositions without the code
             that it generates, to find which of the two makes a result differ.
         compile_mode: that of ``torch.compile`` for ``inductor``; ``max-autotune-no-cudagraphs`` times several kernels
-            for each matrix product and takes the fastest, which compiles for longer. There is none with CUDA graphs:
-            a graph of one block that serves all of them would copy each block's weights in every call.
+            for each matrix product and takes the fastest, which compiles for longer. ``reduce-overhead`` records all
+            that one rank runs as one CUDA graph and replays it, on one rank alone; results are copies, which later
+            calls leave as they are. ``max-autotune`` is both.
+        backend_options: settings for the backend as they are, by name: of ``torch._inductor.config``
+            (``{"max_autotune": True, "triton.cudagraphs": False}``, or nested), or what onediff hands to ``nexfort``.
         attention: which kernel computes attention; ``auto`` takes the best exact one that is available. ``chunked``
             needs memory linear in the tokens on any device, and takes every mask and dtype. ``sage`` is not exact: the
             first call is compared with exact attention in its place, then with it, and how far it moves the result is
@@ -92,7 +101,8 @@ class Plan(Degrees):
             unsplit module; a smaller call of it where a rank has no memory for that.
         max_programs: graphs, one for each size and kind of call, that a module keeps compiled; the one that was not
             used for the longest time is dropped first.
-        timeout_s: seconds that any rank waits for another before it gives up.
+        timeout_s: seconds for which a rank may give no sign of life, or let the others wait while it does nothing of
+            ours, before all ranks end. One that loads, captures or compiles takes as long as it takes, while it runs.
         compile: ``background`` runs calls of a new size op by op at once, while another process compiles; all ranks go
             on with what was compiled from the same step on. It takes a cache.
         link: what connects a rank with the others of ``ulysses``, one way, as ``"450GB/s"`` or ``"25GB/s"``: values
@@ -114,15 +124,34 @@ class Plan(Degrees):
     mesh_order: tuple[str, ...] = MESH_ORDER
     backend: str = "auto"
     compile_mode: str = "default"
+    backend_options: Mapping[str, Any] | Options = ()
     attention: str = "auto"
     fallback: str = "gather"
     verify: bool = True
     max_programs: int = 32
-    timeout_s: float = 600.0
+    timeout_s: float = 300.0
     compile: str = "now"
     link: str | None = None
     without: tuple[str, ...] = ()
     cache: str | os.PathLike[str] | None = dataclasses.field(default="auto", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "backend_options", options_of.settled(self.backend_options))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """``backend_options`` by their full names."""
+        return dict(self.backend_options)
+
+    @property
+    def records_graphs(self) -> bool:
+        """Whether CUDA graphs are asked for, by the mode or by its setting."""
+        return bool(self.options.get(GRAPHS, self.compile_mode in GRAPH_MODES))
+
+    @property
+    def compiled_how(self) -> str:
+        """The mode, and the options beside it: code of the same backend that was made in another way differs."""
+        return " ".join([self.compile_mode, *(f"{name}={value}" for name, value in self.options.items())])
 
     @property
     def sequence(self) -> int:
@@ -208,6 +237,9 @@ class Plan(Degrees):
             problems.append(
                 f"compile_mode={self.compile_mode!r} is inductor's, and backend={self.backend!r}; change one"
             )
+        problems += options_of.problems(self.backend_options, self.backend)
+        if not problems:
+            problems += self._graph_problems()
         if not problems and self.link is not None and self.backend == "nexfort":
             problems.append("link begins exchanges early, and nexfort is not known to keep them in order; change one")
         if not problems and self.compile == "background" and self.cache is None:
@@ -216,11 +248,22 @@ class Plan(Degrees):
             problems += self._patch_problems() + self._vae_problems()
         if not problems and world_size is not None and self.world_size != world_size:
             degrees = " x ".join(f"{name}={getattr(self, name)}" for name in self._shown())
+            needed, running = self.world_size, "1 is" if world_size == 1 else f"{world_size} are"
             problems.append(
-                f"{degrees} needs {self.world_size} processes "
-                f"but {world_size} are running; start {self.world_size} or change the degrees"
+                f"{degrees} needs {needed} process{'es' if needed > 1 else ''} but {running} running; "
+                f"start {needed} (--nproc {needed}, or torchrun --nproc_per_node {needed}) or change the degrees"
             )
         return problems
+
+    def _graph_problems(self) -> list[str]:
+        """Reasons against CUDA graphs: what others send, and what a step leaves for the next, is in no recording."""
+        if not self.records_graphs or self.backend == "nexfort" or (self.world_size == 1 and not self.is_stale):
+            return []
+        why = f"{self.world_size} ranks send to one another" if self.world_size > 1 else "patches are kept over steps"
+        if self.compile_mode not in GRAPH_MODES:
+            return [f"{GRAPHS}=True records what one rank computes alone, and {why}; leave it out"]
+        other = "max-autotune-no-cudagraphs" if self.compile_mode == "max-autotune" else "default"
+        return [f"compile_mode={self.compile_mode!r} records what one rank computes alone, and {why}; take {other!r}"]
 
     def _patch_problems(self) -> list[str]:
         problems = []
@@ -278,6 +321,21 @@ class Plan(Degrees):
         if problems:
             raise PlanError("; ".join(problems))
         return self
+
+
+def as_plan(plan: Any) -> Plan:
+    """A plan that was given, checked; one rank's where there is none.
+
+    Raises:
+        WrongTypeError: something else was given.
+        PlanError: with every problem of the plan.
+    """
+    if plan is None:
+        plan = Plan()
+    if not isinstance(plan, Plan):
+        what = f"the class {plan.__name__}" if isinstance(plan, type) else f"{plan!r} of type {type(plan).__name__}"
+        raise WrongTypeError(f"a plan is a Plan, such as Plan(ulysses=2), not {what}; xdit_compile.Plan makes one")
+    return plan.check()
 
 
 def bytes_in(text: str) -> int | None:

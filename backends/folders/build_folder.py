@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from multiprocessing.util import Finalize
 from pathlib import Path
 
-VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-"""What inductor and triton are told their folders by, whenever they look."""
+from xdit_compile.distributed.environment import RUN_FOLDER
+
+VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR")
+"""What inductor, triton and the compilers that they call are told their folders by, whenever they look."""
 
 
 class BuildFolder:
@@ -20,7 +22,8 @@ class BuildFolder:
     Inductor's own folder has a name that everybody knows, and takes what lies there for what it made itself. It is
     left to those who keep nothing of ours. This one outlives whoever wanted it, as a library that a process has loaded
     is taken again by whatever else names it there, and is read where it lies. Processes that Python's multiprocessing
-    started remove theirs, too, which end without what ``atexit`` was told.
+    started remove theirs, too, which end without what ``atexit`` was told. A command that starts processes has them put
+    theirs into one of its own, which it removes whatever has become of them.
     """
 
     def __init__(self) -> None:
@@ -34,7 +37,7 @@ class BuildFolder:
     def path(self) -> Path:
         """The folder."""
         if self._path is None:
-            self._path = Path(tempfile.mkdtemp(prefix="xdit_compile-"))
+            self._path = Path(tempfile.mkdtemp(prefix="xdit_compile-", dir=os.environ.get(RUN_FOLDER)))
             Finalize(None, shutil.rmtree, (self._path,), {"ignore_errors": True}, exitpriority=0)
         return self._path
 
@@ -42,7 +45,9 @@ class BuildFolder:
     def current(self) -> Iterator[Path]:
         """Have compilers use the folder meanwhile."""
         before = {name: os.environ.get(name) for name in VARIABLES}
-        os.environ.update({name: str(self.path / name.partition("_")[0].lower()) for name in VARIABLES})
+        folders = {name: self.path / name.partition("_")[0].lower() for name in VARIABLES}
+        folders["TMPDIR"].mkdir(exist_ok=True)
+        os.environ.update({name: str(folder) for name, folder in folders.items()})
         try:
             yield self.path
         finally:

@@ -1,0 +1,1 @@
+"""The folders in which compilers make files."""
