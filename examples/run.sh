@@ -35,7 +35,7 @@ PIPEFUSION_ARGS=${PIPEFUSION_ARGS:-}                                # --num_pipe
 CFG_ARGS=${CFG_ARGS:-}                                              # --use_cfg_parallel, which halves the other degrees
 PARALLLEL_VAE=${PARALLLEL_VAE:-}                                    # --use_parallel_vae (spelt as xDiT spells it)
 COMPILE_FLAG=${COMPILE_FLAG:-}                                      # --use_torch_compile; --backend eager compiles nothing
-OUTPUT_ARGS=${OUTPUT_ARGS:---output results/$MODEL_TYPE.$SUFFIX}
+OUTPUT_ARGS=${OUTPUT_ARGS:---output results/$MODEL_TYPE.$SUFFIX --overwrite}
 PROMPT=${PROMPT:-brown dog laying on the ground with a metal bowl in front of him.}
 
 mkdir -p results

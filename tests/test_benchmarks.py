@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 
@@ -91,6 +92,15 @@ def test_graphs_for_a_card_are_built_once_and_found_again(tmp_path: pathlib.Path
     first, second = found["ranks"]
     assert first["structures"] > 0 and first["kernels"] > 0 and second["structures"] == 0 < second["programs"]
     assert found["loaded"]["found"] > 0 and found["loaded"]["compiled"] == 0
+
+
+@pytest.mark.slow
+def test_passes_for_gpus_round_less_than_graphs_without_them(tmp_path: pathlib.Path) -> None:
+    found = run("bf16_error.py", "--model", "FLUX", "--model", "HunyuanVideo", "--seeds", "10", tmp_path=tmp_path)
+    for seeds in found["found"].values():
+        errors = [each["errors"] for each in seeds]
+        for name in ("all passes", "all but norm_rope"):
+            assert statistics.median(each[name] / each["no passes"] for each in errors) < 0.997
 
 
 def test_stubs_are_taken_out_again(monkeypatch: pytest.MonkeyPatch) -> None:

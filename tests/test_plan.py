@@ -35,7 +35,8 @@ def test_degrees_must_multiply_to_the_world(ulysses: int, ring: int, world: int)
     problems = plan.problems(world)
     assert bool(problems) == (ulysses * ring != world)
     if problems:
-        assert f"needs {ulysses * ring} processes but {world} are running" in problems[0]
+        needed = ulysses * ring
+        assert f"needs {needed} process" in problems[0] and f"start {needed} (--nproc {needed}, or" in problems[0]
 
 
 @pytest.mark.parametrize(

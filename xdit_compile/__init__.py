@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import XditCompileError
 from .plan import Plan
+from .plan.requirements import check_requirements
 
 if TYPE_CHECKING:
     from xdit_compile.distributed.devices import is_main_process, local_device
@@ -29,7 +30,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the API, and with it torch, only when it is used: the command line checks its flags without it."""
+    """Import the API, and with it torch, only when it is used: the command line checks its flags without it.
+
+    Raises:
+        UsageError: a library that it stands on is too old.
+    """
+    if name in __all__:
+        check_requirements()
     if name in ("explain", "generation", "parallelize", "refresh", "restore"):
         from . import api
 

@@ -1,8 +1,6 @@
 """``python -m xdit_compile`` is the same command as ``xdit-compile``."""
 
-import sys
-
-from xdit_compile.cli.main import main
+from xdit_compile.cli.main import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -52,6 +52,7 @@ from xdit_compile.weights.weights import Weights
 from .compiler import analyse, place
 from .errors import ProviderUnavailable, UsageError
 from .plan import Plan
+from .plan.plan import as_plan
 
 
 def parallelize(target: Any, plan: Plan | None = None) -> Any:
@@ -76,8 +77,9 @@ def parallelize(target: Any, plan: Plan | None = None) -> Any:
         PlanError: with every problem of the plan.
         ProviderUnavailable: a backend or attention provider that cannot be used here.
         UsageError: a target without a denoiser, or one that is parallelized already.
+        WrongTypeError: a target or plan of another type.
     """
-    return attach(target, (plan or Plan()).check(), {})
+    return attach(target, as_plan(plan), {})
 
 
 def attach(target: Any, plan: Plan, weights: Mapping[str, Weights]) -> Any:
@@ -228,7 +230,7 @@ def explain(
             "explain needs the inputs of one call beside a plan: explain(module, plan, args=(...), kwargs={...}); "
             "of a parallelized pipeline that was called, explain(pipe) says all"
         )
-    plan = (plan or Plan()).check()
+    plan = as_plan(plan)
     ((_, module),) = list(denoisers(explained))[:1]
     analysis = analyse(module, plan, args, kwargs or {})
     return _report(analysis, plan, 0, card=card)

@@ -80,14 +80,25 @@ class PeerError(AgreementError):
     """A transfer that broke off, since another rank stopped or did not answer in time."""
 
 
+class WrongTypeError(UsageError, TypeError):
+    """An argument of a type that says nothing to the function; the message says what to give."""
+
+
 class ProviderUnavailable(UsageError):
     """A backend or an attention provider that cannot be used here, with the reason."""
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """What an error says, on one line; its type where it says nothing."""
+def one_line(error: BaseException, limit: int = 600) -> str:
+    """What an error says, on one line; its type where it says nothing. Of a long one whole words are left, and ...
+
+    Args:
+        limit: characters at most.
+    """
     try:
-        text = str(error)
+        text = " ".join(str(error).split())
     except Exception:
         text = ""
-    return " ".join(text.split())[:limit] or type(error).__name__
+    if len(text) > limit:
+        whole = text[: limit - 3].rpartition(" ")[0] or text[: limit - 4]
+        text = f"{whole} ..."
+    return text or type(error).__name__

@@ -55,7 +55,8 @@ def test_ranks_with_weights_start_from_what_was_built(degree: str, tmp_path: Pat
     built = command("build", f"--{degree}", "2", "--size", "192x256", cache=cache)
     assert "192 x 256 pixels, 1 prompt" in built and "2 new entries" in built
     picture = str(tmp_path / "out.png")
-    run = ("generate", "--nproc", "2", f"--{degree}", "2", "--height", "192", "--width", "256", "--output", picture)
+    run = ("generate", "--nproc", "2", f"--{degree}", "2", "--height", "192", "--width", "256", "--output", picture,
+           "--overwrite")  # fmt: skip
     for _ in range(2):
         made = command(*run, "--num_inference_steps", "3", cache=cache)
         assert "from the cache" in made and "captured" not in made, made

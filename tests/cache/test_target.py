@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from xdit_compile import Plan
 from xdit_compile.backends.artifact import Artifact, loaded
-from xdit_compile.backends.build_folder import BuildFolder
+from xdit_compile.backends.folders.build_folder import BuildFolder
 from xdit_compile.backends.inductor import Inductor
 from xdit_compile.backends.registry import find_backend
 from xdit_compile.backends.target.card_code import noting_kernels

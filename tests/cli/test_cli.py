@@ -35,7 +35,10 @@ DIFFERENCE = re.compile(
     ("arguments", "expected"),
     [
         ("--nproc 2 --ulysses_degree 3", "ulysses=3 needs 3 processes but 2 are running; start 3"),
-        ("--ulysses_degree 2", "needs 2 processes but 1 are running"),
+        (
+            "--ulysses_degree 2",
+            "needs 2 processes but 1 is running; start 2 (--nproc 2, or torchrun --nproc_per_node 2)",
+        ),
         ("--nproc 2 --ulysses_degree -1", "ulysses=-1 must be a whole number of at least 1"),
         ("--ring-degree 0", "ring=0 must be a whole number of at least 1"),
         ("--backend tvm", "backend='tvm' is unknown; choose one of auto, inductor, nexfort, eager"),
@@ -74,7 +77,8 @@ def test_every_problem_is_named_at_once(tmp_path: Path):
 def test_help_and_usage_errors_do_not_wait_for_torch(tmp_path: Path):
     code = (
         "import sys; from xdit_compile.cli.main import main;"
-        "flags = [['generate', '--help'], ['generate', '--nproc', '2'], ['explain', '--backend', 'x']];"
+        "flags = [['generate', '--help'], ['generate', '--nproc', '2', '--ring_degree', '3']];"
+        "flags += [['explain', '--backend', 'x']];"
         "codes = [main(one) for one in flags];"
         "print(codes, 'torch' in sys.modules)"
     )
@@ -142,7 +146,7 @@ def test_debug_shows_the_traceback(tmp_path: Path, broken_model: Path):
 def test_one_process_makes_a_picture_and_names_what_it_ignored(tmp_path: Path):
     done = run("generate", *QUICK, "--width", "160", "--num_frames", "3", "--compare", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "ignored, this pipeline does not take them: --num_frames" in done.stdout
+    assert "--num_frames has no effect: this pipeline does not take it" in done.stderr
     assert files(tmp_path) == {"out.png"}
     picture = Image.open(tmp_path / "out.png")
     assert picture.size == (160, 128)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from xdit_compile.cli.running.launch import ERROR_FILE, _worker_failed, report_failure
+from xdit_compile.cli.processes.launch import ERROR_FILE, _worker_failed, report_failure
 from xdit_compile.errors import AgreementError
 
 

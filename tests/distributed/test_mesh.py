@@ -90,7 +90,7 @@ def test_a_simulated_group_carries_no_data():
 def test_a_world_of_one_needs_no_process_group():
     mesh = Mesh.from_process_group(Plan())
     assert (mesh.world_size, mesh.rank, mesh.group(("ring", "ulysses"))) == (1, 0, "")
-    with pytest.raises(PlanError, match="needs 2 processes but 1 are running"):
+    with pytest.raises(PlanError, match="needs 2 processes but 1 is running"):
         Mesh.from_process_group(Plan(ring=2))
 
 

@@ -15,7 +15,8 @@ import pytest
 from commands import TINY_PIPELINE, clean_environment, files, one_error, run
 from PIL import Image
 
-from xdit_compile.cli.options.evaluation_request import EvaluationRequest, read_prompts
+from xdit_compile.cli.inputs.asked import prompts_in
+from xdit_compile.cli.options.evaluation_request import EvaluationRequest
 from xdit_compile.plan import Plan
 
 QUICK = f"--model {TINY_PIPELINE} --num_inference_steps 2 --backend eager --height 64 --width 96".split()
@@ -146,7 +147,7 @@ def test_pictures_do_not_depend_on_the_batches(two_processes: tuple[Path, str], 
         ("--features vgg", "--features vgg is unknown; choose one of scenes, inception"),
         ("--output empty.txt", "--output empty.txt is a file; name a folder"),
         ("--output nowhere/found", "folder nowhere does not exist"),
-        ("--nproc 2", "but 2 are running; start 1 or change the degrees"),
+        ("--nproc 2 --ring_degree 3", "needs 3 processes but 2 are running; start 3 (--nproc 3, or torchrun"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_code_2(tmp_path: Path, arguments: str, expected: str):
@@ -226,4 +227,4 @@ def test_the_request_survives_the_way_to_the_workers():
 def test_a_file_of_prompts_may_have_a_mark_and_windows_lines(tmp_path: Path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa fox\r\n\r\nein Bär \r\n".encode())
-    assert read_prompts(str(path)) == ["a fox", "ein Bär"]
+    assert prompts_in(str(path), "--prompts") == ["a fox", "ein Bär"]

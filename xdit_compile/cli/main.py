@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from xdit_compile import __version__
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 
 from .commands.build import build
 from .commands.cache import cache
+from .commands.completion import completion
+from .commands.doctor import doctor
 from .commands.evaluate import evaluate
 from .commands.explain import explain
 from .commands.generate import generate
 from .commands.start import worker
 from .commands.tune import tune
 from .options.flags import normalized
+from .options.versions import print_version
+from .parsing.groups import Group
+from .processes.ending import Interrupted, Signals
 
 NAME = "xdit-compile"
-INTERRUPTED = 130
 _SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 120,
@@ -32,33 +36,62 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, signals: Signals | None = None) -> int:
     """Run one command and return its exit code; errors become one line on stderr, or a traceback with --debug.
 
     The line of a worker's failure stands alone: a progress bar may have been left open where it would go.
+
+    Args:
+        signals: what listens to those that end the command, where anything does.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    asked: dict[str, bool] = {}
     try:
-        cli.main(args=arguments or ["--help"], prog_name=NAME, standalone_mode=False)
+        cli.main(args=arguments or ["--help"], prog_name=NAME, standalone_mode=False, obj=asked)
         return 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        return _fail("interrupted", INTERRUPTED)
-    except click.ClickException as error:
+    except BaseException as error:
+        arguments += ["--debug"] if asked.get("debug") and "--debug" not in arguments else []
+        came = error if isinstance(error, Interrupted) else None if signals is None else signals.came
+        return _told(error, arguments) if came is None else _interrupted(came, arguments)
+
+
+def _told(error: BaseException, arguments: list[str]) -> int:
+    """Say what ended a command, and give the exit code for it."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
+        return _interrupted(Interrupted(signal.SIGINT), arguments)
+    if isinstance(error, click.ClickException):
         command = getattr(getattr(error, "ctx", None), "command_path", NAME)
         return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", error.exit_code)
-    except Exception as error:
+    if isinstance(error, Exception):
         return _failed(error, arguments)
+    raise error
 
 
 def entry() -> None:
     """The installed command."""
-    sys.exit(main())
+    signals = Signals()
+    signals.listen()
+    exit_code = main(signals=signals)
+    signals.end(exit_code)
+    sys.exit(exit_code)
+
+
+def _interrupted(came: Interrupted, arguments: list[str]) -> int:
+    """Say so, once: the processes of --nproc end without a word, and of those that another launcher started one speaks.
+
+    The line stands alone: a progress bar, or what the terminal shows of the key, may stand where it would go.
+    """
+    if arguments[:1] == ["worker"] or (_rank_prefix() and not _rank_prefix().startswith("rank 0:")):
+        return came.exit_code
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return _fail(str(came), came.exit_code)
 
 
 def _failed(error: Exception, arguments: list[str]) -> int:
-    from .running.launch import WorkerFailed, report_failure
+    from .processes.launch import WorkerFailed, report_failure
 
     is_worker = arguments[:1] == ["worker"]
     if _wants_debug(arguments, is_worker) and not isinstance(error, WorkerFailed):
@@ -94,11 +127,14 @@ def _rank_prefix() -> str:
     return f"rank {world.rank}: " if world.launched else ""
 
 
-@click.group(context_settings=_SETTINGS)
-@click.version_option(__version__)
+@click.group(cls=Group, context_settings=_SETTINGS)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version,
+    help="Show the versions of this and of what it runs on, and exit.",
+)  # fmt: skip
 def cli() -> None:
     """Parallel inference for unmodified diffusers pipelines. Flags may be written with - or _."""
 
 
-for _each in (generate, evaluate, explain, build, tune, cache, worker):
+for _each in (generate, evaluate, explain, build, tune, cache, completion, doctor, worker):
     cli.add_command(_each)

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from xdit_compile.errors import AgreementError, one_line
 
 from .calls import Calls
-from .liveness import Liveness, Look
+from .liveness import QUIET_SECONDS, Liveness, Look
 from .mesh import Mesh
-from .peers import SETTLE_SECONDS, Peers
+from .peers import SETTLE_SECONDS, Patience, Peers
 from .sketch import Sketch, alike
 
 POLL_SECONDS = 0.005
@@ -122,11 +122,12 @@ class Agreement:
         if self._store is not None and self._calls.settle(self.calls):
             self._publish()
         for rank in self._others if self._calls.made else ():
+            patience = Patience(self._seen, rank, self._timeout)
             while (position := self._seen.position(rank)) is None or not self._has_made(position):
                 if time.monotonic() - begin > 10 * POLL_SECONDS:
                     self.look([rank])
                     self._seen.refuse_other_way(rank, position, self.epoch, self._at)
-                if time.monotonic() - begin > self._timeout:
+                if patience.is_over():
                     raise AgreementError(f"rank {rank} did not make {self._said} within {self._timeout:.0f} s")
                 time.sleep(POLL_SECONDS / 10)
             if position["count"] == self._count:
@@ -234,6 +235,7 @@ class Agreement:
     def _wait(self, key: str, rank: int, stage: str) -> bytes:
         assert self._store is not None
         begin = time.monotonic()
+        patience = Patience(self._seen, rank, self._timeout)
         noticed = begin + NOTICE_SECONDS
         pause = POLL_SECONDS / 10
         while not self._store.check([key]):
@@ -244,7 +246,7 @@ class Agreement:
                 if self._store.check([key]):
                     break
                 self._seen.refuse_other_way(rank, position, self.epoch, self._at, stage)
-            if now - begin > self._timeout:
+            if patience.is_over():
                 raise AgreementError(
                     f"rank {rank} did not answer within {self._timeout:.0f} s and {self._seen.where(rank)}; "
                     "was it stopped, or does it call something else?"
@@ -252,7 +254,9 @@ class Agreement:
             if now > noticed:
                 noticed += 6 * NOTICE_SECONDS
                 where = self._seen.where(rank)
-                logger.warning("rank %d waits at %s for rank %d, which %s", self.rank, stage, rank, where)
+                logger.info("rank %d waits at %s for rank %d, which %s", self.rank, stage, rank, where)
+            if begin + QUIET_SECONDS < now < begin + QUIET_SECONDS + NOTICE_SECONDS and not self._seen.is_busy(rank):
+                self._seen.tell_waiting(rank, stage, f"{self.epoch}/{self._at[0]}")
             time.sleep(pause)
             pause = min(2 * pause, 4 * POLL_SECONDS)
         return self._store.get(key)
@@ -266,11 +270,31 @@ class Agreement:
         counted = self.refuse_vain(self._seen)
         if self._next in counted:
             self._calls.compared(counted[self._next]["calls"])
+        late = [rank for rank in self._others if not self._is_here(rank)] if waited > self._timeout else []
+        if late:
+            raise AgreementError(
+                f"rank {late[0]} did not come to {what} of {self._said} within {self._timeout:.0f} s and "
+                f"{self._seen.where(late[0])}; was it stopped, or does it call something else?"
+            )
         if waited > NOTICE_SECONDS and int(waited) % int(6 * NOTICE_SECONDS) == int(NOTICE_SECONDS):
-            logger.warning(
+            logger.info(
                 "rank %d waits in %s of %s: %s", self.rank, what, self._said,
                 "; ".join(f"rank {rank} {self._seen.where(rank)}" for rank in self._others),
             )  # fmt: skip
+
+    def _is_here(self, rank: int) -> bool:
+        """Whether a rank has come as far as this one."""
+        position = self._seen.position(rank)
+        return position is not None and (position["epoch"], position["event"]) >= (self.epoch, self._at[0])
+
+    def do(self, what: str = "", busy: bool = False) -> None:
+        """Tell the others what this rank does from now on, beside the calls that it announces.
+
+        Args:
+            busy: it takes as long as it takes: others wait for as long as this rank gives signs of life.
+        """
+        if self._life is not None:
+            self._life.do(what, busy)
 
     def watch(self, look: Look | None) -> None:
         """Have another thread look now and then, through its own connection, whether this one waits in vain."""

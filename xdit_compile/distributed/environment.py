@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+RUN_FOLDER = "XDIT_COMPILE_RUN"
+"""Where the processes of one command put what must be gone when it ends; the command sets it for them."""
+
 
 @contextmanager
 def defaults(wanted: Mapping[str, str]) -> Iterator[None]:

@@ -1,22 +1,25 @@
-"""What a rank tells and asks others beside its work: that it runs, and where they are.
+"""What a rank tells and asks others beside its work: that it runs and what it does, and where they are.
 
-Every rank says in the store that it runs, so that one which was stopped can be named.
+Every rank says in the store that it runs, so that one which was stopped can be named, and told from one that is busy.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch.distributed as dist
 
 BEAT_SECONDS = 1.0
-SILENT_SECONDS = 15.0
-"""A rank that gives no sign for so long has stopped."""
+QUIET_SECONDS = 30.0
+"""Of a rank that gives no sign for so long the others say so, once."""
 LOOK_SECONDS = 5.0
 """A rank that was not looked at for so long is looked at anew: nobody knows that it was silent all the while."""
 ENDED = "ended"
@@ -40,13 +43,25 @@ class Signs:
     def silence(self, rank: int) -> float:
         """Seconds for which a rank was looked at and gave no sign of life; infinite for one that said it ended."""
         sign, now = self._sign(rank), time.monotonic()
-        if sign == ENDED:
+        if sign == ENDED or _is_gone(sign):
             return math.inf
         seen = self._seen.get(rank)
         if seen is None or seen.sign != sign or now - seen.looked > LOOK_SECONDS:
             seen = self._seen[rank] = _Seen(sign, now, now)
         seen.looked = now
         return now - seen.since
+
+    def does(self, rank: int) -> tuple[str, bool]:
+        """What a rank said last that it does, and whether that takes as long as it takes."""
+        sign = self._sign(rank)
+        if sign in ("", ENDED):
+            return "", False
+        said = json.loads(sign)
+        return said["does"], said["busy"]
+
+    def first_to_tell(self, rank: int) -> bool:
+        """Whether this one is the first of all ranks that wants to tell of another one's latest sign."""
+        return self.store.add(f"{self._name}/told/{rank}/{self._sign(rank)}", 1) == 1
 
     def forget(self) -> None:
         """Look anew: a rank that was stopped may run again."""
@@ -59,7 +74,7 @@ class Signs:
         while True:
             signs = {rank: self._sign(rank) for rank in ranks}
             quiet = [rank for rank in ranks if signs[rank] in (ENDED, first[rank])]
-            ended = next((rank for rank in ranks if signs[rank] == ENDED), None)
+            ended = next((rank for rank in ranks if signs[rank] == ENDED or _is_gone(signs[rank])), None)
             if ended is not None or not quiet:
                 return ended
             if time.monotonic() > end:
@@ -104,6 +119,14 @@ class Liveness(Signs):
         found, self._errand.found = self._errand.found, None
         return found
 
+    def do(self, what: str, busy: bool) -> None:
+        """Say from the next beat on what this rank does.
+
+        Args:
+            busy: it takes as long as it takes, and others wait for as long as this rank runs.
+        """
+        self._errand.does, self._errand.busy = what, busy
+
     def watch(self, look: Look | None) -> None:
         """Have the thread call something at every beat with its connection, or with None once that is lost."""
         self._errand.look = look
@@ -127,14 +150,17 @@ class _Errand:
     key: str = ""
     found: bytes | None = None
     look: Look | None = None
+    does: str = ""
+    busy: bool = False
 
 
 def _run(store: dist.Store, sign_key: str, errand: _Errand) -> None:
-    begin = time.monotonic()
+    begin, process = time.monotonic(), {"home": _home(), "process": os.getpid()}
     try:
         while not errand.ended:
             errand.wake.clear()
-            store.set(sign_key, str(int((time.monotonic() - begin) / BEAT_SECONDS)))
+            beat = int((time.monotonic() - begin) / BEAT_SECONDS)
+            store.set(sign_key, json.dumps({"beat": beat, "does": errand.does, "busy": errand.busy, **process}))
             if key := errand.key:
                 errand.key = ""
                 errand.found = store.get(key)
@@ -143,6 +169,28 @@ def _run(store: dist.Store, sign_key: str, errand: _Errand) -> None:
         store.set(sign_key, ENDED)
     except RuntimeError:
         _look(errand, None)
+
+
+def _home() -> str:
+    """What processes have in common that see one another by their numbers; empty where that is not known."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _is_gone(sign: str) -> bool:
+    """Whether a process has ended without a word, where this one can see that."""
+    if not sign or sign == ENDED:
+        return False
+    said = json.loads(sign)
+    if not said["home"] or said["home"] != _home():
+        return False
+    try:
+        state = Path(f"/proc/{said['process']}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"
 
 
 def _look(errand: _Errand, store: dist.Store | None) -> None:

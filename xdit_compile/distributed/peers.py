@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +13,11 @@ import torch.distributed as dist
 
 from xdit_compile.errors import AgreementError
 
-from .liveness import SILENT_SECONDS, Signs
+from .liveness import QUIET_SECONDS, Signs
 
 SETTLE_SECONDS = 2.0
 """How long a broken transfer is given for its cause to be known."""
+logger = logging.getLogger("xdit_compile.peers")
 
 
 class Peers:
@@ -24,7 +27,7 @@ class Peers:
         signs: of life, with the connection that they and all else is read through.
         name: begins the keys; the same on every rank.
         rank: this process.
-        timeout_s: seconds after which a silent rank has stopped, where that is less than usual.
+        timeout_s: seconds after which a silent rank has stopped.
     """
 
     def __init__(self, signs: Signs, name: str, rank: int, timeout_s: float):
@@ -41,8 +44,14 @@ class Peers:
 
     def where(self, rank: int) -> str:
         """The same in words."""
-        position = self.position(rank)
+        position, (does, _) = self.position(rank), self._signs.does(rank)
+        if does:
+            return f"was last seen {does}"
         return "has made no call yet" if position is None else f"was last seen at {position['said']}"
+
+    def is_busy(self, rank: int) -> bool:
+        """Whether a rank does what takes as long as it takes, such as compiling."""
+        return self._signs.does(rank)[1]
 
     def failure(self, epoch: int, over: Sequence[Any] | None = None) -> str | None:
         """Which rank failed in an epoch and why, where another did.
@@ -57,11 +66,32 @@ class Peers:
         return None if said["rank"] == self._rank or over not in (None, said["at"]) else said["why"]
 
     def stopped(self, ranks: Sequence[int]) -> str | None:
-        """Which of some ranks gives no sign of life, if one does not."""
+        """Which of some ranks gives no sign of life, if one does not; one that gave none for a while is told of."""
         for rank in ranks:
-            if self._signs.silence(rank) > min(SILENT_SECONDS, self._timeout):
-                return _stopped(rank)
+            silence = self._signs.silence(rank)
+            if silence > self._timeout:
+                return self._stopped(rank, silence)
+            if silence > QUIET_SECONDS and self._signs.first_to_tell(rank):
+                logger.warning(
+                    "rank %d gives no sign of life for %.0f s and %s; if it gives none, all ranks end in %.0f s",
+                    rank, silence, self.where(rank), self._timeout - silence,
+                )  # fmt: skip
         return None
+
+    def tell_waiting(self, rank: int, stage: str, event: str) -> None:
+        """Say that a rank runs and does not come to what others wait at; once for all that wait."""
+        if self._store.add(f"{self._name}/waiting/{rank}/{event}", 1) == 1:
+            logger.warning(
+                "rank %d waits at %s for rank %d, which runs and %s; if it does not come, all ranks end after %.0f s",
+                self._rank, stage, rank, self.where(rank), self._timeout,
+            )  # fmt: skip
+
+    def _stopped(self, rank: int, silence: float = math.inf) -> str:
+        for_long = f" for {silence:.0f} s" if math.isfinite(silence) else ""
+        return (
+            f"rank {rank} stopped: it gives no sign of life{for_long} and {self.where(rank)}; look at what it printed, "
+            "and start all processes again"
+        )
 
     def blame(self, epoch: int, ranks: Sequence[int]) -> str | None:
         """Why a transfer broke, once it is known: what failed, or which of some ranks gives no sign of life."""
@@ -70,7 +100,7 @@ class Peers:
             time.sleep(SETTLE_SECONDS / 400)
         if failed is None:
             silent = self._signs.silent(ranks)
-            failed = self.failure(epoch) or (None if silent is None else _stopped(silent))
+            failed = self.failure(epoch) or (None if silent is None else self._stopped(silent))
         return failed
 
     def refuse_other_way(
@@ -98,5 +128,21 @@ class Peers:
         )
 
 
-def _stopped(rank: int) -> str:
-    return f"rank {rank} stopped: it gives no sign of life; look at what it printed, and start all processes again"
+class Patience:
+    """How long a rank waits for another: one that is busy may take as long as it runs.
+
+    That it runs is seen by its signs of life, which `Peers.stopped` looks at.
+
+    Args:
+        timeout_s: seconds that one which is not busy may let others wait.
+    """
+
+    def __init__(self, peers: Peers, rank: int, timeout_s: float):
+        self._peers, self._rank, self._timeout = peers, rank, timeout_s
+        self._since = time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether the other let this one wait for too long."""
+        if self._peers.is_busy(self._rank):
+            self._since = time.monotonic()
+        return time.monotonic() - self._since > self._timeout

@@ -6,9 +6,13 @@ import dataclasses
 import datetime
 import itertools
 import json
+import logging
+import math
 import os
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,12 +21,18 @@ from xdit_compile.errors import AgreementError, UsageError
 from xdit_compile.plan import Plan
 
 from .devices import ADVICE, VISIBLE, backend_for
+from .liveness import QUIET_SECONDS, Liveness, Signs
 from .mesh import backends, first_sentence
 from .watchdog import lenient
 from .world import World
 
 ALONE_ON_A_CARD = frozenset({"nccl"})
 """Backends that refuse two ranks on one card, or wait for ever."""
+COMING = "xdit_compile/coming"
+"""Begins the keys of what ranks say before they have a session."""
+LIFE = "life"
+POLL_SECONDS = 0.02
+logger = logging.getLogger("xdit_compile.peers")
 IDENTITY = ("uuid", "pci_domain_id", "pci_bus_id", "pci_device_id")
 
 
@@ -76,8 +86,79 @@ def join(plan: Plan, device: torch.device, world: World) -> None:
     if not dist.is_initialized() and world.launched and world.size > 1:
         world.check_meeting()
         limit = datetime.timedelta(seconds=plan.timeout_s)
+        meet(world, plan.timeout_s)
         with lenient():
             dist.init_process_group(backend_for(device), timeout=limit, rank=world.rank, world_size=world.size)
+
+
+def meet(world: World, limit_s: float) -> dist.Store:
+    """The store through which ranks find one another, once all have come to it; they need no process group for that.
+
+    Raises:
+        AgreementError: one did not come in time.
+    """
+    limit = datetime.timedelta(seconds=limit_s)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))
+    except RuntimeError as error:
+        raise AgreementError(
+            f"rank {world.rank} found none of the other ranks within {limit_s:g} s ({first_sentence(error)}); look at "
+            "the first one that failed, and start all processes again"
+        ) from error
+    store = dist.PrefixStore(COMING, store)
+    store.set(f"here/{rank}", "")
+    _wait_for(store, Signs(store, LIFE), {each: f"here/{each}" for each in range(size)}, "the start", limit_s)
+    return store
+
+
+@contextmanager
+def coming(world: World, limit_s: float, what: str) -> Iterator[None]:
+    """Say meanwhile that this rank runs and does something that takes as long as it takes, for those that wait.
+
+    Raises:
+        AgreementError: a rank did not come to meet the others in time.
+    """
+    if not world.launched or world.size == 1:
+        yield
+        return
+    world.check_meeting()
+    life = Liveness(meet(world, limit_s), LIFE, world.rank)
+    life.do(what, busy=True)
+    try:
+        yield
+    finally:
+        life.close()
+
+
+def _wait_for(store: dist.Store, signs: Signs, keys: Mapping[int, str], what: str, limit_s: float) -> None:
+    """Return once ranks have left their keys in a store: those that give signs of life meanwhile take their time.
+
+    Args:
+        keys: by rank.
+        what: they come to.
+    """
+    begin = time.monotonic()
+    for rank, key in keys.items():
+        since, told = begin, False
+        while not store.check([key]):
+            doing, busy = signs.does(rank)
+            since = time.monotonic() - signs.silence(rank) if busy else since
+            waited = time.monotonic() - since
+            silent = f"gives no sign of life and was last seen {doing}" if busy else "is not here"
+            where = f"rank {rank} {silent}"
+            if waited == math.inf:
+                raise AgreementError(f"rank {rank} ended before it came to {what}; it was last seen {doing}")
+            if waited > limit_s:
+                raise AgreementError(
+                    f"{where}: it did not come to {what} within {limit_s:g} s; look at what it printed, and start all "
+                    "processes again"
+                )
+            if waited > QUIET_SECONDS and not told:
+                told = True
+                if signs.store.add(f"told/{rank}/{what}", 1) == 1:
+                    logger.warning("%s: all ranks wait for it to come to %s, for %.0f s so far, and end after %.0f s",
+                                   where, what, waited, limit_s)  # fmt: skip
+            time.sleep(POLL_SECONDS)
 
 
 def compare_seats(mine: Seat, store: dist.Store, rank: int, size: int, limit_s: float) -> None:
@@ -90,13 +171,8 @@ def compare_seats(mine: Seat, store: dist.Store, rank: int, size: int, limit_s: 
     times = store.add(f"xdit_compile/seats/{rank}", 1)
     keys = [f"xdit_compile/seats/{rank}/{times}" for rank in range(size)]
     store.set(keys[rank], json.dumps(dataclasses.asdict(mine)))
-    try:
-        store.wait(keys, datetime.timedelta(seconds=limit_s))
-    except RuntimeError as error:
-        raise AgreementError(
-            f"not all of {size} ranks came to parallelize within {limit_s:g} s ({first_sentence(error)}); look at the "
-            "first one that failed, and start all processes again"
-        ) from error
+    below = getattr(store, "underlying_store", store)
+    _wait_for(store, Signs(dist.PrefixStore(COMING, below), LIFE), dict(enumerate(keys)), "parallelize", limit_s)
     problem = problem_of([Seat(**json.loads(store.get(key))) for key in keys])
     if problem is not None:
         raise UsageError(problem)

@@ -6,12 +6,13 @@ import os
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from xdit_compile.plan.host import available_memory
 
 WORKSPACE = 64 * 2**20
 """Bytes that libraries of an accelerator take for themselves, whatever they compute."""
@@ -82,7 +83,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "meta":
         return None
     if device.type == "cpu":
-        return _free_on_host()
+        return available_memory(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
         unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
         return _memory_info(device)[0] + max(unused, 0)
@@ -94,17 +95,6 @@ def _memory_info(device: torch.device) -> tuple[int, int]:
     """Free and total bytes of an accelerator."""
     asked = getattr(torch.accelerator, "get_memory_info", None) or getattr(torch, device.type).mem_get_info
     return asked(device)
-
-
-def _free_on_host() -> int | None:
-    """What the kernel says is available, shared by the ranks on this machine."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kilobytes = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-    ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-    return None if kilobytes is None else kilobytes * 1024 // ranks
 
 
 def release_unused(device: torch.device) -> None:

@@ -17,7 +17,7 @@ import torch
 
 import xdit_compile.kernels.collectives  # noqa: F401  (registers the op)
 from xdit_compile.distributed.mesh import Mesh
-from xdit_compile.errors import UsageError, XditCompileError
+from xdit_compile.errors import UsageError
 from xdit_compile.runtime.tensors.deferred_tensor import Source
 from xdit_compile.runtime.verify.independence import Bound
 
@@ -90,11 +90,28 @@ class GuidanceScheduler:
         self._lonely: dict[int, Call] = {}
         self.shared = 0
         self.alone = 0
+        self._met = False
 
     @property
     def active(self) -> bool:
         """Whether there is anything to share."""
         return self._size > 1
+
+    def note_shared(self) -> None:
+        """A call was shared by its batch."""
+        self.shared += 1
+        self._met = True
+
+    def on_trial(self, inputs: Sequence[Any]) -> bool:
+        """Whether a call may be one of a pipeline without guidance, as far as was seen: no two branches ever met.
+
+        Nothing is compiled for such a call. Its batch is too small for ranks to share it.
+
+        Args:
+            inputs: the flat ones.
+        """
+        batches = [leaf.shape[0] for leaf in inputs if isinstance(leaf, torch.Tensor) and leaf.dim() > 2]
+        return self.active and not self._met and bool(batches) and max(batches) < self._size
 
     def begin(self) -> None:
         """Start another generation; what a failed one left waiting is dropped."""
@@ -107,7 +124,7 @@ class GuidanceScheduler:
         """A generation is over.
 
         Raises:
-            XditCompileError: ranks shared nothing of it.
+            UsageError: ranks shared nothing of it.
         """
         if self._lonely and not self.shared:
             raise alone(self._size, next(iter(self._lonely.values())))
@@ -133,7 +150,7 @@ class GuidanceScheduler:
             asking: the module whose next call takes the values as its input; none where the pipeline reads them.
 
         Raises:
-            XditCompileError: one call of a module waits alone for the second time, and no two ever met.
+            UsageError: one call of a module waits alone for the second time, and no two ever met.
         """
         with self._running():
             self._flush(asking)
@@ -150,6 +167,7 @@ class GuidanceScheduler:
             waiting[0].source.fill(waiting[0].run())
         elif waiting:
             self.shared += len(waiting)
+            self._met = True
             for one, values in zip(waiting, self._exchanged(waiting), strict=True):
                 one.source.fill(values)
 
@@ -194,23 +212,24 @@ def _unpacked(
     return by_rank
 
 
-def alone(size: int, call: Call | None = None, before: Call | None = None) -> XditCompileError:
+def alone(size: int, call: Call | None = None, before: Call | None = None) -> UsageError:
     """What to raise where ``size`` ranks should share branches of guidance and there is one call alone.
 
     Args:
         call: that one.
         before: the one before it that was alone.
     """
+    without = "use cfg=1 (leave out --use_cfg_parallel)"
     if call is not None and call.unshared is not None and call.unshared.samples > 1:
-        return XditCompileError(f"cfg={size} but {call.name} {call.unshared.why}; use cfg=1 or a smaller one")
+        return UsageError(f"cfg={size} but {call.name} {call.unshared.why}; {without} or a smaller one")
     if call is not None and before is not None and call.same_step(before):
-        return XditCompileError(
+        return UsageError(
             f"cfg={size} but this pipeline reads the result of {call.name} for one branch of guidance before it makes "
-            "the call of the next one, so that they cannot run at the same time; use cfg=1"
+            f"the call of the next one, so that they cannot run at the same time; {without}"
         )
-    return XditCompileError(
+    return UsageError(
         f"cfg={size} but this pipeline makes one call of the denoiser with one image per step: it is "
-        "guidance-distilled or runs without guidance; use cfg=1, or a guidance scale above 1"
+        f"guidance-distilled or runs without guidance; {without}, or a guidance scale above 1 (--guidance_scale 4)"
     )
 
 
@@ -219,6 +238,6 @@ def unshared_images(size: int, name: str, unshared: Bound | None) -> UsageError:
     if unshared is None or unshared.samples < size:
         return UsageError(
             f"data={size} but {name} is called with fewer images at once, or takes them one by one: "
-            "give more prompts or a greater num_images_per_prompt, or use data=1"
+            "give more prompts or a greater num_images_per_prompt, or use data=1 (leave out --data_parallel_degree)"
         )
-    return UsageError(f"data={size} but {name} {unshared.why}; use data=1")
+    return UsageError(f"data={size} but {name} {unshared.why}; use data=1 (leave out --data_parallel_degree)")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from xdit_compile.capture.state.in_place import held, own_class, put_back, put_in_place
-from xdit_compile.errors import UsageError
+from xdit_compile.errors import UsageError, WrongTypeError
 from xdit_compile.ir.results import replaced
 from xdit_compile.runtime.tensors.deferred_tensor import values_of
 from xdit_compile.runtime.tensors.patched_tensor import whole_of
@@ -38,7 +38,12 @@ def denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
         return
     components = getattr(target, "components", None)
     if not isinstance(components, dict):
-        raise UsageError(f"a {type(target).__name__} is neither a diffusers pipeline nor a module")
+        a_class = isinstance(target, type)
+        what = f"the class {target.__name__}" if a_class else f"{target!r:.80} of type {type(target).__name__}"
+        raise WrongTypeError(
+            f"{what} is neither a diffusers pipeline nor a module; "
+            "load one first, as pipe = DiffusionPipeline.from_pretrained(path) does"
+        )
     named_denoisers = [
         (name, uncompiled(module))
         for name, module in components.items()

@@ -59,8 +59,11 @@ class Making(Proving):
         self._agreement.agree("a new program", shapes)
         stored = self._find(args, kwargs, device_of(leaves))
         make = self._made if stored is None else functools.partial(self._remade, stored)
-        compiled_call = make(key, args, kwargs, leaves)
-        self._settle(compiled_call)
+        try:
+            compiled_call = make(key, args, kwargs, leaves)
+            self._settle(compiled_call)
+        finally:
+            self._keeper.end()
         said = self._keeper.say(kept=compiled_call.stored is not None)
         return dataclasses.replace(compiled_call, said=said)
 
@@ -126,9 +129,11 @@ class Making(Proving):
         computation, device = self._computation, self._device(leaves)
         analysis, room = self._analysed(key, computation, args, kwargs)
         self._agreement.agree("its graph", {"graph": digest([digest_program(analysis.program), analysis.units])})
+        self._keeper.stage("passes")
         analysis, batch = self._shared(analysis, computation, args, kwargs, room)
         compiled_call = dataclasses.replace(self._placed(analysis, device), batch=batch, room=room)
         pending = self._keeper.compile(compiled_call.parts, leaves, device, None, self._in_background)
+        self._keeper.stage("checking")
         compiled_call = self._proven(compiled_call, computation, leaves)
         verified = self._was_compared and pending is None
         self._keeper.keep(compiled_call, leaves, device, verified=verified, tried=self.plan.verify)
@@ -147,6 +152,7 @@ class Making(Proving):
         compiled_call = dataclasses.replace(compiled_call, pending=pending)
         if stored.verified or not self.plan.verify or self._trace_only:
             return compiled_call
+        self._keeper.stage("checking")
         room = self._has_room(computation, args, kwargs)
         try:
             compiled_call = self._proven(dataclasses.replace(compiled_call, room=room), computation, leaves)

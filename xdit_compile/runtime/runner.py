@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from xdit_compile.capture.state.signature import Fingerprint, fingerprint, kept,
 from xdit_compile.capture.state.unchanged import Watch
 from xdit_compile.ir.digest import digest
 from xdit_compile.ir.precision import precision_for
+from xdit_compile.ir.results import replaced, tensors_of
 from xdit_compile.passes.axes.infer import Inference
 from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.passes.local.layout import Chosen
@@ -99,7 +101,7 @@ class Runner(Making):
         session.after_request(self._unwatch)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.session.call():
+        with self.session.call(), self.session.times.calling() if self._is_denoiser else nullcontext():
             try:
                 outcome = self._run(*self._arrived(args, kwargs))
             except RunsWhole:
@@ -125,13 +127,40 @@ class Runner(Making):
             return observed(computation, args, kwargs)
 
     def _run(self, args: tuple, kwargs: dict) -> Outcome:
+        if self._on_trial(args, kwargs):
+            return self._tried(args, kwargs)
         compiled_call, leaves = self._known(args, kwargs)
         compute = self._compared(compiled_call, self._computing_part(compiled_call, leaves), leaves)
         if self._guided:
             if compiled_call.batch is None or compiled_call.batch.over != BATCH:
                 return self._deferred(compiled_call, leaves, compute)
-            self._branches.shared += 1
+            self._branches.note_shared()
         return assemble(compiled_call.whole, compute(leaves))
+
+    def _on_trial(self, args: tuple, kwargs: dict) -> bool:
+        """Whether the module itself runs a call, until it is seen that there are branches of guidance to share."""
+        if not (self._guided and self.cuts_calls and self.session.in_request):
+            return False
+        if not self._branches.on_trial(pytree.tree_leaves((args, kwargs))) or self.plan.tensor > 1:
+            return False
+        if self._agreement.any("whole weights", self.weights.partial):
+            return False
+        return self._has_room(self._computation, args, kwargs)
+
+    def _tried(self, args: tuple, kwargs: dict) -> Outcome:
+        """What the module itself makes of one branch, if there are others."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        inputs = self.session.inputs
+        leaves = inputs.agreed(leaves) if inputs.first(self) else inputs.known(leaves)
+        self.session.announce(f"{self.name} by itself", leaves)
+        kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        outcome = self._own_outcome(*pytree.tree_unflatten(leaves, spec))
+        tensors = tensors_of(outcome.result)
+        if outcome.changes or not tensors:
+            return outcome
+        results = self._branches.call(Call(self.module, self.name, kept, None), lambda: tensors, tensors)
+        made = {id(tensor): result for tensor, result in zip(tensors, results, strict=True)}
+        return outcome._replace(result=replaced(outcome.result, torch.Tensor, lambda tensor: made[id(tensor)]))
 
     def renew(self) -> None:
         """Notice what changed without a word since the last request; to be called when one begins.

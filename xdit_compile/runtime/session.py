@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -36,10 +37,13 @@ from .lookout import Lookout
 from .request_facts import facts_of, share_random_state
 from .shared_inputs import SharedInputs
 from .stored.keeper import Keeper
+from .stored.progress import Progress, Times, times
 from .stored.shelf import Shelf
 
 REFUSALS = (UsageError, PartitionError)
 """What goes by plan and graph alone, and so is no consequence of values that never came."""
+SLACK_SECONDS = 10.0
+"""Transfers end by themselves so long after ranks say for whom they wait in vain."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Session:
         self.rows = Target(plan.rows, mesh.shared_rows(plan), backend)
         alone = Agreement("ahead", mesh.rank, [mesh.rank], plan.timeout_s)
         self.agreement = alone if ahead is not None else Agreement.over(mesh, plan.timeout_s)
-        limit = datetime.timedelta(seconds=plan.timeout_s)
+        limit = datetime.timedelta(seconds=plan.timeout_s + SLACK_SECONDS)
         self.groups = Groups(functools.partial(connect, mesh, limit, plan.rows.ring), self.agreement.pulse)
         if ahead is None:
             self.agreement.exchange("new connections", None)
@@ -107,6 +111,7 @@ class Session:
         self._made: list[Any] = []
         self._requests = 0
         self.steps = 0
+        self.times = Times()
         self._values: dict[str, Callable[[], list[torch.Tensor]]] = {}
         self._before: list[Callable[[], None]] = []
         self._after: list[Callable[[], None]] = []
@@ -141,12 +146,14 @@ class Session:
 
     def keeper(self, weights: Weights, name: str, backend: Backend) -> Keeper:
         """What keeps the calls of one module, and finds those that were kept."""
-        return Keeper(self._shelf, backend.codes, weights, name, self.mesh.rank == 0)
+        speaks = self.mesh.rank == 0
+        progress = functools.partial(Progress, name, speaks, self.agreement.do, self.times)
+        return Keeper(self._shelf, backend.codes, weights, name, progress, speaks)
 
     def timings(self, device: torch.device) -> Timings:
         """What was measured on a device, read once: keys of programs and the programs go by the same table."""
         if device not in self._timings:
-            about = described(device, self.place.backend.name, self.plan.compile_mode)
+            about = described(device, self.place.backend.name, self.plan.compiled_how)
             self._timings[device] = load(self._shelf.folder, about)
         return self._timings[device]
 
@@ -180,6 +187,7 @@ class Session:
             self._in_request, self._thread, self._made = True, threading.get_ident(), []
             self.steps = steps or 0
             self.agreement.start()
+            self.times.begin()
             try:
                 with self.generation.running(steps):
                     yield self._begin(arguments, facts)
@@ -187,6 +195,8 @@ class Session:
                 self.branches.end()
                 self._arrive()
                 self.agreement.finish(self._made)
+                level = logging.INFO if self.mesh.rank == 0 else logging.DEBUG
+                times.log(level, "%s", self.times.said(steps))
             finally:
                 self._in_request, self.steps = False, 0
                 self.inputs.forget()

@@ -88,6 +88,11 @@ def pixel_multiple(folder: Path) -> int | None:
     return factor * math.lcm(*(_patch(_configuration(folder / name)) for name in others))
 
 
+def makes_videos(folder: Path) -> bool:
+    """Whether the autoencoder of a pipeline folder has to do with time, by what its configuration names."""
+    return any("temporal" in name for name in _configuration(folder / _AUTOENCODER))
+
+
 def _components(folder: Path) -> dict[str, str]:
     """Name and library of each component that a pipeline folder must hold."""
     return {

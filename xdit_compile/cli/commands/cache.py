@@ -14,6 +14,9 @@ import click
 from xdit_compile.cache.folder import VARIABLE, resolve
 from xdit_compile.cache.seal import KEY_NAME
 from xdit_compile.cache.store import Listed, Store
+from xdit_compile.cli.options.request import DEVICES
+from xdit_compile.cli.parsing.choices import Choices
+from xdit_compile.cli.parsing.groups import COMPILE, Group, option
 from xdit_compile.errors import UsageError, XditCompileError
 from xdit_compile.plan.plan import bytes_in
 
@@ -37,12 +40,15 @@ class _Bytes(click.ParamType):
 
 
 def _folder_flag(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--cache_dir", help=f"Its folder.  [default: what {VARIABLE} names, or your cache folder]")(
-        command
-    )
+    return option(
+        "--cache_dir",
+        group=COMPILE,
+        type=click.Path(),
+        help=f"Its folder.  [default: what {VARIABLE} names, or your cache folder]",
+    )(command)
 
 
-@click.group()
+@click.group(cls=Group)
 def cache() -> None:
     """Look after the folder where compiled programs are kept from run to run."""
 
@@ -99,7 +105,7 @@ def verify(cache_dir: str | None) -> None:
 
 @cache.command()
 @_folder_flag
-@click.option("--limit", type=_Bytes(), required=True, help="Bytes that may stay, such as 2GiB.")
+@option("--limit", group=COMPILE, type=_Bytes(), required=True, help="Bytes that may stay, such as 2GiB.")
 def prune(cache_dir: str | None, limit: int) -> None:
     """Remove what was used least recently, until the rest is small enough."""
     folder = _folder(cache_dir)
@@ -121,8 +127,13 @@ def clear(cache_dir: str | None) -> None:
 @cache.command()
 @_folder_flag
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--digest", required=True, help="What build printed of the file: compiled code is trusted by that alone.")
-@click.option("--device", default="auto", help="What it is for: auto, cpu or cuda.")
+@option(
+    "--digest",
+    group=COMPILE,
+    required=True,
+    help="What build printed of the file: compiled code is trusted by that alone.",
+)
+@option("--device", group=COMPILE, type=Choices(DEVICES, strict=True), default="auto", help="What it is for.")
 def unpack(cache_dir: str | None, file: Path, digest: str, device: str) -> None:
     """Take in what build packed on another machine."""
     import torch

@@ -8,24 +8,34 @@ from typing import Any
 import click
 
 from xdit_compile.backends.target.cards import CARDS, card_for
-from xdit_compile.cli.options.flags import call_flags, model_flags, picture_flags, plan_flags
+from xdit_compile.cli.options.answer import answering
+from xdit_compile.cli.options.flags import call_flags, json_flag, model_flags, picture_flags
+from xdit_compile.cli.options.plan_flags import plan_flags
 from xdit_compile.cli.options.request import Request, check_inputs, find_model
+from xdit_compile.cli.options.without_effect import tell_without_effect
+from xdit_compile.cli.parsing.choices import Choices
+from xdit_compile.cli.parsing.groups import COMPILE, Command, option
 from xdit_compile.plan import Plan
 from xdit_compile.weights.model_folder import check_component
 
 
-@click.command()
+@click.command(cls=Command)
 @model_flags
 @picture_flags
 @plan_flags
 @call_flags
-@click.option(
-    "--target", help=f"Also compile for a card, and count what it would run: {', '.join(CARDS)}. No card is needed."
+@option(
+    "--target",
+    group=COMPILE,
+    type=Choices(CARDS),
+    help="Also compile for a card, and count what it would run. No card is needed.",
 )
+@json_flag
 def explain(plan: Plan, component: str | None, inputs: str | None, target: str | None, **flags: Any) -> None:
     """Print what a plan makes of a model's graph: axes, gathers, traffic. Reads no weights, needs one process."""
     request = Request(plan=plan, **flags)
     request.check(None, weights=False)
+    tell_without_effect(request)
     check_inputs(inputs)
     if (folder := Path(find_model(request.model))).is_dir():
         check_component(folder, component)
@@ -33,4 +43,8 @@ def explain(plan: Plan, component: str | None, inputs: str | None, target: str |
         card_for(target)
     from xdit_compile.cli.running.explain import explain as run
 
-    click.echo(str(run(request, component, inputs, target)))
+    with answering(request.json) as answer:
+        report = run(request, component, inputs, target)
+        answer |= {"plan": request.plan, "report": report}
+    if not request.json:
+        click.echo(str(report))

@@ -9,21 +9,25 @@ from typing import Any
 import click
 
 from xdit_compile.cache.folder import resolve
-from xdit_compile.cli.options.flags import call_flags, model_flags, plan_flags, size_flags
-from xdit_compile.cli.options.request import Request, check_inputs, find_model
+from xdit_compile.cli.options.flags import call_flags, model_flags, size_flags
+from xdit_compile.cli.options.plan_flags import plan_flags
+from xdit_compile.cli.options.request import DEVICES, Request, check_inputs, find_model
 from xdit_compile.cli.options.sizes import check_batches, size_in_pixels
+from xdit_compile.cli.options.without_effect import tell_without_effect
+from xdit_compile.cli.parsing.choices import Choices
+from xdit_compile.cli.parsing.groups import COMPILE, MODEL, Command, option
 from xdit_compile.errors import UsageError
 from xdit_compile.plan import Plan
 from xdit_compile.weights.model_folder import check_component
 
 
-@click.command()
+@click.command(cls=Command)
 @model_flags
 @size_flags
-@click.option("--device", default="auto", help="What is timed: auto, cpu or cuda.")
+@option("--device", group=MODEL, type=Choices(DEVICES), default="auto", help="What is timed.")
 @call_flags
-@click.option("--rounds", type=click.IntRange(3), default=25, help="Samples of each place, apart and fused.")
-@click.option("--again", is_flag=True, help="Time places once more that were timed before.")
+@option("--rounds", group=COMPILE, type=click.IntRange(3), default=25, help="Samples of each place, apart and fused.")
+@option("--again", group=COMPILE, is_flag=True, help="Time places once more that were timed before.")
 @plan_flags
 def tune(
     plan: Plan, prompt: str, component: str | None, inputs: str | None, sizes: Sequence[str], batches: Sequence[int],
@@ -34,6 +38,7 @@ def tune(
     request.check(None, weights=False)
     check_inputs(inputs)
     check_batches(batches)
+    tell_without_effect(request)
     if (folder := Path(find_model(request.model))).is_dir():
         check_component(folder, component)
     pixels: Sequence[tuple[int, int] | None] = [size_in_pixels(each) for each in sizes] or [None]

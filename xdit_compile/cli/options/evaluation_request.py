@@ -8,11 +8,15 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from xdit_compile.errors import UsageError, one_line
+from xdit_compile.cli.inputs.asked import prompts_in
+from xdit_compile.distributed.world import World
+from xdit_compile.errors import UsageError
 
-from .request import PipelineRequest
+from .destination import check_made, settle
+from .request import PipelineRequest, find_model
+from .result_kind import kind_in_folder
 
 FEATURES = ("scenes", "inception")
 DEFAULT_COUNT = 32
@@ -20,8 +24,12 @@ GREATEST_COUNT = 4096
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 KEPT = "images/reference.json"
 """Says, in an output folder, what the pictures of one process beside it were asked for with."""
+REFERENCE, PLAN = "reference", "plan"
 _NEEDED = ("torchmetrics", "scipy")
-_OF_THE_PLAN = ("plan", "output", "images", "reference", "features", "debug", "download_dir")
+_OF_THE_PLAN = (
+    "plan", "output", "overwrite", "no_metadata", "json", "images", "reference", "features", "debug", "download_dir",
+    "force", "method_chosen",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +43,8 @@ class EvaluationRequest(PipelineRequest):
     images: bool = False
     reference: str | None = None
     output: str = "evaluation"
+    overwrite: bool = False
+    no_metadata: bool = False
 
     counts: ClassVar[tuple[str, ...]] = (*PipelineRequest.counts, "num_prompts", "batch_size")
 
@@ -54,7 +64,7 @@ class EvaluationRequest(PipelineRequest):
 
     def _check_prompts(self) -> None:
         if self.prompts is not None:
-            read_prompts(self.prompts)
+            prompts_in(self.prompts, "--prompts")
         elif (self.num_prompts or 0) > GREATEST_COUNT:
             raise UsageError(
                 f"--num_prompts {self.num_prompts} is too many; at most {GREATEST_COUNT}, or give --prompts"
@@ -69,7 +79,8 @@ class EvaluationRequest(PipelineRequest):
     def _check_reference(self) -> None:
         if self.reference is not None:
             kept, asked = read_kept(self.reference), self.asked
-            other = [name for name in asked if kept.get(name) != asked[name]]
+            defaults = dataclasses.asdict(EvaluationRequest())
+            other = [name for name in asked if kept.get(name, defaults[name]) != asked[name]]
             if other:
                 raise UsageError(
                     f"--reference {self.reference} holds pictures of another {other[0]}: {kept.get(other[0])}; "
@@ -81,7 +92,33 @@ class EvaluationRequest(PipelineRequest):
         """All that the pictures of one process depend on."""
         fields = dataclasses.asdict(self)
         found = {name: fields[name] for name in fields if name not in _OF_THE_PLAN}
-        return {**found, "prompts": read_prompts(self.prompts) if self.prompts else None}
+        return {**found, "prompts": prompts_in(self.prompts, "--prompts") if self.prompts else None}
+
+    @property
+    def count(self) -> int:
+        """How many pictures each of both makes."""
+        if self.prompts is None:
+            return self.num_prompts or DEFAULT_COUNT
+        return len(prompts_in(self.prompts, "--prompts")[: self.num_prompts])
+
+    @property
+    def written(self) -> list[Path]:
+        """All files to write."""
+        names = ["report.json", "sheet.png"]
+        if self.images:
+            pictures = (picture_name(index, which) for index in range(self.count) for which in (REFERENCE, PLAN))
+            names += [KEPT, *pictures]
+        return [Path(self.output) / name for name in names]
+
+    def settled(self, world: World) -> Self:
+        """The request, its files seen to be free and writable, or given free by who was asked.
+
+        Raises:
+            UsageError, XditCompileError: as `destination.settle`, or the pipeline makes no images.
+        """
+        folder = Path(find_model(self.model))
+        check_made(kind_in_folder(folder) if folder.is_dir() else None, ("images",))
+        return dataclasses.replace(self, overwrite=settle(self.written, self.overwrite, world))
 
     def _check_output(self) -> None:
         folder = Path(self.output)
@@ -91,20 +128,9 @@ class EvaluationRequest(PipelineRequest):
             raise UsageError(f"--output {self.output}: folder {folder.parent} does not exist; make it first")
 
 
-def read_prompts(path: str) -> list[str]:
-    """The prompts in a file, one a line; empty lines do not count.
-
-    Raises:
-        UsageError: the file cannot be read, or holds none.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"--prompts {path} cannot be read: {one_line(error)}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError(f"--prompts {path} holds no prompt; write one a line")
-    return prompts
+def picture_name(index: int, which: str) -> str:
+    """The file, in the output folder, of a picture of one process (`REFERENCE`) or of the plan (`PLAN`)."""
+    return f"images/{index:04}-{which}.png"
 
 
 def read_kept(folder: str) -> dict[str, Any]:

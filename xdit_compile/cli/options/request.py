@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,11 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from xdit_compile.cli.inputs.asked import Inputs
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError
 from xdit_compile.plan import Plan
+from xdit_compile.plan.backend_options import parsed
 from xdit_compile.plan.methods import METHODS, Method
+from xdit_compile.plan.requirements import too_old
 from xdit_compile.weights.model_folder import check_parts, check_size
+
+from .destination import OUTPUT_TYPES, check_format, check_made, check_place, numbered, settle, suffixes_for
+from .repeats import Repeats, check_memory_savers
+from .result_kind import kind_in_folder
 
 DTYPES = {
     "float32": "float32",
@@ -25,9 +33,6 @@ DTYPES = {
     "fp16": "float16",
 }
 DEVICES = ("auto", "cpu", "cuda")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".mp4", ".gif")
-OUTPUT_TYPES = {"pil": SUFFIXES, "latent": (".safetensors",)}
-"""What a pipeline may return, and the files it is written to: pictures, or latents that no autoencoder decoded."""
 DEMO_PIPELINE = Path(__file__).parent.parent / "demo_pipeline"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -49,10 +54,18 @@ class PipelineRequest:
     dtype: str = "auto"
     device: str = "auto"
     debug: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    json: bool = False
     download_dir: str | None = None
     trust_remote_code: bool = False
     enable_model_cpu_offload: bool = False
     enable_sequential_cpu_offload: bool = False
+    enable_slicing: bool = False
+    enable_tiling: bool = False
+    force: bool = False
+    method_chosen: bool = False
+    """Whether the plan's method was chosen for a number of processes that came without one."""
 
     counts: ClassVar[tuple[str, ...]] = ("height", "width", "num_inference_steps", "max_sequence_length")
     """Fields that must be at least 1."""
@@ -83,9 +96,14 @@ class PipelineRequest:
         Raises:
             UsageError: naming every problem at once.
         """
-        problems = [*_world_problems(self.plan, world, nproc), *self._number_problems(), *self._choice_problems()]
-        problems += self._offload_problems()
-        for check in (lambda: self._check_model(weights), *self._more_checks()):
+        problems = [*too_old(), *_world_problems(self.plan, world, nproc)]
+        problems += [
+            *self._number_problems(),
+            *self._choice_problems(),
+            *self._offload_problems(),
+            *self._plan_problems(),
+        ]
+        for check in (lambda: self._check_model(weights), self._check_savers, *self._more_checks()):
             try:
                 check()
             except UsageError as error:
@@ -95,6 +113,10 @@ class PipelineRequest:
 
     def _more_checks(self) -> list[Callable[[], None]]:
         return []
+
+    def settled(self, world: World) -> Self:
+        """The request once its files were seen to be free and writable; this one has none."""
+        return self
 
     def _number_problems(self) -> list[str]:
         problems = []
@@ -134,6 +156,26 @@ class PipelineRequest:
             )
         return problems
 
+    def _plan_problems(self) -> list[str]:
+        """What of the plan does not go with the numbers of this request."""
+        steps, warmup = self.num_inference_steps, self.plan.warmup_steps
+        if self.plan.is_stale and steps is not None and 0 < steps < warmup:
+            return [
+                f"--warmup_steps {warmup} is more than --num_inference_steps {steps}; give --warmup_steps {steps} for "
+                "an exact picture, or more steps"
+            ]
+        return []
+
+    def with_method(self, world: World, nproc: int | None) -> Self:
+        """The request with Ulysses over all processes, where there are several and the plan has a use for one."""
+        ranks = nproc if nproc is not None and not world.launched else world.size
+        if ranks < 2 or self.plan.world_size != 1 or self.plan.problems():
+            return self
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, ulysses=ranks), method_chosen=True)
+
+    def _check_savers(self) -> None:
+        check_memory_savers(self.enable_tiling, self.enable_slicing, self.plan.vae)
+
     def _check_model(self, weights: bool) -> None:
         """A folder is looked into; what an id of the Hub stands for is seen when it is fetched."""
         if (folder := Path(find_model(self.model))).is_dir():
@@ -143,7 +185,7 @@ class PipelineRequest:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request(PipelineRequest):
+class Request(Inputs, Repeats, PipelineRequest):
     """One picture or video to make."""
 
     prompt: tuple[str, ...] = ("a large red star in the center on a striped mint background",)
@@ -152,12 +194,21 @@ class Request(PipelineRequest):
     num_images_per_prompt: int | None = None
     output: str | None = None
     output_type: str = "pil"
+    overwrite: bool = False
+    no_metadata: bool = False
     compare: bool = False
 
-    counts: ClassVar[tuple[str, ...]] = (*PipelineRequest.counts, "num_frames", "fps", "num_images_per_prompt")
+    counts: ClassVar[tuple[str, ...]] = (
+        *PipelineRequest.counts,
+        "num_frames",
+        "fps",
+        "num_images_per_prompt",
+        "batch_size",
+        "num_iterations",
+    )
 
     def _more_checks(self) -> list[Callable[[], None]]:
-        return [self._check_prompt, self._check_output]
+        return [self._check_prompt, self._check_output, self._check_repeats]
 
     @property
     def seeds(self) -> int | list[int]:
@@ -169,22 +220,55 @@ class Request(PipelineRequest):
         if not self.prompt:
             raise UsageError("--prompt is missing; say what to show")
 
+    def _check_repeats(self) -> None:
+        has_size = self.height is not None and self.width is not None
+        if problems := [*self.repeat_problems(), *self.input_problems(has_size)]:
+            raise UsageError("; ".join(problems))
+
     @property
-    def file(self) -> str:
-        """The file to write."""
-        return self.output or f"out{OUTPUT_TYPES.get(self.output_type, SUFFIXES)[0]}"
+    def kind(self) -> str | None:
+        """What the pipeline makes, as `result_kind` has it; None where its folder is not here or silent."""
+        folder = Path(find_model(self.model))
+        return kind_in_folder(folder) if folder.is_dir() else None
+
+    def file(self, kind: str | None) -> str:
+        """The file to write, where a pipeline makes what ``kind`` says."""
+        return self.output or str(self.folder / f"out{suffixes_for(self.output_type, kind)[0]}")
+
+    def written(self, kind: str | None) -> list[Path]:
+        """All files to write."""
+        pictures = len(self.prompt) * (self.num_images_per_prompt or 1) if self.output_type == "pil" else 1
+        return [*numbered(self.file(kind), pictures), *([self.trace] if self.profile else [])]
 
     def _check_output(self) -> None:
         if self.output_type not in OUTPUT_TYPES:
             raise UsageError(f"--output_type {self.output_type} is unknown; choose one of {', '.join(OUTPUT_TYPES)}")
-        path, suffixes = Path(self.file), OUTPUT_TYPES[self.output_type]
-        if path.suffix.lower() not in suffixes:
-            what = f" with --output_type {self.output_type}" if suffixes != SUFFIXES else ""
-            raise UsageError(f"--output {self.output} must end in one of {', '.join(suffixes)}{what}")
-        if path.is_dir():
-            raise UsageError(f"--output {self.file} is a folder; name a file in it")
-        if not path.parent.is_dir():
-            raise UsageError(f"--output {self.file}: folder {path.parent} does not exist; make it first")
+        if self.output is not None:
+            if self.output_directory is None or Path(self.output).parent != self.folder:
+                check_place(self.output)
+            check_format(self.output, self.output_type, self._likely_kind())
+
+    def _likely_kind(self) -> str | None:
+        with contextlib.suppress(UsageError):
+            return self.kind
+        return None
+
+    def settled(self, world: World) -> Self:
+        """The request with the file that it stands for, seen to be free and writable, or given free by who was asked.
+
+        Raises:
+            UsageError, XditCompileError: as `destination.settle`, or the pipeline makes nothing that can be written.
+        """
+        return self.settled_for(self.kind, world)
+
+    def settled_for(self, kind: str | None, world: World) -> Self:
+        """The same where it is known what the pipeline makes; with neither that nor a file's name it stays open."""
+        check_made(kind)
+        if kind is None and self.output is None and self.output_type == "pil":
+            return self
+        check_format(self.file(kind), self.output_type, kind)
+        may = settle(self.written(kind), self.overwrite, world)
+        return dataclasses.replace(self, output=self.file(kind), overwrite=may)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
@@ -244,12 +328,14 @@ def plan_from_flags(**flags: Any) -> Plan:
         mesh_order=tuple(name.strip() for name in flags["mesh_order"].split(",")),
         backend=flags["backend"],
         compile_mode=flags["compile_mode"],
+        backend_options=parsed(flags["backend_options"]),
         without=tuple(name.strip() for name in flags["without"].split(",") if name.strip()),
         attention=flags["attention"],
         link=flags["link"],
         vae=flags["vae_provider"] if flags["use_parallel_vae"] else "whole",
         vae_degree=flags["vae_parallel_degree"],
         vae_memory=flags["vae_memory"],
+        timeout_s=flags["timeout"],
         compile=flags["compile"],
         cache=_cache(flags["cache_dir"], flags["no_cache"]),
     )

@@ -11,19 +11,20 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_compile.backends.registry import find_backend
+from xdit_compile.backends.registry import backend_of
 from xdit_compile.backends.target.cards import Card
 from xdit_compile.backends.target.pretend_card import check_versions
 from xdit_compile.cache.bundle import pack
 from xdit_compile.cache.environment import environment, environment_of_target
 from xdit_compile.cache.store import Store, open_store
 from xdit_compile.cli.options.request import Request
+from xdit_compile.cli.processes.speech import set_logs
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError
 from xdit_compile.plan import Plan
 
 from .explain import denoiser_call
-from .pipeline_call import placement, set_logs
+from .pipeline_call import placement
 
 
 def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Sequence[int], plans: Sequence[Plan],
@@ -49,11 +50,11 @@ def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Se
 
     from xdit_compile.runtime.methods.ahead import build_ahead
 
-    set_logs(request.debug)
+    set_logs(request)
     if card is not None:
         check_versions()
         for plan in plans:
-            find_backend(plan.backend, plan.compile_mode).for_card(card)
+            backend_of(plan).for_card(card)
         request = dataclasses.replace(request, device="cpu", dtype=_dtype_on_card(request.dtype))
     store = open_store(plans[0].cache)
     if store is None:

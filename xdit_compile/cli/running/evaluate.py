@@ -5,18 +5,32 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xdit_compile.cli.options.evaluation_request import DEFAULT_COUNT, KEPT, EvaluationRequest, read_prompts
+from xdit_compile.cli.inputs.asked import prompts_in
+from xdit_compile.cli.options.answer import answering
+from xdit_compile.cli.options.destination import check_made
+from xdit_compile.cli.options.evaluation_request import (
+    KEPT,
+    PLAN,
+    REFERENCE,
+    EvaluationRequest,
+    picture_name,
+)
+from xdit_compile.cli.options.result_kind import kind_of
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import XditCompileError, one_line
+from xdit_compile.plan import Plan
 
-from .output import Pixels, pixels_of, whole_file, write
-from .pipeline_call import call_arguments, call_pipeline, leave, open_pipeline, processes, say
+from .lost_input import listening
+from .output import Pixels, pixels_of
+from .pipeline_call import call_arguments, call_pipeline, leave, open_pipeline, processes, say, warn
+from .saving import made_with, whole_file, write
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +38,8 @@ if TYPE_CHECKING:
     from xdit_compile.evaluation.prompts import Question
 
 ONE_PROCESS = "one process"
-REFERENCE, PLAN = "reference", "plan"
+MOST_LINES = 5
+"""Prompts of which it is said what is lost of them."""
 
 
 def evaluate(request: EvaluationRequest, world: World) -> None:
@@ -35,19 +50,31 @@ def evaluate(request: EvaluationRequest, world: World) -> None:
     Raises:
         XditCompileError: with a line that says what to change.
     """
+    with answering(request.json) as answer:
+        figures = _evaluated(request, world)
+        if world.rank == 0:
+            answer |= figures
+
+
+def _evaluated(request: EvaluationRequest, world: World) -> dict[str, Any]:
+    """The report, on rank 0."""
     from xdit_compile.api import parallelize
 
     pipe, device = open_pipeline(request, world)
+    check_made(kind_of(pipe), ("images",))
     _make_folder(request, world)
     batches = _batches(_questions(request), request.batch_size)
     arguments, ignored = call_arguments(pipe, request, prompt=_captions(batches[0]))
     if "prompt" not in arguments:
         raise XditCompileError("this pipeline takes no prompt; evaluate needs one that does")
     if ignored:
-        say(world, f"ignored, this pipeline does not take them: {', '.join(ignored)}")
+        warn(world, f"{', '.join(ignored)} has no effect: this pipeline does not take it")
     pipe.set_progress_bar_config(disable=True)
     share = range(world.rank, len(batches), world.size) if request.reference is None else range(0)
-    mine = _pictures(pipe, arguments, [batches[index] for index in share], world, ONE_PROCESS) if share else []
+    told: list[str] = []
+    captions = [("--prompts", caption) for batch in batches for caption in _captions(batch)] if request.prompts else []
+    with listening(pipe if world.rank == 0 else None, captions, told.append):
+        mine = _pictures(pipe, arguments, [batches[index] for index in share], world, ONE_PROCESS) if share else []
     parallelize(pipe, request.plan)
     gathered = _gathered(dict(zip(share, mine, strict=True)), world)
     if world.rank == 0:
@@ -57,10 +84,20 @@ def evaluate(request: EvaluationRequest, world: World) -> None:
             reference = _read_images(Path(request.reference), sum(map(len, batches)))
         if request.images:
             _keep(request, reference)
-    plan = np.concatenate(_pictures(pipe, arguments, batches, world, describe(request)))
+    with listening(pipe if world.rank == 0 else None, captions, told.append):
+        plan = np.concatenate(_pictures(pipe, arguments, batches, world, describe(request)))
     leave()
-    if world.rank == 0:
-        _report(request, world, list(itertools.chain(*batches)), plan, reference, device)
+    _say_lost(world, list(dict.fromkeys(told)))
+    if world.rank > 0:
+        return {}
+    return _report(request, world, list(itertools.chain(*batches)), plan, reference, device)
+
+
+def _say_lost(world: World, lines: Sequence[str]) -> None:
+    for line in lines[:MOST_LINES]:
+        warn(world, line)
+    if len(lines) > MOST_LINES:
+        warn(world, f"and {len(lines) - MOST_LINES} more such lines of other prompts")
 
 
 def _make_folder(request: EvaluationRequest, world: World) -> None:
@@ -71,18 +108,16 @@ def _make_folder(request: EvaluationRequest, world: World) -> None:
 
 def describe(request: EvaluationRequest) -> str:
     """The plan in a few words: its degrees above one."""
-    fields = dataclasses.asdict(request.plan)
-    degrees = {name: value for name, value in fields.items() if type(value) is int and value > 1}
-    return "plan: " + (" ".join(f"{name} {value}" for name, value in degrees.items()) or "one rank")
+    return "plan: " + (" ".join(f"{name} {getattr(request.plan, name)}" for name in request.plan.used) or "one rank")
 
 
 def _questions(request: EvaluationRequest) -> list[Question]:
     from xdit_compile.evaluation.prompts import held_out_captions, questions
 
     if request.prompts is None:
-        captions = held_out_captions(request.seed, request.num_prompts or DEFAULT_COUNT)
+        captions = held_out_captions(request.seed, request.count)
     else:
-        captions = read_prompts(request.prompts)[: request.num_prompts]
+        captions = prompts_in(request.prompts, "--prompts")[: request.num_prompts]
     return questions(captions, request.seed)
 
 
@@ -141,7 +176,7 @@ def _report(
     plan: np.ndarray,
     reference: np.ndarray,
     device: torch.device,
-) -> None:
+) -> dict[str, Any]:
     from xdit_compile.evaluation.fidelity import fidelity
     from xdit_compile.evaluation.frechet import inception_features, scene_features
     from xdit_compile.evaluation.sheet import contact_sheet
@@ -153,22 +188,46 @@ def _report(
         )
     extract = inception_features(device) if request.features == "inception" else scene_features()
     figures = fidelity(questions, plan, reference, request.features, extract)
-    folder = Path(request.output)
-    with whole_file(folder / "report.json") as file:
-        file.write_text(
-            json.dumps(_settings(request, world, plan) | figures.to_json(), indent=1, allow_nan=False) + "\n"
-        )
-    with whole_file(folder / "sheet.png") as file:
-        contact_sheet(figures.pairs, plan, reference, (ONE_PROCESS, describe(request))).save(file)
-    if request.images:
-        _write_images(folder, PLAN, plan)
+    report = _settings(request, world, plan) | figures.to_json()
     say(world, render(figures))
+    sheet = contact_sheet(figures.pairs, plan, reference, (ONE_PROCESS, describe(request)))
+    folder = _written(request, json.dumps(report, indent=1, allow_nan=False) + "\n", sheet, plan)
     say(world, f"wrote {folder / 'report.json'} and {folder / 'sheet.png'}; {processes(world.size)}")
+    return {**report, "files": [folder / "report.json", folder / "sheet.png"]}
+
+
+def _written(request: EvaluationRequest, report: str, sheet: Any, plan: np.ndarray) -> Path:
+    """The folder with everything in it: the one that was asked for, or a new one where that cannot be written.
+
+    Raises:
+        XditCompileError: it could not be written; says where everything is.
+    """
+    folder = Path(request.output)
+
+    def write_all(folder: Path) -> None:
+        with whole_file(folder / "report.json", request.overwrite) as file:
+            file.write_text(report)
+        with whole_file(folder / "sheet.png", request.overwrite) as file:
+            sheet.save(file)
+        if request.images:
+            _write_images(request, folder, PLAN, plan)
+
+    try:
+        write_all(folder)
+    except OSError as error:
+        instead = Path(tempfile.mkdtemp(prefix="xdit-compile-"))
+        (instead / "images").mkdir()
+        write_all(instead)
+        reason = error.strerror or one_line(error)
+        raise XditCompileError(
+            f"--output {folder} cannot be written: {reason}; report.json and sheet.png went to {instead}"
+        ) from error
+    return folder
 
 
 def _settings(request: EvaluationRequest, world: World, plan: np.ndarray) -> dict[str, Any]:
     """What was asked for, so that the figures can be made again; the size is that of the pictures."""
-    fields = dataclasses.asdict(request)
+    fields = {name: value for name, value in dataclasses.asdict(request).items() if name not in ("json", "overwrite")}
     fields |= {"height": plan.shape[1], "width": plan.shape[2], "prompts": request.prompts or "held-out captions"}
     return {"settings": {**fields, "num_prompts": len(plan), "processes": world.size}}
 
@@ -176,26 +235,27 @@ def _settings(request: EvaluationRequest, world: World, plan: np.ndarray) -> dic
 def _keep(request: EvaluationRequest, reference: np.ndarray) -> None:
     """Write the pictures of one process, so that other plans can be compared with them."""
     folder = Path(request.output)
-    _write_images(folder, REFERENCE, reference)
-    with whole_file(folder / KEPT) as file:
+    _write_images(request, folder, REFERENCE, reference)
+    with whole_file(folder / KEPT, request.overwrite) as file:
         file.write_text(json.dumps(request.asked, indent=1) + "\n")
 
 
-def _write_images(folder: Path, name: str, images: np.ndarray) -> None:
+def _write_images(request: EvaluationRequest, folder: Path, which: str, images: np.ndarray) -> None:
+    questions = _questions(request)
     for index, image in enumerate(images):
-        write(Pixels(image[None].astype(np.float32) / 255), str(folder / _file(index, name)), fps=1)
+        pixels = Pixels(image[None].astype(np.float32) / 255)
+        of = dataclasses.replace(request, plan=Plan()) if which == REFERENCE else request
+        facts = made_with(of, questions[index].caption, questions[index].seed, request.num_inference_steps)
+        about = () if request.no_metadata else (facts,)
+        write(pixels, str(folder / picture_name(index, which)), 1, about, request.overwrite)
 
 
 def _read_images(folder: Path, count: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        return np.stack([np.asarray(Image.open(folder / _file(index, REFERENCE))) for index in range(count)])
+        return np.stack([np.asarray(Image.open(folder / picture_name(index, REFERENCE))) for index in range(count)])
     except (OSError, ValueError) as error:
         raise XditCompileError(
             f"the pictures of one process in {folder} cannot be read: {one_line(error)}; leave out --reference"
         ) from error
-
-
-def _file(index: int, name: str) -> str:
-    return f"images/{index:04}-{name}.png"

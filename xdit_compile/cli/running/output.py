@@ -1,20 +1,15 @@
-"""From what a pipeline returned to pixels, files and differences."""
+"""From what a pipeline returned to pixels, latents and differences."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-from collections.abc import Iterator
-from pathlib import Path
+import math
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
+from xdit_compile.cli.options.result_kind import IMAGES, VIDEOS
 from xdit_compile.errors import XditCompileError
-
-VIDEO_SUFFIXES = (".mp4", ".gif")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +37,12 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far two results lie apart; latents have no pixels."""
+    """How far two results lie apart; latents have no pixels, and what is equal in all of them no PSNR (dB)."""
 
     pixel: int | None
     absolute: float
     relative: float
+    psnr: float | None = None
 
     def __str__(self) -> str:
         pixels = "" if self.pixel is None else f"{self.pixel} of 255 in the pixels, "
@@ -63,7 +59,7 @@ def pixels_of(result: Any) -> Pixels:
         XditCompileError: it holds neither, or values that are not finite.
     """
     name, values = _content(result)
-    if name == "frames" and values.ndim == 4:
+    if name in VIDEOS and values.ndim == 4:
         values = values[None]
     if values.ndim not in (4, 5):
         raise XditCompileError(f"the pipeline returned {name} of shape {list(values.shape)}, which is no picture")
@@ -82,7 +78,7 @@ def latents_of(result: Any) -> Latents:
 
 
 def _content(result: Any) -> tuple[str, np.ndarray]:
-    for name in ("images", "frames"):
+    for name in (*IMAGES, *VIDEOS):
         content = getattr(result, name, None)
         if content is not None:
             return name, _array(content)
@@ -106,74 +102,12 @@ def difference(one: Pixels | Latents, other: Pixels | Latents) -> Difference:
             f"split and unsplit results differ in shape: {list(one.values.shape)} and {list(other.values.shape)}"
         )
     absolute = float(np.abs(one.values - other.values).max())
-    pixel = None
+    pixel = psnr = None
     if isinstance(one, Pixels) and isinstance(other, Pixels):
-        pixel = int(np.abs(one.bytes().astype(np.int16) - other.bytes().astype(np.int16)).max())
-    return Difference(pixel, absolute, absolute / max(float(np.abs(other.values).max()), 1e-12))
-
-
-def write(made: Pixels | Latents, output: str, fps: int) -> list[Path]:
-    """Write every image or video and return the files: ``out.png``, then ``out-1.png`` and so on; latents in one.
-
-    A suffix that does not suit (a video as PNG) is replaced by .mp4 or .png. A file appears whole or not at all.
-    """
-    path = Path(output)
-    if isinstance(made, Latents):
-        with whole_file(path) as temporary:
-            save_file({"latents": np.ascontiguousarray(made.values)}, temporary)
-        return [path]
-    return _write_pictures(made, path, fps)
-
-
-def _write_pictures(pixels: Pixels, path: Path, fps: int) -> list[Path]:
-    if pixels.is_video != (path.suffix.lower() in VIDEO_SUFFIXES):
-        path = path.with_suffix(".mp4" if pixels.is_video else ".png")
-    written = []
-    for index, item in enumerate(pixels.bytes()):
-        target = path if index == 0 else path.with_name(f"{path.stem}-{index}{path.suffix}")
-        with whole_file(target) as temporary:
-            (_write_video if pixels.is_video else _write_image)(item, temporary, fps)
-        written.append(target)
-    return written
-
-
-@contextlib.contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write to; the target appears, whole, once the block ends without an error."""
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_image(item: np.ndarray, path: Path, fps: int) -> None:
-    from PIL import Image
-
-    image = Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
-    (image.convert("RGB") if path.suffix.lower() in (".jpg", ".jpeg") else image).save(path)
-
-
-def _write_video(frames: np.ndarray, path: Path, fps: int) -> None:
-    from PIL import Image
-
-    if path.suffix.lower() == ".gif":
-        first, *rest = [Image.fromarray(frame) for frame in frames]
-        first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
-        return
-    import imageio
-
-    writer: Any = imageio.get_writer(path, fps=fps, macro_block_size=1)
-    with writer:
-        for frame in frames:
-            writer.append_data(_even(frame))
-
-
-def _even(frame: np.ndarray) -> np.ndarray:
-    """H.264 in 4:2:0 needs even sides: repeat the last row or column where one is odd."""
-    height, width = frame.shape[:2]
-    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        apart = np.abs(one.bytes().astype(np.int16) - other.bytes().astype(np.int16))
+        pixel, squares = int(apart.max()), float(np.square(apart, dtype=np.float64).mean())
+        psnr = 10 * math.log10(255**2 / squares) if squares else None
+    return Difference(pixel, absolute, absolute / max(float(np.abs(other.values).max()), 1e-12), psnr)
 
 
 def _array(content: Any) -> np.ndarray:

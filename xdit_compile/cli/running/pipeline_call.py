@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import logging
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from xdit_compile.cli.options.request import DTYPES, PipelineRequest, find_model
+from xdit_compile.cli.processes.speech import loading, set_logs
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 
@@ -28,43 +29,8 @@ _PASSED_ON = (
 )
 _GENERATOR = "generator"
 _BINNING = "use_resolution_binning"
-_OTHER_SPELLINGS = {"num_frames": "video_length"}
-
-
-def set_logs(debug: bool) -> None:
-    """Keep the libraries' warnings and loading bars off the terminal, or with ``debug`` show our own log, too."""
-    import warnings
-
-    if debug:
-        logging.basicConfig(format="%(name)s: %(message)s")
-        logging.getLogger("xdit_compile").setLevel(logging.DEBUG)
-        return
-
-    import diffusers
-    import transformers
-
-    warnings.filterwarnings("ignore")
-    _show_ready()
-    for theirs in (diffusers.utils.logging, transformers.utils.logging):
-        theirs.set_verbosity_error()
-        theirs.disable_progress_bar()
-
-
-class _AboveBars(logging.Handler):
-    """Prints lines above the progress bars that are open."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(self.format(record))
-
-
-def _show_ready() -> None:
-    """Print when a call is ready, and where its graphs came from."""
-    ready = logging.getLogger("xdit_compile.ready")
-    ready.setLevel(logging.INFO)
-    ready.propagate = False
-    ready.handlers = [_AboveBars()]
+_OTHER_SPELLINGS = {"num_frames": "video_length", "input_images": "image", "control_image": "image"}
+_FLAGS = {"input_images": "--image", "control_image": "--control_image"}
 
 
 def placement(request: PipelineRequest, world: World) -> tuple[torch.device, torch.dtype]:
@@ -116,6 +82,18 @@ def load_pipeline(request: PipelineRequest, device: torch.device, dtype: torch.d
             pipe.to(device)
     except Exception as error:
         raise XditCompileError(f"--model {name} cannot be loaded: {one_line(error)}") from error
+    return _saving_memory(pipe, request)
+
+
+def _saving_memory(pipe: Any, request: PipelineRequest) -> Any:
+    """A pipeline whose autoencoder works in the pieces that were asked for, where it can."""
+    for name in ("enable_slicing", "enable_tiling"):
+        if getattr(request, name):
+            switches = [getattr(part, name) for part in pipe.components.values() if hasattr(part, name)]
+            for switch in switches:
+                switch()
+            if not switches:
+                warn(World.from_environment(), f"--{name}: no model of this pipeline has that")
     return pipe
 
 
@@ -131,7 +109,7 @@ def open_pipeline(request: PipelineRequest, world: World) -> tuple[Any, torch.de
     Raises:
         XditCompileError: it cannot be loaded, or there is no such device.
     """
-    set_logs(request.debug)
+    set_logs(request, world)
     device, dtype = placement(request, world)
     return load_pipeline(request, device, dtype), device
 
@@ -142,27 +120,39 @@ def open_parallel(request: PipelineRequest, world: World) -> Any:
     Raises:
         XditCompileError: it cannot be loaded, or there is no such device.
     """
+    name = find_model(request.model)
+    with loading(name, request, world):
+        set_logs(request, world)
+        from xdit_compile.distributed.seats import coming
+
+        with coming(world, request.plan.timeout_s, f"loading {name}"):
+            return _opened(request, world)
+
+
+def _opened(request: PipelineRequest, world: World) -> Any:
     from xdit_compile import from_pretrained, parallelize
 
     if request.plan.tensor == 1:
         pipe, _ = open_pipeline(request, world)
         return pipe if request.enable_sequential_cpu_offload else parallelize(pipe, request.plan)
-    set_logs(request.debug)
+    set_logs(request, world)
     device, dtype = placement(request, world)
     try:
-        return from_pretrained(find_model(request.model), request.plan, device=device, dtype=dtype, **_hub(request))
+        pipe = from_pretrained(find_model(request.model), request.plan, device=device, dtype=dtype, **_hub(request))
     except XditCompileError:
         raise
     except Exception as error:
         raise XditCompileError(f"--model {request.model} cannot be loaded: {one_line(error)}") from error
+    return _saving_memory(pipe, request)
 
 
-def call_arguments(pipe: Any, request: PipelineRequest, **others: Any) -> tuple[dict[str, Any], list[str]]:
+def call_arguments(pipe: Any, request: PipelineRequest, /, **others: Any) -> tuple[dict[str, Any], list[str]]:
     """What of the request and of ``others`` this pipeline's call takes, and the flags it does not.
 
     The generator is among them where the call takes one, for ``call_pipeline`` to fill in.
 
     Raises:
+        UsageError: two flags give the same argument of this pipeline.
         XditCompileError: the pipeline needs an argument that no flag gives.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
@@ -170,6 +160,7 @@ def call_arguments(pipe: Any, request: PipelineRequest, **others: Any) -> tuple[
     asked[_BINNING] = request.binning if _BINNING in parameters else request.use_resolution_binning
     arguments = {name: value for name, value in {**asked, **others}.items() if value is not None}
     spelling = {name: name if name in parameters else _OTHER_SPELLINGS.get(name, name) for name in arguments}
+    _check_apart(spelling, set(parameters))
     taken = {spelling[name]: value for name, value in arguments.items() if spelling[name] in parameters}
     if "output_type" in parameters:
         taken["output_type"] = "latent" if getattr(request, "output_type", None) == "latent" else "np"
@@ -181,9 +172,27 @@ def call_arguments(pipe: Any, request: PipelineRequest, **others: Any) -> tuple[
         for name, parameter in list(parameters.items())[1:]
         if parameter.kind in positional and parameter.default is parameter.empty and name not in taken
     ]
+    if missing == ["image"]:
+        raise UsageError("the pipeline starts from a picture; give --image FILE")
     if missing:
-        raise XditCompileError(f"the pipeline needs {', '.join(missing)}, which no flag gives; use the Python API")
-    return taken, [f"--{name}" for name in arguments if spelling[name] not in parameters]
+        raise XditCompileError(
+            f"the pipeline needs {', '.join(missing)}, which no flag gives; give --set NAME=VALUE, or use Python"
+        )
+    return taken, [_FLAGS.get(name, f"--{name}") for name in arguments if spelling[name] not in parameters]
+
+
+def _check_apart(spelling: dict[str, str], parameters: set[str]) -> None:
+    """See that no two flags stand for one argument of a pipeline's call.
+
+    Raises:
+        UsageError: two do.
+    """
+    by_argument: dict[str, str] = {}
+    for name, argument in spelling.items():
+        other = by_argument.setdefault(argument, name)
+        if other != name and argument in parameters:
+            one, two = (_FLAGS.get(each, f"--{each}") for each in (other, name))
+            raise UsageError(f"{one} and {two} are one argument of this pipeline, {argument}; give one of them")
 
 
 def _one_or_list(value: Any) -> Any:
@@ -219,6 +228,20 @@ def call_pipeline(pipe: Any, arguments: dict[str, Any], seed: int | Sequence[int
     return result, time.perf_counter() - start
 
 
+def guidance_seen(pipe: Any, images: int) -> bool:
+    """Whether the latest call of a parallelized pipeline had branches of guidance, as far as it says or its denoisers
+    were called with more samples than ``images``."""
+    from xdit_compile.api import runner_of
+    from xdit_compile.runtime.diffusers_pipeline import denoisers
+
+    said = getattr(pipe, "do_classifier_free_guidance", None)
+    if isinstance(said, bool):
+        return said
+    runners = [runner for _, module in denoisers(pipe) if (runner := runner_of(module)) is not None]
+    calls = [runner.calls.latest for runner in runners if runner.calls]
+    return any(len(fake) >= 2 * images for call in calls if call is not None for fake in call.made if fake.dim() > 2)
+
+
 def leave() -> None:
     """Leave the process group, where there is one."""
     import torch.distributed as dist
@@ -236,3 +259,9 @@ def say(world: World, line: str) -> None:
     """Print a line, once for all ranks."""
     if world.rank == 0:
         print(line, flush=True)
+
+
+def warn(world: World, line: str) -> None:
+    """Print a line on stderr, once for all ranks: something that was asked for is lost."""
+    if world.rank == 0:
+        print(f"xdit-compile: warning: {line}", file=sys.stderr, flush=True)

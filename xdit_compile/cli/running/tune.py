@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from xdit_compile.backends.base import Backend
-from xdit_compile.backends.registry import find_backend
+from xdit_compile.backends.registry import backend_of
 from xdit_compile.cache.store import open_store
 from xdit_compile.cli.options.request import Request
+from xdit_compile.cli.processes.speech import set_logs, show_phases
 from xdit_compile.compiler import BEFORE_FUSIONS, analyse, compiled
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.distributed.world import World
@@ -27,7 +28,7 @@ from xdit_compile.runtime.verify.timed import timed
 
 from .build import of_size, said, without_values
 from .explain import denoiser_call
-from .pipeline_call import placement, set_logs
+from .pipeline_call import placement
 
 ALONE = "it is rewritten only together with what is around it"
 
@@ -63,7 +64,7 @@ class Tuning:
 
     def __init__(self, plan: Plan, device: torch.device, backend: Backend, folder: Path, again: bool, rounds: int):
         self._plan, self._device, self._backend, self._folder = plan, device, backend, folder
-        self._about = described(device, backend.name, plan.compile_mode)
+        self._about = described(device, backend.name, plan.compiled_how)
         self.passes = [each for each in IN_ORDER if each.wanted(plan.without, device)]
         self.path = file_of(folder, self._about)
         self.table = load(folder, self._about)
@@ -148,12 +149,13 @@ def tune(
         UsageError: there is nowhere to keep timings, or no pass is for the device.
         XditCompileError: the model cannot be built, the plan cannot be done with it, or the table cannot be written.
     """
-    set_logs(request.debug)
+    set_logs(request)
+    show_phases(request, World(rank=0, size=1))
     plan, store = request.plan, open_store(request.plan.cache)
     if store is None:
         raise UsageError("the cache folder cannot be used, so there is nowhere to keep timings: give --cache_dir")
     device, _ = placement(request, World(rank=0, size=1))
-    tuning = Tuning(plan, device, find_backend(plan.backend, plan.compile_mode), store.folder, again, rounds)
+    tuning = Tuning(plan, device, backend_of(plan), store.folder, again, rounds)
     if not tuning.passes:
         raise UsageError(f"there is nothing to time: no pass that the plan leaves in is for {device.type}")
     for size, batch in [(size, batch) for size in sizes for batch in batches]:

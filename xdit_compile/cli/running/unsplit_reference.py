@@ -5,13 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
 
 from xdit_compile.cli.options.request import Request
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import XditCompileError
 
-from .output import Latents, Pixels, latents_of, pixels_of
+from .output import Latents, Pixels
+from .repeats import once, prepared
 
 
 def reference(request: Request) -> tuple[Pixels | Latents, float]:
@@ -31,14 +31,8 @@ def reference(request: Request) -> tuple[Pixels | Latents, float]:
 
 
 def _unsplit(request: Request) -> tuple[Pixels | Latents, float]:
-    from .pipeline_call import call_arguments, call_pipeline, open_pipeline
+    from .pipeline_call import open_pipeline
 
     pipe, _ = open_pipeline(request, World.from_environment())
-    arguments, _ = call_arguments(pipe, request)
-    result, seconds = call_pipeline(pipe, arguments, request.seeds)
-    return made_of(request, result), seconds
-
-
-def made_of(request: Request, result: Any) -> Pixels | Latents:
-    """What a request asked for, in a pipeline's result."""
-    return latents_of(result) if request.output_type == "latent" else pixels_of(result)
+    arguments, _ = prepared(pipe, request)
+    return once(pipe, arguments, request)

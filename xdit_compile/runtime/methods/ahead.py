@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_compile.backends.registry import find_backend
+from xdit_compile.backends.registry import backend_of
 from xdit_compile.backends.target.cards import Card
 from xdit_compile.backends.target.pretend_card import DEVICE, kept_on_host
 from xdit_compile.cache.store import Store
@@ -62,7 +62,7 @@ def build_ahead(
         CaptureError, PartitionError: the plan cannot be done with this call.
         UsageError: the plan's backend compiles nothing for a card that is not there.
     """
-    backend = find_backend(plan.backend, plan.compile_mode)
+    backend = backend_of(plan)
     backend = backend if card is None else backend.for_card(card)
     plan = dataclasses.replace(plan, verify=False, compile="now")
     device = device_of(pytree.tree_leaves((args, kwargs))) if card is None else DEVICE

@@ -63,15 +63,20 @@ class Keeper:
 
     Args:
         name: what the module is called in messages.
-        speaks: whether this rank shows what is going on.
+        progress: what shows the phases of making a call ready.
+        speaks: whether this rank says that one is.
     """
 
-    def __init__(self, shelf: Shelf, codes: Codes | None, weights: Weights, name: str, speaks: bool):
+    def __init__(
+        self, shelf: Shelf, codes: Codes | None, weights: Weights, name: str, progress: Callable[[], Progress],
+        speaks: bool,
+    ):  # fmt: skip
         self._shelf, self._codes, self._weights, self._name, self._speaks = shelf, codes, weights, name, speaks
+        self._progress = progress
         self._recording: Recording | None = None
         self._ticket: Ticket | None = None
         self._code: dict[str, StoredCode] = {}
-        self._show = Progress(name)
+        self._show = progress()
         self._before = (0, 0)
 
     def find(
@@ -91,7 +96,7 @@ class Keeper:
             module = describe_module(self._weights.module, device.type, self._shelf.kind)
             return [module, call, str(fields), list(map(str, besides))]
 
-        self._show, self._code, self._recording = Progress(self._name, self._speaks), {}, None
+        self._show, self._code, self._recording = self._progress(), {}, None
         self._before = self._counted()
         self._ticket = self._shelf.ticket(described, {"for": self._about(args, kwargs, plan)}, device)
         stored = self._shelf.find(self._ticket, pytree.tree_leaves((args, kwargs)), device)
@@ -213,6 +218,14 @@ class Keeper:
     def compared(self, ticket: Ticket | None, leaves: Sequence[Any], device: torch.device) -> None:
         """Note of a call that a later one was compared with the module, too."""
         self._shelf.compared(ticket, leaves, device)
+
+    def stage(self, what: str) -> None:
+        """Another phase of making a call ready begins."""
+        self._show.stage(what)
+
+    def end(self) -> None:
+        """No phase goes on any more, whatever came of it."""
+        self._show.end()
 
     def say(self, kept: bool) -> str:
         """Say that a call is ready, and where its graphs came from, in the words that are returned."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdit_compile.distributed.environment import defaults
+from xdit_compile.distributed.environment import RUN_FOLDER, defaults
 from xdit_compile.errors import XditCompileError
+
+from .ending import Interrupted, end_run, kill, processes_of, run_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -30,6 +35,8 @@ ENDED_BY = {
     "the weights are read from, and start again",
 }
 """What to do about a process that a signal ended."""
+END_SECONDS = 5
+"""Ranks are given so long to end after one failed, or the command was interrupted, before they are killed."""
 
 
 class WorkerFailed(XditCompileError):
@@ -44,17 +51,22 @@ def launch(arguments: list[str], nproc: int, debug: bool = False) -> None:
     """Run ``python -m xdit_compile ARGUMENTS`` in ``nproc`` processes and wait for all of them.
 
     The first process to fail ends the others. Each process gets its share of the cores unless OMP_NUM_THREADS is set.
+    Whatever they have started, and their temporary files, are gone when this returns or raises. Signals are left to
+    who called this: the launcher would listen to them until it ends, and leave its processes where a second one comes.
 
     Raises:
         WorkerFailed: naming the rank that failed first and what it said.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if not debug:
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="xdit-compile-") as folder, defaults(_wanted(nproc, debug)):
+    since_torch_2_12 = {"shutdown_timeout": END_SECONDS}
+    fields = {each.name for each in dataclasses.fields(LaunchConfig)}
+    limits: dict[str, Any] = {name: value for name, value in since_torch_2_12.items() if name in fields}
+    with run_folder() as folder, defaults(_wanted(nproc, debug) | {RUN_FOLDER: str(folder)}):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -65,12 +77,46 @@ def launch(arguments: list[str], nproc: int, debug: bool = False) -> None:
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+            signals_to_handle="SIGQUIT",
+            **limits,
         )
         try:
-            elastic_launch(config, sys.executable)("-P", "-m", "xdit_compile", *arguments)
+            with _killing_the_rest(folder):
+                elastic_launch(config, sys.executable)("-P", "-m", "xdit_compile", *arguments)
         except ChildFailedError as error:
             raise _worker_failed(error) from None
+        except SignalException as error:
+            raise Interrupted(error.sigval) from None
+
+
+@contextmanager
+def _killing_the_rest(folder: Path) -> Iterator[None]:
+    """Kill processes that do not end soon after one failed: the launcher asks them to, which one that stopped ignores,
+    and waits for half a minute."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            if _has_failed():
+                if not over.wait(END_SECONDS):
+                    kill(processes_of(folder), signal.SIGKILL)
+                return
+
+    threading.Thread(target=watch, name="kill-the-rest", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _has_failed() -> bool:
+    """Wait for a process that this one started to end, and leave it to whoever asks for it; whether it failed."""
+    try:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return ended is not None and ended.si_status != 0
 
 
 def report_failure(error: BaseException, exit_code: int, message: str) -> None:
@@ -92,12 +138,17 @@ def report_failure(error: BaseException, exit_code: int, message: str) -> None:
 
 
 def end_with_parent(interval_s: float = 1.0) -> None:
-    """End this process soon after the one that started it is gone, whatever the main thread waits for."""
+    """End this process soon after the one that started it is gone, whatever the main thread waits for.
+
+    One of them then does what that one did at its end.
+    """
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(interval_s)
+        if (folder := os.environ.get(RUN_FOLDER)) and os.environ.get("LOCAL_RANK") == "0":
+            end_run(Path(folder))
         os._exit(1)
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
@@ -112,7 +163,8 @@ def _wanted(nproc: int, debug: bool) -> dict[str, str]:
 
 
 def _worker_failed(error: ChildFailedError) -> WorkerFailed:
-    rank, failure = min(error.failures.items(), key=lambda item: _blame(item[1]))
+    first = min(failure.timestamp for failure in error.failures.values())
+    rank, failure = min(error.failures.items(), key=lambda item: _blame(item[1], first))
     extra = _extra(failure)
     if extra:
         return WorkerFailed(f"rank {rank}: {extra['text']}", int(extra["exit_code"]))
@@ -129,15 +181,22 @@ def _advice(number: int) -> str:
     return next((text for one, text in ENDED_BY.items() if one == number), "something outside ended it; start again")
 
 
-def _blame(failure: ProcessFailure) -> tuple[int, float]:
+def _blame(failure: ProcessFailure, first: int) -> tuple[int, float]:
     """Order failures by how likely each is the cause.
 
     A rank that dies without a word makes its peers fail later; a watchdog ends those that wait for one that failed.
+    Those that do not end then are killed: such a rank was stopped, or hangs, and what was said of it counts.
+
+    Args:
+        first: when the first one failed, in whole seconds.
     """
     extra = _extra(failure)
     if extra:
         return (1 if extra["on_purpose"] else 2, extra["time"])
-    return ({-signal.SIGABRT: 3, -signal.SIGTERM: 4}.get(failure.exitcode, 0), 0.0)
+    if failure.exitcode == -signal.SIGKILL and failure.timestamp >= first + END_SECONDS - 1:
+        return (5, 0.0)
+    ended = {-signal.SIGABRT: 3, -signal.SIGTERM: 4, 128 + signal.SIGTERM: 4}
+    return (ended.get(failure.exitcode, 0), 0.0)
 
 
 def _extra(failure: ProcessFailure) -> dict[str, Any]:

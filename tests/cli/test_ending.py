@@ -1,0 +1,138 @@
+"""A command ends at a signal, and where a rank stops: real processes, real signals, and nothing that is left behind."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from commands import COMMAND, TINY_PIPELINE, clean_environment, files
+
+from xdit_compile.cli.processes.ending import processes_of
+
+LIMIT_S = 180
+EAGER = ["--model", str(TINY_PIPELINE), "--backend", "eager", "--num_inference_steps", "900"]
+COMPILED = ["--model", str(TINY_PIPELINE), "--no_cache", "--num_inference_steps", "900"]
+TWO = ["--nproc", "2", "--ulysses_degree", "2"]
+
+
+class Command:
+    """A command that runs in folders of its own: where it is started, and for temporary files."""
+
+    def __init__(self, folder: Path, *flags: str):
+        self.here, self.temporary = folder / "here", folder / "temporary"
+        self.here.mkdir()
+        self.temporary.mkdir()
+        self._log = folder / "log"
+        environment = {**clean_environment(), "TMPDIR": str(self.temporary)}
+        with open(self._log, "w") as log:
+            self.process = subprocess.Popen(
+                [*COMMAND, "generate", *flags], cwd=self.here, env=environment, stdout=log, stderr=log
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text().replace("\r", "\n")
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        limit = time.monotonic() + LIMIT_S
+        while not holds():
+            assert self.process.poll() is None and time.monotonic() < limit, self.log
+            time.sleep(0.05)
+
+    def workers(self) -> dict[int, psutil.Process]:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return {int(each.environ()["RANK"]): each for each in children if "worker" in each.cmdline()}
+
+    def left(self) -> set[str]:
+        """Folders of the run, and files that are not kept for later on purpose."""
+        return {name for name in files(self.temporary) if not name.startswith("torchinductor_")}
+
+    def running(self) -> list[int]:
+        return [number for folder in self.temporary.glob("xdit-compile-*") for number in processes_of(folder)]
+
+    def errors(self) -> list[str]:
+        return [line for line in self.log.splitlines() if line.startswith("xdit-compile: error: ")]
+
+
+STARTING = "nothing"
+LOADING = "the workers"
+COMPILING = "a compiler"
+STEPS = "steps"
+
+
+def is_at(command: Command, stage: str) -> bool:
+    if stage == STARTING:
+        return True
+    if stage == STEPS:
+        return re.search(r" [1-9]\d*/900 ", command.log) is not None
+    children = psutil.Process(command.process.pid).children(recursive=True)
+    if stage == LOADING:
+        return any("worker" in each.cmdline() for each in children if each.is_running())
+    return any(each.name().startswith(("cc1plus", "g++", "c++")) for each in children)
+
+
+@pytest.mark.parametrize(
+    ("flags", "stage", "number", "times"),
+    [
+        pytest.param([*TWO, *EAGER], LOADING, signal.SIGINT, 2, id="two-loading"),
+        pytest.param([*TWO, *EAGER], STARTING, signal.SIGTERM, 1, id="two-starting", marks=pytest.mark.slow),
+        pytest.param([*TWO, *EAGER], STEPS, signal.SIGTERM, 2, id="two-steps", marks=pytest.mark.slow),
+        pytest.param([*TWO, *COMPILED], COMPILING, signal.SIGINT, 1, id="two-compiling", marks=pytest.mark.slow),
+        pytest.param([*TWO, *COMPILED], COMPILING, signal.SIGTERM, 2, id="two-compiling-twice", marks=pytest.mark.slow),
+        pytest.param(COMPILED, COMPILING, signal.SIGTERM, 1, id="one-compiling", marks=pytest.mark.slow),
+        pytest.param(EAGER, STEPS, signal.SIGINT, 2, id="one-steps", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_all_with_one_line(
+    tmp_path: Path, flags: list[str], stage: str, number: signal.Signals, times: int
+):
+    command = Command(tmp_path, *flags)
+    if stage == STARTING:
+        time.sleep(1.5)
+    command.until(lambda: is_at(command, stage))
+    children = psutil.Process(command.process.pid).children(recursive=True)
+    for _ in range(times):
+        command.process.send_signal(number)
+        time.sleep(0.1)
+    assert command.process.wait(timeout=60) == 128 + number
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert command.errors() == [f"xdit-compile: error: {word}"]
+    assert "Traceback" not in command.log and "death signal" not in command.log
+    assert files(command.here) == set() and command.left() == set()
+    psutil.wait_procs(children, timeout=5)
+    assert not [each for each in children if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [STEPS, LOADING])
+def test_a_stopped_rank_is_named_once_and_ends_all(tmp_path: Path, stage: str):
+    command = Command(tmp_path, *TWO, *EAGER, "--timeout", "40")
+    command.until(lambda: is_at(command, stage) and 1 in command.workers())
+    command.workers()[1].suspend()
+    begin = time.monotonic()
+    command.until(lambda: "rank 1" in command.log)
+    assert time.monotonic() - begin > 25
+    assert command.process.wait(timeout=60) == 1
+    warnings = [line for line in command.log.splitlines() if "warning: rank 1" in line]
+    assert len(warnings) == 1
+    (error,) = command.errors()
+    assert "rank 1 stopped: it gives no sign of life" in error or "rank 1 is not here" in error
+    assert command.left() == set()
+
+
+@pytest.mark.slow
+def test_a_rank_that_goes_on_in_time_is_no_failure(tmp_path: Path):
+    command = Command(tmp_path, *TWO, *EAGER[:-1], "60", "--timeout", "60", "--output", "out.png")
+    command.until(lambda: re.search(r" [1-9]\d*/60 ", command.log) is not None)
+    worker = command.workers()[1]
+    worker.suspend()
+    command.until(lambda: "warning: rank 1 gives no sign of life" in command.log)
+    worker.resume()
+    assert command.process.wait(timeout=LIMIT_S) == 0, command.log
+    assert files(command.here) == {"out.png"}

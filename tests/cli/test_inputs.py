@@ -1,0 +1,118 @@
+"""What a pipeline is given besides prompts, sizes and seeds, by the real command and the real classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+from commands import TINY_PIPELINE, one_error, run
+from conformance import texts
+from conformance.cases import CASES
+from conformance.parts import like
+from conformance.pictures import of_flux
+from PIL import Image
+
+from xdit_compile.cli.inputs import given
+from xdit_compile.cli.inputs.asked import assigned
+from xdit_compile.cli.main import main
+from xdit_compile.cli.options.request import Request
+from xdit_compile.errors import UsageError
+
+SMALL = "--height 64 --width 96 --num_inference_steps 4 --backend eager --no_cache --overwrite".split()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for colour in ("red", "blue", "white"):
+        Image.new("RGB", (96, 64), colour).save(tmp_path / f"{colour}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--image none.png", "--image none.png is no file; give pictures that are on this machine"),
+        ("--mask_image white.png", "give the picture with --image"),
+        ("--image red.png --strength 2", "--strength 2.0 must lie between 0, the picture as it is, and 1"),
+        ("--set cfg", "--set cfg must be NAME=VALUE, such as true_cfg_scale=4.0"),
+        ("--set a=1 --set a=2", "--set gives a twice; leave one out"),
+        ("--prompt_file none.txt", "--prompt_file none.txt cannot be read"),
+        ("--resize_input_images", "--resize_input_images needs a picture"),
+    ],
+)
+def test_wrong_inputs_are_refused_before_anything_runs(
+    flags: str, words: str, pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pictures)
+    assert main(["generate", *flags.split()]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_assignments_are_json_or_text() -> None:
+    told = assigned(("a=1.5", "b=[1, 2]", "c=some words", "d=True", 'e="7"', "f=x=y", "g=None"))
+    assert told == {"a": 1.5, "b": [1, 2], "c": "some words", "d": True, "e": "7", "f": "x=y", "g": None}
+
+
+def test_schedulers_and_arguments_are_those_that_a_pipeline_takes() -> None:
+    pipe = like("sd15", diffusers.StableDiffusionPipeline)
+    own = pipe.scheduler.config.beta_end
+    given.put_scheduler(pipe, "DDIMScheduler")
+    assert type(pipe.scheduler) is diffusers.DDIMScheduler and pipe.scheduler.config.beta_end == own
+    with pytest.raises(UsageError, match="--scheduler DDIMSchedular does not go .*did you mean .*DDIMScheduler"):
+        given.put_scheduler(pipe, "DDIMSchedular")
+    assert given.further_arguments(pipe, Request(assignments=("eta=0.5",))) == {"eta": 0.5}
+    with pytest.raises(UsageError, match="--set clip_skp: this pipeline takes no argument .*did you mean clip_skip"):
+        given.further_arguments(pipe, Request(assignments=("clip_skp=1",)))
+
+
+@pytest.mark.slow
+def test_a_mask_and_a_scheduler_and_arguments_arrive(pictures: Path) -> None:
+    text = {"text_encoder": texts.clip_text(), "tokenizer": texts.clip_tokenizer()}
+    pipe = like("sd15", diffusers.StableDiffusionInpaintPipeline, **text)
+    pipe.save_pretrained(pictures / "model")
+    flags = ["--model", "model", "--image", "red.png", "--mask_image", "white.png", "--nproc", "2", *SMALL]
+    made = {}
+    for name, more in {
+        "plain": [], "again": [], "blue": ["--image", "blue.png"], "weak": ["--strength", "0.5"],
+        "ddim": ["--scheduler", "DDIMScheduler"], "set": ["--set", "guidance_scale=1.5"],
+    }.items():  # fmt: skip
+        used = [flag for flag in flags if flag not in ("--image", "red.png")] + more if name == "blue" else flags + more
+        done = run("generate", *used, "--use_cfg_parallel", "--output", f"{name}.png", cwd=pictures)
+        assert done.returncode == 0, done.stderr
+        made[name] = np.asarray(Image.open(pictures / f"{name}.png")).astype(int)
+    assert (made["again"] == made["plain"]).all()
+    for name in ("blue", "weak", "ddim", "set"):
+        assert np.abs(made[name] - made["plain"]).max() > 1, name
+
+
+@pytest.mark.slow
+def test_a_control_picture_arrives(pictures: Path) -> None:
+    pipe = of_flux(
+        diffusers.FluxControlNetPipeline, controlnet=CASES["flux_controlnet"].build().controlnet,
+        text_encoder=texts.clip_text(22), tokenizer=texts.clip_tokenizer(), text_encoder_2=texts.t5(28),
+        tokenizer_2=texts.t5_tokenizer(),
+    )  # fmt: skip
+    pipe.save_pretrained(pictures / "model")
+    made = []
+    for colour in ("red", "blue"):
+        flags = ["--model", "model", "--max_sequence_length", "16", "--nproc", "2", *SMALL]
+        done = run("generate", *flags, "--control_image", f"{colour}.png", "--output", "out.png", cwd=pictures)
+        assert done.returncode == 0, done.stderr
+        made.append(np.asarray(Image.open(pictures / "out.png")).astype(int))
+    assert np.abs(made[0] - made[1]).max() > 1
+    wrong = run("generate", "--model", "model", "--image", "red.png", *SMALL, cwd=pictures)
+    assert wrong.returncode != 0 or "--image has no effect" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_prompts_of_a_file_become_pictures(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
+    more = ["--model", str(TINY_PIPELINE), "--prompt_file", "prompts.txt", "--batch_size", "1", *SMALL]
+    done = run("generate", *more, "--max_sequence_length", "16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob("*.png")} == {"out.png", "out-1.png"}
+    assert "a red circle" in done.stdout and "a blue square" in done.stdout
+    more = ["--model", str(TINY_PIPELINE), "--set", "heigth=64", *SMALL]
+    assert "did you mean height?" in one_error(run("generate", *more, cwd=tmp_path), 2)

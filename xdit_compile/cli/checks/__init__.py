@@ -1,0 +1,1 @@
+"""What `xdit-compile doctor` looks at, a file for each kind of thing."""

@@ -1,0 +1,85 @@
+"""What this machine and its packages cannot do for a request, told before PyTorch is imported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shutil
+from collections.abc import Iterator
+
+from xdit_compile.distributed.world import World
+from xdit_compile.errors import UsageError
+from xdit_compile.plan import nexfort_versions
+from xdit_compile.plan.backend_options import GRAPHS
+from xdit_compile.plan.host import may_have_cuda, visible_cards
+from xdit_compile.plan.plan import GRAPH_MODES
+
+from .plenty import cpu_build, uses_cuda
+from .request import PipelineRequest
+
+COMPILERS = ("c++", "g++", "clang++")
+ATTENTION_PACKAGES = {
+    "flash_attn": ("flash_attn", "pip install flash-attn --no-build-isolation"),
+    "flash_attn_3": (
+        "flash_attn_interface",
+        "python setup.py install, in hopper/ of github.com/Dao-AILab/flash-attention",
+    ),
+    "flash_attn_4": ("flash_attn", "pip install flash-attn-4"),
+    "sage": ("sageattention", "pip install sageattention==2.2.0 --no-build-isolation"),
+    "yunchang": ("yunchang", "pip install yunchang"),
+}
+"""Providers that come in a package of their own: what is imported, and the command that brings it."""
+ON_CUDA = (*ATTENTION_PACKAGES, "sdpa_efficient", "sdpa_cudnn")
+"""Providers without a kernel for the CPU."""
+
+
+def preflight(request: PipelineRequest, world: World, nproc: int | None) -> None:
+    """Refuse what is plainly not here. What cannot be told from files alone is refused later.
+
+    Raises:
+        UsageError: naming every problem at once, and the way out of each.
+    """
+    problems = [*_device(request, world, nproc), *_packages(request)]
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def _device(request: PipelineRequest, world: World, nproc: int | None) -> Iterator[str]:
+    if request.device == "cuda" and (cpu_build() or not may_have_cuda()):
+        version = _version("torch")
+        why = f"the installed PyTorch ({version}) is built for the CPU" if cpu_build() else "this machine has no GPU"
+        yield f"--device cuda: {why}; give --device cpu or auto"
+    offloads = request.enable_model_cpu_offload or request.enable_sequential_cpu_offload
+    if offloads and request.device == "cpu":
+        yield "offloading to the CPU needs a CUDA device to offload from; leave it out"
+    cards = visible_cards() if uses_cuda(request) else None
+    if cards is not None and nproc is not None and nproc > cards:
+        gpus = "1 GPU is" if cards == 1 else f"{cards} GPUs are"
+        yield f"--nproc {nproc} but {gpus} visible here; start at most {cards}, or compute on the CPU (--device cpu)"
+
+
+def _packages(request: PipelineRequest) -> Iterator[str]:
+    plan = request.plan
+    if plan.backend == "nexfort":
+        if (reason := nexfort_versions.why_not()) is not None:
+            yield f"--backend nexfort cannot be used here: {reason}"
+    if plan.records_graphs and plan.compile_mode != "max-autotune" and not uses_cuda(request):
+        asked = f"--compile_mode {plan.compile_mode}" if plan.compile_mode in GRAPH_MODES else GRAPHS
+        yield f"{asked} records CUDA graphs, and this computes on the CPU; leave it out"
+    if plan.backend == "inductor" and not uses_cuda(request) and not any(map(shutil.which, COMPILERS)):
+        yield "--backend inductor needs a C++ compiler on the CPU; install g++, or take --backend eager"
+    if plan.attention in ATTENTION_PACKAGES:
+        module, command = ATTENTION_PACKAGES[plan.attention]
+        if importlib.util.find_spec(module) is None:
+            yield f"--attention {plan.attention} is not installed ({module}); run: {command}, or take --attention auto"
+    elif plan.attention in ON_CUDA and (request.device == "cpu" or cpu_build()):
+        yield f"--attention {plan.attention} runs on CUDA, not on the CPU; take --attention auto"
+    if plan.vae == "distvae" and importlib.util.find_spec("distvae") is None:
+        yield "--vae_provider distvae needs the package: pip install distvae; or leave it out"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

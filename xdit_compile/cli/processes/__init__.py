@@ -1,0 +1,1 @@
+"""Starting the processes of a command, and ending them so that nothing is left."""
