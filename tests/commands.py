@@ -28,9 +28,10 @@ def clean_environment() -> dict[str, str]:
 
 
 def one_error(done: subprocess.CompletedProcess[str], exit_code: int) -> str:
-    """The one line on stderr, progress bars aside."""
+    """The one line on stderr, progress aside."""
     assert done.returncode == exit_code, done.stderr
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "it/s]" not in line]
+    lines = [line for line in lines if not line.endswith(" s so far)")]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("xdit-compile: error: ")
     return lines[0].removeprefix("xdit-compile: error: ")

@@ -157,6 +157,7 @@ def test_evaluations_of_stale_methods_become_a_table_and_a_curve(tmp_path: pathl
             "settings": {"plan": {"distrifusion": 2, "pipefusion": 1, "patches": None, "warmup_steps": steps}},
             "distances": {"pairs": 64, "psnr": {**interval, "value": 30.0 + steps}, "ssim": interval},
             "following": {"one thing": {"right": dict.fromkeys(("reference", "plan", "difference"), interval)}},
+            "pairs": [{"largest": each * steps} for each in (9, 2, 5)],
         }
         (tmp_path / str(steps)).mkdir()
         (tmp_path / str(steps) / "report.json").write_text(json.dumps(report))
@@ -165,12 +166,14 @@ def test_evaluations_of_stale_methods_become_a_table_and_a_curve(tmp_path: pathl
         [*command, "--curve", str(tmp_path / "curve.png")], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    rows = done.stdout.splitlines()[2:]
+    quality, greatest = (table.splitlines() for table in done.stdout.split("\n\n"))
+    rows = quality[2:]
     assert [row.split(" | ")[1:4] for row in rows] == [
         ["1", "64", "31.0 (0.2 to 0.8)"],
         ["4", "64", "34.0 (0.2 to 0.8)"],
     ]
     assert all(row.startswith("| DistriFusion, 2 ranks | ") and "50.0 (25.0 to 75.0)" in row for row in rows)
+    assert [row.split(" | ")[3:6] for row in greatest[2:]] == [["2", "5", "9"], ["8", "20", "36"]]
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 

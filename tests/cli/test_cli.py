@@ -298,7 +298,7 @@ def test_a_killed_rank_ends_the_command_within_30_seconds(tmp_path: Path):
     assert process.wait(timeout=60) == 1
     assert time.monotonic() - begin < 30
     lines = log.read_text().replace("\r", "\n").splitlines()
-    assert [line for line in lines if line.strip() and "/900" not in line and " ready in " not in line] == [
+    assert [line for line in lines if line.startswith("xdit-compile: error: ")] == [
         "xdit-compile: error: rank 1 was killed by SIGKILL; see that there is memory enough, and start again"
     ]
     assert files(tmp_path) == {"log"}

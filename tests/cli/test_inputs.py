@@ -72,18 +72,22 @@ def test_a_mask_and_a_scheduler_and_arguments_arrive(pictures: Path) -> None:
     text = {"text_encoder": texts.clip_text(), "tokenizer": texts.clip_tokenizer()}
     pipe = like("sd15", diffusers.StableDiffusionInpaintPipeline, **text)
     pipe.save_pretrained(pictures / "model")
-    flags = ["--model", "model", "--image", "red.png", "--mask_image", "white.png", "--nproc", "2", *SMALL]
+    mask = Image.new("L", (96, 64))
+    mask.paste(255, (0, 0, 48, 64))
+    mask.save(pictures / "mask.png")
+    flags = ["--model", "model", "--nproc", "2", *SMALL]
     made = {}
     for name, more in {
-        "plain": [], "again": [], "blue": ["--image", "blue.png"], "weak": ["--strength", "0.5"],
-        "ddim": ["--scheduler", "DDIMScheduler"], "set": ["--set", "guidance_scale=1.5"],
+        "plain": [], "again": [], "blue": ["--image", "blue.png"], "whole": ["--mask_image", "white.png"],
+        "weak": ["--strength", "0.5"], "ddim": ["--scheduler", "DDIMScheduler"], "set": ["--set", "guidance_scale=1.5"],
     }.items():  # fmt: skip
-        used = [flag for flag in flags if flag not in ("--image", "red.png")] + more if name == "blue" else flags + more
-        done = run("generate", *used, "--use_cfg_parallel", "--output", f"{name}.png", cwd=pictures)
+        inputs = {"--image": "red.png", "--mask_image": "mask.png"} | dict([more] if more else [])
+        used = [word for pair in inputs.items() for word in pair]
+        done = run("generate", *flags, *used, "--use_cfg_parallel", "--output", f"{name}.png", cwd=pictures)
         assert done.returncode == 0, done.stderr
         made[name] = np.asarray(Image.open(pictures / f"{name}.png")).astype(int)
     assert (made["again"] == made["plain"]).all()
-    for name in ("blue", "weak", "ddim", "set"):
+    for name in ("blue", "whole", "weak", "ddim", "set"):
         assert np.abs(made[name] - made["plain"]).max() > 1, name
 
 

@@ -140,6 +140,7 @@ def decoded_on_one(rank: int, memory: dict) -> tuple[str, str, float]:
     pipe.vae.decode(latents)
     heard = Heard()
     logging.getLogger("xdit_compile").addHandler(heard)
+    logging.getLogger("xdit_compile").setLevel(logging.INFO)
     said = "nothing"
     try:
         if rank == 1:
@@ -150,6 +151,7 @@ def decoded_on_one(rank: int, memory: dict) -> tuple[str, str, float]:
     except AgreementError as error:
         said = str(error)
     logging.getLogger("xdit_compile").removeHandler(heard)
+    logging.getLogger("xdit_compile").setLevel(logging.NOTSET)
     return said, " ".join(heard.lines), difference(SD3.call(pipe, output="np"), expected)
 
 

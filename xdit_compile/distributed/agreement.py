@@ -18,14 +18,12 @@ import torch.distributed as dist
 from xdit_compile.errors import AgreementError, one_line
 
 from .calls import Calls
-from .liveness import QUIET_SECONDS, Liveness, Look
+from .liveness import Liveness, Look
 from .mesh import Mesh
-from .peers import SETTLE_SECONDS, Patience, Peers
+from .peers import NOTICE_SECONDS, SETTLE_SECONDS, Patience, Peers
 from .sketch import Sketch, alike
 
 POLL_SECONDS = 0.005
-NOTICE_SECONDS = 5.0
-"""After so long a rank that waits says for whom."""
 logger = logging.getLogger("xdit_compile")
 
 
@@ -235,12 +233,10 @@ class Agreement:
     def _wait(self, key: str, rank: int, stage: str) -> bytes:
         assert self._store is not None
         begin = time.monotonic()
-        patience = Patience(self._seen, rank, self._timeout)
-        noticed = begin + NOTICE_SECONDS
+        patience = Patience(self._seen, rank, self._timeout, stage, f"{self.epoch}/{self._at[0]}")
         pause = POLL_SECONDS / 10
         while not self._store.check([key]):
-            now = time.monotonic()
-            if now - begin > 10 * POLL_SECONDS:
+            if time.monotonic() - begin > 10 * POLL_SECONDS:
                 self.look([rank])
                 position = self._seen.position(rank)
                 if self._store.check([key]):
@@ -251,12 +247,6 @@ class Agreement:
                     f"rank {rank} did not answer within {self._timeout:.0f} s and {self._seen.where(rank)}; "
                     "was it stopped, or does it call something else?"
                 )
-            if now > noticed:
-                noticed += 6 * NOTICE_SECONDS
-                where = self._seen.where(rank)
-                logger.info("rank %d waits at %s for rank %d, which %s", self.rank, stage, rank, where)
-            if begin + QUIET_SECONDS < now < begin + QUIET_SECONDS + NOTICE_SECONDS and not self._seen.is_busy(rank):
-                self._seen.tell_waiting(rank, stage, f"{self.epoch}/{self._at[0]}")
             time.sleep(pause)
             pause = min(2 * pause, 4 * POLL_SECONDS)
         return self._store.get(key)
@@ -270,29 +260,14 @@ class Agreement:
         counted = self.refuse_vain(self._seen)
         if self._next in counted:
             self._calls.compared(counted[self._next]["calls"])
-        late = [rank for rank in self._others if not self._is_here(rank)] if waited > self._timeout else []
-        if late:
-            raise AgreementError(
-                f"rank {late[0]} did not come to {what} of {self._said} within {self._timeout:.0f} s and "
-                f"{self._seen.where(late[0])}; was it stopped, or does it call something else?"
-            )
+        if waited > self._timeout:
+            self._seen.refuse_late(self._others, (self.epoch, self._at[0]), f"{what} of {self._said}")
         if waited > NOTICE_SECONDS and int(waited) % int(6 * NOTICE_SECONDS) == int(NOTICE_SECONDS):
-            logger.info(
-                "rank %d waits in %s of %s: %s", self.rank, what, self._said,
-                "; ".join(f"rank {rank} {self._seen.where(rank)}" for rank in self._others),
-            )  # fmt: skip
-
-    def _is_here(self, rank: int) -> bool:
-        """Whether a rank has come as far as this one."""
-        position = self._seen.position(rank)
-        return position is not None and (position["epoch"], position["event"]) >= (self.epoch, self._at[0])
+            others = "; ".join(f"rank {rank} {self._seen.where(rank)}" for rank in self._others)
+            logger.info("rank %d waits in %s of %s: %s", self.rank, what, self._said, others)
 
     def do(self, what: str = "", busy: bool = False) -> None:
-        """Tell the others what this rank does from now on, beside the calls that it announces.
-
-        Args:
-            busy: it takes as long as it takes: others wait for as long as this rank gives signs of life.
-        """
+        """Tell the others what this rank does, where others wait for it as long as it runs if that is ``busy``."""
         if self._life is not None:
             self._life.do(what, busy)
 

@@ -17,7 +17,12 @@ from .liveness import QUIET_SECONDS, Signs
 
 SETTLE_SECONDS = 2.0
 """How long a broken transfer is given for its cause to be known."""
+NOTICE_SECONDS = 5.0
+"""After so long a rank that waits says for whom."""
+LOOK_AGAIN_SECONDS = 0.2
+"""So often a rank that waits looks what the other does."""
 logger = logging.getLogger("xdit_compile.peers")
+details = logging.getLogger("xdit_compile")
 
 
 class Peers:
@@ -31,11 +36,11 @@ class Peers:
     """
 
     def __init__(self, signs: Signs, name: str, rank: int, timeout_s: float):
-        self._signs, self._store, self._name, self._rank, self._timeout = signs, signs.store, name, rank, timeout_s
+        self._signs, self._store, self._name, self.rank, self._timeout = signs, signs.store, name, rank, timeout_s
 
     def through(self, store: dist.Store) -> Peers:
         """The same ranks seen through another connection, by another thread."""
-        return Peers(Signs(store, self._name), self._name, self._rank, self._timeout)
+        return Peers(Signs(store, self._name), self._name, self.rank, self._timeout)
 
     def position(self, rank: int) -> dict[str, Any] | None:
         """What a rank is at, if it said so yet."""
@@ -63,7 +68,7 @@ class Peers:
         if not self._store.check([key]):
             return None
         said = json.loads(self._store.get(key))
-        return None if said["rank"] == self._rank or over not in (None, said["at"]) else said["why"]
+        return None if said["rank"] == self.rank or over not in (None, said["at"]) else said["why"]
 
     def stopped(self, ranks: Sequence[int]) -> str | None:
         """Which of some ranks gives no sign of life, if one does not; one that gave none for a while is told of."""
@@ -78,12 +83,27 @@ class Peers:
                 )  # fmt: skip
         return None
 
+    def refuse_late(self, ranks: Sequence[int], here: tuple[int, int], what: str) -> None:
+        """Raise where some rank has not come as far as this one, which waited for long enough.
+
+        Args:
+            here: the epoch of this rank, and the number of its latest event.
+            what: this rank is at.
+        """
+        for rank in ranks:
+            position = self.position(rank)
+            if position is None or (position["epoch"], position["event"]) < here:
+                raise AgreementError(
+                    f"rank {rank} did not come to {what} within {self._timeout:.0f} s and {self.where(rank)}; was it "
+                    "stopped, or does it call something else?"
+                )
+
     def tell_waiting(self, rank: int, stage: str, event: str) -> None:
         """Say that a rank runs and does not come to what others wait at; once for all that wait."""
         if self._store.add(f"{self._name}/waiting/{rank}/{event}", 1) == 1:
             logger.warning(
                 "rank %d waits at %s for rank %d, which runs and %s; if it does not come, all ranks end after %.0f s",
-                self._rank, stage, rank, self.where(rank), self._timeout,
+                self.rank, stage, rank, self.where(rank), self._timeout,
             )  # fmt: skip
 
     def _stopped(self, rank: int, silence: float = math.inf) -> str:
@@ -123,7 +143,7 @@ class Peers:
     def other_way(self, rank: int, theirs: str, mine: str) -> AgreementError:
         """What to raise where a peer is at something else than this rank."""
         return AgreementError(
-            f"rank {rank} is at {theirs} where rank {self._rank} is at {mine}: every rank must make the same calls; "
+            f"rank {rank} is at {theirs} where rank {self.rank} is at {mine}: every rank must make the same calls; "
             "give them the same inputs, and read results or stop on all of them or on none"
         )
 
@@ -135,14 +155,27 @@ class Patience:
 
     Args:
         timeout_s: seconds that one which is not busy may let others wait.
+        stage: what for; told after a while.
+        event: tells this wait apart from others.
     """
 
-    def __init__(self, peers: Peers, rank: int, timeout_s: float):
+    def __init__(self, peers: Peers, rank: int, timeout_s: float, stage: str = "", event: str = ""):
         self._peers, self._rank, self._timeout = peers, rank, timeout_s
-        self._since = time.monotonic()
+        self._stage, self._event = stage, event
+        self._since = begin = time.monotonic()
+        self._looked = -LOOK_AGAIN_SECONDS
+        self._noticed, self._told = begin + NOTICE_SECONDS, not stage
 
     def is_over(self) -> bool:
-        """Whether the other let this one wait for too long."""
-        if self._peers.is_busy(self._rank):
-            self._since = time.monotonic()
-        return time.monotonic() - self._since > self._timeout
+        """Whether the other let this one wait for too long; to be asked again and again."""
+        now, peers, rank = time.monotonic(), self._peers, self._rank
+        if now - self._looked > LOOK_AGAIN_SECONDS:
+            self._looked = now
+            self._since = now if peers.is_busy(rank) else self._since
+        if self._stage and now > self._noticed:
+            self._noticed = now + 6 * NOTICE_SECONDS
+            details.info("rank %d waits at %s for rank %d, which %s", peers.rank, self._stage, rank, peers.where(rank))
+        if now - self._since > QUIET_SECONDS and not self._told:
+            self._told = True
+            peers.tell_waiting(rank, self._stage, self._event)
+        return now - self._since > self._timeout

@@ -94,20 +94,24 @@ def compilers_apart() -> Iterator[None]:
     """Have compilers that are called meanwhile leave nothing, whatever becomes of them.
 
     Their temporary files are in a folder that is gone afterwards: that of the run, where this process is one of several
-    of a command. Its own are where they always are, as what libraries keep for later runs is found by that.
+    of a command. Its own are where they always are, as what libraries keep for later runs is found by that. After a
+    signal it stays so: other threads may call compilers until the process has ended.
     """
     of_run, before = os.environ.get(RUN_FOLDER), os.environ.get("TMPDIR")
     folder = of_run or tempfile.mkdtemp(prefix="xdit-compile-")
     tempfile.gettempdir()
     os.environ["TMPDIR"] = folder
+    is_ending = False
     try:
         yield
-    except BaseException:
+    except Interrupted:
+        is_ending = True
         _end(lambda: descendants(os.getpid()))
         raise
     finally:
-        os.environ.pop("TMPDIR")
-        os.environ.update({} if before is None else {"TMPDIR": before})
+        if not is_ending:
+            os.environ.pop("TMPDIR")
+            os.environ.update({} if before is None else {"TMPDIR": before})
         if not of_run:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -160,10 +164,10 @@ def descendants(ancestor: int) -> list[int]:
             state, parent, *_ = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
             if state != "Z":
                 parents[number] = int(parent)
-    found = [ancestor]
-    for each in found:
-        found += [number for number, parent in parents.items() if parent == each]
-    return found[1:]
+    family = [ancestor]
+    for each in family:
+        family += [number for number, parent in parents.items() if parent == each]
+    return family[1:]
 
 
 def processes_of(folder: Path) -> list[int]:

@@ -77,6 +77,7 @@ class _AboveBars(logging.Handler):
     def __init__(self, names: bool):
         super().__init__()
         self._names = names
+        self.setLevel(logging.DEBUG if names else logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm

@@ -78,7 +78,8 @@ class Times:
             running: self._last - self._first - self._inside,
             "decoding": now - self._last - outside,
         }
-        return ", ".join(f"{what} {took:.1f} s" for what, took in seconds.items() if took >= LEAST_S)
+        listed = [f"{what} {took:.1f} s" for what, took in seconds.items() if took >= LEAST_S]
+        return ", ".join(listed) or f"{now - self._begun:.1f} s"
 
 
 class Progress:
@@ -123,7 +124,7 @@ class Progress:
         """Nothing of it goes on any more."""
         if self._what:
             self._close()
-            phases.log(self._level, "%s: ready", self._name, extra={"phase": Phase("")})
+            phases.debug("%s: no phase goes on", self._name, extra={"phase": Phase("")})
             if self._tell is not None:
                 self._tell("", False)
 
