@@ -26,6 +26,7 @@ from .options.flags import normalized
 from .options.versions import print_version
 from .parsing.groups import Group
 from .processes.ending import Interrupted, Signals
+from .processes.speech import as_found
 
 NAME = "xdit-compile"
 _SETTINGS: dict[str, Any] = {
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None, signals: Signals | None = None)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     asked: dict[str, bool] = {}
     try:
-        cli.main(args=arguments or ["--help"], prog_name=NAME, standalone_mode=False, obj=asked)
+        with as_found():
+            cli.main(args=arguments or ["--help"], prog_name=NAME, standalone_mode=False, obj=asked)
         return 0
     except BaseException as error:
         arguments += ["--debug"] if asked.get("debug") and "--debug" not in arguments else []

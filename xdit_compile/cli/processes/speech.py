@@ -31,6 +31,20 @@ FIRST_NOTICE_S = 5.0
 """Where there is no terminal, a phase is told when it has taken so long, and again whenever that has doubled."""
 
 
+@contextlib.contextmanager
+def as_found() -> Iterator[None]:
+    """Leave logs and warnings as they were: who calls a command from Python goes on after it."""
+    loggers = [OURS, PHASES, *AT_INFO, logging.getLogger(FROM_ALL_RANKS)]
+    kept = [(each, each.level, each.propagate, list(each.handlers), list(each.filters)) for each in loggers]
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            for each, level, propagate, handlers, filters in kept:
+                each.setLevel(level)
+                each.propagate, each.handlers, each.filters = propagate, handlers, filters
+
+
 class Wanted(Protocol):
     """How much somebody wants to see."""
 

@@ -22,7 +22,9 @@ from xdit_compile.cli.options.evaluation_request import (
     EvaluationRequest,
     picture_name,
 )
+from xdit_compile.cli.options.request import find_model
 from xdit_compile.cli.options.result_kind import kind_of
+from xdit_compile.cli.processes.speech import loading
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import XditCompileError, one_line
 from xdit_compile.plan import Plan
@@ -60,7 +62,8 @@ def _evaluated(request: EvaluationRequest, world: World) -> dict[str, Any]:
     """The report, on rank 0."""
     from xdit_compile.api import parallelize
 
-    pipe, device = open_pipeline(request, world)
+    with loading(find_model(request.model), request, world):
+        pipe, device = open_pipeline(request, world)
     check_made(kind_of(pipe), ("images",))
     _make_folder(request, world)
     batches = _batches(_questions(request), request.batch_size)
