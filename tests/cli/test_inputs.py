@@ -37,6 +37,7 @@ def pictures(tmp_path: Path) -> Path:
         ("--mask_image white.png", "give the picture with --image"),
         ("--image red.png --strength 2", "--strength 2.0 must lie between 0, the picture as it is, and 1"),
         ("--set cfg", "--set cfg must be NAME=VALUE, such as true_cfg_scale=4.0"),
+        ("--set height=72", "--set height: give --height, which is checked"),
         ("--set a=1 --set a=2", "--set gives a twice; leave one out"),
         ("--prompt_file none.txt", "--prompt_file none.txt cannot be read"),
         ("--resize_input_images", "--resize_input_images needs a picture"),
@@ -79,7 +80,7 @@ def test_a_mask_and_a_scheduler_and_arguments_arrive(pictures: Path) -> None:
     made = {}
     for name, more in {
         "plain": [], "again": [], "blue": ["--image", "blue.png"], "whole": ["--mask_image", "white.png"],
-        "weak": ["--strength", "0.5"], "ddim": ["--scheduler", "DDIMScheduler"], "set": ["--set", "guidance_scale=1.5"],
+        "weak": ["--strength", "0.5"], "ddim": ["--scheduler", "DDIMScheduler"], "set": ["--set", "clip_skip=1"],
     }.items():  # fmt: skip
         inputs = {"--image": "red.png", "--mask_image": "mask.png"} | dict([more] if more else [])
         used = [word for pair in inputs.items() for word in pair]

@@ -17,6 +17,7 @@ from torch import nn
 
 import xdit_compile
 from xdit_compile import Plan
+from xdit_compile.cli.main import main
 from xdit_compile.cli.options.plenty import cpu_build, is_plenty
 from xdit_compile.cli.options.request import DEMO_PIPELINE, Request
 from xdit_compile.cli.running.check_room import Place, _said
@@ -206,3 +207,11 @@ def test_processes_without_a_method_get_one_and_hear_of_another(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "no method was given for 2 processes: taking --ulysses_degree 2" in done.stderr
     assert "the pipeline ran with guidance: --use_cfg_parallel shares its branches" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["build", "tune"])
+def test_a_size_that_the_model_cannot_have_is_refused_like_one_of_a_picture(
+    command: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main([command, "--size", "64x64", "--size", "64x63"]) == 2
+    assert "--width 63 is no multiple of 16" in capsys.readouterr().err

@@ -50,6 +50,9 @@ def build(
     request = Request(plan=plan, prompt=(prompt,), **flags)
     for each in plans:
         dataclasses.replace(request, plan=each).check(None, weights=False)
+    pixels = [size_in_pixels(each) for each in sizes]
+    for height, width in pixels:
+        dataclasses.replace(request, height=height, width=width).check(None, weights=False)
     check_batches(batches)
     if target is not None and request.device != "auto":
         raise UsageError("--target says what the graphs are for already: leave out --device")
@@ -60,7 +63,7 @@ def build(
     tell_without_effect(request)
     from xdit_compile.cli.running.build import build as run
 
-    for line in run(request, [size_in_pixels(each) for each in sizes] or [None], batches, plans, output, card):
+    for line in run(request, pixels or [None], batches, plans, output, card):
         click.echo(line)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def tune(
     tell_without_effect(request)
     if (folder := Path(find_model(request.model))).is_dir():
         check_component(folder, component)
-    pixels: Sequence[tuple[int, int] | None] = [size_in_pixels(each) for each in sizes] or [None]
+    asked = [size_in_pixels(each) for each in sizes]
+    for height, width in asked:
+        dataclasses.replace(request, height=height, width=width).check(None, weights=False)
+    pixels: Sequence[tuple[int, int] | None] = asked or [None]
     if resolve(plan.cache) is None:
         raise UsageError("there is nowhere to keep timings: give --cache_dir, or leave out --no_cache")
     from xdit_compile.cli.running.tune import tune as run

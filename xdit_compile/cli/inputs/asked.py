@@ -54,9 +54,12 @@ class Inputs:
         if self.mask_image and not self.input_images:
             yield "--mask_image says what of a picture is painted anew; give the picture with --image"
         try:
-            assigned(self.assignments)
+            names = assigned(self.assignments)
         except UsageError as error:
             yield str(error)
+        else:
+            flags = {field.name for field in dataclasses.fields(self)}
+            yield from (f"--set {name}: give --{name}, which is checked" for name in names if name in flags)
 
 
 def assigned(assignments: tuple[str, ...]) -> dict[str, Any]:
