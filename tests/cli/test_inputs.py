@@ -69,7 +69,7 @@ def test_schedulers_and_arguments_are_those_that_a_pipeline_takes() -> None:
 
 
 @pytest.mark.slow
-def test_a_mask_and_a_scheduler_and_arguments_arrive(pictures: Path) -> None:
+def test_a_mask_and_a_scheduler_arrive(pictures: Path) -> None:
     text = {"text_encoder": texts.clip_text(), "tokenizer": texts.clip_tokenizer()}
     pipe = like("sd15", diffusers.StableDiffusionInpaintPipeline, **text)
     pipe.save_pretrained(pictures / "model")
@@ -80,7 +80,7 @@ def test_a_mask_and_a_scheduler_and_arguments_arrive(pictures: Path) -> None:
     made = {}
     for name, more in {
         "plain": [], "again": [], "blue": ["--image", "blue.png"], "whole": ["--mask_image", "white.png"],
-        "weak": ["--strength", "0.5"], "ddim": ["--scheduler", "DDIMScheduler"], "set": ["--set", "clip_skip=1"],
+        "weak": ["--strength", "0.5"], "ddim": ["--scheduler", "DDIMScheduler"],
     }.items():  # fmt: skip
         inputs = {"--image": "red.png", "--mask_image": "mask.png"} | dict([more] if more else [])
         used = [word for pair in inputs.items() for word in pair]
@@ -88,12 +88,12 @@ def test_a_mask_and_a_scheduler_and_arguments_arrive(pictures: Path) -> None:
         assert done.returncode == 0, done.stderr
         made[name] = np.asarray(Image.open(pictures / f"{name}.png")).astype(int)
     assert (made["again"] == made["plain"]).all()
-    for name in ("blue", "whole", "weak", "ddim", "set"):
+    for name in ("blue", "whole", "weak", "ddim"):
         assert np.abs(made[name] - made["plain"]).max() > 1, name
 
 
 @pytest.mark.slow
-def test_a_control_picture_arrives(pictures: Path) -> None:
+def test_a_control_picture_and_an_argument_arrive(pictures: Path) -> None:
     pipe = of_flux(
         diffusers.FluxControlNetPipeline, controlnet=CASES["flux_controlnet"].build().controlnet,
         text_encoder=texts.clip_text(22), tokenizer=texts.clip_tokenizer(), text_encoder_2=texts.t5(28),
@@ -101,12 +101,13 @@ def test_a_control_picture_arrives(pictures: Path) -> None:
     )  # fmt: skip
     pipe.save_pretrained(pictures / "model")
     made = []
-    for colour in ("red", "blue"):
-        flags = ["--model", "model", "--max_sequence_length", "16", "--nproc", "2", *SMALL]
+    for colour, scale in (("red", 1.0), ("blue", 1.0), ("red", 0.1)):
+        flags = ["--set", f"controlnet_conditioning_scale={scale}"]
+        flags += ["--model", "model", "--max_sequence_length", "16", "--nproc", "2", *SMALL]
         done = run("generate", *flags, "--control_image", f"{colour}.png", "--output", "out.png", cwd=pictures)
         assert done.returncode == 0, done.stderr
         made.append(np.asarray(Image.open(pictures / "out.png")).astype(int))
-    assert np.abs(made[0] - made[1]).max() > 1
+    assert np.abs(made[0] - made[1]).max() > 1 and np.abs(made[0] - made[2]).max() > 1
     wrong = run("generate", "--model", "model", "--image", "red.png", *SMALL, cwd=pictures)
     assert wrong.returncode != 0 or "--image has no effect" in wrong.stderr
 
