@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from xdit_compile.plan.nexfort_versions import OTHERWISE, installed, why_not
+from xdit_compile.plan.nexfort_versions import OTHERWISE, why_not
+from xdit_compile.plan.packages import version_of
 
 from .base import ByStructure
 
@@ -30,7 +31,7 @@ class Nexfort(ByStructure):
     def unavailable(self) -> str | None:
         reason = why_not()
         if reason is None and not torch.cuda.is_available():
-            version = installed("nexfort")
+            version = version_of("nexfort")
             return f"nexfort {version} compiles for CUDA alone, and there is no CUDA device here; {OTHERWISE}"
         return reason
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from xdit_compile.errors import ProviderUnavailable
+from xdit_compile.plan.packages import ATTENTION_PACKAGES
 
 from .installed import imported
 from .limits import (
@@ -33,7 +34,6 @@ from .limits import (
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
-FLASH_ATTN_COMMAND = "pip install flash-attn --no-build-isolation"
 FLASH_LIMITS = (
     runs_on("cuda"),
     cuda_takes(HALF),
@@ -43,24 +43,24 @@ FLASH_LIMITS = (
     head_dim_up_to(256),
     square_causal,
 )
-FLASH_ATTN_LIMITS = (installed("flash_attn", FLASH_ATTN_COMMAND), *FLASH_LIMITS)
-YUNCHANG_LIMITS = (installed("yunchang", "pip install yunchang"), *FLASH_ATTN_LIMITS)
+FLASH_ATTN_LIMITS = (installed(*ATTENTION_PACKAGES["flash_attn"]), *FLASH_LIMITS)
+YUNCHANG_LIMITS = (installed(*ATTENTION_PACKAGES["yunchang"]), *FLASH_ATTN_LIMITS)
 FLASH_ATTN_3_LIMITS = (
-    installed("flash_attn_interface", "python setup.py install, in hopper/ of github.com/Dao-AILab/flash-attention"),
+    installed(*ATTENTION_PACKAGES["flash_attn_3"]),
     *FLASH_LIMITS,
     needs_card((9, 0)),
 )
 """Of hopper/flash_api.cpp (3.0.0). It takes some pairs of unequal head dims, too, which no model here has."""
 BLACKWELL = ((10, 0), (10, 3), (11, 0))
 FLASH_ATTN_4_LIMITS = (
-    installed("flash_attn.cute", "pip install flash-attn-4"),
+    installed(*ATTENTION_PACKAGES["flash_attn_4"]),
     *FLASH_LIMITS,
     needs_card((9, 0), *BLACKWELL),
     head_dim_of_card(128, *BLACKWELL),
 )
 """Of ``_validate_head_dims`` in flash_attn/cute/interface.py (fa4-v4.0.0.beta4 to beta27), what all of these take."""
 SAGE_LIMITS = (
-    installed("sageattention", "pip install sageattention==2.2.0 --no-build-isolation"),
+    installed(*ATTENTION_PACKAGES["sage"]),
     at_least("sageattention", (2, 2), "version 1 writes to the keys that it is given and returns no log-sum-exp"),
     runs_on("cuda"),
     cuda_takes(HALF),

@@ -14,7 +14,7 @@ from torch import fx
 from xdit_compile import Plan
 from xdit_compile.backends import registry
 from xdit_compile.errors import PlanError, ProviderUnavailable
-from xdit_compile.plan import nexfort_versions
+from xdit_compile.plan.packages import version_of
 
 HERE = torch.__version__.partition("+")[0]
 
@@ -34,7 +34,7 @@ def reason(**options: Any) -> str:
 
 
 def test_the_newest_release_cannot_be_beside_this_torch() -> None:
-    if nexfort_versions.installed("nexfort") is not None:
+    if version_of("nexfort") is not None:
         pytest.skip("nexfort is installed")
     assert f"(0.1.dev330) cannot be beside torch {HERE}: it requires torch<=2.5.1,>=2.3.0" in reason()
     assert "use backend='inductor'" in reason()
@@ -51,7 +51,7 @@ def test_one_that_fits_wants_onediff_and_a_card(tmp_path: Path, monkeypatch: pyt
         pytest.skip("there is a card")
     monkeypatch.syspath_prepend(str(tmp_path))
     installed(tmp_path, "nexfort", "9.0", "torch>=2.11")
-    if nexfort_versions.installed("onediff") is None:
+    if version_of("onediff") is None:
         assert "onediff is not installed; run: pip install 'xdit-compile[onediff]'" in reason()
         installed(tmp_path, "onediff", "1.2.0")
     assert "nexfort 9.0 compiles for CUDA alone, and there is no CUDA device here" in reason()
@@ -97,7 +97,7 @@ def test_structures_go_through_the_registry_of_onediff(monkeypatch: pytest.Monke
 @pytest.mark.slow
 def test_the_real_onediff(tmp_path: Path) -> None:
     """Where onediff is not installed it is fetched into a folder, and the test above is run with it."""
-    if nexfort_versions.installed("onediff") is not None:
+    if version_of("onediff") is not None:
         pytest.skip("it is installed, and the test above has run")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), "onediff==1.2.0"]
     if (fetched := subprocess.run(pip, capture_output=True, text=True, timeout=300)).returncode:

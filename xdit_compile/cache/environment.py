@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from xdit_compile.ir.precision import said
+from xdit_compile.plan.packages import version_of
 
 from .portable import describe_value
 
@@ -112,12 +113,7 @@ def _versions() -> dict[str, Any]:
 
 def _version(name: str) -> str | None:
     """The version that a package says it has; None where it is not there. Of torch that which is loaded."""
-    if name == "torch":
-        return str(torch.__version__)
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return str(torch.__version__) if name == "torch" else version_of(name)
 
 
 def _accelerator(device: torch.device) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import importlib.metadata
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
+from .packages import version_of
+
 NEWEST = ("0.1.dev330", "<=2.5.1,>=2.3.0")
 """The newest nexfort that is known here, of February 2025, and what it requires of torch by its own metadata."""
 SOURCE = "https://github.com/siliconflow/onediff (src/onediff/infer_compiler/backends/nexfort)"
@@ -15,8 +17,8 @@ OTHERWISE = "use backend='inductor'"
 
 def why_not() -> str | None:
     """Why the packages that are installed make it impossible, with what to do; None where they do not."""
-    here = (installed("torch") or "").partition("+")[0]
-    version = installed("nexfort")
+    here = (version_of("torch") or "").partition("+")[0]
+    version = version_of("nexfort")
     if version is None:
         newest, required = NEWEST
         if here and not SpecifierSet(required).contains(here, prereleases=True):
@@ -27,17 +29,9 @@ def why_not() -> str | None:
         return f"nexfort is not installed; it comes for CUDA from {SOURCE}, or {OTHERWISE}"
     if here and (wanted := _required_torch()) is not None and not wanted.contains(here, prereleases=True):
         return f"nexfort {version} requires torch{wanted}, and this is torch {here}; {OTHERWISE}"
-    if installed("onediff") is None:
+    if version_of("onediff") is None:
         return f"onediff is not installed; run: pip install 'xdit-compile[onediff]', or {OTHERWISE}"
     return None
-
-
-def installed(name: str) -> str | None:
-    """The version of a package; None where it is not there."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _required_torch() -> SpecifierSet | None:

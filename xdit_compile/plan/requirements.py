@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 
 from xdit_compile.errors import UsageError
+
+from .packages import version_of
 
 OLDEST = {"torch": (2, 11), "diffusers": (0, 42), "transformers": (5,)}
 """The oldest release of each; the same as in pyproject.toml."""
@@ -15,11 +16,8 @@ def too_old() -> list[str]:
     """One clause for each library that is too old, with what to do; one that is not installed is told by its import."""
     problems = []
     for name, oldest in OLDEST.items():
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        numbers = re.match(r"\d+(?:\.\d+)*", version)
+        version = version_of(name)
+        numbers = re.match(r"\d+(?:\.\d+)*", version or "")
         if numbers is not None and tuple(map(int, numbers[0].split("."))) < oldest:
             wanted = ".".join(map(str, oldest))
             problems.append(f"{name} {version} is too old for xdit_compile: pip install -U '{name}>={wanted}'")

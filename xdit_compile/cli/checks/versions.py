@@ -14,6 +14,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
 from xdit_compile import __version__
+from xdit_compile.plan.packages import version_of
 
 from .finding import MISSING, OK, WARN, Finding
 
@@ -73,15 +74,8 @@ def _ranges() -> dict[str, SpecifierSet]:
     return ranges
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _required(name: str, wanted: SpecifierSet) -> Finding:
-    version = _version(name)
+    version = version_of(name)
     remedy = f"pip install '{name}{wanted}'"
     if version is None:
         return Finding(name, MISSING, f"not installed; {wanted} is required", remedy, True)
@@ -94,7 +88,7 @@ def _required(name: str, wanted: SpecifierSet) -> Finding:
 
 
 def _optional(name: str, purpose: str, wanted: SpecifierSet | None) -> Finding:
-    version = _version(name)
+    version = version_of(name)
     if version is None:
         remedy = f"pip install '{OURS}[{EXTRAS[name]}]'" if name in EXTRAS else ""
         return Finding(name, MISSING, f"not installed; for {purpose}", remedy)

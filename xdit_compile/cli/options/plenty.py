@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 from xdit_compile.plan.host import available_memory, free_on_cards, may_have_cuda
+from xdit_compile.plan.packages import version_of
 from xdit_compile.weights.model_folder import WEIGHTS, makes_videos
 
 from .request import DTYPES, PipelineRequest, Request, find_model
@@ -13,6 +13,7 @@ from .request import DTYPES, PipelineRequest, Request, find_model
 BYTES_PER_PIXEL = 8192
 """More than autoencoders of diffusers take to decode a pixel in float32: 256 channels, several times."""
 PROCESS = 2**30
+"""Bytes of RAM that a process takes for Python, its libraries and what compiles, whatever the model."""
 OWN_SIDE = 1024
 """Pixels of a side that was not asked for."""
 
@@ -40,10 +41,7 @@ def uses_cuda(request: PipelineRequest) -> bool:
 
 def cpu_build() -> bool:
     """Whether the installed PyTorch was built for the CPU alone."""
-    try:
-        return importlib.metadata.version("torch").endswith("+cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
+    return (version_of("torch") or "").endswith("+cpu")
 
 
 def _bound(request: PipelineRequest) -> int | None:

@@ -12,23 +12,13 @@ from xdit_compile.errors import UsageError
 from xdit_compile.plan import nexfort_versions
 from xdit_compile.plan.backend_options import GRAPHS
 from xdit_compile.plan.host import may_have_cuda, visible_cards
+from xdit_compile.plan.packages import ATTENTION_PACKAGES, version_of
 from xdit_compile.plan.plan import GRAPH_MODES
 
 from .plenty import cpu_build, uses_cuda
 from .request import PipelineRequest
 
 COMPILERS = ("c++", "g++", "clang++")
-ATTENTION_PACKAGES = {
-    "flash_attn": ("flash_attn", "pip install flash-attn --no-build-isolation"),
-    "flash_attn_3": (
-        "flash_attn_interface",
-        "python setup.py install, in hopper/ of github.com/Dao-AILab/flash-attention",
-    ),
-    "flash_attn_4": ("flash_attn", "pip install flash-attn-4"),
-    "sage": ("sageattention", "pip install sageattention==2.2.0 --no-build-isolation"),
-    "yunchang": ("yunchang", "pip install yunchang"),
-}
-"""Providers that come in a package of their own: what is imported, and the command that brings it."""
 ON_CUDA = (*ATTENTION_PACKAGES, "sdpa_efficient", "sdpa_cudnn")
 """Providers without a kernel for the CPU."""
 
@@ -46,7 +36,7 @@ def preflight(request: PipelineRequest, world: World, nproc: int | None) -> None
 
 def _device(request: PipelineRequest, world: World, nproc: int | None) -> Iterator[str]:
     if request.device == "cuda" and (cpu_build() or not may_have_cuda()):
-        version = _version("torch")
+        version = version_of("torch")
         why = f"the installed PyTorch ({version}) is built for the CPU" if cpu_build() else "this machine has no GPU"
         yield f"--device cuda: {why}; give --device cpu or auto"
     offloads = request.enable_model_cpu_offload or request.enable_sequential_cpu_offload
@@ -70,16 +60,10 @@ def _packages(request: PipelineRequest) -> Iterator[str]:
         yield "--backend inductor needs a C++ compiler on the CPU; install g++, or take --backend eager"
     if plan.attention in ATTENTION_PACKAGES:
         module, command = ATTENTION_PACKAGES[plan.attention]
+        module = module.partition(".")[0]
         if importlib.util.find_spec(module) is None:
             yield f"--attention {plan.attention} is not installed ({module}); run: {command}, or take --attention auto"
     elif plan.attention in ON_CUDA and (request.device == "cpu" or cpu_build()):
         yield f"--attention {plan.attention} runs on CUDA, not on the CPU; take --attention auto"
     if plan.vae == "distvae" and importlib.util.find_spec("distvae") is None:
         yield "--vae_provider distvae needs the package: pip install distvae; or leave it out"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

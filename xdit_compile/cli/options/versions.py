@@ -15,6 +15,7 @@ import click
 
 from xdit_compile import __version__
 from xdit_compile.plan.host import may_have_cuda
+from xdit_compile.plan.packages import version_of
 
 from .plenty import cpu_build
 from .preflight import COMPILERS
@@ -31,7 +32,7 @@ def print_version(context: click.Context, parameter: click.Parameter, wanted: bo
 
 
 def _lines() -> Iterator[str]:
-    versions = [f"{name} {_version(name) or 'is missing'}" for name in PACKAGES]
+    versions = [f"{name} {version_of(name) or 'is missing'}" for name in PACKAGES]
     yield f"python {platform.python_version()}, {', '.join(versions)}"
     yield f"device: {device()}"
     there = dict(_backends())
@@ -69,10 +70,3 @@ def _backends() -> Iterator[tuple[str, str]]:
     else:
         yield "inductor", "" if any(map(shutil.which, COMPILERS)) else "it needs a C++ compiler"
     yield "nexfort", "" if importlib.util.find_spec("nexfort") else "not installed"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from xdit_compile.cli.inputs.asked import PICTURES
 from xdit_compile.cli.options.request import DTYPES, PipelineRequest, find_model
 from xdit_compile.cli.processes.speech import loading, set_logs
 from xdit_compile.distributed.world import World
@@ -30,7 +31,6 @@ _PASSED_ON = (
 _GENERATOR = "generator"
 _BINNING = "use_resolution_binning"
 _OTHER_SPELLINGS = {"num_frames": "video_length", "input_images": "image", "control_image": "image"}
-_FLAGS = {"input_images": "--image", "control_image": "--control_image"}
 
 
 def placement(request: PipelineRequest, world: World) -> tuple[torch.device, torch.dtype]:
@@ -135,7 +135,6 @@ def _opened(request: PipelineRequest, world: World) -> Any:
     if request.plan.tensor == 1:
         pipe, _ = open_pipeline(request, world)
         return pipe if request.enable_sequential_cpu_offload else parallelize(pipe, request.plan)
-    set_logs(request, world)
     device, dtype = placement(request, world)
     try:
         pipe = from_pretrained(find_model(request.model), request.plan, device=device, dtype=dtype, **_hub(request))
@@ -178,7 +177,7 @@ def call_arguments(pipe: Any, request: PipelineRequest, /, **others: Any) -> tup
         raise XditCompileError(
             f"the pipeline needs {', '.join(missing)}, which no flag gives; give --set NAME=VALUE, or use Python"
         )
-    return taken, [_FLAGS.get(name, f"--{name}") for name in arguments if spelling[name] not in parameters]
+    return taken, [PICTURES.get(name, f"--{name}") for name in arguments if spelling[name] not in parameters]
 
 
 def _check_apart(spelling: dict[str, str], parameters: set[str]) -> None:
@@ -191,7 +190,7 @@ def _check_apart(spelling: dict[str, str], parameters: set[str]) -> None:
     for name, argument in spelling.items():
         other = by_argument.setdefault(argument, name)
         if other != name and argument in parameters:
-            one, two = (_FLAGS.get(each, f"--{each}") for each in (other, name))
+            one, two = (PICTURES.get(each, f"--{each}") for each in (other, name))
             raise UsageError(f"{one} and {two} are one argument of this pipeline, {argument}; give one of them")
 
 

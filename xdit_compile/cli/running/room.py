@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from xdit_compile.cli.options.plenty import PROCESS
 from xdit_compile.cli.options.request import Request
 from xdit_compile.errors import XditCompileError, one_line
 from xdit_compile.ir.peak_memory import LiveStorages, with_reserve
@@ -29,8 +30,6 @@ from .stand_ins import stand_in as stand_in_for
 LARGEST = {"height": 2048, "width": 2048, "num_frames": 129, "num_images_per_prompt": 2}
 """What is traced at most: beyond, what a call takes is taken to grow as the number of pixels does."""
 MOST_PROMPTS = 2
-PROCESS = 2**30
-"""Bytes of RAM that a process takes for Python, its libraries and what compiles, whatever the model."""
 STRIPS = (2, 3)
 """An autoencoder in strips of rows still takes this part of its memory (docs/plans.md)."""
 
