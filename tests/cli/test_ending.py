@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from commands import COMMAND, TINY_PIPELINE, clean_environment, files
+from commands import COMMAND, TINY_PIPELINE, clean_environment, files, one_error
 
 from xdit_compile.cli.processes.ending import processes_of
 
@@ -136,3 +137,20 @@ def test_a_rank_that_goes_on_in_time_is_no_failure(tmp_path: Path):
     worker.resume()
     assert command.process.wait(timeout=LIMIT_S) == 0, command.log
     assert files(command.here) == {"out.png"}
+
+
+def test_a_signal_while_an_error_is_told_changes_nothing(tmp_path: Path):
+    code = (
+        "import os, signal, sys; from xdit_compile.cli import main as command\n"
+        "told = command._told\n"
+        "def disturbed(*arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return told(*arguments)\n"
+        "command._told = disturbed\n"
+        "sys.argv = ['xdit-compile', 'generate', '--nproc', '0']\n"
+        "command.entry()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True
+    )
+    assert "--nproc 0 must be at least 1" in one_error(done, 2)

@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None, signals: Signals | None = None)
             cli.main(args=arguments or ["--help"], prog_name=NAME, standalone_mode=False, obj=asked)
         return 0
     except BaseException as error:
+        if signals is not None:
+            signals.over()
         arguments += ["--debug"] if asked.get("debug") and "--debug" not in arguments else []
         came = error if isinstance(error, Interrupted) else None if signals is None else signals.came
         return _told(error, arguments) if came is None else _interrupted(came, arguments)

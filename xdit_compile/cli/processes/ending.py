@@ -56,13 +56,18 @@ class Signals:
 
     def __init__(self) -> None:
         self.came: Interrupted | None = None
-        self._first = 0.0
+        self._first: float | None = None
+        self._is_over = False
 
     def listen(self) -> None:
         """From now on; for the main thread alone. A signal that is ignored, as under nohup, stays so."""
         for number in ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._come)
+
+    def over(self) -> None:
+        """What was asked for is over, one way or another: signals wait while it is said how, and raise nothing."""
+        self._is_over = True
 
     def end(self, exit_code: int) -> None:
         """Let nothing disturb the process in its last moments, in which Python listens no more.
@@ -81,11 +86,13 @@ class Signals:
             signal.signal(number, signal.SIG_IGN)
 
     def _come(self, number: int, frame: FrameType | None) -> None:
-        if self.came is None:
-            self.came, self._first = Interrupted(number), time.monotonic()
-            _ask_to_end(lambda: descendants(os.getpid()), signal.SIGTERM)
-            raise self.came
-        if time.monotonic() - self._first > IMPATIENT_S:
+        if self._first is None:
+            self._first = time.monotonic()
+            if not self._is_over:
+                self.came = Interrupted(number)
+                _ask_to_end(lambda: descendants(os.getpid()), signal.SIGTERM)
+                raise self.came
+        elif time.monotonic() - self._first > IMPATIENT_S:
             os._exit(128 + number)
 
 
