@@ -271,18 +271,19 @@ def carrier(device: torch.device, group: dist.ProcessGroup) -> torch.device:
 def _came(work: dist.Work, at_once: bool) -> bool:
     """Wait for a part of the limit; gloo's collectives may be waited for again, unlike its receives.
 
-    Where waits come back at once a limit would have the host wait for the device, and end the communicator.
+    Where waits come back at once a limit would have the host wait for the device, and end the communicator. What ends
+    between the end of a slice and the look at it has not failed: the second wait tells.
     """
     if at_once:
         work.wait()
         return True
     try:
         work.wait(SLICE)
-        return True
     except RuntimeError:
-        if work.is_completed():
-            raise
-        return False
+        if not work.is_completed():
+            return False
+        work.wait()
+    return True
 
 
 @contextmanager
