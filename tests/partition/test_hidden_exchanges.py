@@ -283,7 +283,8 @@ def late(rank: int) -> bool:
     group = procs.connected(Plan(ulysses=2), 60).group("ulysses")
     x, begin = torch.full((4,), float(rank)), dist.all_to_all_single
     time.sleep(1.2 * rank)
-    with mock.patch.object(dist, "all_to_all_single", lambda *args, **options: EndsAfterASlice(begin(*args, **options))):
+    slow = mock.patch.object(dist, "all_to_all_single", lambda *args, **how: EndsAfterASlice(begin(*args, **how)))
+    with slow:
         arriving = START(x, [2, 2], [2, 2], group)
     return FINISH(arriving, x, group).tolist() == [0, 0, 1, 1]
 
