@@ -96,7 +96,7 @@ def compiled(
 
     with ExitStack() as stack:
         code = None if card is None else stack.enter_context(compiling_for(card))
-        stack.enter_context(nullcontext() if folder is None else _compiling_in(folder))
+        stack.enter_context(headers_in(None) if folder is None else _compiling_in(folder))
         stack.enter_context(_kernels_by(noted))
         run: Any = standalone_compile(
             structure, fakes, dynamic_shapes="from_example_inputs",
@@ -125,7 +125,7 @@ def _libraries(kernels: Mapping[str, Any]) -> dict[str, bytes] | None:
 
 @contextmanager
 def _compiling_in(folder: BuildFolder) -> Iterator[None]:
-    with folder.current() as path, headers_in(path):
+    with headers_in(folder.path), folder.current():
         yield
 
 

@@ -31,7 +31,9 @@ class Backend(abc.ABC):
         Raises:
             UsageError: it has no such thing.
         """
-        raise UsageError(f"backend={self.name!r} compiles nothing for {card.target} ahead of time; use 'inductor'")
+        raise UsageError(
+            f"backend={self.name!r} compiles nothing for {card.target} ahead of time; use backend='inductor'"
+        )
 
     def prepare(self) -> None:
         """Import what compiled code needs, so that the first call does not wait for it."""

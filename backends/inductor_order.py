@@ -13,6 +13,7 @@ from xdit_compile.kernels import collectives, draws, ring  # noqa: F401 - they r
 from xdit_compile.kernels.collectives.registration import ordered_ops
 
 BEGUN = torch.ops.xdit_compile.all_to_all_start.default
+ROWS_BEGUN = torch.ops.xdit_compile.halo_start.default
 FINISHED, SETTLED = torch.ops.xdit_compile.all_to_all_finish.default, torch.ops.xdit_compile.all_to_all_settle.default
 
 
@@ -34,9 +35,14 @@ def pin_order() -> None:
 
 def options_for(graph: fx.Graph, options: Mapping[str, Any]) -> dict[str, Any]:
     """Inductor's options for one graph: where exchanges are begun ahead of what is computed meanwhile, the order of the
-    graph is kept, which the pass that lowers peak memory would give up."""
-    begun = graph.find_nodes(op="call_function", target=BEGUN)
-    return {**options, "reorder_for_peak_memory": False} if begun else dict(options)
+    graph is kept, which the pass that lowers peak memory would give up.
+
+    A convolution that is computed while rows of other ranks are on their way is read behind these alone, where another
+    pass would move it, to be near what reads it.
+    """
+    calls = {node.target for node in graph.nodes}
+    kept = [("reorder_for_peak_memory", {BEGUN, ROWS_BEGUN}), ("reorder_for_locality", {ROWS_BEGUN})]
+    return {**options, **{name: False for name, ops in kept if ops & calls}}
 
 
 def _in_place(arriving: Any, sent: Any, group: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from xdit_compile.errors import ProviderUnavailable
 from xdit_compile.plan import Plan
+from xdit_compile.plan.nearest import unknown
 
 from . import aot_eager, eager, inductor, nexfort
 from .base import Backend
@@ -50,7 +51,7 @@ def find_backend(name: str, mode: str = "default", options: Mapping[str, Any] | 
         asked = mode != "default" or bool(options)
         name = next(one for one in BEST_FIRST if asked or known[one].unavailable() is None)
     if name not in known:
-        raise ProviderUnavailable(f"backend={name!r} is unknown; choose one of {', '.join(known)}")
+        raise ProviderUnavailable(unknown(f"backend={name!r}", name, known))
     reason = known[name].unavailable()
     if reason is not None:
         raise ProviderUnavailable(f"backend={name!r} cannot be used here: {reason}")

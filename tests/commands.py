@@ -30,11 +30,17 @@ def clean_environment() -> dict[str, str]:
 def one_error(done: subprocess.CompletedProcess[str], exit_code: int) -> str:
     """The one line on stderr, progress aside."""
     assert done.returncode == exit_code, done.stderr
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "it/s]" not in line]
-    lines = [line for line in lines if not line.endswith(" s so far)")]
+    lines = [line for line in whole_lines(done) if not line.endswith(" s so far)")]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("xdit-compile: error: ")
     return lines[0].removeprefix("xdit-compile: error: ")
+
+
+def whole_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines on stderr, which was no terminal: none is empty, and nothing in them moves a cursor."""
+    lines = done.stderr.split("\n")
+    assert lines.pop() == "" and all(line.strip() and line.isprintable() for line in lines), repr(done.stderr)
+    return lines
 
 
 def files(folder: Path) -> set[str]:

@@ -21,7 +21,8 @@ FLOORS = (
     "kernels passes.axes passes.local passes.rules passes.lowering passes.partition passes.choose passes.stages "
     "passes.memory passes.heads passes.across passes.fuse backends.target backends.folders backends reports.counting "
     "compiler reports runtime.tensors runtime.verify runtime.stored runtime runtime.methods api loading evaluation "
-    "cli.parsing cli.inputs cli.options cli.checks cli.processes cli.running cli.commands cli __main__"
+    "cli.parsing cli.inputs cli.options cli.checks cli.processes cli.running serving serving.ranks serving.http "
+    "cli.commands cli __main__"
 ).split()
 """Folders, and files that stand alone, from the ground up: each imports from those below alone."""
 LONGEST_CHAIN = 15

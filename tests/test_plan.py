@@ -25,7 +25,7 @@ def test_the_default_plan_fits_one_process():
 def test_a_link_is_bytes_per_second_and_no_use_to_a_plan_without_the_pass():
     assert Plan(link="25GB/s").hiding_link == 25e9 and Plan(link="1.5 GiB/s").hiding_link == 1.5 * 2**30
     assert Plan().hiding_link is Plan(link="25GB/s", without=("hide_exchanges",)).hiding_link is None
-    with pytest.raises(PlanError, match="link begins exchanges early, and nexfort is not known"):
+    with pytest.raises(PlanError, match="link='25GB/s' begins exchanges early, and backend='nexfort' is not known"):
         Plan(link="25GB/s", backend="nexfort").check()
 
 
@@ -81,7 +81,7 @@ def test_the_tables_of_methods_say_what_the_methods_say():
 def test_a_method_without_a_place_stands_where_another_would():
     assert Plan(mesh_order=TURNED).dimensions[:3] == ("ring", "allgather", "tensor")
     assert Plan(cfg=2, allgather=3).check(6)
-    with pytest.raises(PlanError, match="allgather shares the tokens, as ring would; take one of them"):
+    with pytest.raises(PlanError, match="allgather=2 shares the tokens, as ring=2 would; take one of them"):
         Plan(allgather=2, ring=2).check()
 
 

@@ -2,7 +2,7 @@
 
 Each pair gets an environment of its own, which is made where it is not there: PyTorch from ``TORCH_INDEX`` or pip's own
 index, where it is a build for CUDA of some 5 GB, and the rest as `constraints.txt` pins it. What cannot be had is said,
-and is no failure. The table goes to docs/versions.md.
+and is no failure. The table goes to docs/versions.md, where the lines of other pairs stay.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ SUITE = (
 )
 PICTURE = "generate --nproc 2 --ulysses_degree 2 --num_inference_steps 2 --compare --device cpu"
 READ = ("torch", "triton", "diffusers", "transformers", "numpy")
+HEAD = ["Python", *READ, "suite", "date"]
+SUITE_COLUMN = HEAD.index("suite")
 BEGIN, END = "<!-- table -->", "<!-- end -->"
 
 
@@ -42,24 +44,28 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / ".versions", help="where environments are made")
     parser.add_argument("--write", type=Path, help="a page whose table is written anew")
     given = parser.parse_args()
+    wrong = [pair for pair in given.pairs if not re.fullmatch(r"\d+\.\d+:\d+\.\d+\.\d+", pair)]
+    if wrong:
+        parser.error(f"{', '.join(wrong)}: a pair is PYTHON:TORCH, such as 3.12:2.13.0")
     rows = []
     for pair in given.pairs:
         python, _, torch = pair.partition(":")
+        print(f"{pair} ...", file=sys.stderr, flush=True)
+        begun = time.perf_counter()
         rows.append(row_of(python, torch, given.folder.absolute()))
-        print(" | ".join(rows[-1]), flush=True)
-    if given.write is not None:
-        written(given.write, rows)
-    return int(any("failed" in row[-1] for row in rows))
+        print(" | ".join(rows[-1]), f"({time.perf_counter() - begun:.0f} s)", flush=True)
+        if given.write is not None:
+            written(given.write, rows)
+    return int(any(re.search(r"^(?!not tried).*(failed|\d error)", row[SUITE_COLUMN]) for row in rows))
 
 
 def row_of(python: str, torch: str, folder: Path) -> list[str]:
     """One line of the table: versions, and what came of the suite."""
     home = folder / f"{python}-torch{torch}"
     if (why_not := made(python, torch, home)) != "":
-        return [python, torch, "", "", "", "", f"not tried: {why_not}"]
+        return [python, torch, "", "", "", "", f"not tried: {why_not}", today()]
     read = versions(home / "bin" / "python")
     facts = [read["python"], *(read[name] for name in READ)]
-    begun = time.perf_counter()
     tests = run([home / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *SUITE])
     counted = re.findall(r"\d+ (?:passed|failed|errors?|skipped)", (tests.stdout.strip().splitlines() or [""])[-1])
     said = ", ".join(counted) or f"failed: {last_line(tests)}"
@@ -69,7 +75,7 @@ def row_of(python: str, torch: str, folder: Path) -> list[str]:
         )
     off = re.search(r"\(([\d.e+-]+) of its greatest value", picture.stdout + picture.stderr)
     said += f"; picture {off[1]} off" if picture.returncode == 0 and off else f"; picture failed: {last_line(picture)}"
-    return [*facts, f"{said} ({time.perf_counter() - begun:.0f} s)"]
+    return [*facts, said, today()]
 
 
 def made(python: str, torch: str, home: Path) -> str:
@@ -136,12 +142,24 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def written(page: Path, rows: list[list[str]]) -> None:
-    """Put a table in the place of the one that a page has between two marks."""
-    head = ["Python", *READ, "suite"]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    date = f"{datetime.date.today()}, {os.uname().machine}, {len(os.sched_getaffinity(0))} cores:"
+    """Put rows into the table that a page has between two marks, in the place of those of the same pairs."""
     before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text("\n".join([before + BEGIN, date, "", *lines, END + rest.partition(END)[2]]))
+    table, _, after = rest.partition(END)
+    there = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    kept = {pair_of(row): row for row in [*there, *rows]}
+    lines = [HEAD, ["---"] * len(HEAD), *(kept[pair] for pair in sorted(kept))]
+    page.write_text("\n".join([before + BEGIN, *("| " + " | ".join(cells) + " |" for cells in lines), END + after]))
+
+
+def pair_of(row: list[str]) -> tuple[tuple[int, ...], ...]:
+    """The minor release of Python and the release of PyTorch that a row of the table is about."""
+    python, torch = ([int(number) for number in re.findall(r"\d+", cell)] for cell in row[:2])
+    return tuple(python[:2]), tuple(torch[:3])
+
+
+def today() -> str:
+    """The date, as the table has it."""
+    return str(datetime.date.today())
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from xdit_compile.weights.weights import Weights
 from .compiler import analyse, place
 from .errors import ProviderUnavailable, UsageError
 from .plan import Plan
+from .plan.log_level import set_log_level
 from .plan.plan import as_plan
 
 
@@ -79,6 +80,7 @@ def parallelize(target: Any, plan: Plan | None = None) -> Any:
         UsageError: a target without a denoiser, or one that is parallelized already.
         WrongTypeError: a target or plan of another type.
     """
+    set_log_level()
     return attach(target, as_plan(plan), {})
 
 
@@ -218,6 +220,7 @@ def explain(
     Raises:
         UsageError: for what was neither called nor given inputs, and a target that cannot be compiled for here.
     """
+    set_log_level()
     card = None if target is None else card_for(target)
     if card is not None:
         check_versions()

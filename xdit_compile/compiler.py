@@ -35,6 +35,7 @@ from xdit_compile.passes.stages.stage_programs import PatchPrograms, StageProgra
 
 from .errors import UsageError
 from .plan import Plan
+from .plan.nearest import unknown
 
 CHECK = "XDIT_COMPILE_CHECK"
 """Environment variable with which programs are looked at after every pass, as tests do."""
@@ -248,6 +249,7 @@ PASSES = (
     Pass("hoist_positions", _hoist_positions),
     _fusion(fusions.SPREAD_NORMS),
     _fusion(fusions.LATE_BIASES),
+    _fusion(fusions.JOIN_EDGES),
     _fusion(fusions.FOLD_ACTIVATIONS),
     _fusion(fusions.SPLIT_CONCATENATIONS),
     _fusion(fusions.NORM_ROPE),
@@ -297,7 +299,7 @@ def run_passes(
 def _position(name: str) -> int:
     names = [each.name for each in PASSES]
     if name not in names:
-        raise UsageError(f"there is no pass {name!r}; choose one of {', '.join(names)}")
+        raise UsageError(unknown(f"pass {name!r}", name, names))
     return names.index(name)
 
 

@@ -1,4 +1,8 @@
-"""Every error a user can meet, each with the exit code the command line gives it."""
+"""Every error a user can meet, each with the exit code the command line gives it.
+
+A message names a setting of a plan as Python does, ``backend='eager'``: the name and the value's repr. The command line
+puts its flag there.
+"""
 
 from __future__ import annotations
 
@@ -86,6 +90,13 @@ class WrongTypeError(UsageError, TypeError):
 
 class ProviderUnavailable(UsageError):
     """A backend or an attention provider that cannot be used here, with the reason."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a file could not be read or written, for a line that names the file itself."""
+    if isinstance(error, UnicodeError):
+        return "it is no text in UTF-8"
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
 def one_line(error: BaseException, limit: int = 600) -> str:

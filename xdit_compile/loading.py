@@ -18,6 +18,7 @@ from xdit_compile.weights.weights import Weights
 from .api import attach
 from .errors import UsageError, one_line
 from .plan import Plan
+from .plan.log_level import set_log_level
 from .plan.plan import as_plan
 
 HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "trust_remote_code")
@@ -46,6 +47,7 @@ def from_pretrained(
     """
     from diffusers import DiffusionPipeline
 
+    set_log_level()
     plan = as_plan(plan)
     if refused := [name for name in OWN_PLACEMENT if diffusers_kwargs.get(name) is not None]:
         raise UsageError(f"{', '.join(refused)} cannot go together with reading slices; use parallelize instead")

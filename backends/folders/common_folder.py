@@ -1,4 +1,5 @@
-"""The folder that inductor keeps for all processes of a user, under a name that everybody knows.
+"""The folder that inductor keeps for all processes of a user: the one of ``TORCHINDUCTOR_CACHE_DIR``, which the command
+line sets to one in the cache folder, or else one among temporary files under a name that everybody knows.
 
 What it compiles of torch's headers, and what it finds out about the processor, lies there for the next process: worth
 five seconds. Whoever else could write there would write code for this user, so it is used only where nobody can.
@@ -6,6 +7,7 @@ five seconds. Whoever else could write there would write code for this user, so 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,14 +28,20 @@ def is_private(folder: Path) -> bool:
 
 
 @contextmanager
-def headers_in(folder: Path) -> Iterator[None]:
-    """Have inductor compile headers into a folder meanwhile, where its own is open to others."""
+def headers_in(folder: Path | None) -> Iterator[None]:
+    """Have inductor compile headers into its common folder, or meanwhile into another, where that is open to others.
+
+    By itself inductor puts them among temporary files, whatever ``TORCHINDUCTOR_CACHE_DIR`` says.
+
+    Args:
+        folder: the other one; None for none, where nothing is kept: inductor then goes by its own rules.
+    """
     from torch._inductor import codecache
 
-    if is_private(Path(codecache._HEADER_DIR).parent):
-        yield
-        return
-    here = str(folder / "headers")
+    place = Path(codecache._HEADER_DIR)
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    place = Path(named) / place.name if named else place
+    here = str(place if folder is None or is_private(place.parent) else folder / "headers")
     with mock.patch.multiple(codecache, _HEADER_DIR=here, _HEADER_LOCK_DIR=f"{here}/locks"):
         yield
 

@@ -148,11 +148,83 @@ def halo_finish(
     return _beside(arriving, here, dim, at, rows, before, zeros)
 
 
+def _fake_finish_both(
+    arriving: torch.Tensor, above: torch.Tensor, below: torch.Tensor, dim: int, at: list[int], rows: list[int],
+    zeros: list[int], group: str,
+) -> torch.Tensor:  # fmt: skip
+    return _both(arriving, above, below, dim, at, rows, zeros)
+
+
+@register_ordered(
+    "halo_finish_both(Tensor arriving, Tensor above, Tensor below, int dim, int[] at, int[] rows, int[] zeros, "
+    "str group) -> Tensor",
+    _fake_finish_both,
+)
+def halo_finish_both(
+    arriving: torch.Tensor, above: torch.Tensor, below: torch.Tensor, dim: int, at: list[int], rows: list[int],
+    zeros: list[int], group: str,
+) -> torch.Tensor:  # fmt: skip
+    """Both ends of a shard at once: `halo_finish` with rows before ``above`` and with rows after ``below``.
+
+    Args:
+        arriving: what ``halo_start`` gave.
+        above, below: the first and the last rows that are here, as many of each where as many come.
+        dim: where rows are counted, not the first one.
+        at, rows, zeros: as of ``halo_finish``, of the one end and of the other.
+        group: process group; empty for this rank alone.
+
+    Returns:
+        The one end behind the other along dim 0, in new memory.
+
+    Raises:
+        ValueError: when the ends differ in size.
+        AgreementError: when a peer fails or does not answer in time.
+    """
+    if group and not is_simulated(group):
+        settle(arriving, "an exchange of rows")
+    return _both(arriving, above, below, dim, at, rows, zeros)
+
+
+def _both(
+    arriving: torch.Tensor, above: torch.Tensor, below: torch.Tensor, dim: int, at: list[int], rows: list[int],
+    zeros: list[int],
+) -> torch.Tensor:  # fmt: skip
+    ends = [(above, at[0], rows[0], True, zeros[0]), (below, at[1], rows[1], False, zeros[1])]
+    pieces = [_pieces(arriving, here, dim, *end) for here, *end in ends]
+    first, second = (_size(piece, dim) for piece in pieces)
+    if first != second or dim == 0:
+        raise ValueError(f"halo_finish_both along dim {dim} of ends of {first} and {second}")
+    result = _room([2 * first[0], *first[1:]], above)
+    for piece, room in zip(pieces, result.chunk(2), strict=True):
+        torch.cat(piece, dim, out=room)
+    return result
+
+
 def _beside(
     arriving: torch.Tensor, here: torch.Tensor, dim: int, at: int, rows: int, before: bool, zeros: int
 ) -> torch.Tensor:
+    pieces = _pieces(arriving, here, dim, at, rows, before, zeros)
+    return torch.cat(pieces, dim, out=_room(_size(pieces, dim), here))
+
+
+def _pieces(
+    arriving: torch.Tensor, here: torch.Tensor, dim: int, at: int, rows: int, before: bool, zeros: int
+) -> list[torch.Tensor]:
+    """What is joined along ``dim``, in order."""
     shape, edge = list(here.shape), list(here.shape)
     shape[dim], edge[dim] = rows, zeros
     there = arriving.narrow(0, at, math.prod(shape)).view(shape)
     parts = [here, there] if not zeros else [here, there, here.new_zeros(edge)]
-    return torch.cat(parts[::-1] if before else parts, dim)
+    return parts[::-1] if before else parts
+
+
+def _size(pieces: list[torch.Tensor], dim: int) -> list[int]:
+    size = list(pieces[0].shape)
+    size[dim] = sum(piece.shape[dim] for piece in pieces)
+    return size
+
+
+def _room(size: list[int], like: torch.Tensor) -> torch.Tensor:
+    """Memory in which dims lie in the order of another tensor's, so that whoever reads that one reads this as well."""
+    order = sorted(range(like.dim()), key=lambda dim: -like.stride(dim))
+    return torch.empty_permuted(size, order, dtype=like.dtype, device=like.device)

@@ -15,6 +15,7 @@ from . import hoist_linears as hoisting
 from . import join_linears as joining
 from .fold_activations import fold_activations
 from .hoist_linears import hoist_linears
+from .join_edges import join_edges
 from .late_biases import late_biases
 from .norm_rope import norm_rope
 from .pack_heads import pack_heads
@@ -78,6 +79,7 @@ def no_epilogue(device: torch.device) -> str | None:
 
 SPREAD_NORMS = OptionalPass(spread_norms.name, spread_norms, spread_norms.told)
 LATE_BIASES = OptionalPass(late_biases.name, late_biases, late_biases.told)
+JOIN_EDGES = OptionalPass(join_edges.name, join_edges, join_edges.told)
 FOLD_ACTIVATIONS = OptionalPass(fold_activations.name, fold_activations, fold_activations.told, unsupported=no_epilogue)
 SPLIT_CONCATENATIONS = OptionalPass(split_concatenations.name, split_concatenations, split_concatenations.told)
 NORM_ROPE = OptionalPass(norm_rope.name, norm_rope, norm_rope.told, unsupported=no_triton)
@@ -89,7 +91,8 @@ JOIN_NORMS = OptionalPass(
     lambda program, chooser: rotating.told(program),
 )
 IN_ORDER = (
-    SPREAD_NORMS, LATE_BIASES, FOLD_ACTIVATIONS, SPLIT_CONCATENATIONS, NORM_ROPE, PACK_HEADS, JOIN_LINEARS, JOIN_NORMS,
+    SPREAD_NORMS, LATE_BIASES, JOIN_EDGES, FOLD_ACTIVATIONS, SPLIT_CONCATENATIONS, NORM_ROPE, PACK_HEADS, JOIN_LINEARS,
+    JOIN_NORMS,
 )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Timing:
         rounds: samples that each median is of.
         date: when that was, as YYYY-MM-DD.
         wrong: why what the pass makes is never used; empty where it agrees.
+        spread: how far the ratio of both may be off, by how samples differ.
     """
 
     name: str
@@ -54,6 +55,14 @@ class Timing:
     rounds: int
     date: str
     wrong: str = ""
+    spread: float = 0.0
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether samples differ by more than apart and fused do, so that nothing was found out."""
+        if self.apart is None or self.fused is None:
+            return False
+        return self.spread > NOISE - 1 and abs(self.fused / self.apart - 1) <= self.spread
 
     @property
     def refusal(self) -> str | None:
@@ -170,7 +179,8 @@ def _is_sound(timing: Timing) -> bool:
     texts = all(isinstance(each, str) for each in (timing.name, timing.site, timing.date, timing.wrong))
     numbers = [each for each in (timing.apart, timing.fused) if each is not None]
     positive = all(type(each) in (int, float) and 0 < each < math.inf for each in numbers)
-    return texts and positive and type(timing.rounds) is int and isinstance(timing.error, float | int | None)
+    spread = type(timing.spread) in (int, float) and 0 <= timing.spread < math.inf
+    return texts and positive and spread and type(timing.rounds) is int and isinstance(timing.error, float | int | None)
 
 
 def keep(folder: Path, about: Mapping[str, Any], entries: Mapping[str, Timing]) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import fx
 
-from xdit_compile.errors import PartitionError
+from xdit_compile.errors import PlanError
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.subgraph import reached, subgraph
 from xdit_compile.passes.axes.flops import flops
@@ -52,7 +52,7 @@ def assign(
         places: the stages of blocks by their paths, as they were found before; found here, they are added.
 
     Raises:
-        PartitionError: fewer blocks than stages, or ``layers`` that do not add up to them.
+        PlanError: fewer blocks than stages, or ``layers`` that do not add up to them.
     """
     root = inference.program.root
     varies = _varying(root.graph, set(varying))
@@ -81,16 +81,25 @@ def _place(
 ) -> None:
     """Choose the stages of blocks, in order."""
     if layers is not None and (len(layers) != count or sum(layers) != len(blocks)):
-        raise PartitionError(
-            f"stage_layers={','.join(map(str, layers))} must be {count} numbers that add up to {len(blocks)} blocks"
+        raise PlanError(
+            f"stage_layers={tuple(layers)!r} must be {count} numbers that add up to {len(blocks)} blocks, as many as "
+            "this denoiser has"
         )
     if count > len(blocks):
-        raise PartitionError(f"pipefusion={count} needs as many blocks, but this denoiser has {len(blocks)}")
+        raise PlanError(too_many_stages(count, len(blocks)))
     costs = {frame.call: sum(map(flops, frame.graph.nodes)) for frame in inference.frames}
     sizes = layers or balanced([costs[block] for block in blocks], count)
     places.clear()
     stages = [stage for stage, size in enumerate(sizes) for _ in range(size)]
     places.update((block.meta["path"], stage) for block, stage in zip(blocks, stages, strict=True))
+
+
+def too_many_stages(count: int, blocks: int) -> str:
+    """What to say where there are fewer blocks than stages."""
+    several = f"; take at most pipefusion={blocks}" if blocks > 1 else "; take another method"
+    return (
+        f"pipefusion={count} makes {count} stages of at least one block each, and this denoiser has {blocks}{several}"
+    )
 
 
 def everywhere(inference: Inference, varying: Iterable[str]) -> set[str]:

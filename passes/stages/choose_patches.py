@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 
 from xdit_compile.distributed.mesh import Mesh
-from xdit_compile.errors import PartitionError
+from xdit_compile.errors import PartitionError, PlanError
 from xdit_compile.ir.axes import Axis, Product, atoms
 from xdit_compile.ir.sharding import Split, Unit
 from xdit_compile.passes.axes.infer import Inference
@@ -20,7 +20,7 @@ from xdit_compile.passes.partition.program import Partitioned, partition
 from xdit_compile.plan import Plan
 from xdit_compile.plan.methods import PATCH
 
-from .assign_stages import everywhere
+from .assign_stages import everywhere, too_many_stages
 
 MOST_FAMILIES = 4
 
@@ -29,8 +29,9 @@ def choose_patches(inference: Inference, plan: Plan) -> Split:
     """The cut of the tokens into ``plan.patch_count`` parts in which patches meet in attention alone.
 
     Raises:
-        PartitionError: where no cut does; with the reason of the first that was tried.
+        PlanError: where no cut does, with the reason of the first that was tried; or there are too few blocks.
     """
+    check_stages(inference, plan)
     reasons: list[str] = []
     for split in cuts(inference, plan):
         reason = _refused(inference, plan, split)
@@ -39,7 +40,26 @@ def choose_patches(inference: Inference, plan: Plan) -> Split:
         reasons.append(reason)
     if not reasons:
         reasons = [f"no attention has {plan.patch_count} rows of tokens that stand in the input and in the result"]
-    raise PartitionError(f"pipefusion cannot cut this denoiser into {plan.patch_count} patches: {reasons[0]}")
+    raise PlanError(cannot_cut(plan, reasons[0]))
+
+
+def cannot_cut(plan: Plan, reason: str) -> str:
+    """What to say where no patches can be made."""
+    return (
+        f"pipefusion={plan.pipefusion} cannot cut this denoiser into {plan.patch_count} patches: {reason}; "
+        "give another number of them as patches=N, or take another method"
+    )
+
+
+def check_stages(inference: Inference, plan: Plan) -> None:
+    """See that there are blocks enough for the stages of a plan.
+
+    Raises:
+        PlanError: there are fewer.
+    """
+    blocks = sum(bool(call.meta.get("repeated")) for call in inference.program.calls())
+    if plan.pipefusion > blocks:
+        raise PlanError(too_many_stages(plan.pipefusion, blocks))
 
 
 def cuts(inference: Inference, plan: Plan) -> Iterator[Split]:

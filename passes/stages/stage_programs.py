@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from xdit_compile.distributed.mesh import Mesh
-from xdit_compile.errors import PartitionError
+from xdit_compile.errors import PlanError
 from xdit_compile.ir.axes import Axis
 from xdit_compile.ir.patch_layout import PatchLayout
 from xdit_compile.ir.program import Input, Kind, Program
@@ -20,7 +20,7 @@ from xdit_compile.plan import Plan
 from xdit_compile.plan.methods import SEQUENCE
 
 from .assign_stages import Stage, assign, cut, everywhere, only
-from .choose_patches import choose_patches, one_patch, varying
+from .choose_patches import cannot_cut, choose_patches, one_patch, varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def partition_patches(inference: Inference, units: Chosen, plan: Plan, mesh: Mes
     """The programs of all tokens and of each patch, for one rank of ``mesh``.
 
     Raises:
-        PartitionError: patches that need all others at once.
+        PlanError: patches that need all others at once.
     """
     split = choose_patches(inference, plan)
     names = varying(inference, split)
@@ -110,7 +110,7 @@ def partition_patches(inference: Inference, units: Chosen, plan: Plan, mesh: Mes
         for leaf, laid, whole in zip(local.args[0], results, wholes, strict=True):
             if laid is None or leaf.meta["val"].shape != laid.like(whole, index).shape:
                 reason = "a result is not cut as the input is"
-                raise PartitionError(f"pipefusion cannot cut this denoiser into {split.parts} patches: {reason}")
+                raise PlanError(cannot_cut(plan, reason))
     return PatchPrograms(
         full,
         patches,
@@ -131,7 +131,7 @@ def cut_stages(
             this one are added.
 
     Raises:
-        PartitionError: stages that the blocks do not fill.
+        PlanError: stages that the blocks do not fill.
     """
     names, count, full = programs.varying, plan.pipefusion, programs.full
     stages, stage = assign(inference, names, count, plan.stage_layers, places), mesh.coordinate("pipefusion")

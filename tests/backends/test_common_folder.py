@@ -24,6 +24,7 @@ def test_headers_are_compiled_elsewhere_where_others_could_replace_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     shared = tmp_path / "shared"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(codecache, "_HEADER_DIR", str(shared / "precompiled_headers"))
     with headers_in(tmp_path / "own"):
         assert Path(codecache._HEADER_DIR).is_relative_to(shared)
@@ -32,6 +33,10 @@ def test_headers_are_compiled_elsewhere_where_others_could_replace_them(
         assert Path(codecache._HEADER_DIR).is_relative_to(tmp_path / "own")
         assert Path(codecache._HEADER_LOCK_DIR).is_relative_to(tmp_path / "own")
     assert Path(codecache._HEADER_DIR).is_relative_to(shared)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "named"))
+    for other in (tmp_path / "own", None):
+        with headers_in(other):
+            assert Path(codecache._HEADER_DIR).is_relative_to(tmp_path / "named")
 
 
 def test_instructions_are_not_looked_for_in_a_folder_that_is_open_to_others(

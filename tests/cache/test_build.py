@@ -37,10 +37,10 @@ def test_bad_requests_are_one_line(tmp_path: Path) -> None:
     for flags, said in (
         (["--size", "wide"], "--size wide must be a height and a width in pixels"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
-        (["--target", "sm_70"], "'sm_70' is unknown; choose one of sm_80, sm_89, sm_90, sm_100, sm_120"),
+        (["--target", "sm_70"], "--target sm_70 is unknown; choose one of sm_80, sm_89, sm_90, sm_100, sm_120"),
         (["--target", "sm_90", "--device", "cpu"], "leave out --device"),
         (["--no_cache"], "there is nowhere to keep graphs"),
-        (["--also", "--ulysses_degree x"], "'x' is not a valid integer"),
+        (["--also", "--ulysses_degree x"], "--also '--ulysses_degree x': Invalid value for '--ulysses_degree': 'x'"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "xdit_compile", "build", *flags], capture_output=True, text=True, check=False

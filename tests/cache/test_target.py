@@ -274,7 +274,7 @@ def test_key_of_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("backend", "mode"), [("eager", "default"), ("inductor", "max-autotune-no-cudagraphs")])
 def test_backends_that_cannot_compile_ahead_say_so(backend: str, mode: str) -> None:
-    with pytest.raises(UsageError, match="for sm_90 ahead of time; use 'inductor'|for sm_90 use 'default'"):
+    with pytest.raises(UsageError, match="for sm_90 ahead of time; use backend='inductor'|for sm_90 use 'default'"):
         find_backend(backend, mode).for_card(CARDS[TARGET])
 
 

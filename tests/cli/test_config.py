@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
+import select
+import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,10 +20,11 @@ from commands import clean_environment
 
 from xdit_compile.cache.folder import VARIABLE as CACHE
 from xdit_compile.cli.main import cli, main
-from xdit_compile.cli.parsing.choices import Choices, nearest
+from xdit_compile.cli.parsing.choices import Choices
 from xdit_compile.cli.parsing.config import PREFIX, in_toml, key_of, variable_of
 from xdit_compile.cli.parsing.groups import GENERAL, GROUPS, SEEN_ELSEWHERE, Command, options_of
 from xdit_compile.compiler import CHECK
+from xdit_compile.plan.nearest import nearest
 from xdit_compile.reports.dump import VARIABLE as DUMP
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +143,7 @@ def test_debug_from_the_environment_shows_where_it_failed(
         ("a.toml", "height = 2.5", "'2.5' is not a valid integer (from a.toml)"),
         ("a.toml", "height = true", "height = True must be a text or a number"),
         ("a.toml", "no_cache = 'maybe'", "no_cache = 'maybe' must be true or false"),
-        ("a.toml", "backend = 'tvm'", "backend='tvm' is unknown; choose one of auto, inductor"),
+        ("a.toml", "backend = 'tvm'", "--backend tvm is unknown; choose one of auto, inductor"),
         ("a.toml", "height = x", "--config a.toml is broken: Invalid value (at line 1, column 10)"),
         ("a.yaml", "height: [1", "--config a.yaml is broken: while parsing a flow sequence"),
         ("a.yaml", "- height", "must hold keys and values, such as ulysses_degree: 2"),
@@ -237,6 +243,88 @@ def test_a_script_for_each_shell_is_printed(shell: str, capsys: pytest.CaptureFi
     assert f"_XDIT_COMPILE_COMPLETE={shell}_complete" in script
     if shell == "bash":
         assert subprocess.run(["bash", "-n"], input=script, text=True, timeout=60).returncode == 0
+
+
+TYPED = {
+    "ge": "generate",
+    "generate --sch": "--scheduler",
+    "generate --ulysses-d": "--ulysses-degree",
+    "generate --compile-mode max-autotune-no": "max-autotune-no-cudagraphs",
+    "generate --backend=in": "--backend=inductor",
+    "generate --without norm_rope,pa": "norm_rope,pack_heads",
+    """generate --prompt "it's \\"red" --set a=7 --dtype b""": "bfloat16",
+    "generate --config pi": "picture.png",
+    "generate --image picture.png ot": "other one.png",
+    "generate --image=ot": "--image=other one.png",
+}
+"""What is typed, and its last word after TAB."""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_real_shell_completes(folder: Path, shell: str):
+    """fish is asked by its own command for what TAB would do; the others are typed at on a terminal."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    command = folder / "bin" / "xdit-compile"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m xdit_compile "$@"\n')
+    command.chmod(0o755)
+    for name in ("picture.png", "other one.png"):
+        (folder / name).touch()
+    environment = clean_environment() | {"PATH": f"{command.parent}:{os.environ['PATH']}", "HOME": str(folder)}
+    lines = [f"xdit-compile {line}" for line in TYPED]
+    completed = asked_of_fish(lines, environment) if shell == "fish" else typed_at(shell, lines, environment)
+    assert dict(zip(TYPED, completed, strict=True)) == TYPED
+
+
+def asked_of_fish(lines: list[str], environment: dict[str, str]) -> list[str]:
+    """What fish puts into the place of the last word of each line, one completion a line."""
+    asks = "xdit-compile completion fish | source; for line in $argv; complete -C $line; echo; end"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", asks, *lines], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == ""
+    return [re.sub(r"\t.*", "", answer) for answer in done.stdout.removesuffix("\n\n").split("\n\n")]
+
+
+def typed_at(shell: str, lines: list[str], environment: dict[str, str]) -> list[str]:
+    """The last word of each line after TAB, on a terminal: ``print_last`` is typed in front of the line for it."""
+    quiet = {"bash": ["--norc", "--noprofile"], "zsh": ["-f"]}[shell]
+    ready = {"bash": "", "zsh": "autoload -Uz compinit; compinit -u -D; "}[shell]
+    ready += f'eval "$(xdit-compile completion {shell})"; '
+    ready += """print_last() { for last; do :; done; printf '<<%s>>\\n' "$last"; }; printf '<<%s>>\\n' ready"""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [shell, *quiet, "-i"],
+        stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment | {"TERM": "dumb"},
+    )  # fmt: skip
+    os.close(slave)
+    try:
+        assert said(master, f"{ready}\n") == "ready"
+        return [said(master, f"{line}\t\x01print_last \n") for line in lines]
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+def said(terminal: int, keys: str, limit_s: float = 20) -> str:
+    """What a shell prints between angles after some keys."""
+    os.write(terminal, keys.encode())
+    end, shown = time.monotonic() + limit_s, ""
+    while (found := re.search(r"<<((?!%s).*)>>\r?\n", shown)) is None:
+        assert select.select([terminal], [], [], max(end - time.monotonic(), 0))[0], shown
+        shown += os.read(terminal, 65536).decode(errors="replace")
+    return found[1]
+
+
+def test_nothing_is_said_to_a_shell_of_a_line_that_is_wrong():
+    environment = clean_environment() | {"_XDIT_COMPILE_COMPLETE": "bash_complete", "COMP_CWORD": "4"}
+    environment["COMP_WORDS"] = "xdit-compile generate --no_such_flag 1 --backend in"
+    done = subprocess.run(
+        [sys.executable, "-m", "xdit_compile"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_choices_are_listed_and_taken_in_any_spelling():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import COMMAND, TINY_PIPELINE, clean_environment, files, one_error
+from commands import COMMAND, TINY_PIPELINE, clean_environment, files, one_error, run, whole_lines
 
 from xdit_compile.cli.processes.ending import processes_of
 
@@ -51,8 +51,8 @@ class Command:
         return {int(each.environ()["RANK"]): each for each in children if "worker" in each.cmdline()}
 
     def left(self) -> set[str]:
-        """Folders of the run, and files that are not kept for later on purpose."""
-        return {name for name in files(self.temporary) if not name.startswith("torchinductor_")}
+        """Whatever lies among temporary files."""
+        return files(self.temporary)
 
     def running(self) -> list[int]:
         return [number for folder in self.temporary.glob("xdit-compile-*") for number in processes_of(folder)]
@@ -129,14 +129,14 @@ def test_a_stopped_rank_is_named_once_and_ends_all(tmp_path: Path, stage: str):
 
 @pytest.mark.slow
 def test_a_rank_that_goes_on_in_time_is_no_failure(tmp_path: Path):
-    command = Command(tmp_path, *TWO, *EAGER[:-1], "60", "--timeout", "60", "--output", "out.png")
-    command.until(lambda: re.search(r" [1-9]\d*/60 ", command.log) is not None)
+    command = Command(tmp_path, *TWO, *EAGER[:-1], "300", "--timeout", "60", "--output", "out.png")
+    command.until(lambda: re.search(r" [1-9]\d*/300 ", command.log) is not None)
     worker = command.workers()[1]
     worker.suspend()
     command.until(lambda: "warning: rank 1 gives no sign of life" in command.log)
     worker.resume()
     assert command.process.wait(timeout=LIMIT_S) == 0, command.log
-    assert files(command.here) == {"out.png"}
+    assert files(command.here) == {"out.png"} and command.left() == set()
 
 
 def test_a_signal_while_an_error_is_told_changes_nothing(tmp_path: Path):
@@ -154,3 +154,72 @@ def test_a_signal_while_an_error_is_told_changes_nothing(tmp_path: Path):
         [sys.executable, "-P", "-c", code], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True
     )
     assert "--nproc 0 must be at least 1" in one_error(done, 2)
+
+
+AT_ONCE = (
+    "import sys; from xdit_compile.cli.processes import notices; notices.FIRST_NOTICE_S = 0.2\n"
+    "from xdit_compile.cli.main import entry; sys.argv = ['xdit-compile', *sys.argv[1:]]; entry()"
+)
+"""The command, which tells what goes on after a silence of 0.2 s already."""
+
+
+def told(folder: Path, *arguments: str) -> str:
+    """What a command says on stderr where that is no terminal; nothing may be left among temporary files."""
+    environment = {**clean_environment(), "TMPDIR": str(folder / "temporary")}
+    (folder / "temporary").mkdir()
+    command = [sys.executable, "-P", "-c", AT_ONCE, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    assert files(folder / "temporary") == set()
+    return "\n".join(whole_lines(done))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "flags", "phases"),
+    [
+        ("explain", ["--no_cache"], ["starting", "building the model", "transformer: capturing"]),
+        ("tune", ["--backend", "eager", "--rounds", "3", "--cache_dir", "kept"], ["starting", "tune: capturing"]),
+        ("build", ["--cache_dir", "kept"], ["starting", "transformer: compiling graph"]),
+    ],
+)
+def test_commands_say_what_goes_on_in_whole_lines(tmp_path: Path, command: str, flags: list[str], phases: list[str]):
+    said = told(tmp_path, command, "--model", str(TINY_PIPELINE), *flags)
+    assert all(re.search(rf"^{phase}.* s so far\)$", said, re.MULTILINE) for phase in phases), said
+
+
+@pytest.mark.slow
+def test_ranks_say_what_goes_on_in_whole_lines(tmp_path: Path):
+    flags = ["--model", str(TINY_PIPELINE), "--backend", "eager", "--num_inference_steps", "60", *TWO]
+    said = told(tmp_path, "generate", *flags)
+    assert re.search(r"^starting 2 processes .*s so far\)$", said, re.MULTILINE)
+    assert "transformer ready in" in said and "time: loading" in said, said
+
+
+@pytest.mark.slow
+def test_the_level_of_the_log_is_taken_from_the_environment(tmp_path: Path):
+    flags = ["--model", str(TINY_PIPELINE), "--backend", "eager", "--no_cache", "--num_inference_steps", "8"]
+    flags += ["--prompt", "red"]
+    lines = {}
+    for level, more in (("error", []), ("info", []), ("debug", ["--quiet"])):
+        done = run("generate", *flags, *more, "--overwrite", cwd=tmp_path, XDIT_COMPILE_LOG=level)
+        assert done.returncode == 0, done.stderr
+        lines[level] = done.stderr
+    assert lines["error"] == "" and "transformer: capturing" in lines["info"] and lines["debug"] == ""
+
+
+def test_a_level_that_is_none_is_refused(tmp_path: Path):
+    said = one_error(run("generate", cwd=tmp_path, XDIT_COMPILE_LOG="loud"), 2)
+    assert said == "XDIT_COMPILE_LOG=loud is no level; give one of debug, info, warning, error, critical"
+
+
+@pytest.mark.parametrize(("level", "said"), [("info", "xdit_compile: INFO: a fact"), ("warning", "")])
+def test_programs_have_the_level_of_the_environment_once_they_begin(level: str, said: str):
+    code = (
+        "import logging, xdit_compile; from xdit_compile.plan.log_level import set_log_level\n"
+        "log = logging.getLogger('xdit_compile'); assert not log.handlers and log.level == logging.NOTSET\n"
+        "set_log_level(); log.info('a fact')"
+    )
+    environment = {**clean_environment(), "XDIT_COMPILE_LOG": level}
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stderr.strip() == said

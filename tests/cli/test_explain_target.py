@@ -87,7 +87,7 @@ def test_a_linear_layer_is_counted_as_one_can_by_hand() -> None:
 
 
 def test_a_target_that_cannot_be_compiled_for_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = f"target='sm_70' is unknown; choose one of {', '.join(CARDS)}"
+    said = f"--target sm_70 is unknown; choose one of {', '.join(CARDS)}"
     assert one_error(run("explain", "--target", "sm_70", cwd=tmp_path), exit_code=2) == said
     with pytest.raises(UsageError, match="choose one of sm_80"):
         xdit_compile.explain(None, target="sm_70")

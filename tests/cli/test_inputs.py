@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import shlex
 from pathlib import Path
 
 import diffusers
@@ -15,10 +18,11 @@ from conformance.pictures import of_flux
 from PIL import Image
 
 from xdit_compile.cli.inputs import given
-from xdit_compile.cli.inputs.asked import assigned
+from xdit_compile.cli.inputs.annotations import Argument
+from xdit_compile.cli.inputs.asked import texts_of
 from xdit_compile.cli.main import main
 from xdit_compile.cli.options.request import Request
-from xdit_compile.errors import UsageError
+from xdit_compile.errors import UsageError, XditCompileError
 
 SMALL = "--height 64 --width 96 --num_inference_steps 4 --backend eager --no_cache --overwrite".split()
 
@@ -39,7 +43,21 @@ def pictures(tmp_path: Path) -> Path:
         ("--set cfg", "--set cfg must be NAME=VALUE, such as true_cfg_scale=4.0"),
         ("--set height=72", "--set height: give --height, which is checked"),
         ("--set a=1 --set a=2", "--set gives a twice; leave one out"),
-        ("--prompt_file none.txt", "--prompt_file none.txt cannot be read"),
+        ("--prompt_file none.txt", "--prompt_file none.txt cannot be read: No such file or directory\n"),
+        ("--prompt_file red.png", "--prompt_file red.png is no text file; write prompts one a line, in UTF-8"),
+        ("--prompt_file .", "--prompt_file . cannot be read: Is a directory\n"),
+        ("--prompt ''", "--prompt is empty; say what to show"),
+        ("--prompt 'a red circle' ' '", "--prompt is empty; say what to show"),
+        (
+            "--scheduler Foo",
+            "--scheduler Foo: the installed diffusers has no scheduler of that name; give a class",
+        ),
+        ("--scheduler DDIMSchedular", "no scheduler of that name; did you mean DDIMScheduler?"),
+        ("--set eta=abc", "--set eta=abc: eta takes a number\n"),
+        ("--set sigmas=0.5", "--set sigmas=0.5: sigmas takes a list such as [0.5, 1.0]\n"),
+        ("--set clean_caption=1", "--set clean_caption=1: clean_caption takes true or false\n"),
+        ("--set latents=3", "latents takes torch.Tensor, which no text stands for; give it in Python"),
+        ("--set heigth=64", "--set heigth: this pipeline takes no argument of that name; did you mean height?"),
         ("--resize_input_images", "--resize_input_images needs a picture"),
     ],
 )
@@ -47,13 +65,53 @@ def test_wrong_inputs_are_refused_before_anything_runs(
     flags: str, words: str, pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(pictures)
-    assert main(["generate", *flags.split()]) == 2
+    assert main(["generate", *shlex.split(flags)]) == 2
     assert words in capsys.readouterr().err
 
 
 def test_assignments_are_json_or_text() -> None:
-    told = assigned(("a=1.5", "b=[1, 2]", "c=some words", "d=True", 'e="7"', "f=x=y", "g=None"))
+    texts = texts_of(("a=1.5", "b=[1, 2]", "c=some words", "d=True", 'e="7"', "f=x=y", "g=None"))
+    told = {name: Argument(None).value(text) for name, text in texts.items()}
     assert told == {"a": 1.5, "b": [1, 2], "c": "some words", "d": True, "e": "7", "f": "x=y", "g": None}
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text", "value"),
+    [
+        ("float | None", "2", 2),
+        ("Optional[float]", "none", "takes a number or null"),
+        ("str | list[str]", "5", "5"),
+        ("str | list[str]", '["a", "b"]', ["a", "b"]),
+        ("tuple[int, int]", "[64, 96]", (64, 96)),
+        ("Tuple[int, int]", "64,96", "takes a list such as [1, 2]"),
+        ("dict[str, Any] | None", '{"scale": 0.5}', {"scale": 0.5}),
+        ("Union[int, List[int]]", "2.5", "takes a whole number or a list such as [1, 2]"),
+        ("int", "true", "takes a whole number"),
+        ("float", "NaN", "takes a number"),
+        (
+            "Callable[[int], None] | None",
+            "f",
+            "takes Callable[[int], None], which no text stands for; give it in Python",
+        ),
+        ("OfAnotherModule | None", "3", 3),
+    ],
+)
+def test_an_argument_takes_what_its_annotation_says(annotation: str, text: str, value: object) -> None:
+    argument = Argument(ast.parse(annotation, mode="eval").body)
+    if isinstance(value, str) and value.startswith("takes "):
+        with pytest.raises(ValueError, match=f"^{re.escape(value)}$"):
+            argument.value(text)
+        return
+    assert argument.value(text) == value and type(argument.value(text)) is type(value)
+
+
+def test_an_error_of_the_pipeline_itself_names_what_was_set() -> None:
+    request = Request(assignments=("a=1", "b=2"))
+    said = "maybe at what --set a, --set b gave it: TypeError: no such thing"
+    with pytest.raises(XditCompileError, match=said), given.naming_assignments(request):
+        raise TypeError("no such thing")
+    with pytest.raises(TypeError, match="no such thing"), given.naming_assignments(Request()):
+        raise TypeError("no such thing")
 
 
 def test_schedulers_and_arguments_are_those_that_a_pipeline_takes() -> None:

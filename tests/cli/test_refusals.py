@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,12 @@ from torch import nn
 
 import xdit_compile
 from xdit_compile import Plan
+from xdit_compile.cli.commands.explain import explain
+from xdit_compile.cli.commands.generate import generate
 from xdit_compile.cli.main import main
 from xdit_compile.cli.options.plenty import cpu_build, is_plenty
 from xdit_compile.cli.options.request import DEMO_PIPELINE, Request
+from xdit_compile.cli.parsing.plan_words import FLAGS, in_flags
 from xdit_compile.cli.running.check_room import Place, _said
 from xdit_compile.cli.running.room import Counts, _WithWorkspaces, counted, need, to_load
 from xdit_compile.errors import UsageError, one_line
@@ -196,7 +200,7 @@ def test_no_guidance_is_seen_before_anything_is_compiled(tmp_path: Path, steps: 
     done = run("generate", *arguments, steps, cwd=tmp_path)
     line = done.stderr.rstrip().splitlines()[-1]
     assert done.returncode == 2 and line.startswith("xdit-compile: error: rank ")
-    assert "use cfg=1 (leave out --use_cfg_parallel), or a guidance scale above 1 (--guidance_scale 4)" in line
+    assert "; leave out --use_cfg_parallel, or take a guidance scale above 1 (--guidance_scale 4)" in line
     assert not [path for path in (tmp_path / "kept").rglob("*") if path.is_file() and path.stat().st_size > 4096]
 
 
@@ -215,3 +219,136 @@ def test_a_size_that_the_model_cannot_have_is_refused_like_one_of_a_picture(
 ):
     assert main([command, "--size", "64x64", "--size", "64x63"]) == 2
     assert "--width 63 is no multiple of 16" in capsys.readouterr().err
+
+
+WRONG = [
+    ("generate --backend inducter", "--backend inducter is unknown; did you mean inductor? There are auto, inductor, "),
+    ("generate --without join_linear", "--without join_linear is unknown; did you mean join_linears? There are "),
+    ("generate --link fast", "--link fast must be bytes per second of one rank"),
+    ("generate --timeout -1", "--timeout -1.0 must be a positive number of seconds"),
+    (
+        "generate --vae_parallel_degree 2",
+        "--vae_parallel_degree 2 has no use without --use_parallel_vae; set --use_par",
+    ),
+    (
+        "generate --compile background --no_cache",
+        "--compile background hands graphs over by way of the cache, and --no_c",
+    ),
+    (
+        "generate --attn_layer_num_for_pp 3,4",
+        "--attn_layer_num_for_pp 3,4 must have one number for each stage, and --pip",
+    ),
+    (
+        "generate --backend eager --backend_options a=1",
+        "--backend_options are for inductor and nexfort, and --backend eage",
+    ),
+    (
+        "generate --distrifusion_parallel_degree 2 --ring_degree 2",
+        "--distrifusion_parallel_degree 2 shares the tokens, as",
+    ),
+    (
+        "generate --nproc 2 --use_cfg_parallel --ring_degree 2",
+        "--use_cfg_parallel x --ring_degree 2 needs 4 processes, and ",
+    ),
+    (
+        "generate --prompt a red circle",
+        "--prompt is followed by 3 words; quote a text of several: --prompt 'a red circle'",
+    ),
+    (
+        "tune --prompt a red circle",
+        "--prompt is followed by 3 words; quote a text of several: --prompt 'a red circle' (see",
+    ),
+    (
+        "generate --negative_prompt no star",
+        "--negative_prompt is followed by 2 words; quote a text of several: --negative",
+    ),
+    ("generate --height 64 96", "--height takes one value, and '96' follows '64'; leave it out"),
+    ("generate --prompt --height 64", "--prompt needs a value, and --height follows it"),
+    ("generate --overwrite yes", "--overwrite takes no value, and 'yes' follows it; leave that out"),
+    ("generate star", "'star' belongs to no flag; a prompt is given as --prompt star"),
+    ("generate --height", "Option '--height' requires an argument (see xdit-compile generate --help)"),
+    (
+        "build --also '--seed 2'",
+        "--also '--seed 2': a plan has no flag --seed; give such as --tensor_parallel_degree 4",
+    ),
+    ("build --also --help", "--also '--help': a plan has no flag --help; give such as"),
+    ("build --also '--backend foo'", "--also '--backend foo': --backend foo is unknown; choose one of auto"),
+    ("build --also ''", "--also '': there is no flag in it; give flags of one more plan, or leave it out"),
+    ("build --also '\"'", "No closing quotation; close the quotes"),
+    (
+        "explain --component scheduler",
+        "--component scheduler is no module; choose one of text_encoder, transformer, vae",
+    ),
+    ("explain --component x", "--component x is not in this pipeline; choose one of text_encoder, transformer, vae"),
+    ("cache", "say which: cache clear, list, prune, show, unpack or verify (see xdit-compile cache --help)"),
+    ("cache frob", "No such command 'frob'; take clear, list, prune, show, unpack or verify"),
+    ("completion", "Choose from: bash, zsh, fish (see xdit-compile completion --help)"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), WRONG)
+def test_what_is_wrong_is_told_in_flags_and_with_the_way_out(
+    line: str, expected: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(shlex.split(line)) == 2
+    said = capsys.readouterr()
+    assert expected in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+def test_a_truth_in_the_environment_is_1_or_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("XDIT_COMPILE_DEBUG", "maybe")
+    assert main(["generate"]) == 2
+    said = "Invalid value for '--debug': 'maybe' is neither true nor false; write 1 or 0 (from XDIT_COMPILE_DEBUG) (see"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--pipefusion_parallel_degree 9", "this denoiser has 8; take at most --pipefusion_parallel_degree 8"),
+        (
+            "--num_pipeline_patch 999",
+            "into 999 patches: no attention has 999 rows of tokens that stand in the input and",
+        ),
+        (
+            "--pipefusion_parallel_degree 2 --attn_layer_num_for_pp 1,2",
+            "--attn_layer_num_for_pp 1,2 must be 2 numbers that add up to 8 blocks",
+        ),
+        (
+            "--component transformer --inputs junk.pt",
+            "--inputs junk.pt is no file of torch.save with tensors and plain va",
+        ),
+        (
+            "--component transformer --inputs list.pt",
+            "--inputs list.pt holds no dict with args or kwargs; make one with",
+        ),
+        (
+            "--component transformer --inputs more.pt",
+            "--inputs more.pt is not what transformer takes: missing a req",
+        ),
+        ("--component vae", "the pipeline never called --component vae; take transformer"),
+    ],
+)
+def test_what_the_model_does_not_allow_is_told_in_flags(
+    flags: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    Path("junk.pt").write_text("x")
+    torch.save([1], "list.pt")
+    torch.save({"kwargs": {"colour": 1}}, "more.pt")
+    assert main(["explain", "--quiet", *flags.split()]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_every_setting_of_a_plan_has_a_flag_and_python_keeps_its_words():
+    unsaid = {"keep_weights", "verify", "max_programs"}
+    assert {field.name for field in dataclasses.fields(Plan)} - unsaid == FLAGS.keys() - {"target"}
+    assert {f"--{flag}" for flag in FLAGS.values()} <= {
+        name for each in (generate, explain) for flag in each.params for name in flag.opts
+    }
+    said = Plan(backend="foo", without=("x", "y"), mesh_order=("cfg",)).problems()
+    assert said[0].startswith("backend='foo' is unknown") and said[-1].startswith("without=('x',) is unknown")
+    assert in_flags(said[1]).startswith("--mesh_order cfg must name each of data, cfg, ")
+    assert in_flags("run it whole with Plan(fallback='unsplit')") == "run it whole with --fallback unsplit"
+    assert in_flags("cfg=2 but ...; use cfg=1") == "--use_cfg_parallel but ...; leave out --use_cfg_parallel"
+    assert in_flags("--warmup_steps 3 in /a/mesh_order/b") == "--warmup_steps 3 in /a/mesh_order/b"

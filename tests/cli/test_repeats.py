@@ -27,7 +27,8 @@ QUICK = ["--model", str(TINY_PIPELINE), *"--backend eager --num_inference_steps 
 @pytest.mark.slow
 def test_runs_are_timed_compared_and_traced_and_lie_in_a_folder(tmp_path: Path):
     arguments = (
-        "--prompt a b c --batch_size 2 --num_iterations 2 --warmup_calls 1 --determinism_check --profile".split()
+        "--prompt a --prompt b --prompt c --batch_size 2 --num_iterations 2 --warmup_calls 1 --determinism_check "
+        "--profile".split()
     )
     done = run("generate", *QUICK, *arguments, "--output_directory", "made", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from commands import TINY_PIPELINE, one_error, run
+from commands import TINY_PIPELINE, clean_environment, one_error, run
+
+from xdit_compile.passes.fuse.timings import Timing
+from xdit_compile.runtime.verify.timed import spread_of
 
 MODEL = ("--model", str(TINY_PIPELINE))
 
@@ -38,11 +44,17 @@ def told(cache: Path, *flags: str) -> str:
 
 
 def check(cache: Path, *flags: str) -> None:
-    """Time a model, see that what is found is in the table and used, and that it is not timed twice."""
-    printed = tuned(cache, *flags)
+    """Time a model, see that what is found is in the table and used, and that it is not timed twice.
+
+    What is lost in the noise of a busy machine is not in the table, and timed until it is found out.
+    """
+    for _ in range(20):
+        printed = tuned(cache, *flags)
+        if "not kept" not in printed:
+            break
     (table,) = cache.glob("timings-*.json")
     entries = json.loads(table.read_text())["entries"].values()
-    assert f"{len(entries)} sites timed now, {len(entries)} in {table}" in printed.splitlines()
+    assert re.search(rf"^\d+ sites timed now, {len(entries)} in {re.escape(str(table))}$", printed, re.MULTILINE)
     assert len(entries) > 1 and all(each["name"] == "join_linears" and not each["wrong"] for each in entries)
     assert all(each["apart"] > 0 and each["fused"] > 0 and 0 <= each["error"] <= 2e-5 for each in entries)
     said = told(cache, *flags)
@@ -64,3 +76,39 @@ def test_compiled_code_is_timed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_all_ranks_are_timed_in_one_process(tmp_path: Path) -> None:
     check(tmp_path / "cache", "--backend", "eager", "--ulysses_degree", "2")
+
+
+def timing(apart: list[float], fused: list[float]) -> Timing:
+    return Timing("join_linears", "", sorted(apart)[12], sorted(fused)[12], 0.0, 25, "", "", spread_of(apart, fused))
+
+
+def test_slices_of_time_are_noise_and_what_is_clear_is_not() -> None:
+    sliced = timing([1.0, 2.0, 2.0, 2.0, 2.0] * 5, [2.0, 1.0, 1.0, 1.0, 1.0] * 5)
+    assert sliced.refusal is None and sliced.is_noise
+    jitter = [1.0, 1.01, 1.02, 1.03, 1.3] * 5
+    assert not timing(jitter, [0.9 * each for each in reversed(jitter)]).is_noise
+    assert not timing(jitter, [1.2 * each for each in reversed(jitter)]).is_noise
+
+
+@pytest.mark.slow
+def test_times_that_are_slices_are_told_and_not_kept(tmp_path: Path) -> None:
+    """Both programs of a place take 1 ms, or 2 ms where another process had the processor for the other one."""
+    code = (
+        "import itertools, sys; from xdit_compile.runtime.verify import timed\n"
+        "made = itertools.count()\n"
+        "class Sliced(timed._Calls):\n"
+        "    def __init__(self, *arguments):\n"
+        "        super().__init__(*arguments)\n"
+        "        self._slices = itertools.cycle([1, 2, 2, 2, 2] if next(made) % 2 else [2, 1, 1, 1, 1])\n"
+        "    def seconds(self, count):\n"
+        "        return next(self._slices) * 1e-3\n"
+        "timed._Calls = Sliced\n"
+        "from xdit_compile.cli.main import entry; entry()"
+    )
+    flags = ["tune", *MODEL, "--backend", "eager", "--cache_dir", "kept", "--rounds", "10"]
+    command = [sys.executable, "-P", "-c", code, *flags]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (count,) = re.findall(r"^(\d+) of \1 sites are not kept: fused/apart may be off by", done.stdout, re.MULTILINE)
+    assert re.search(rf"^{count} sites timed now, 0 in ", done.stdout, re.MULTILINE)
+    assert not list((tmp_path / "kept").glob("timings-*.json"))

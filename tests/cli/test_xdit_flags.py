@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -65,13 +66,13 @@ def test_no_in_front_of_a_flag_turns_it_off(capsys: pytest.CaptureFixture[str]):
         ("--split_scheme row", 'split_scheme = "all"'),
         ("--vae_parallel_size 2", "vae_parallel_degree = 2"),
         ("--img_file_path a.png", 'image = ["a.png"]'),
-        ("--prompt a b --attn_layer_num_for_pp 10 9 --seed 3", 'attn_layer_num_for_pp = "10,9"'),
-        ("--prompt a b --attn_layer_num_for_pp 10 9 --seed 3", 'prompt = ["a", "b"]'),
-        ("--prompt=a b --seed 3", 'prompt = ["a", "b"]'),
+        ("--prompt 'a cat' b --attn_layer_num_for_pp 10 9 --seed 3", 'attn_layer_num_for_pp = "10,9"'),
+        ("--prompt 'a cat' b --attn_layer_num_for_pp 10 9 --seed 3", 'prompt = ["a cat", "b"]'),
+        ("--prompt='a cat' b --seed 3", 'prompt = ["a cat", "b"]'),
     ],
 )
 def test_xdit_s_words_become_ours(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["generate", *arguments.split(), "--print_config"]) == 0
+    assert main(["generate", *shlex.split(arguments), "--print_config"]) == 0
     assert expected in capsys.readouterr().out
 
 

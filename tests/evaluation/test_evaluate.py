@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import TINY_PIPELINE, clean_environment, files, one_error, run
+from commands import COMMAND, TINY_PIPELINE, clean_environment, files, one_error, run
 from PIL import Image
 
 from xdit_compile.cli.inputs.asked import prompts_in
@@ -149,7 +149,7 @@ def test_pictures_do_not_depend_on_the_batches(two_processes: tuple[Path, str], 
         ("--features vgg", "--features vgg is unknown; choose one of scenes, inception"),
         ("--output empty.txt", "--output empty.txt is a file; name a folder"),
         ("--output nowhere/found", "folder nowhere does not exist"),
-        ("--nproc 2 --ring_degree 3", "needs 3 processes but 2 are running; start 3 (--nproc 3, or torchrun"),
+        ("--nproc 2 --ring_degree 3", "needs 3 processes, and --nproc 2 asks for 2; give --nproc 3"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_code_2(tmp_path: Path, arguments: str, expected: str):
@@ -209,6 +209,44 @@ def test_inception_says_where_its_weights_belong(tmp_path: Path):
     done = run("evaluate", "--features", "inception", cwd=tmp_path, **environment)
     expected = f"needs weights-inception-2015-12-05-6726825d.pth of torch-fidelity in {tmp_path}/cache/hub/checkpoints"
     assert expected in one_error(done, exit_code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("images", "there", "gone", "why"),
+    [
+        ([], "a/out", "a", "No such file or directory"),
+        (["--images"], "a/out", "a", "No such file or directory"),
+        (["--images"], "a/out/images/reference.json", "a/out/images", "Not a directory"),
+    ],
+    ids=["figures", "all pictures", "a file where a folder was"],
+)
+def test_figures_whose_folder_is_gone_in_the_end_are_kept_elsewhere(
+    tmp_path: Path, images: list[str], there: str, gone: str, why: str
+):
+    """The real command: what is ``gone`` is moved away once ``there`` is there, long before the report is written."""
+    for folder in ("a", "safe"):
+        (tmp_path / folder).mkdir()
+    asked = [*COMMAND, "evaluate", *QUICK, "--num_prompts", "2", "--output", "a/out", *images]
+    environment = clean_environment() | {"TMPDIR": str(tmp_path / "safe")}
+    with subprocess.Popen(asked, cwd=tmp_path, env=environment, text=True, stderr=subprocess.PIPE) as process:
+        limit = time.monotonic() + 120
+        while not (tmp_path / there).exists():
+            assert time.monotonic() < limit and process.poll() is None
+            time.sleep(0.01)
+        (tmp_path / gone).rename(tmp_path / "gone")
+        if why == "Not a directory":
+            (tmp_path / gone).touch()
+        said = process.communicate(timeout=120)[1]
+    (kept,) = (tmp_path / "safe").glob("xdit-compile-*")
+    error = said.splitlines()[-1]
+    assert process.returncode == 1 and f"error: --output a/out cannot be written: {why}; report.json" in error
+    assert error.endswith(f" went to {kept}")
+    assert files(kept) == {"report.json", "sheet.png", *(["images"] if images else [])}
+    assert report(kept)["settings"]["num_prompts"] == 2
+    if images:
+        pictures = {f"{index:04}-{which}.png" for index in range(2) for which in ("plan", "reference")}
+        assert files(kept / "images") == {*pictures, "reference.json"}
 
 
 @pytest.mark.slow

@@ -136,6 +136,7 @@ def test_they_are_for_gpus_and_can_be_left_out() -> None:
         "hoist_linears",
         "spread_norms",
         "late_biases",
+        "join_edges",
         "fold_activations",
         "split_concatenations",
         "pack_heads",

@@ -82,7 +82,7 @@ def test_every_place_is_timed_by_itself(name: str) -> None:
             assert timing.apart and timing.fused and timing.error is not None and timing.error <= TOLERANCE
             tried.add(fusion.name)
         program = fusion.run(program, fusion.chooser(Timings()))
-    not_here = {"spread_norms", "late_biases", "join_norms", *(["pack_heads"] if name != "even" else [])}
+    not_here = {"spread_norms", "late_biases", "join_edges", "join_norms", *(["pack_heads"] if name != "even" else [])}
     assert tried == {each.name for each in IN_ORDER} - not_here, "of pictures, and what moves nodes between structures"
 
 

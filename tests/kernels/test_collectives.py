@@ -240,7 +240,7 @@ def test_every_op_that_reaches_other_ranks_or_draws_is_ordered():
     met = "all_to_all all_to_all_start all_gather gather_start all_reduce reduce_scatter halo_exchange halo_start "
     met = (met + "ring_attention").split()
     assert {op for op in ordered_ops() if collective(op)} == {getattr(OPS, name).default for name in met}
-    others = "halo_finish all_to_all_finish all_to_all_settle draw".split()
+    others = "halo_finish halo_finish_both all_to_all_finish all_to_all_settle draw".split()
     assert {op for op in ordered_ops() if not collective(op)} == {getattr(OPS, name).default for name in others}
 
 
@@ -266,6 +266,8 @@ def test_opcheck():
         (OPS.halo_exchange, (x, 0, [0], [6], [6], 0, "")),
         (OPS.halo_start, (x, 0, [0], [6], [6], 0, "")),
         (OPS.halo_finish, (x[:4], x.view(2, 3), 0, 0, 1, True, 2, "")),
+        (OPS.halo_finish, (x, x.view(1, 3, 2, 1).transpose(1, 3), 1, 0, 1, True, 2, "")),
+        (OPS.halo_finish_both, (x[:4], x.view(2, 3), x.view(2, 3), 1, [0, 2], [1, 1], [2, 2], "")),
         (OPS.gather_start, (x, 0, [6], "")),
     ):
         torch.library.opcheck(op.default, args)

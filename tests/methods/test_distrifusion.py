@@ -262,9 +262,9 @@ def test_compiled_programs_do_not_compile_again():
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        ({"distrifusion": 2, "ulysses": 2}, "distrifusion shares the tokens, as ulysses would; take one of them"),
-        ({"distrifusion": 2, "pipefusion": 2}, "distrifusion shares the tokens, as pipefusion would"),
-        ({"distrifusion": 2, "patches": 3}, "distrifusion shares the tokens, as patches would"),
+        ({"distrifusion": 2, "ulysses": 2}, "distrifusion=2 shares the tokens, as ulysses=2 would; take one of them"),
+        ({"distrifusion": 2, "pipefusion": 2}, "distrifusion=2 shares the tokens, as pipefusion=2 would"),
+        ({"distrifusion": 2, "patches": 3}, "distrifusion=2 shares the tokens, as patches=3 would"),
         ({"distrifusion": 0}, "distrifusion=0 must be a whole number of at least 1"),
     ],
 )

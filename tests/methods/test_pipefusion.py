@@ -250,7 +250,7 @@ def test_a_callback_reads_and_changes_latents():
     ("plan", "said"),
     [
         ({"pipefusion": 1, "patches": 12}, "cannot cut this denoiser into 12 patches"),
-        ({"patches": 2, "stage_layers": (5,)}, r"stage_layers=5 must be 1 numbers that add up to \d blocks"),
+        ({"patches": 2, "stage_layers": (5,)}, r"stage_layers=\(5,\) must be 1 numbers that add up to \d blocks"),
         ({"patches": 2, "warmup_steps": 9}, "warmup_steps=9 but this generation has 3 steps; use warmup_steps=3"),
     ],
 )
@@ -267,8 +267,8 @@ def test_what_does_not_fit_is_refused(plan, said):
     [
         ({"patches": 0}, "patches=0 must be a whole number of at least 1"),
         ({"warmup_steps": 0}, "warmup_steps=0 must be at least 1"),
-        ({"pipefusion": 2, "stage_layers": (1, 2, 3)}, "must have pipefusion=2 numbers, one for each stage"),
-        ({"pipefusion": 2, "stage_layers": ("a", 2)}, "must be a tuple of whole numbers"),
+        ({"pipefusion": 2, "stage_layers": (1, 2, 3)}, "must have one number for each stage, and pipefusion=2 makes 2"),
+        ({"pipefusion": 2, "stage_layers": ("a", 2)}, "must be whole numbers of at least 1"),
     ],
 )
 def test_plans_that_cannot_run(plan, said):

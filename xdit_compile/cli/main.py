@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,11 +21,14 @@ from .commands.doctor import doctor
 from .commands.evaluate import evaluate
 from .commands.explain import explain
 from .commands.generate import generate
+from .commands.serve import serve, serve_rank
 from .commands.start import worker
 from .commands.tune import tune
 from .options.flags import normalized
 from .options.versions import print_version
+from .parsing.completing import VARIABLE, completed
 from .parsing.groups import Group
+from .parsing.plan_words import in_flags
 from .processes.ending import Interrupted, Signals
 from .processes.speech import as_found
 
@@ -48,6 +52,9 @@ def main(arguments: Sequence[str] | None = None, signals: Signals | None = None)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     asked: dict[str, bool] = {}
     try:
+        if asks := os.environ.get(VARIABLE):
+            print(completed(cli, asks))
+            return 0
         with as_found():
             cli.main(args=arguments or ["--help"], prog_name=NAME, standalone_mode=False, obj=asked)
         return 0
@@ -67,7 +74,8 @@ def _told(error: BaseException, arguments: list[str]) -> int:
         return _interrupted(Interrupted(signal.SIGINT), arguments)
     if isinstance(error, click.ClickException):
         command = getattr(getattr(error, "ctx", None), "command_path", NAME)
-        return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", error.exit_code)
+        said = " ".join(error.format_message().split())
+        return _fail(f"{said.rstrip('.')} (see {command} --help)", error.exit_code)
     if isinstance(error, Exception):
         return _failed(error, arguments)
     raise error
@@ -103,13 +111,13 @@ def _failed(error: Exception, arguments: list[str]) -> int:
 
         traceback.print_exc()
     if isinstance(error, XditCompileError):
-        message, exit_code = one_line(error, limit=4000), error.exit_code
+        message, exit_code = in_flags(one_line(error, limit=4000)), error.exit_code
     else:
         message, exit_code = f"{type(error).__name__}: {one_line(error)} (--debug shows where)", 1
     if is_worker:
         report_failure(error, exit_code, message)
         return exit_code
-    if isinstance(error, WorkerFailed):
+    if isinstance(error, WorkerFailed) and sys.stderr.isatty():
         print(file=sys.stderr)
     return _fail(message, exit_code)
 
@@ -140,5 +148,5 @@ def cli() -> None:
     """Parallel inference for unmodified diffusers pipelines. Flags may be written with - or _."""
 
 
-for _each in (generate, evaluate, explain, build, tune, cache, completion, doctor, worker):
+for _each in (generate, serve, evaluate, explain, build, tune, cache, completion, doctor, worker, serve_rank):
     cli.add_command(_each)

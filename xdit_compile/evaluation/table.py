@@ -23,7 +23,7 @@ def render(fidelity: Fidelity, width: int = 110) -> str:
     from rich.console import Console
 
     written = io.StringIO()
-    console = Console(file=written, width=width, color_system=None)
+    console = Console(file=written, width=width, color_system=None, force_jupyter=False)
     console.print(_distance_table(fidelity))
     for name, judged in fidelity.following.items():
         console.print(_following_table(name, fidelity.following_pairs[name], judged))

@@ -14,6 +14,7 @@ from xdit_compile.errors import PlanError, WrongTypeError
 from . import backend_options as options_of
 from .backend_options import GRAPHS, Options
 from .methods import DIMENSIONS, MESH_ORDER, METHODS, Degrees, dimensions
+from .nearest import unknown
 
 BACKENDS = ("auto", "inductor", "nexfort", "eager", "aot_eager")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -43,6 +44,7 @@ OPTIONAL_PASSES = (
     "hoist_linears",
     "spread_norms",
     "late_biases",
+    "join_edges",
     "fold_activations",
     "split_concatenations",
     "norm_rope",
@@ -217,7 +219,7 @@ class Plan(Degrees):
                 problems.append(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
         for name, allowed in _CHOICES:
             if getattr(self, name) not in allowed:
-                problems.append(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+                problems.append(unknown(f"{name}={getattr(self, name)!r}", getattr(self, name), allowed))
         if sorted(self.mesh_order) != sorted(MESH_ORDER):
             problems.append(f"mesh_order={self.mesh_order!r} must name each of {', '.join(MESH_ORDER)} once")
         for name in ("verify", "keep_weights"):
@@ -225,8 +227,10 @@ class Plan(Degrees):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
         if not _is_count(self.max_programs, 1):
             problems.append(f"max_programs={self.max_programs!r} must be a whole number of at least 1")
-        if not isinstance(self.without, tuple) or set(self.without) - {*OPTIONAL_PASSES}:
+        if not isinstance(self.without, tuple):
             problems.append(f"without={self.without!r} must be a tuple of some of {', '.join(OPTIONAL_PASSES)}")
+        elif strange := [name for name in self.without if name not in OPTIONAL_PASSES]:
+            problems.append(unknown(f"without={(strange[0],)!r}", strange[0], OPTIONAL_PASSES))
         if self.link is not None and not bytes_per_second(self.link):
             problems.append(f"link={self.link!r} must be bytes per second of one rank, such as '450GB/s' or '25GB/s'")
         if self.cache is not None and not isinstance(self.cache, str | os.PathLike):
@@ -241,19 +245,28 @@ class Plan(Degrees):
         if not problems:
             problems += self._graph_problems()
         if not problems and self.link is not None and self.backend == "nexfort":
-            problems.append("link begins exchanges early, and nexfort is not known to keep them in order; change one")
+            problems.append(
+                f"link={self.link!r} begins exchanges early, and backend='nexfort' is not known to keep them in order; "
+                "leave one out"
+            )
         if not problems and self.compile == "background" and self.cache is None:
-            problems.append("compile='background' hands graphs over by way of the cache, and cache=None; change one")
+            problems.append(
+                "compile='background' hands graphs over by way of the cache, and cache=None keeps none; change one"
+            )
         if not problems:
             problems += self._patch_problems() + self._vae_problems()
         if not problems and world_size is not None and self.world_size != world_size:
-            degrees = " x ".join(f"{name}={getattr(self, name)}" for name in self._shown())
-            needed, running = self.world_size, "1 is" if world_size == 1 else f"{world_size} are"
+            degrees, needed = self.degrees_shown(), self.world_size
+            running = "1 is" if world_size == 1 else f"{world_size} are"
             problems.append(
                 f"{degrees} needs {needed} process{'es' if needed > 1 else ''} but {running} running; "
                 f"start {needed} (--nproc {needed}, or torchrun --nproc_per_node {needed}) or change the degrees"
             )
         return problems
+
+    def degrees_shown(self) -> str:
+        """The degrees worth naming, each with its name."""
+        return " x ".join(f"{name}={getattr(self, name)}" for name in self._shown())
 
     def _graph_problems(self) -> list[str]:
         """Reasons against CUDA graphs: what others send, and what a step leaves for the next, is in no recording."""
@@ -263,7 +276,10 @@ class Plan(Degrees):
         if self.compile_mode not in GRAPH_MODES:
             return [f"{GRAPHS}=True records what one rank computes alone, and {why}; leave it out"]
         other = "max-autotune-no-cudagraphs" if self.compile_mode == "max-autotune" else "default"
-        return [f"compile_mode={self.compile_mode!r} records what one rank computes alone, and {why}; take {other!r}"]
+        return [
+            f"compile_mode={self.compile_mode!r} records what one rank computes alone, and {why}; "
+            f"take compile_mode={other!r}"
+        ]
 
     def _patch_problems(self) -> list[str]:
         problems = []
@@ -273,10 +289,11 @@ class Plan(Degrees):
             problems.append(f"warmup_steps={self.warmup_steps!r} must be at least 1: the first step has none before it")
         layers = self.stage_layers
         if layers is not None and not (isinstance(layers, tuple) and all(_is_count(each, 1) for each in layers)):
-            problems.append(f"stage_layers={layers!r} must be a tuple of whole numbers of at least 1")
+            problems.append(f"stage_layers={layers!r} must be whole numbers of at least 1, one for each stage")
         elif layers is not None and len(layers) != self.pipefusion:
             problems.append(
-                f"stage_layers={layers!r} must have pipefusion={self.pipefusion} numbers, one for each stage"
+                f"stage_layers={layers!r} must have one number for each stage, and pipefusion={self.pipefusion} makes "
+                f"{self.pipefusion}"
             )
         return problems or self._rivals()
 
@@ -284,19 +301,18 @@ class Plan(Degrees):
         """Methods that share the tokens in place of one another."""
         for method in METHODS:
             if method.instead_of and self.degree(method) > 1:
-                others = [name for name in method.instead_of if getattr(self, name) > 1]
-                others += ["patches"] if self.patch_count > self.pipefusion else []
+                others = [f"{name}={getattr(self, name)}" for name in method.instead_of if getattr(self, name) > 1]
+                others += [f"patches={self.patches}"] if self.patch_count > self.pipefusion else []
                 if others:
-                    return [f"{method.name} shares the tokens, as {' and '.join(others)} would; take one of them"]
+                    mine = f"{method.name}={self.degree(method)}"
+                    return [f"{mine} shares the tokens, as {' and '.join(others)} would; take one of them"]
         return []
 
     def _vae_problems(self) -> list[str]:
         degree = self.vae_degree
         if degree is not None and self.vae == "whole" or self.vae_memory is not None and self.vae != "patch":
             name = "vae_degree" if self.vae_memory is None else "vae_memory"
-            return [
-                f"{name}={getattr(self, name)!r} has no use with vae={self.vae!r}; set vae='patch' (--use_parallel_vae)"
-            ]
+            return [f"{name}={getattr(self, name)!r} has no use with vae={self.vae!r}; set vae='patch'"]
         if self.vae_memory is not None and not self.vae_bytes:
             return [f"vae_memory={self.vae_memory!r} must be a number of bytes, or such as '2GiB' or '800MB'"]
         if degree is None:
@@ -304,7 +320,8 @@ class Plan(Degrees):
         if not _is_count(degree, 1):
             return [f"vae_degree={degree!r} must be a whole number of at least 1"]
         if self.replica % degree:
-            return [f"vae_degree={degree} must divide the {self.replica} ranks that share the rows"]
+            ranks = "1 rank that has all rows" if self.replica == 1 else f"{self.replica} ranks that share the rows"
+            return [f"vae_degree={degree} must divide the {ranks}; change it, or leave it out for all of them"]
         return []
 
     def _shown(self) -> list[str]:

@@ -104,7 +104,7 @@ def printed(parts: Iterable[Any]) -> str:
     from rich.console import Console
 
     written = io.StringIO()
-    console = Console(file=written, width=120, color_system=None)
+    console = Console(file=written, width=120, color_system=None, force_jupyter=False)
     for part in parts:
         console.print(part)
     return written.getvalue().rstrip()

@@ -219,7 +219,7 @@ def alone(size: int, call: Call | None = None, before: Call | None = None) -> Us
         call: that one.
         before: the one before it that was alone.
     """
-    without = "use cfg=1 (leave out --use_cfg_parallel)"
+    without = "use cfg=1"
     if call is not None and call.unshared is not None and call.unshared.samples > 1:
         return UsageError(f"cfg={size} but {call.name} {call.unshared.why}; {without} or a smaller one")
     if call is not None and before is not None and call.same_step(before):
@@ -229,7 +229,7 @@ def alone(size: int, call: Call | None = None, before: Call | None = None) -> Us
         )
     return UsageError(
         f"cfg={size} but this pipeline makes one call of the denoiser with one image per step: it is "
-        f"guidance-distilled or runs without guidance; {without}, or a guidance scale above 1 (--guidance_scale 4)"
+        f"guidance-distilled or runs without guidance; {without}, or take a guidance scale above 1 (--guidance_scale 4)"
     )
 
 
@@ -238,6 +238,6 @@ def unshared_images(size: int, name: str, unshared: Bound | None) -> UsageError:
     if unshared is None or unshared.samples < size:
         return UsageError(
             f"data={size} but {name} is called with fewer images at once, or takes them one by one: "
-            "give more prompts or a greater num_images_per_prompt, or use data=1 (leave out --data_parallel_degree)"
+            "give more prompts or a greater num_images_per_prompt, or use data=1"
         )
-    return UsageError(f"data={size} but {name} {unshared.why}; use data=1 (leave out --data_parallel_degree)")
+    return UsageError(f"data={size} but {name} {unshared.why}; use data=1")

@@ -121,6 +121,10 @@ class Runner(Making):
             leave(outcome, (args, kwargs))
         return outcome.result
 
+    def by_itself(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module itself returns, unsplit and of this rank alone; it may write to what it is given."""
+        return self._own_outcome(args, kwargs).result
+
     def _own_outcome(self, args: tuple, kwargs: dict) -> Outcome:
         computation = self._computation
         with as_it_was(self.module):

@@ -146,14 +146,20 @@ class Engine:
         """What goes on, for whoever asks."""
         now = time.monotonic()
         running = [
-            {"id": id, "step": each.ticket.step, "steps": each.ticket.steps, "seconds": now - (each.ticket.started or now)}
+            {
+                "id": id,
+                "step": each.ticket.step,
+                "steps": each.ticket.steps,
+                "seconds": now - (each.ticket.started or now),
+            }
             for id, each in self._running.items()
         ]
         ranks = [
             {"rank": each.rank, "resident": each.resident, "device_memory": each.device_memory} for each in self.reports
         ]
         return {
-            "queued": len(self._queue), "running": running, "plan": self.plan, "restarts": self.restarts, "ranks": ranks,
+            "queued": len(self._queue), "running": running, "plan": self.plan, "restarts": self.restarts,
+            "ranks": ranks,
         }  # fmt: skip
 
     @property

@@ -121,8 +121,7 @@ class Ready:
         rank: whose.
         pid: its process.
         facts: about the pipeline: ``class``, ``makes`` (``images`` or ``videos``), ``takes`` (names of the arguments of
-            its call), ``joins`` (whether calls may join), ``device``, ``dtype``, ``versions``, ``size`` (default height and
-            width, where known).
+            its call), ``joins`` (whether calls may join), ``device``, ``dtype``.
         seconds: that loading took.
     """
 

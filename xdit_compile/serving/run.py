@@ -101,7 +101,9 @@ def _bound(request: ServeRequest) -> socket.socket:
         listening.bind((request.host, request.port))
     except OSError as error:
         listening.close()
-        raise UsageError(f"--host {request.host} --port {request.port}: {error.strerror}; give another --port") from error
+        raise UsageError(
+            f"--host {request.host} --port {request.port}: {error.strerror}; give another --port"
+        ) from error
     return listening
 
 

@@ -87,6 +87,4 @@ class Ticket:
 
     async def end(self) -> Event:
         """The event that ends it."""
-        async for event in self.events():
-            pass
-        return event
+        return [event async for event in self.events()][-1]

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from xdit_compile.errors import UsageError, one_line
+from xdit_compile.errors import UsageError, reason_of
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".gguf")
 _AUTOENCODER = "vae"
@@ -25,18 +25,22 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "model_index.json").read_text()))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / 'model_index.json'} cannot be read: {one_line(error)}") from error
+        raise UsageError(f"{folder / 'model_index.json'} cannot be read: {reason_of(error)}") from error
 
 
 def check_component(folder: Path, component: str | None) -> None:
-    """See that a pipeline folder has a component of that name.
+    """See that a pipeline folder has a component of that name which is a module.
 
     Raises:
         UsageError: naming those it has.
     """
+    if component is None:
+        return
     names = list(_components(folder))
-    if component is not None and component not in names:
-        raise UsageError(f"--component {component} is not in this pipeline; choose one of {', '.join(names)}")
+    modules = [name for name in names if _is_model(_file_names(folder / name))]
+    if component not in (modules or names):
+        what = "is no module" if component in names else "is not in this pipeline"
+        raise UsageError(f"--component {component} {what}; choose one of {', '.join(modules or names)}")
 
 
 def check_parts(folder: Path, weights: bool) -> None:
@@ -105,12 +109,16 @@ def _components(folder: Path) -> dict[str, str]:
 def _part_problem(folder: Path, weights: bool) -> str | None:
     if not folder.is_dir():
         return f"there is no folder {folder.name}"
-    files = [file.name for file in folder.iterdir() if file.is_file()]
+    files = _file_names(folder)
     if not files:
         return f"the folder {folder.name} is empty"
     if weights and _is_model(files) and not any(Path(file).suffix in WEIGHTS for file in files):
         return f"the folder {folder.name} has no weights ({', '.join(WEIGHTS[:2])})"
     return None
+
+
+def _file_names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
 
 
 def _is_model(files: list[str]) -> bool:

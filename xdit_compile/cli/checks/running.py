@@ -53,7 +53,9 @@ def inductor() -> Iterator[Finding]:
     if why_not is not None:
         return
     with tempfile.TemporaryDirectory(prefix="xdit-compile-doctor-") as folder:
-        inside = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        inside = {
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton", "TMPDIR": folder,
+        }  # fmt: skip
         said, why = _ended([sys.executable, "-P", "-m", f"{__package__}.small_graph"], GRAPH_LIMIT_S, inside)
     if why:
         remedy = "take --backend eager meanwhile, and --debug to see more"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from xdit_compile.cache.store import Listed, Store
 from xdit_compile.cli.options.request import DEVICES
 from xdit_compile.cli.parsing.choices import Choices
 from xdit_compile.cli.parsing.groups import COMPILE, Group, option
+from xdit_compile.cli.processes.ending import INDUCTOR_FILES
+from xdit_compile.cli.processes.speech import doing
 from xdit_compile.errors import UsageError, XditCompileError
 from xdit_compile.plan.plan import bytes_in
 
@@ -59,7 +62,8 @@ def list_entries(cache_dir: str | None) -> None:
     """Say what is kept."""
     folder = _folder(cache_dir)
     store = _store(folder)
-    checked = store.verify() if store else []
+    with doing("reading entries"):
+        checked = store.verify() if store else []
     listed = [one for one, sound in checked if sound]
     if listed:
         click.echo(_table(listed))
@@ -92,7 +96,8 @@ def verify(cache_dir: str | None) -> None:
     """Check every seal; the exit code is 1 where something is broken."""
     folder = _folder(cache_dir)
     store = _store(folder)
-    checked = store.verify() if store else []
+    with doing("reading entries"):
+        checked = store.verify() if store else []
     broken = [listed for listed, sound in checked if not sound]
     for listed in broken:
         click.echo(f"broken: {listed.kind}/{listed.name}")
@@ -121,6 +126,7 @@ def clear(cache_dir: str | None) -> None:
     folder = _folder(cache_dir)
     store = _store(folder)
     removed = store.clear() if store else []
+    shutil.rmtree(folder / INDUCTOR_FILES, ignore_errors=True)
     _tell_removed(folder, removed, store.listed() if store else [], 0)
 
 
@@ -136,14 +142,16 @@ def clear(cache_dir: str | None) -> None:
 @option("--device", group=COMPILE, type=Choices(DEVICES, strict=True), default="auto", help="What it is for.")
 def unpack(cache_dir: str | None, file: Path, digest: str, device: str) -> None:
     """Take in what build packed on another machine."""
-    import torch
+    with doing(f"taking {file} in"):
+        import torch
 
-    from xdit_compile.cache.bundle import unpack as take_in
-    from xdit_compile.distributed.devices import local_device
+        from xdit_compile.cache.bundle import unpack as take_in
+        from xdit_compile.distributed.devices import local_device
 
-    store = Store(_folder(cache_dir))
-    place = local_device() if device == "auto" else torch.device(device)
-    click.echo(f"{_count(take_in(store, file, digest, place))} taken into {store.folder}")
+        store = Store(_folder(cache_dir))
+        place = local_device() if device == "auto" else torch.device(device)
+        count = take_in(store, file, digest, place)
+    click.echo(f"{_count(count)} taken into {store.folder}")
 
 
 def _tell_removed(folder: Path, removed: Sequence[Listed], rest: Sequence[Listed], limit: int) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 
 import click
 
+from xdit_compile.cache.folder import resolve
 from xdit_compile.cli.options.evaluation_request import EvaluationRequest
 from xdit_compile.cli.options.plenty import is_plenty
 from xdit_compile.cli.options.preflight import preflight
 from xdit_compile.cli.options.request import PipelineRequest, Request
+from xdit_compile.cli.options.sizes import check_on_hub
 from xdit_compile.cli.options.without_effect import tell_without_effect
 from xdit_compile.cli.processes.ending import compilers_apart
+from xdit_compile.cli.processes.speech import show_phases
 from xdit_compile.distributed.world import World
 
 
@@ -28,13 +32,18 @@ def start(command: str, request: PipelineRequest, nproc: int | None) -> None:
         degree = request.plan.ulysses
         line = f"no method was given for {degree} processes: taking --ulysses_degree {degree}, which shares the tokens"
         click.echo(line, err=True)
-    _check_room(request, world, nproc)
-    if nproc is None or nproc == 1:
-        _run(request, world)
-    else:
+    begun, phases = time.monotonic(), show_phases(request, world)
+    launches = nproc is not None and nproc > 1
+    phases.begin(f"starting {nproc} processes" if launches else "starting")
+    check_on_hub(request)
+    with compilers_apart(resolve(request.plan.cache)):
+        _check_room(request, world, nproc)
+        if not launches:
+            _run(request, world)
+    if launches:
         from xdit_compile.cli.processes.launch import launch
 
-        launch(["worker", command, request.to_json()], nproc, request.debug)
+        launch(["worker", "--since", str(begun), command, request.to_json()], nproc or 1, request.debug, phases.end)
 
 
 def _check_room(request: PipelineRequest, world: World, nproc: int | None) -> None:
@@ -52,24 +61,27 @@ def _check_room(request: PipelineRequest, world: World, nproc: int | None) -> No
 
 
 def _run(request: PipelineRequest, world: World) -> None:
-    with compilers_apart():
-        if isinstance(request, EvaluationRequest):
-            from xdit_compile.cli.running.evaluate import evaluate as compare
+    if isinstance(request, EvaluationRequest):
+        from xdit_compile.cli.running.evaluate import evaluate as compare
 
-            compare(request, world)
-        elif isinstance(request, Request):
-            from xdit_compile.cli.running.generate import generate as make
+        compare(request, world)
+    elif isinstance(request, Request):
+        from xdit_compile.cli.running.generate import generate as make
 
-            make(request, world)
+        make(request, world)
 
 
 @click.command(hidden=True)
+@click.option("--since", type=float, help="When the command began, by the monotonic clock.")
 @click.argument("command", type=click.Choice(["generate", "evaluate"]))
 @click.argument("request_json")
-def worker(command: str, request_json: str) -> None:
+def worker(since: float | None, command: str, request_json: str) -> None:
     """One of the processes that --nproc starts."""
     from xdit_compile.cli.processes.launch import end_with_parent
 
     end_with_parent()
     kind: type[PipelineRequest] = EvaluationRequest if command == "evaluate" else Request
-    _run(kind.from_json(request_json), World.from_environment())
+    request, world = kind.from_json(request_json), World.from_environment()
+    show_phases(request, world, since).begin("starting")
+    with compilers_apart(resolve(request.plan.cache)):
+        _run(request, world)

@@ -13,10 +13,13 @@ from xdit_compile.cache.folder import resolve
 from xdit_compile.cli.options.flags import call_flags, model_flags, size_flags
 from xdit_compile.cli.options.plan_flags import plan_flags
 from xdit_compile.cli.options.request import DEVICES, Request, check_inputs, find_model
-from xdit_compile.cli.options.sizes import check_batches, size_in_pixels
+from xdit_compile.cli.options.sizes import check_batches, check_sizes_on_hub, size_in_pixels
 from xdit_compile.cli.options.without_effect import tell_without_effect
 from xdit_compile.cli.parsing.choices import Choices
 from xdit_compile.cli.parsing.groups import COMPILE, MODEL, Command, option
+from xdit_compile.cli.processes.ending import compilers_apart
+from xdit_compile.cli.processes.speech import show_phases
+from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError
 from xdit_compile.plan import Plan
 from xdit_compile.weights.model_folder import check_component
@@ -46,9 +49,12 @@ def tune(
     for height, width in asked:
         dataclasses.replace(request, height=height, width=width).check(None, weights=False)
     pixels: Sequence[tuple[int, int] | None] = asked or [None]
-    if resolve(plan.cache) is None:
+    if (cache := resolve(plan.cache)) is None:
         raise UsageError("there is nowhere to keep timings: give --cache_dir, or leave out --no_cache")
-    from xdit_compile.cli.running.tune import tune as run
+    show_phases(request, World()).begin("starting")
+    check_sizes_on_hub(request, asked)
+    with compilers_apart(cache):
+        from xdit_compile.cli.running.tune import tune as run
 
-    for line in run(request, component, inputs, pixels, batches, again, rounds):
-        click.echo(line)
+        for line in run(request, component, inputs, pixels, batches, again, rounds):
+            click.echo(line)

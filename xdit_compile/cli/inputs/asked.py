@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from xdit_compile.errors import UsageError, one_line
+from xdit_compile.errors import UsageError, reason_of
+from xdit_compile.plan.nearest import did_you_mean
+
+from .call_source import scheduler_classes
 
 PICTURES = {"input_images": "--image", "mask_image": "--mask_image", "control_image": "--control_image"}
 """The fields that name pictures, and the flags by which they are given."""
@@ -47,6 +48,9 @@ class Inputs:
         for flag, file in named:
             if not Path(file).is_file():
                 yield f"{flag} {file} is no file; give pictures that are on this machine"
+        if self.scheduler is not None and (classes := scheduler_classes()) and self.scheduler not in classes:
+            near = did_you_mean(self.scheduler, classes) or "; give a class's name, such as DDIMScheduler"
+            yield f"--scheduler {self.scheduler}: the installed diffusers has no scheduler of that name{near}"
         if self.resize_input_images and not (named and has_size):
             yield "--resize_input_images needs a picture (--image, --mask_image, --control_image), --height and --width"
         if self.strength is not None and not (math.isfinite(self.strength) and 0 <= self.strength <= 1):
@@ -54,7 +58,7 @@ class Inputs:
         if self.mask_image and not self.input_images:
             yield "--mask_image says what of a picture is painted anew; give the picture with --image"
         try:
-            names = assigned(self.assignments)
+            names = texts_of(self.assignments)
         except UsageError as error:
             yield str(error)
         else:
@@ -62,29 +66,27 @@ class Inputs:
             yield from (f"--set {name}: give --{name}, which is checked" for name in names if name in flags)
 
 
-def assigned(assignments: tuple[str, ...]) -> dict[str, Any]:
-    """Arguments by their names; a value is JSON where it can be read so, and text else.
+def texts_of(assignments: tuple[str, ...]) -> dict[str, str]:
+    """The texts that arguments are given by their names.
 
     Raises:
         UsageError: one has no name, or a name is given twice.
     """
-    values: dict[str, Any] = {}
+    texts: dict[str, str] = {}
     for each in assignments:
         name, equals, text = each.partition("=")
         name = name.strip()
         if not equals or not name.isidentifier():
             raise UsageError(f"--set {each} must be NAME=VALUE, such as true_cfg_scale=4.0")
-        if name in values:
+        if name in texts:
             raise UsageError(f"--set gives {name} twice; leave one out")
-        values[name] = _value(text.strip())
-    return values
+        texts[name] = text.strip()
+    return texts
 
 
-def _value(text: str) -> Any:
-    try:
-        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-    except ValueError:
-        return text
+def how_to_save(path: str) -> str:
+    """The line of Python that makes a file of example inputs."""
+    return f"torch.save({{'args': (...), 'kwargs': {{...}}}}, {path!r})"
 
 
 def prompts_in(path: str, flag: str) -> list[str]:
@@ -98,8 +100,10 @@ def prompts_in(path: str, flag: str) -> list[str]:
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"{flag} {path} cannot be read: {one_line(error)}") from error
+    except UnicodeError as error:
+        raise UsageError(f"{flag} {path} is no text file; write prompts one a line, in UTF-8") from error
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be read: {reason_of(error)}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"{flag} {path} holds no prompt; write one a line")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xdit_compile.cli.parsing.choices import did_you_mean
-from xdit_compile.errors import UsageError, one_line
+from xdit_compile.errors import UsageError, XditCompileError, one_line
+from xdit_compile.plan.nearest import did_you_mean
 
-from .asked import PICTURES, Inputs, assigned
+from .annotations import Argument, arguments_of, assigned_to
+from .asked import PICTURES, Inputs, texts_of
+from .call_source import call_of
 
 
 def pictures(inputs: Inputs, height: int | None, width: int | None) -> dict[str, Any]:
@@ -43,16 +47,14 @@ def further_arguments(pipe: Any, inputs: Inputs) -> dict[str, Any]:
     """The arguments that a request names itself.
 
     Raises:
-        UsageError: the pipeline's call takes no argument of such a name; says which is near.
+        UsageError: the pipeline's call takes no argument of such a name, or no such value; says what it takes.
     """
-    values = assigned(inputs.assignments)
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    names = [name for name, each in list(parameters.items())[1:] if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    for name in values:
-        if name not in names:
-            near = did_you_mean(name, names) or f"; it takes {', '.join(names)}"
-            raise UsageError(f"--set {name}: this pipeline takes no argument of that name{near}")
-    return values
+    if not inputs.assignments:
+        return {}
+    annotated = arguments_of(call) if (call := call_of(pipe)) is not None else {}
+    parameters = list(inspect.signature(type(pipe).__call__).parameters.values())[1:]
+    names = [each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    return assigned_to({name: annotated.get(name, Argument(None)) for name in names}, texts_of(inputs.assignments))
 
 
 def put_scheduler(pipe: Any, name: str | None) -> None:
@@ -73,3 +75,21 @@ def put_scheduler(pipe: Any, name: str | None) -> None:
             f"--scheduler {name} does not go with this pipeline, which has a {type(scheduler).__name__}{near}"
         )
     pipe.scheduler = kinds[name].from_config(scheduler.config)
+
+
+@contextlib.contextmanager
+def naming_assignments(inputs: Inputs) -> Iterator[None]:
+    """Have an error of a pipeline's own code name the arguments that were given by ``--set``: one may be the cause.
+
+    Raises:
+        XditCompileError: in the place of such an error.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+        if not inputs.assignments or isinstance(error, XditCompileError):
+            raise
+        names = ", ".join(f"--set {name}" for name in texts_of(inputs.assignments))
+        raise XditCompileError(
+            f"the pipeline stopped, maybe at what {names} gave it: {type(error).__name__}: {one_line(error)}"
+        ) from error

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from xdit_compile.cli.inputs.asked import prompts_in
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError
+from xdit_compile.plan.nearest import unknown
 
 from .destination import check_made, settle
 from .request import PipelineRequest, find_model
@@ -72,7 +73,7 @@ class EvaluationRequest(PipelineRequest):
 
     def _check_features(self) -> None:
         if self.features not in FEATURES:
-            raise UsageError(f"--features {self.features} is unknown; choose one of {', '.join(FEATURES)}")
+            raise UsageError(unknown(f"--features {self.features}", self.features, FEATURES))
         if self.features == "inception":
             check_inception()
 
@@ -117,8 +118,12 @@ class EvaluationRequest(PipelineRequest):
             UsageError, XditCompileError: as `destination.settle`, or the pipeline makes no images.
         """
         folder = Path(find_model(self.model))
-        check_made(kind_in_folder(folder) if folder.is_dir() else None, ("images",))
+        self.check_kind(kind_in_folder(folder) if folder.is_dir() else None)
         return dataclasses.replace(self, overwrite=settle(self.written, self.overwrite, world))
+
+    def check_kind(self, kind: str | None) -> None:
+        """The same, images alone."""
+        check_made(kind, ("images",))
 
     def _check_output(self) -> None:
         folder = Path(self.output)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from xdit_compile.cli.parsing.choices import Choices
+from xdit_compile.cli.parsing.choices import Choices, NamesByComma
 from xdit_compile.cli.parsing.groups import COMPILE, PARALLEL, flagged, option
 from xdit_compile.cli.parsing.xdit_flags import XDIT_ATTENTIONS, in_our_words
 from xdit_compile.plan import Plan
@@ -149,7 +149,11 @@ def _compiler_flags() -> dict[str, Any]:
             help="More of its settings: NAME=VALUE,NAME=VALUE or a JSON object, such as max_autotune=true.",
         ),
         "without": option(
-            "--without", group=COMPILE, default="", help=f"Passes to leave out, by comma: {', '.join(OPTIONAL_PASSES)}."
+            "--without",
+            group=COMPILE,
+            type=NamesByComma(OPTIONAL_PASSES),
+            default="",
+            help=f"Passes to leave out, by comma: {', '.join(OPTIONAL_PASSES)}.",
         ),
     }
 

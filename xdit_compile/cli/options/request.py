@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from xdit_compile.cli.inputs.asked import Inputs
+from xdit_compile.cli.inputs.annotations import Argument, arguments_of, assigned_to
+from xdit_compile.cli.inputs.asked import Inputs, how_to_save, texts_of
+from xdit_compile.cli.inputs.call_source import call_in_folder
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError
 from xdit_compile.plan import Plan
 from xdit_compile.plan.backend_options import parsed
 from xdit_compile.plan.methods import METHODS, Method
+from xdit_compile.plan.nearest import unknown
 from xdit_compile.plan.requirements import too_old
 from xdit_compile.weights.model_folder import check_parts, check_size
 
@@ -133,9 +136,9 @@ class PipelineRequest:
     def _choice_problems(self) -> list[str]:
         problems = []
         if self.dtype != "auto" and self.dtype not in DTYPES:
-            problems.append(f"--dtype {self.dtype} is unknown; choose one of auto, {', '.join(DTYPES)}")
+            problems.append(unknown(f"--dtype {self.dtype}", self.dtype, ("auto", *DTYPES)))
         if self.device not in DEVICES:
-            problems.append(f"--device {self.device} is unknown; choose one of {', '.join(DEVICES)}")
+            problems.append(unknown(f"--device {self.device}", self.device, DEVICES))
         return problems
 
     def _offload_problems(self) -> list[str]:
@@ -180,8 +183,20 @@ class PipelineRequest:
         """A folder is looked into; what an id of the Hub stands for is seen when it is fetched."""
         if (folder := Path(find_model(self.model))).is_dir():
             check_parts(folder, weights)
-            sides = [side if side is None or side > 0 else None for side in (self.height, self.width)]
-            check_size(folder, sides[0], sides[1], bool(self.binning))
+            self.check_size(folder)
+
+    def check_kind(self, kind: str | None) -> None:
+        """See that a pipeline makes what is asked for, where it is known what it makes, as `result_kind` has it.
+
+        Raises:
+            UsageError: it does not.
+        """
+        check_made(kind)
+
+    def check_size(self, folder: Path) -> None:
+        """See that a folder's pipeline makes pictures of this size; a `UsageError` names the nearest that it makes."""
+        sides = [side if side is None or side > 0 else None for side in (self.height, self.width)]
+        check_size(folder, sides[0], sides[1], bool(self.binning))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +223,7 @@ class Request(Inputs, Repeats, PipelineRequest):
     )
 
     def _more_checks(self) -> list[Callable[[], None]]:
-        return [self._check_prompt, self._check_output, self._check_repeats]
+        return [self._check_prompt, self._check_output, self._check_repeats, self._check_assignments]
 
     @property
     def seeds(self) -> int | list[int]:
@@ -219,11 +234,38 @@ class Request(Inputs, Repeats, PipelineRequest):
     def _check_prompt(self) -> None:
         if not self.prompt:
             raise UsageError("--prompt is missing; say what to show")
+        says_something = self.input_images or self.control_image or all(text.strip() for text in self.prompt)
+        if not says_something and ((arguments := self._arguments()) is None or "prompt" in arguments):
+            raise UsageError("--prompt is empty; say what to show")
+
+    def _arguments(self) -> dict[str, Argument] | None:
+        """The arguments of the pipeline's call, as its source has them; None where that is not here."""
+        with contextlib.suppress(UsageError):
+            folder = Path(find_model(self.model))
+            if folder.is_dir() and (call := call_in_folder(folder)) is not None:
+                return arguments_of(call)
+        return None
+
+    def _check_assignments(self) -> None:
+        """See that the pipeline takes what ``--set`` gives, which does not wait for its weights."""
+        try:
+            texts = texts_of(self.assignments)
+        except UsageError:
+            return
+        further = {name: text for name, text in texts.items() if not hasattr(self, name)}
+        if further and (arguments := self._arguments()) is not None:
+            assigned_to(arguments, further)
 
     def _check_repeats(self) -> None:
         has_size = self.height is not None and self.width is not None
         if problems := [*self.repeat_problems(), *self.input_problems(has_size)]:
             raise UsageError("; ".join(problems))
+
+    def check_kind(self, kind: str | None) -> None:
+        """The same, and that its file's ending goes with it."""
+        check_made(kind)
+        if self.output is not None:
+            check_format(self.output, self.output_type, kind)
 
     @property
     def kind(self) -> str | None:
@@ -242,7 +284,7 @@ class Request(Inputs, Repeats, PipelineRequest):
 
     def _check_output(self) -> None:
         if self.output_type not in OUTPUT_TYPES:
-            raise UsageError(f"--output_type {self.output_type} is unknown; choose one of {', '.join(OUTPUT_TYPES)}")
+            raise UsageError(unknown(f"--output_type {self.output_type}", self.output_type, OUTPUT_TYPES))
         if self.output is not None:
             if self.output_directory is None or Path(self.output).parent != self.folder:
                 check_place(self.output)
@@ -303,7 +345,7 @@ def check_inputs(path: str | None) -> None:
         UsageError: it does not; says how to make one.
     """
     if path is not None and not Path(path).is_file():
-        raise UsageError(f"--inputs {path} does not exist; torch.save({{'args': (...), 'kwargs': {{...}}}}, {path!r})")
+        raise UsageError(f"--inputs {path} is no file; make one with {how_to_save(path)}")
 
 
 def _world_problems(plan: Plan, world: World | None, nproc: int | None) -> list[str]:
@@ -313,7 +355,13 @@ def _world_problems(plan: Plan, world: World | None, nproc: int | None) -> list[
         return [*plan.problems(), f"--nproc {nproc} must be at least 1"]
     if nproc is not None and world.launched:
         return [*plan.problems(), f"{world.size} processes are already launched; leave out --nproc {nproc}"]
-    return plan.problems(nproc or world.size)
+    if nproc is None or plan.world_size == nproc or plan.problems():
+        return plan.problems(nproc or world.size)
+    needed = plan.world_size
+    return [
+        f"{plan.degrees_shown()} needs {needed} process{'es' if needed > 1 else ''}, and --nproc {nproc} asks for "
+        f"{nproc}; give --nproc {needed}, or change the degrees"
+    ]
 
 
 def plan_from_flags(**flags: Any) -> Plan:

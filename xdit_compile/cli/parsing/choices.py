@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from xdit_compile.plan.nearest import unknown
 
 
 class Choices(click.Choice[str]):
@@ -30,36 +32,29 @@ class Choices(click.Choice[str]):
         text = str(value)
         if text.casefold() in known or not self.strict:
             return known.get(text.casefold(), text)
-        self.fail(f"{text!r} is unknown; choose one of {', '.join(self.choices)}", param, ctx)
+        self.fail(unknown(repr(text), text, self.choices), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        """The names that begin so, as they are listed: in them - and _ are not the same."""
+        begun = incomplete.casefold()
+        return [CompletionItem(name) for name in self.choices if name.casefold().startswith(begun)]
+
+
+class NamesByComma(click.types.StringParamType):
+    """Text that holds some of a few names, with commas between them, of which the shell completes the last."""
+
+    def __init__(self, names: Iterable[str]):
+        super().__init__()
+        self.names = tuple(names)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        """What stands there, with each name that may be the last and does not stand there yet."""
+        before, comma, last = incomplete.rpartition(",")
+        names = [name for name in self.names if name.startswith(last) and name not in before.split(",")]
+        return [CompletionItem(before + comma + name) for name in names]
 
 
 class Lines(click.types.StringParamType):
     """Text that may hold blanks: where a variable of the environment gives several, they are one a line."""
 
     envvar_list_splitter = "\n"
-
-
-def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """At most three of some names that ``name`` may have been meant to be, the nearest first.
-
-    They are written nearly alike, or are made of nearly the same words and more.
-    """
-    names = list(dict.fromkeys(names))
-    if typo := difflib.get_close_matches(name, names, n=1, cutoff=0.85):
-        return typo
-    alike = difflib.get_close_matches(name, names, n=3, cutoff=0.7)
-    words = [word for word in name.lower().split("_") if len(word) > 2]
-    holding = [
-        other for other in names if words and all(_like_one_of(word, other.lower().split("_")) for word in words)
-    ]
-    return list(dict.fromkeys([*alike, *holding]))[:3]
-
-
-def _like_one_of(word: str, words: list[str]) -> bool:
-    return word in words or bool(difflib.get_close_matches(word, words, n=1, cutoff=0.8))
-
-
-def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """A clause that asks for the nearest names; empty where none is near."""
-    near = [f"{prefix}{other}" for other in nearest(name, names)]
-    return f"; did you mean {' or '.join(near)}?" if near else ""

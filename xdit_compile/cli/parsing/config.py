@@ -12,9 +12,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from xdit_compile.errors import UsageError, one_line
+from xdit_compile.errors import UsageError, one_line, reason_of
+from xdit_compile.plan.nearest import did_you_mean
 
-from .choices import did_you_mean
 from .xdit_flags import REFUSED
 
 PREFIX = "XDIT_COMPILE_"
@@ -99,7 +99,7 @@ def _content(path: str) -> dict[Any, Any]:
     except FileNotFoundError:
         raise UsageError(f"--config {path} does not exist") from None
     except (OSError, UnicodeError) as error:
-        raise UsageError(f"--config {path} cannot be read: {one_line(error)}") from error
+        raise UsageError(f"--config {path} cannot be read: {reason_of(error)}") from error
     try:
         content = tomllib.loads(text) if file.suffix.lower() == ".toml" else _yaml(text)
     except ValueError as error:

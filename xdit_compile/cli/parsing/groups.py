@@ -8,31 +8,35 @@ can be given as ``XDIT_COMPILE_NAME`` in the environment and as ``name`` in the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from xdit_compile.errors import UsageError
+from xdit_compile.plan.nearest import did_you_mean
 
-from .choices import Choices, did_you_mean
+from .choices import Choices
 from .config import PREFIX, key_of, read_config, shown, variable_of
+from .words import one_flag_each
 from .xdit_flags import REFUSED
 
-MODEL, PICTURE, PARALLEL, COMPILE, OUTPUT, GENERAL = GROUPS = (
-    "Model", "Picture", "Parallel", "Compile", "Output", "General",
+MODEL, PICTURE, PARALLEL, COMPILE, SERVICE, OUTPUT, GENERAL = GROUPS = (
+    "Model", "Picture", "Parallel", "Compile", "Service", "Output", "General",
 )  # fmt: skip
 """In the order in which the help shows them."""
-SEEN_ELSEWHERE = ("CACHE", "CHECK", "DUMP")
+SEEN_ELSEWHERE = ("CACHE", "CHECK", "DUMP", "LOG")
 """What the compiler itself reads from the environment, after ``XDIT_COMPILE_``."""
 RIVALS = (
     ("cache_dir", "no_cache"),
     ("enable_model_cpu_offload", "enable_sequential_cpu_offload"),
 )
 """Flags that exclude each other, and have no default: the one nearer to the command line counts."""
-LISTS = ("attn_layer_num_for_pp", "mesh_order", "without")
-"""Flags that take a list with commas."""
+
+_BOOLEAN = re.compile(r"(.+) is not a valid boolean\b.*")
+"""How click refuses the value of a flag that is there or not."""
 _EPILOG = (
     "A flag may be written with - or _. Each can also be given in the environment, as XDIT_COMPILE_NAME, or in a file, "
     "with --config; what stands in the command line wins, then the environment, then the file."
@@ -106,11 +110,14 @@ class Command(click.Command):
         """
         _warn_of_variables(ctx)
         try:
-            rest = super().parse_args(ctx, _repeated(self, args))
+            rest = super().parse_args(ctx, one_flag_each(self, args, ctx))
         except click.NoSuchOption as error:
             raise _unknown(error, self, ctx) from None
         except click.BadParameter as error:
             raise _sourced(error, ctx) from None
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
         _drop_rivals(self, ctx)
         if ctx.params.pop("print_config") and not ctx.resilient_parsing:
             click.echo(shown(self, ctx, [(group, _in_group(self, group)) for group in GROUPS]))
@@ -132,6 +139,8 @@ class Group(click.Group):
         Raises:
             click.NoSuchOption: with the commands that have the flag.
         """
+        if not args and ctx.parent is not None and not ctx.resilient_parsing:
+            raise click.UsageError(f"say which: {ctx.info_name} {_or(self.list_commands(ctx))}", ctx)
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -141,27 +150,25 @@ class Group(click.Group):
                 error.option_name, f"No such option '{error.option_name}'{words}", ctx=ctx
             ) from None
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is named.
 
-def _repeated(command: click.Command, args: list[str]) -> list[str]:
-    """Arguments in which several values after one flag, as xDiT takes them, have a flag each, or commas."""
-    if any(isinstance(param, click.Argument) for param in command.params):
-        return args
-    flags = {name: flag for flag in options_of(command) for name in flag.opts}
-    words: list[str] = []
-    flag, values = None, 0
-    for word in args:
-        if word.startswith("-"):
-            name, equals, _ = word.partition("=")
-            flag, values = flags.get(f"--{name.lstrip('-').replace('-', '_')}"), len(equals)
-        elif flag is not None and flag.multiple and values:
-            words.append(flag.opts[0])
-        elif flag is not None and flag.name in LISTS and values:
-            words[-1] += f",{word}"
-            continue
-        else:
-            values += 1
-        words.append(word)
-    return words
+        Raises:
+            click.UsageError: there is none of that name; with the nearest, or all.
+        """
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as error:
+            if error.possibilities:
+                raise
+            raise click.UsageError(f"No such command {args[0]!r}; take {_or(self.list_commands(ctx))}", ctx) from None
+
+
+def _or(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def options_of(command: click.Command) -> list[click.Option]:
@@ -230,8 +237,8 @@ def _sourced(error: click.BadParameter, ctx: click.Context) -> click.BadParamete
         where = ctx.params.get("config")
     if where is None:
         return error
-    said = f"{error.message.rstrip('.')} (from {where})"
-    return click.BadParameter(said, ctx=error.ctx, param=error.param, param_hint=error.param_hint)
+    said = _BOOLEAN.sub(r"\1 is neither true nor false; write 1 or 0", error.message.rstrip("."))
+    return click.BadParameter(f"{said} (from {where})", ctx=error.ctx, param=error.param, param_hint=error.param_hint)
 
 
 def _drop_rivals(command: click.Command, ctx: click.Context) -> None:

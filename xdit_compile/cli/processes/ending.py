@@ -14,12 +14,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from xdit_compile.cache.seal import private_folder
 from xdit_compile.distributed.environment import RUN_FOLDER
+from xdit_compile.errors import UsageError
 
 ENDING = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "ended as its terminal was closed"}
 """Signals that end a command, and what it says then."""
 IMPATIENT_S = 10.0
 """A signal so long after the first one ends the process at once: what was to be cleaned up does not get done."""
+INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+"""Where inductor keeps files for later processes, and Triton with it; what the user has set stays."""
+INDUCTOR_FILES = "inductor-files"
+"""The folder of these in the cache folder: torch's headers as they were compiled, and what the processor can do."""
 GRACE_S = 1.0
 """Processes are given so long to end by themselves before they are killed."""
 
@@ -72,18 +78,20 @@ class Signals:
     def end(self, exit_code: int) -> None:
         """Let nothing disturb the process in its last moments, in which Python listens no more.
 
-        After a failure these are short: nobody waits for the memory of graphs to be given back piece by piece, nor for
-        transfers with a process that has stopped.
+        These are short: nobody waits for the memory of graphs to be given back piece by piece, which takes seconds, nor
+        for transfers with a process that has stopped. All that was asked for is written by now.
         """
+        for number in () if exit_code else ENDING:
+            signal.signal(number, signal.SIG_IGN)
         if self.came is not None:
             _end(lambda: descendants(os.getpid()))
-        if exit_code:
-            atexit._run_exitfuncs()
+        atexit._run_exitfuncs()
+        try:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(exit_code)
-        for number in ENDING:
-            signal.signal(number, signal.SIG_IGN)
+        except OSError:  # who read it is gone, or the disk is full
+            exit_code = exit_code or 1
+        os._exit(exit_code)
 
     def _come(self, number: int, frame: FrameType | None) -> None:
         if self._first is None:
@@ -97,17 +105,22 @@ class Signals:
 
 
 @contextmanager
-def compilers_apart() -> Iterator[None]:
-    """Have compilers that are called meanwhile leave nothing, whatever becomes of them.
+def compilers_apart(cache: Path | None) -> Iterator[None]:
+    """Have compilers that are called meanwhile leave nothing among temporary files, whatever becomes of them.
 
-    Their temporary files are in a folder that is gone afterwards: that of the run, where this process is one of several
-    of a command. Its own are where they always are, as what libraries keep for later runs is found by that. After a
+    Theirs are in a folder that is gone afterwards: that of the run, where this process is one of several of a command.
+    What inductor keeps for later processes is in the cache folder, or in that folder where nothing is kept. After a
     signal it stays so: other threads may call compilers until the process has ended.
+
+    Args:
+        cache: the folder of compiled programs; None where nothing is kept.
     """
-    of_run, before = os.environ.get(RUN_FOLDER), os.environ.get("TMPDIR")
+    of_run, before = os.environ.get(RUN_FOLDER), {name: os.environ.get(name) for name in ("TMPDIR", INDUCTOR)}
     folder = of_run or tempfile.mkdtemp(prefix="xdit-compile-")
     tempfile.gettempdir()
     os.environ["TMPDIR"] = folder
+    if not before[INDUCTOR]:
+        os.environ[INDUCTOR] = str(_inductor_files(cache) or Path(folder) / "inductor")
     is_ending = False
     try:
         yield
@@ -116,11 +129,21 @@ def compilers_apart() -> Iterator[None]:
         _end(lambda: descendants(os.getpid()))
         raise
     finally:
-        if not is_ending:
-            os.environ.pop("TMPDIR")
-            os.environ.update({} if before is None else {"TMPDIR": before})
+        for name, value in () if is_ending else before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
         if not of_run:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _inductor_files(cache: Path | None) -> Path | None:
+    """Where inductor keeps files for later processes, where only this user can write there."""
+    if cache is None:
+        return None
+    try:
+        return private_folder(private_folder(cache) / INDUCTOR_FILES)
+    except (UsageError, OSError):
+        return None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,12 +47,17 @@ class WorkerFailed(XditCompileError):
         self.exit_code = exit_code
 
 
-def launch(arguments: list[str], nproc: int, debug: bool = False) -> None:
+def launch(
+    arguments: list[str], nproc: int, debug: bool = False, begin: Callable[[], None] = lambda: None
+) -> None:  # fmt: skip
     """Run ``python -m xdit_compile ARGUMENTS`` in ``nproc`` processes and wait for all of them.
 
     The first process to fail ends the others. Each process gets its share of the cores unless OMP_NUM_THREADS is set.
     Whatever they have started, and their temporary files, are gone when this returns or raises. Signals are left to
     who called this: the launcher would listen to them until it ends, and leave its processes where a second one comes.
+
+    Args:
+        begin: called when the processes are about to start, which speak themselves.
 
     Raises:
         WorkerFailed: naming the rank that failed first and what it said.
@@ -82,6 +87,7 @@ def launch(arguments: list[str], nproc: int, debug: bool = False) -> None:
             **limits,
         )
         try:
+            begin()
             with _killing_the_rest(folder):
                 elastic_launch(config, sys.executable)("-P", "-m", "xdit_compile", *arguments)
         except ChildFailedError as error:

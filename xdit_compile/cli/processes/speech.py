@@ -7,16 +7,17 @@ no sign of life.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from xdit_compile.distributed.world import World
+from xdit_compile.plan.log_level import log_level
+
+from .notices import Notices, StepLines
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -27,8 +28,8 @@ PHASES = logging.getLogger("xdit_compile.progress")
 FROM_ALL_RANKS = "xdit_compile.peers"
 AT_INFO = (logging.getLogger("xdit_compile.ready"), TIMES)
 """Logs of which INFO is shown where nothing more is asked for."""
-FIRST_NOTICE_S = 5.0
-"""Where there is no terminal, a phase is told when it has taken so long, and again whenever that has doubled."""
+STEPS = "steps: {n_fmt}/{total_fmt} done, {remaining} left"
+"""What is told of a bar where there is no terminal, in the words of tqdm."""
 
 
 @contextlib.contextmanager
@@ -40,6 +41,8 @@ def as_found() -> Iterator[None]:
         try:
             yield
         finally:
+            for phases in filter(None, [_shown()]):
+                phases.end()
             for each, level, propagate, handlers, filters in kept:
                 each.setLevel(level)
                 each.propagate, each.handlers, each.filters = propagate, handlers, filters
@@ -57,16 +60,23 @@ class Wanted(Protocol):
 
 
 def set_logs(wanted: Wanted, world: World | None = None) -> None:
-    """Show what is wanted of our own log, and nothing of the libraries' but where that is all."""
+    """Show what is wanted of our own log, and nothing of the libraries' but where that is all.
+
+    ``XDIT_COMPILE_LOG`` counts where no flag says how much.
+
+    Raises:
+        UsageError: it is no level.
+    """
     first = world is None or world.rank == 0
-    level = logging.DEBUG if wanted.debug else logging.INFO if wanted.verbose else logging.WARNING
-    level = level if first or wanted.debug else logging.ERROR
-    OURS.setLevel(level)
+    asked = _asked(wanted)
+    level = logging.DEBUG if wanted.debug else logging.INFO if wanted.verbose else asked or logging.WARNING
+    OURS.setLevel(level if first or level <= logging.DEBUG else max(level, logging.ERROR))
+    tells = first and not wanted.quiet and (asked is None or asked <= logging.INFO)
     for each in AT_INFO:
-        each.setLevel(logging.INFO if first and not wanted.quiet else logging.NOTSET)
-    logging.getLogger(FROM_ALL_RANKS).setLevel(logging.INFO if wanted.verbose else logging.WARNING)
+        each.setLevel(logging.INFO if tells else logging.NOTSET)
+    logging.getLogger(FROM_ALL_RANKS).setLevel(max(level, logging.INFO))
     if not any(isinstance(each, _AboveBars) for each in OURS.handlers):
-        OURS.addHandler(_AboveBars(wanted.debug))
+        OURS.addHandler(_AboveBars(names=level <= logging.DEBUG))
         OURS.propagate = False
     if not wanted.debug:
         _silence_libraries(warns=first)
@@ -91,7 +101,6 @@ class _AboveBars(logging.Handler):
     def __init__(self, names: bool):
         super().__init__()
         self._names = names
-        self.setLevel(logging.DEBUG if names else logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -112,14 +121,43 @@ def loading(what: str, wanted: Wanted, world: World) -> Iterator[None]:
     TIMES.addFilter(Clock(time.monotonic() - begin, wanted.verbose))
 
 
-def show_phases(wanted: Wanted, world: World) -> Phases:
-    """Show what goes on from now on, where anybody wants to see it and it is this rank's to say."""
-    shown = Phases(sys.stderr.isatty()) if world.rank == 0 and not wanted.quiet else Phases(None)
-    PHASES.propagate = wanted.verbose or wanted.debug
+def show_phases(wanted: Wanted, world: World, since: float | None = None) -> Phases:
+    """Show what goes on from now on, where anybody wants to see it and it is this rank's to say.
+
+    Args:
+        since: when somebody began to wait for what this process does, in seconds of the monotonic clock.
+    """
+    level = _asked(wanted)
+    PHASES.propagate = wanted.verbose or wanted.debug or (level is not None and level <= logging.INFO)
+    if (before := _shown()) is not None:
+        return before
+    says = world.rank == 0 and not wanted.quiet and (level is None or level <= logging.WARNING)
+    shown = Phases(sys.stderr.isatty() if says else None, since)
     if shown.shows:
         PHASES.handlers = [shown]
         PHASES.setLevel(logging.DEBUG)
     return shown
+
+
+@contextlib.contextmanager
+def doing(text: str) -> Iterator[None]:
+    """Show what a command without flags of its own for that does."""
+    shown = Phases(sys.stderr.isatty())
+    shown.begin(text)
+    try:
+        yield
+    finally:
+        shown.end()
+
+
+def _asked(wanted: Wanted) -> int | None:
+    """The level of ``XDIT_COMPILE_LOG``, where it counts."""
+    return None if wanted.verbose or wanted.debug or wanted.quiet else log_level()
+
+
+def _shown() -> Phases | None:
+    """What shows phases already, if anything."""
+    return next((each for each in PHASES.handlers if isinstance(each, Phases)), None)
 
 
 class Clock(logging.Filter):
@@ -143,20 +181,22 @@ class Clock(logging.Filter):
 
 
 class Phases(logging.Handler):
-    """Draws the phases that are logged: as a line of the terminal, else as lines for those that take long.
+    """Draws the phases that are logged: as a line of the terminal, else as lines where nothing was said for a while.
 
     The pipeline's own bar of steps is taken off meanwhile, and counts from the end of a phase: what was needed to make
     the first step says nothing of the others.
 
     Args:
         terminal: whether there is one; None shows nothing.
+        since: when somebody began to wait, in seconds of the monotonic clock; now for None.
     """
 
-    def __init__(self, terminal: bool | None):
+    def __init__(self, terminal: bool | None, since: float | None = None):
         super().__init__()
         self.shows, self._terminal = terminal is not None, bool(terminal)
         self._bar: Bar | None = None
-        self._over: threading.Event | None = None
+        self._notices = Notices(time.monotonic() if since is None else since) if terminal is False else None
+        self._between, self._is_open = "", False
 
     def emit(self, record: logging.LogRecord) -> None:
         phase: Any = getattr(record, "phase", None)
@@ -166,20 +206,52 @@ class Phases(logging.Handler):
     def begin(self, text: str, total: int | None = None, done: int = 0) -> None:
         """Something goes on from now on; nothing where there is no text."""
         self.over()
-        if text and self.shows:
+        if not text or not self.shows:
+            return
+        self._is_open = True
+        if self._notices is not None:
+            self._notices.begin(text)
+        else:
             _take_off_bars()
-            self._draw(text, total, done) if self._terminal else self._tell_later(text)
+            self._draw(text, total, done)
 
     def over(self) -> None:
         """It goes on no more."""
-        if self._bar is None and self._over is None:
+        if not self._is_open:
             return
+        self._is_open = False
+        if self._notices is not None:
+            self._notices.begin(self._between)
         if self._bar is not None:
             self._bar.stop()
-        if self._over is not None:
-            self._over.set()
-        self._bar = self._over = None
+            self._bar = None
         _put_back_bars(self._terminal)
+
+    def between(self, text: str) -> None:
+        """What goes on whenever no phase does; told where there is no terminal, as a bar of steps is none."""
+        self._between = text
+        if self._notices is not None and not self._is_open:
+            self._notices.begin(text)
+
+    def further(self, text: str) -> None:
+        """What goes on between phases is the same, and has come so far."""
+        self._between = text
+        if self._notices is not None and not self._is_open:
+            self._notices.goes_on(text)
+
+    def steps(self) -> dict[str, Any]:
+        """What to tell a pipeline of its bar of steps."""
+        if not self.shows:
+            return {"disable": True}
+        lines = {} if self._notices is None else {"file": StepLines(self._notices), "bar_format": STEPS}
+        return {"disable": False, **lines}
+
+    def end(self) -> None:
+        """Nothing is shown any more."""
+        self.over()
+        if self._notices is not None:
+            self._notices.end()
+        PHASES.removeHandler(self)
 
     def _draw(self, text: str, total: int | None, done: int) -> None:
         from rich.console import Console
@@ -189,18 +261,6 @@ class Phases(logging.Handler):
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
         self._bar.add_task(text, total=total, completed=done)
         self._bar.start()
-
-    def _tell_later(self, text: str) -> None:
-        over = self._over = threading.Event()
-
-        def tell() -> None:
-            begin = time.monotonic()
-            for doubled in itertools.count():
-                if over.wait(FIRST_NOTICE_S * (2**doubled) - (time.monotonic() - begin)):
-                    return
-                print(f"{text} ({time.monotonic() - begin:.0f} s so far)", file=sys.stderr, flush=True)
-
-        threading.Thread(target=tell, name="phases", daemon=True).start()
 
 
 def _bars() -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from xdit_compile.cache.bundle import pack
 from xdit_compile.cache.environment import environment, environment_of_target
 from xdit_compile.cache.store import Store, open_store
 from xdit_compile.cli.options.request import Request
-from xdit_compile.cli.processes.speech import set_logs
+from xdit_compile.cli.processes.speech import set_logs, show_phases
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError
 from xdit_compile.plan import Plan
@@ -45,11 +46,9 @@ def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Se
         UsageError: nothing can be kept, the file cannot be written, or nothing can be compiled for the card here.
         XditCompileError: the model cannot be built, or a plan cannot be done with it.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from xdit_compile.runtime.methods.ahead import build_ahead
 
+    shown = show_phases(request, World())
     set_logs(request)
     if card is not None:
         check_versions()
@@ -61,20 +60,23 @@ def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Se
         raise UsageError("there is nowhere to keep graphs: give --cache_dir, or leave out --no_cache")
     before = len(store.listed())
     device, _ = placement(request, World(rank=0, size=1))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    lines = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        total = len(sizes) * len(batches) * sum(plan.world_size for plan in plans)
-        task = bar.add_task("building", total=total)
-        for size, batch in [(size, batch) for size in sizes for batch in batches]:
-            wanted = of_size(request, size, batch)
-            bar.update(task, description=said(size, batch))
-            call = denoiser_call(wanted, device=device.type)
-            module, args, kwargs = without_values(call.module, call.args, call.kwargs, device)
-            for plan in plans:
-                there = build_ahead(module, call.name, args, kwargs, plan, store, lambda rank: bar.advance(task), card)
-                known = f", {there} of them there already" if there else ""
-                lines.append(f"{said(size, batch)}, {_degrees(plan)}: {plan.world_size} ranks{known}")
+    lines, done = [], itertools.count(1)
+    total = len(sizes) * len(batches) * sum(plan.world_size for plan in plans)
+    for size, batch in [(size, batch) for size in sizes for batch in batches]:
+
+        def advance(rank: int, text: str = said(size, batch)) -> None:
+            if (number := next(done)) < total:
+                shown.begin(f"{text}: building graphs of rank {number + 1} of {total}", total, number)
+
+        shown.begin(f"{said(size, batch)}: building the model without weights")
+        call = denoiser_call(of_size(request, size, batch), device=device.type)
+        module, args, kwargs = without_values(call.module, call.args, call.kwargs, device)
+        shown.begin(f"{said(size, batch)}: building graphs", total)
+        for plan in plans:
+            there = build_ahead(module, call.name, args, kwargs, plan, store, advance, card)
+            known = f", {there} of them there already" if there else ""
+            lines.append(f"{said(size, batch)}, {_degrees(plan)}: {plan.world_size} ranks{known}")
+    shown.over()
     lines.append(f"{len(store.listed()) - before} new entries in {store.folder}")
     if output is not None:
         made_for = environment(device) if card is None else environment_of_target(card.target)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from xdit_compile.cli.options.evaluation_request import (
 )
 from xdit_compile.cli.options.request import find_model
 from xdit_compile.cli.options.result_kind import kind_of
-from xdit_compile.cli.processes.speech import loading
+from xdit_compile.cli.processes.speech import loading, show_phases
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import XditCompileError, one_line
 from xdit_compile.plan import Plan
@@ -32,11 +31,12 @@ from xdit_compile.plan import Plan
 from .lost_input import listening
 from .output import Pixels, pixels_of
 from .pipeline_call import call_arguments, call_pipeline, leave, open_pipeline, processes, say, warn
-from .saving import made_with, whole_file, write
+from .saving import elsewhere, made_with, whole_file, write
 
 if TYPE_CHECKING:
     import torch
 
+    from xdit_compile.cli.processes.speech import Phases
     from xdit_compile.evaluation.prompts import Question
 
 ONE_PROCESS = "one process"
@@ -67,6 +67,7 @@ def _evaluated(request: EvaluationRequest, world: World) -> dict[str, Any]:
     check_made(kind_of(pipe), ("images",))
     _make_folder(request, world)
     batches = _batches(_questions(request), request.batch_size)
+    shown = show_phases(request, world)
     arguments, ignored = call_arguments(pipe, request, prompt=_captions(batches[0]))
     if "prompt" not in arguments:
         raise XditCompileError("this pipeline takes no prompt; evaluate needs one that does")
@@ -76,8 +77,10 @@ def _evaluated(request: EvaluationRequest, world: World) -> dict[str, Any]:
     share = range(world.rank, len(batches), world.size) if request.reference is None else range(0)
     told: list[str] = []
     captions = [("--prompts", caption) for batch in batches for caption in _captions(batch)] if request.prompts else []
-    with listening(pipe if world.rank == 0 else None, captions, told.append):
-        mine = _pictures(pipe, arguments, [batches[index] for index in share], world, ONE_PROCESS) if share else []
+    mine: list[np.ndarray] = []
+    with listening(pipe if world.rank == 0 and share else None, captions, told.append):
+        if share:
+            mine = _pictures(pipe, arguments, [batches[index] for index in share], world, ONE_PROCESS, shown)
     parallelize(pipe, request.plan)
     gathered = _gathered(dict(zip(share, mine, strict=True)), world)
     if world.rank == 0:
@@ -85,15 +88,15 @@ def _evaluated(request: EvaluationRequest, world: World) -> dict[str, Any]:
             reference = np.concatenate([gathered[index] for index in range(len(batches))])
         else:
             reference = _read_images(Path(request.reference), sum(map(len, batches)))
-        if request.images:
-            _keep(request, reference)
+        kept = not request.images or _kept(request, reference)
     with listening(pipe if world.rank == 0 else None, captions, told.append):
-        plan = np.concatenate(_pictures(pipe, arguments, batches, world, describe(request)))
+        plan = np.concatenate(_pictures(pipe, arguments, batches, world, describe(request), shown))
+    shown.between("comparing the pictures")
     leave()
     _say_lost(world, list(dict.fromkeys(told)))
     if world.rank > 0:
         return {}
-    return _report(request, world, list(itertools.chain(*batches)), plan, reference, device)
+    return _report(request, world, list(itertools.chain(*batches)), plan, reference, device, kept)
 
 
 def _say_lost(world: World, lines: Sequence[str]) -> None:
@@ -133,7 +136,7 @@ def _captions(batch: Iterable[Question]) -> list[str]:
 
 
 def _pictures(
-    pipe: Any, arguments: dict[str, Any], batches: list[list[Question]], world: World, title: str
+    pipe: Any, arguments: dict[str, Any], batches: list[list[Question]], world: World, title: str, shown: Phases
 ) -> list[np.ndarray]:
     """The pictures of each batch as ``(n, height, width, 3)``, uint8; rank 0 shows how far it is."""
     from rich.console import Console
@@ -141,13 +144,15 @@ def _pictures(
 
     made, seconds = [], 0.0
     console = Console(stderr=True)
-    hidden = world.rank != 0 or not console.is_terminal
+    hidden = not shown.shows or not console.is_terminal
+    shown.between(f"{title}: batch 1 of {len(batches)}")
     for batch in track(batches, title, console=console, transient=True, disable=hidden):
         result, took = call_pipeline(
             pipe, {**arguments, "prompt": _captions(batch)}, [question.seed for question in batch]
         )
         made.append(_rgb(pixels_of(result), len(batch)))
         seconds += took
+        shown.further(f"{title}: {len(made)} of {len(batches)} batches done")
     say(world, f"{title}: {sum(map(len, made))} pictures on rank 0, {seconds:.1f} s")
     return made
 
@@ -179,6 +184,7 @@ def _report(
     plan: np.ndarray,
     reference: np.ndarray,
     device: torch.device,
+    kept: bool,
 ) -> dict[str, Any]:
     from xdit_compile.evaluation.fidelity import fidelity
     from xdit_compile.evaluation.frechet import inception_features, scene_features
@@ -194,38 +200,43 @@ def _report(
     report = _settings(request, world, plan) | figures.to_json()
     say(world, render(figures))
     sheet = contact_sheet(figures.pairs, plan, reference, (ONE_PROCESS, describe(request)))
-    folder = _written(request, json.dumps(report, indent=1, allow_nan=False) + "\n", sheet, plan)
+    folder = _written(request, json.dumps(report, indent=1, allow_nan=False) + "\n", sheet, plan, reference, kept)
     say(world, f"wrote {folder / 'report.json'} and {folder / 'sheet.png'}; {processes(world.size)}")
     return {**report, "files": [folder / "report.json", folder / "sheet.png"]}
 
 
-def _written(request: EvaluationRequest, report: str, sheet: Any, plan: np.ndarray) -> Path:
-    """The folder with everything in it: the one that was asked for, or a new one where that cannot be written.
+def _written(
+    request: EvaluationRequest, report: str, sheet: Any, plan: np.ndarray, reference: np.ndarray, kept: bool
+) -> Path:
+    """The folder with everything in it, which was asked for.
+
+    Args:
+        kept: whether nothing of one process is still to be written.
 
     Raises:
         XditCompileError: it could not be written; says where everything is.
     """
-    folder = Path(request.output)
 
-    def write_all(folder: Path) -> None:
+    def write_all(folder: Path, kept: bool = False) -> Path:
         with whole_file(folder / "report.json", request.overwrite) as file:
             file.write_text(report)
         with whole_file(folder / "sheet.png", request.overwrite) as file:
             sheet.save(file)
         if request.images:
             _write_images(request, folder, PLAN, plan)
+            if not kept:
+                _keep(request, folder, reference)
+        return folder
 
     try:
-        write_all(folder)
+        return write_all(Path(request.output), kept)
     except OSError as error:
-        instead = Path(tempfile.mkdtemp(prefix="xdit-compile-"))
-        (instead / "images").mkdir()
-        write_all(instead)
-        reason = error.strerror or one_line(error)
+        instead = elsewhere(write_all)
+        files = "report.json, sheet.png and images" if request.images else "report.json and sheet.png"
+        place = f"went to {instead}" if instead else "could be kept nowhere else and are lost"
         raise XditCompileError(
-            f"--output {folder} cannot be written: {reason}; report.json and sheet.png went to {instead}"
+            f"--output {request.output} cannot be written: {error.strerror or one_line(error)}; {files} {place}"
         ) from error
-    return folder
 
 
 def _settings(request: EvaluationRequest, world: World, plan: np.ndarray) -> dict[str, Any]:
@@ -235,9 +246,17 @@ def _settings(request: EvaluationRequest, world: World, plan: np.ndarray) -> dic
     return {"settings": {**fields, "num_prompts": len(plan), "processes": world.size}}
 
 
-def _keep(request: EvaluationRequest, reference: np.ndarray) -> None:
+def _kept(request: EvaluationRequest, reference: np.ndarray) -> bool:
+    """Write the pictures of one process while the plan's are still to be made; whether that could be done."""
+    try:
+        _keep(request, Path(request.output), reference)
+    except OSError:
+        return False
+    return True
+
+
+def _keep(request: EvaluationRequest, folder: Path, reference: np.ndarray) -> None:
     """Write the pictures of one process, so that other plans can be compared with them."""
-    folder = Path(request.output)
     _write_images(request, folder, REFERENCE, reference)
     with whole_file(folder / KEPT, request.overwrite) as file:
         file.write_text(json.dumps(request.asked, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from xdit_compile.backends.target.pretend_card import check_versions
+from xdit_compile.cli.inputs.asked import how_to_save
 from xdit_compile.cli.options.request import Request
-from xdit_compile.cli.processes.speech import set_logs
-from xdit_compile.errors import UsageError, XditCompileError, one_line
+from xdit_compile.cli.processes.speech import set_logs, show_phases
+from xdit_compile.distributed.world import World
+from xdit_compile.errors import CaptureError, UsageError, XditCompileError, one_line, reason_of
 from xdit_compile.weights.model_folder import check_component
 
 from .pipeline_call import call_arguments, weights_dtype
@@ -52,12 +55,23 @@ def explain(
     """
     from xdit_compile import api
 
+    shown = show_phases(request, World())
     set_logs(request)
     if target is not None:
         check_versions()
         request = dataclasses.replace(request, dtype="bfloat16" if request.dtype == "auto" else request.dtype)
+    shown.begin("building the model without weights")
     call = denoiser_call(request, component, inputs)
-    return api.explain(call.module, request.plan, args=call.args, kwargs=call.kwargs, target=target)
+    compiled = "" if target is None else f", compiling for {target}"
+    shown.begin(f"{call.name}: capturing, passes{compiled}")
+    try:
+        return api.explain(call.module, request.plan, args=call.args, kwargs=call.kwargs, target=target)
+    except CaptureError as error:
+        if inputs is None:
+            raise
+        raise CaptureError(f"--inputs {inputs} may not be what {call.name} takes: {error}") from error
+    finally:
+        shown.over()
 
 
 def denoiser_call(
@@ -82,7 +96,12 @@ def denoiser_call(
         if len(candidates) != 1:
             raise UsageError(f"--inputs needs --component; choose one of {', '.join(candidates)}")
         ((name, module),) = candidates.items()
-        return DenoiserCall(name, module, *on_device(device, _read_inputs(inputs)))
+        args, kwargs = _read_inputs(inputs)
+        try:
+            inspect.signature(module.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise UsageError(f"--inputs {inputs} is not what {name} takes: {error}") from error
+        return DenoiserCall(name, module, *on_device(device, (args, kwargs)))
     return _first_call(folder, request, modules, others, candidates, device)
 
 
@@ -109,7 +128,11 @@ def _first_call(
     except Exception as error:
         reason = one_line(error)
         raise XditCompileError(f"the pipeline stopped before its denoiser ({reason}); give --inputs FILE") from error
-    raise XditCompileError(f"the pipeline never called {' or '.join(candidates)}; choose another --component")
+    denoisers = [name for name, module in modules.items() if may_denoise(module) and name not in candidates]
+    if denoisers:
+        wrong, instead = ", ".join(candidates), " or ".join(denoisers)
+        raise UsageError(f"the pipeline never called --component {wrong}; take {instead}")
+    raise XditCompileError(f"the pipeline never called {' or '.join(candidates)}; give --component and --inputs FILE")
 
 
 def _catch(name: str) -> Callable[..., Any]:
@@ -120,11 +143,18 @@ def _catch(name: str) -> Callable[..., Any]:
 
 
 def _read_inputs(path: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    make = f"make one with {how_to_save(path)}"
     try:
         content = torch.load(path, weights_only=True)
-        args, kwargs = tuple(content.get("args", ())), dict(content.get("kwargs", {}))
-    except Exception as error:
+    except OSError as error:
+        raise UsageError(f"--inputs {path} cannot be read: {reason_of(error)}") from error
+    except Exception as error:  # whatever unpickling raises at bytes that are no pickle
         raise UsageError(
-            f"--inputs {path} cannot be read; save a dict of args and kwargs: {one_line(error)}"
+            f"--inputs {path} is no file of torch.save with tensors and plain values alone; {make}"
         ) from error
-    return args, kwargs
+    if not isinstance(content, dict) or not content.keys() & {"args", "kwargs"}:
+        raise UsageError(f"--inputs {path} holds no dict with args or kwargs; {make}")
+    args, kwargs = content.get("args", ()), content.get("kwargs", {})
+    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict):
+        raise UsageError(f"--inputs {path}: args must be a tuple and kwargs a dict; {make}")
+    return tuple(args), kwargs

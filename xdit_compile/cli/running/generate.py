@@ -14,6 +14,7 @@ from xdit_compile.cli.options.answer import answering
 from xdit_compile.cli.options.expected import expected_difference
 from xdit_compile.cli.options.request import Request
 from xdit_compile.cli.options.result_kind import kind_of
+from xdit_compile.cli.processes.speech import show_phases
 from xdit_compile.distributed.world import World
 
 from .lost_input import listening, one_line_of
@@ -34,6 +35,7 @@ def generate(request: Request, world: World) -> None:
     """
     with answering(request.json) as answer:
         made = _made(request, world, answer)
+        show_phases(request, world).between("the processes end")
         leave()
         if request.compare and world.rank == 0:
             _compare(request, world, made, answer)
@@ -59,7 +61,9 @@ def _made(request: Request, world: World, answer: dict[str, Any]) -> Pixels | La
 
     if ignored:
         tell(f"{', '.join(ignored)} has no effect: this pipeline does not take it")
-    pipe.set_progress_bar_config(disable=world.rank != 0 or request.quiet)
+    shown = show_phases(request, world)
+    shown.between("the pipeline runs")
+    pipe.set_progress_bar_config(**shown.steps())
     with listening(pipe if world.rank == 0 else None, _texts(request), tell_unread):
         made, runs = repeated(pipe, arguments, request, world)
     if request.negative_prompt and getattr(pipe, "do_classifier_free_guidance", None) is False:
@@ -126,6 +130,7 @@ def _say_files(world: World, files: list[Path], facts: list[dict[str, Any]]) -> 
 def _compare(request: Request, world: World, made: Pixels | Latents, answer: dict[str, Any]) -> None:
     """Run the unsplit pipeline and say how far the split one's picture lies from its."""
     _give_back_memory(request, world)
+    show_phases(request, world).between("the unsplit pipeline runs")
     unsplit, seconds = reference(request)
     apart = difference(made, unsplit)
     say(world, f"unsplit pipeline: {seconds:.1f} s on 1 process")

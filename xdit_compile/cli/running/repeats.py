@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xdit_compile.cli.inputs.given import further_arguments, pictures, put_scheduler
+from xdit_compile.cli.inputs.given import further_arguments, naming_assignments, pictures, put_scheduler
 from xdit_compile.cli.options.request import Request
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import XditCompileError
@@ -74,7 +74,8 @@ def once(pipe: Any, arguments: dict[str, Any], request: Request) -> tuple[Pixels
     """Everything that a request asks for, and the seconds of all calls."""
     made, seconds = [], 0.0
     for batch, seeds in _batches(arguments, request):
-        result, took = call_pipeline(pipe, batch, seeds)
+        with naming_assignments(request):
+            result, took = call_pipeline(pipe, batch, seeds)
         made.append(made_of(request, result))
         seconds += took
     if len(made) == 1:

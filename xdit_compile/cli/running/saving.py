@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ SOFTWARE = "Software"
 """Key under which PNG files name the program."""
 _DESCRIPTION, _PROGRAM = 0x010E, 0x0131
 """Tags of EXIF: what an image shows, and the program that made it."""
+
+_Written = TypeVar("_Written")
 
 Facts = Mapping[str, Any]
 """What a picture was made with, by names: plain data."""
@@ -97,14 +99,21 @@ def _kept_elsewhere(made: Pixels | Latents, output: str, fps: int, about: Sequen
     """The files that pictures went to, in the first folder that takes them; a simpler format where theirs cannot be."""
     ending = Path(output).suffix.lower()
     suited = LATENTS if isinstance(made, Latents) else FORMATS["videos" if made.is_video else "images"]
-    for folder in (tempfile.gettempdir(), _cache_folder(), os.getcwd()):
-        for suffix in dict.fromkeys([ending if ending in suited else suited[0], suited[0], suited[-1]]):
-            with contextlib.suppress(Exception):
-                os.makedirs(folder, exist_ok=True)
-                place = Path(tempfile.mkdtemp(prefix="xdit-compile-", dir=folder))
-                with _removed_if_empty(place):
-                    files = write(made, str(place / f"{Path(output).stem[:100]}{suffix}"), fps, about)
-                    return ", ".join(map(str, files))
+    for suffix in dict.fromkeys([ending if ending in suited else suited[0], suited[0], suited[-1]]):
+        name = f"{Path(output).stem[:100]}{suffix}"
+        if files := elsewhere(lambda place: write(made, str(place / name), fps, about)):  # noqa: B023
+            return ", ".join(map(str, files))
+    return None
+
+
+def elsewhere(written: Callable[[Path], _Written]) -> _Written | None:
+    """What ``written`` returns of the first new folder, in one of three places, that takes everything; else None."""
+    for parent in (tempfile.gettempdir, _cache_folder, os.getcwd):
+        with contextlib.suppress(Exception):
+            os.makedirs(parent(), exist_ok=True)
+            place = Path(tempfile.mkdtemp(prefix="xdit-compile-", dir=parent()))
+            with _removed_if_empty(place):
+                return written(place)
     return None
 
 

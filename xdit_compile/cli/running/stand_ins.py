@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xdit_compile.cli.options.request import PipelineRequest, find_model
-from xdit_compile.errors import XditCompileError, one_line
+from xdit_compile.errors import XditCompileError
+from xdit_compile.weights.hub_files import fetched
 from xdit_compile.weights.meta_module import component_class, empty_module
 from xdit_compile.weights.model_folder import pipeline_index
 
@@ -29,12 +30,7 @@ def configuration_folder(request: PipelineRequest) -> Path:
     name = find_model(request.model)
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, cache_dir=request.download_dir, allow_patterns=list(CONFIGURATION)))
-    except Exception as error:
-        raise XditCompileError(f"--model {name} cannot be fetched: {one_line(error)}") from error
+    return fetched(name, request.download_dir, CONFIGURATION)
 
 
 def pipeline_class(folder: Path) -> Any:

@@ -30,6 +30,10 @@ from .build import of_size, said, without_values
 from .explain import denoiser_call
 from .pipeline_call import placement
 
+NOISY = (
+    "{noisy} of {all} sites are not kept: fused/apart may be off by up to {spread:.0%}, more than the two differ; "
+    "something else ran on this device, so tune once more when it is idle, or give more --rounds"
+)
 ALONE = "it is rewritten only together with what is around it"
 
 
@@ -107,7 +111,7 @@ class Tuning:
         for key, (small, choice) in sites.items():
             row = self._row(fusion, small, choice.reason, programs[0])
             self.rows[key] = row
-            if row.timing is not None:
+            if row.timing is not None and not row.timing.is_noise:
                 self.table = self.table.with_others({key: row.timing})
                 self._keep({key: row.timing})
             self._progress.step(1)
@@ -149,12 +153,12 @@ def tune(
         UsageError: there is nowhere to keep timings, or no pass is for the device.
         XditCompileError: the model cannot be built, the plan cannot be done with it, or the table cannot be written.
     """
+    show_phases(request, World())
     set_logs(request)
-    show_phases(request, World(rank=0, size=1))
     plan, store = request.plan, open_store(request.plan.cache)
     if store is None:
         raise UsageError("the cache folder cannot be used, so there is nowhere to keep timings: give --cache_dir")
-    device, _ = placement(request, World(rank=0, size=1))
+    device, _ = placement(request, World())
     tuning = Tuning(plan, device, backend_of(plan), store.folder, again, rounds)
     if not tuning.passes:
         raise UsageError(f"there is nothing to time: no pass that the plan leaves in is for {device.type}")
@@ -163,6 +167,9 @@ def tune(
         yield f"{said(size, batch)}: done"
     if tuning.rows:
         yield _table(list(tuning.rows.values()))
+    noisy = [row.timing.spread for row in tuning.rows.values() if row.timing is not None and row.timing.is_noise]
+    if noisy:
+        yield NOISY.format(noisy=len(noisy), all=len(tuning.rows), spread=max(noisy))
     yield f"{len(tuning.rows)} sites timed now, {len(tuning.table.entries)} in {tuning.path}"
 
 
@@ -197,4 +204,6 @@ def _verdict(row: Row) -> str:
         return f"not timed: {row.failed}"
     if row.timing.wrong:
         return f"apart: {row.timing.wrong}"
+    if row.timing.is_noise:
+        return f"not kept: within noise of {row.timing.spread:.0%}"
     return "fused" if row.timing.refusal is None else "apart"

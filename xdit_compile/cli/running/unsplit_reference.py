@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
+import sys
 from concurrent.futures.process import BrokenProcessPool
 
 from xdit_compile.cli.options.request import Request
@@ -34,5 +35,6 @@ def _unsplit(request: Request) -> tuple[Pixels | Latents, float]:
     from .pipeline_call import open_pipeline
 
     pipe, _ = open_pipeline(request, World.from_environment())
+    pipe.set_progress_bar_config(disable=request.quiet or not sys.stderr.isatty())
     arguments, _ = prepared(pipe, request)
     return once(pipe, arguments, request)

@@ -105,6 +105,10 @@ def few(samples: int, ranks: int) -> str:
     return f"is called with {samples} sample{'s' * (samples != 1)} at once, fewer than the {ranks} ranks"
 
 
+class _NotTried(_Tied):
+    """The module does not take the other values of a trial."""
+
+
 class _Trial:
     """Runs of one call, of its parts, and of it with other values.
 
@@ -115,6 +119,7 @@ class _Trial:
 
     def __init__(self, forward: Callable[..., Any], call: Call):
         self._forward, self.call = forward, call
+        self._leaves_choices = False
 
     def made(self, call: Call) -> tuple[Template, list[torch.Tensor]]:
         """The result of a call, taken apart; the module may write to its inputs."""
@@ -125,11 +130,18 @@ class _Trial:
     def tested(self, cut: Cut, whole: Made) -> Independent:
         """A way to cut that passed every test; without inputs that are not by sample, where it fails with them.
 
+        A number that chooses, such as a style, may have no other value that the module takes: it stays then.
+
         Raises:
             _Tied: it did not pass.
         """
         try:
             return self._tested(cut, whole)
+        except _NotTried:
+            if self._leaves_choices:
+                raise
+            self._leaves_choices = True
+            return self.tested(cut, whole)
         except _Tied as tied:
             fewer = [cut.entries - tied.entries] if tied.entries else [cut.entries - {one} for one in cut.entries]
             for entries in fewer:
@@ -163,17 +175,17 @@ class _Trial:
                     why = f"mixes its samples: one's result changes with another's {_named(entries)}"
                     raise _Tied(why, entries)
 
-    @staticmethod
-    def _with(cut: Cut, call: Call, kept: frozenset[int], change: Any, inside: bool = False) -> Call:
+    def _with(self, cut: Cut, call: Call, kept: frozenset[int], change: Any, inside: bool = False) -> Call:
         """The call with other values for the samples that are not kept, or for those alone."""
-        return cut.mapped(call, lambda value: _each(value, kept, change, inside))
+        how = _but_choices(change) if self._leaves_choices else change
+        return cut.mapped(call, lambda value: _each(value, kept, how, inside))
 
     def _other(self, call: Call) -> Sequence[torch.Tensor]:
         """The result of the call with other values."""
         try:
             return self.made(call)[1]
         except Exception as error:  # noqa: BLE001 - any refusal of the module's own code
-            raise _Tied(f"cannot be tried with other inputs: {first_line(error)}") from error
+            raise _NotTried(f"cannot be tried with other inputs: {first_line(error)}") from error
 
     def _stays(
         self, cut: Cut, call: Call, expected: Sequence[torch.Tensor], pieces: Sequence[Pieces],
@@ -257,6 +269,16 @@ def _levelled(row: torch.Tensor, leading: Any) -> torch.Tensor:
 def _levelled_or_halved(row: torch.Tensor, leading: Any) -> torch.Tensor:
     """A sample of one value with half a mask: what sorts by values or pads to the longest shows there."""
     return _levelled(row, leading) if _measures(row) and row.dim() else _halved(row)
+
+
+def _but_choices(change: Callable[..., Any]) -> Callable[..., Any]:
+    """The same change, which leaves single whole numbers as they are."""
+
+    def changed(row: torch.Tensor, leading: Any) -> torch.Tensor:
+        is_choice = row.numel() == 1 and not (row.is_floating_point() or row.is_complex())
+        return row if is_choice else change(row, leading)
+
+    return changed
 
 
 def _measures(row: torch.Tensor) -> bool:

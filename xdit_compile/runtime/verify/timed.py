@@ -41,6 +41,8 @@ SAMPLE_SECONDS = 2e-3
 """A sample has as many calls as take this long."""
 MOST_CALLS = 1000
 ROUNDS = 25
+ATTEMPTS = 3
+"""So often a place is timed where samples differ by more than both programs do."""
 Run = Callable[..., Sequence[torch.Tensor]]
 Values = Mapping[str, torch.Tensor]
 Cut = tuple[Program, fx.GraphModule]
@@ -110,8 +112,16 @@ def timed(
     if wrong:
         return Timing(fusion.name, str(small), None, None, error, 0, today, wrong)
     with torch.no_grad():
-        before, after = _interleaved((apart, fused), list(draw.copies()), device, rounds)
-    return Timing(fusion.name, str(small), before, after, error, rounds, today)
+        contenders = _calls((apart, fused), list(draw.copies()), device)
+        for _ in range(ATTEMPTS):
+            before, after = _interleaved(contenders, rounds)
+            timing = Timing(
+                fusion.name, str(small), statistics.median(before), statistics.median(after), error, rounds, today,
+                spread=spread_of(before, after),
+            )  # fmt: skip
+            if not timing.is_noise:
+                break
+    return timing
 
 
 def both(small: Small, fusion: OptionalPass, like: Program) -> tuple[Program, Program | None]:
@@ -278,21 +288,36 @@ def _exact(small: Small, values: Values) -> list[torch.Tensor]:
     return list(fx.GraphModule({}, graph)(*[value.cpu() if own else value for value in given]))
 
 
-def _interleaved(
-    contenders: Sequence[Contender], copies: Sequence[Values], device: torch.device, rounds: int
-) -> list[float]:  # fmt: skip
-    """Median seconds of one call of each contender, which take turns; a call has other inputs than the one before."""
-    calls = []
-    for contender in contenders:
-        calls.append(_Calls(contender.run, [contender.inputs(values) for values in copies], device))
-    first = min(each.seconds(2 * len(copies)) for each in calls)
+def spread_of(apart: Sequence[float], fused: Sequence[float]) -> float:
+    """How far the ratio of the medians of two kinds of samples, which took turns, may be off.
+
+    That is the standard error of the median ratio of neighbours, by their median absolute deviation, or how far the
+    ratio of the least samples lies from that of the medians, whichever is more. A process that shares its processor is
+    stopped for whole slices of time: medians may then differ by a factor of 2 where nothing else does, but some samples
+    of a few milliseconds each are free of that.
+    """
+    ratios = [after / before for before, after in zip(apart, fused, strict=True)]
+    middle = statistics.median(ratios)
+    deviation = 1.4826 * statistics.median(abs(each - middle) for each in ratios)
+    of_medians = statistics.median(fused) / statistics.median(apart)
+    return max(1.2533 * deviation / math.sqrt(len(ratios)), abs(of_medians - min(fused) / min(apart)))
+
+
+def _calls(contenders: Sequence[Contender], copies: Sequence[Values], device: torch.device) -> list[_Calls]:
+    """The calls of each contender; one has other inputs than the one before."""
+    return [_Calls(each.run, [each.inputs(values) for values in copies], device) for each in contenders]
+
+
+def _interleaved(calls: Sequence[_Calls], rounds: int) -> list[list[float]]:
+    """Seconds of one call in each sample of each contender, which take turns."""
+    first = min(each.first() for each in calls)
     count = max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(first, 1e-9))))
     samples: list[list[float]] = [[] for _ in calls]
     for number in range(rounds):
         order = list(enumerate(calls))
         for position, each in order if number % 2 else reversed(order):
             samples[position].append(each.seconds(count))
-    return list(map(statistics.median, samples))
+    return samples
 
 
 class _Calls:
@@ -300,6 +325,11 @@ class _Calls:
 
     def __init__(self, run: Run, inputs: Sequence[Sequence[torch.Tensor]], device: torch.device):
         self._run, self._inputs, self._device = run, itertools.cycle(inputs), device
+        self._count = len(inputs)
+
+    def first(self) -> float:
+        """Seconds of one of the first calls, two for each set of inputs."""
+        return self.seconds(2 * self._count)
 
     def seconds(self, count: int) -> float:
         """Seconds of one of some calls in a row: by events on CUDA, else until the device has done everything."""

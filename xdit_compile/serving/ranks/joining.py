@@ -1,26 +1,28 @@
 """Calls of one denoiser by several requests, run as one call of all their samples and taken apart again.
 
-Nothing tells which inputs go by sample. It is found as for ``cfg``: the joined call is cut in all likely ways, and each is
-tried with other values for the samples of one request, which must change nothing of another's result.
+Nothing tells which inputs go by sample. It is found as for ``cfg``: the joined call is cut in all likely ways, and each
+is tried with other values for the samples of one request, which must change nothing of another's result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from xdit_compile.capture.capture import relative_difference
 from xdit_compile.capture.cutting import Call as Inputs
-from xdit_compile.capture.cutting import Cut, Made, Path, counts_of, pieces_of, ways_to_cut
+from xdit_compile.capture.cutting import Cut, Made, Path, counts_of, joined, pieces_of, ways_to_cut
 from xdit_compile.distributed.agreement import Agreement
 from xdit_compile.ir.digest import digest, digest_tensors
 from xdit_compile.ir.results import Template, tensors_of
-from xdit_compile.runtime.verify.independence import Independent, independent
+from xdit_compile.runtime.verify.independence import Bound, Independent, independent
+from xdit_compile.runtime.verify.verification import TOLERANCE
 
-from .gate import Call, Gate
+from .gate import Call
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """How many calls run as one: each number is a program of its own, so calls between two are filled up."""
@@ -78,30 +80,15 @@ class Joiner:
 
     def _try(self, form: str, calls: Sequence[Call]) -> None:
         """Find out how calls of a form join; where they could not be tried, another time may show it."""
-        forward = calls[0].gate.runner
-        with torch.no_grad():
-            alone = forward(*calls[0].args, **calls[0].kwargs)
-        template = Template.of(alone)
-        made = (template, [tensor.to("meta") for tensor in tensors_of(alone)])
-        tried = False
-        for samples in counts_of(template, [tensor.shape for tensor in made[1]]):
-            for way in ways_to_cut((calls[0].args, calls[0].kwargs), samples, 1):
-                if len({_others(call, way.entries) for call in calls}) > 1:
-                    continue
-                tried = True
-                if self._holds(forward, calls, way.entries, samples):
-                    self._joints[form] = Joint(way.entries, samples, made)
+        trial = _Trial(calls, self._agreement)
+        for samples in counts_of(trial.single[0], [tensor.shape for tensor in trial.single[1]]):
+            for way in _ways(calls[0], samples):
+                entries = trial.held(way, samples)
+                if entries is not None:
+                    self._joints[form] = Joint(entries, samples, trial.single)
                     return
-        if tried:
+        if trial.made:
             self._joints[form] = None
-
-    def _holds(
-        self, forward: Callable[..., Any], calls: Sequence[Call], entries: frozenset[Path], samples: int
-    ) -> bool:
-        args, kwargs = _concatenated(calls, entries)
-        verdict = independent(calls[0].gate.module, forward, args, kwargs, [len(calls)], [samples * len(calls)])
-        mine = isinstance(verdict, Independent) and verdict.cut.entries == entries
-        return not self._agreement.any("a trial of joined calls", not mine)
 
     def _joined(self, joint: Joint, calls: Sequence[Call]) -> list[Any]:
         count = next((count for count in COUNTS if count >= len(calls)), len(calls))
@@ -110,6 +97,85 @@ class Joiner:
         result = calls[0].gate.runner(*args, **kwargs)
         cut = Cut(joint.samples * len(filled), len(filled), joint.entries)
         return _apart(result, joint, cut)[: len(calls)]
+
+
+class _Trial:
+    """Tries by the module itself, on every rank alike, whether two calls join.
+
+    Attributes:
+        single: the form of one call's result.
+        made: whether anything was tried.
+    """
+
+    def __init__(self, calls: Sequence[Call], agreement: Agreement):
+        self._calls, self._agreement = calls, agreement
+        runner = calls[0].gate.runner
+        self._forward = runner if runner.weights.partial else runner.by_itself
+        self._alone = [self._result(call.args, call.kwargs) for call in calls]
+        self.single = (self._alone[0][0], [tensor.to("meta") for tensor in self._alone[0][1]])
+        self.made = False
+
+    def held(self, entries: frozenset[Path], samples: int) -> frozenset[Path] | None:
+        """Which of some inputs go by sample; None where the calls cannot join so."""
+        while entries and len({_others(call, entries) for call in self._calls}) == 1:
+            self.made = True
+            fewer = self._fewer(entries, samples)
+            if fewer is None or fewer == entries:
+                return fewer
+            entries = fewer
+        return None
+
+    def _fewer(self, entries: frozenset[Path], samples: int) -> frozenset[Path] | None:
+        """Those that still seem to go by sample after a trial; the same on all ranks."""
+        args, kwargs = _concatenated(self._calls, entries)
+        count = len(self._calls)
+        verdict: Independent | Bound = Bound("gives other results together than alone")
+        if self._gives_the_same(args, kwargs, entries, samples):
+            module = self._calls[0].gate.module
+            verdict = independent(module, self._forward, args, kwargs, [count], [samples * count])
+        kept = verdict.cut.entries if isinstance(verdict, Independent) else None
+        if self._agreement.any("a trial of joined calls", kept is None):
+            return None
+        return kept
+
+    def _gives_the_same(self, args: tuple, kwargs: dict[str, Any], entries: frozenset[Path], samples: int) -> bool:
+        count = len(self._calls)
+        try:
+            together = self._result(args, kwargs)
+        except Exception:  # noqa: BLE001 - any refusal of the module's own code
+            return False
+        pieces = pieces_of(together, [self.single] * count, Cut(samples * count, count, entries))
+        if pieces is None:
+            return False
+        alone = joined(pieces, [tensors for _, tensors in self._alone])
+        return all(
+            relative_difference(one, other) <= TOLERANCE.get(other.dtype, 0.0)
+            for one, other in zip(together[1], alone, strict=True)
+        )
+
+    def _result(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Template, list[torch.Tensor]]:
+        with torch.no_grad():
+            result = self._forward(*pytree.tree_map_only(torch.Tensor, torch.clone, args), **_cloned(kwargs))
+        return Template.of(result), tensors_of(result)
+
+
+def _cloned(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return pytree.tree_map_only(torch.Tensor, torch.clone, kwargs)
+
+
+def _ways(call: Call, samples: int) -> Iterator[frozenset[Path]]:
+    """Inputs that may go by sample: likelier guesses first, then those without lists, then those without one input."""
+    inputs = (call.args, call.kwargs)
+    ways = [way.entries for way in ways_to_cut(inputs, samples, 1)]
+    tensors = [frozenset(path for path in way if isinstance(_at(inputs, path), torch.Tensor)) for way in ways]
+    fewer = [way - {path} for way in [*ways, *tensors] for path in sorted(way, key=str)]
+    yield from dict.fromkeys([*ways, *tensors, *fewer])
+
+
+def _at(inputs: Any, path: Path) -> Any:
+    for key in path:
+        inputs = inputs[key]
+    return inputs
 
 
 _UNTRIED = Joint(frozenset(), 0, (Template.of(None), []))
@@ -139,8 +205,8 @@ def _concatenated(calls: Sequence[Call], entries: frozenset[Path]) -> Inputs:
     for call in calls:
         by_call.append([])
         Cut(1, 1, entries).mapped((call.args, call.kwargs), by_call[-1].append)
-    joined = iter([_end_to_end(values) for values in zip(*by_call, strict=True)])
-    return Cut(1, 1, entries).mapped((calls[0].args, calls[0].kwargs), lambda value: next(joined))
+    whole = iter([_end_to_end(values) for values in zip(*by_call, strict=True)])
+    return Cut(1, 1, entries).mapped((calls[0].args, calls[0].kwargs), lambda value: next(whole))
 
 
 def _end_to_end(values: Sequence[Any]) -> Any:

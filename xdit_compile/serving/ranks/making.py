@@ -62,7 +62,9 @@ class Making:
         others = {**pictures, "strength": work.strength, **work.arguments}
         arguments, _ = call_arguments(self._pipe, request, **others)
         self._pipe.set_progress_bar_config(disable=True)
-        around = contextlib.nullcontext() if self._whole is None else self._whole.request(arguments, arguments.get(STEPS))
+        around = (
+            contextlib.nullcontext() if self._whole is None else self._whole.request(arguments, arguments.get(STEPS))
+        )
         if work.preview_every and "latents" in inspect.signature(type(self._pipe).__call__).parameters:
             self._previews = Previews(self._pipe, arguments, request.seeds)
         with around:
@@ -81,7 +83,7 @@ class Making:
             self._show()
 
     def _show(self) -> None:
-        """Decode what there is, as the pipeline itself would after its last step; where it cannot, there is no preview."""
+        """Decode what there is, as the pipeline itself would after its last step, if it can do that."""
         previews = self._previews
         if previews is None or previews.latents is None:
             return

@@ -168,4 +168,3 @@ class Rank:
         begin = time.perf_counter()
         yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - begin
-

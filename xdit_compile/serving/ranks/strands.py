@@ -14,7 +14,7 @@ import torch
 
 
 class Cancelled(BaseException):
-    """Raised where a strand waits, once nobody wants what it makes; not an ``Exception``, which pipelines might catch."""
+    """Raised where a strand waits, once nobody wants what it makes; no ``Exception``, which pipelines might catch."""
 
 
 class Strand:

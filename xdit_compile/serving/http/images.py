@@ -1,0 +1,179 @@
+"""The routes that make images: base64 or a URL, at once or with server-sent events for each step."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from ..tickets import Event, Ticket
+from .encoding import TYPES, encode_images, pixels_of
+from .forms import body_of, read_body
+from .front import Front
+from .problems import Problem, problem_of_end
+from .schemas import ImageRequest
+
+PICTURES = {"image": "image", "mask": "mask_image", "control_image": "control_image"}
+"""Fields that are files, and the pipeline's arguments for them."""
+ALIVE_S = 15.0
+"""A stream says something at least so often, so that nothing between here and the client ends it."""
+NO_TOKENS = {
+    "input_tokens": 0, "output_tokens": 0, "total_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}  # fmt: skip
+
+
+def image_routes(front: Front) -> APIRouter:
+    """``/v1/images/generations`` and ``/v1/images/edits``."""
+    router = APIRouter(tags=["images"])
+
+    @router.post("/v1/images/generations", response_model=None)
+    async def generate(asked: ImageRequest, request: Request) -> dict[str, Any] | Response:
+        """Make pictures from a text."""
+        ticket = await front.submit(asked, request)
+        return await _answer(front, asked, ticket, request, "image_generation")
+
+    @router.post("/v1/images/edits", response_model=None, openapi_extra=body_of(ImageRequest, PICTURES, "image"))
+    async def edit(request: Request) -> dict[str, Any] | Response:
+        """Make pictures from a picture and a text."""
+        asked, pictures = await read_body(request, ImageRequest, PICTURES, "image")
+        ticket = await front.submit(asked, request, pictures)
+        return await _answer(front, asked, ticket, request, "image_edit")
+
+    return router
+
+
+async def _answer(
+    front: Front, asked: ImageRequest, ticket: Ticket, request: Request, name: str
+) -> dict[str, Any] | Response:
+    if asked.stream:
+        return StreamingResponse(stream(front, asked, ticket, request, name), media_type="text/event-stream")
+    try:
+        event = await ticket.end()
+    finally:
+        front.engine.cancel(ticket.id)
+    if event.kind != "done":
+        raise problem_of_end(event)
+    files = await encoded(front, asked, ticket, event)
+    data = [{**placed(front, asked, request, file), "seed": ticket.work.seed + n} for n, file in enumerate(files)]
+    return {
+        "id": ticket.id, "created": int(time.time()), "background": "opaque", "output_format": format_of(asked),
+        "size": size_of(event), "data": data, "seconds": seconds_of(ticket),
+    }  # fmt: skip
+
+
+async def encoded(front: Front, asked: ImageRequest, ticket: Ticket, event: Event) -> list[bytes]:
+    """The files of an event's pictures; those of the last event say what they were made with."""
+    assert event.pictures is not None
+    pixels = pixels_of(event.pictures, event.shape)
+    about = front.about(ticket.work) if event.kind == "done" else []
+    started = time.monotonic()
+    files = await asyncio.to_thread(encode_images, pixels, format_of(asked), asked.output_compression, about)
+    front.metrics.spent("encode", time.monotonic() - started)
+    return files
+
+
+def format_of(asked: ImageRequest) -> str:
+    """Of the files."""
+    return asked.output_format or "png"
+
+
+def size_of(event: Event) -> str:
+    """WIDTHxHEIGHT of an event's pictures."""
+    height, width = event.shape[-3:-1]
+    return f"{width}x{height}"
+
+
+def placed(front: Front, asked: ImageRequest, request: Request, file: bytes) -> dict[str, str]:
+    """A picture itself, or its URL.
+
+    Raises:
+        Problem: it is too large to be kept.
+    """
+    if asked.response_format == "url":
+        format = format_of(asked)
+        return {"url": front.url_of(request, file, TYPES[format], format)}
+    return {"b64_json": base64.b64encode(file).decode()}
+
+
+def seconds_of(ticket: Ticket) -> dict[str, float]:
+    """How long a request waited, and how long it was at work."""
+    ended = ticket.ended or time.monotonic()
+    started = ticket.started or ended
+    return {"queued": round(started - ticket.arrived, 4), "made": round(ended - started, 4)}
+
+
+async def stream(front: Front, asked: ImageRequest, ticket: Ticket, request: Request, name: str) -> AsyncIterator[str]:
+    """What becomes of a request, as server-sent events.
+
+    Events are ``NAME.queued``, ``NAME.started``, ``NAME.progress`` after each step, ``NAME.partial_image``,
+    ``NAME.retried`` where ranks were lost, and for each picture ``NAME.completed``; or ``error``, which ends it.
+
+    Args:
+        name: what events are called by, ``image_generation`` or ``image_edit``.
+    """
+    events, previews = ticket.events(), 0
+    waiting: asyncio.Future[Event] | None = None
+    try:
+        while True:
+            waiting = asyncio.ensure_future(anext(events))
+            while not (await asyncio.wait({waiting}, timeout=ALIVE_S))[0]:
+                yield ": waiting\n\n"
+            event = waiting.result()
+            if event.kind == "preview" and previews >= (asked.partial_images or 0):
+                continue
+            for said in await _said(front, asked, ticket, request, event, previews):
+                yield _line(f"{name}.{said.pop('type')}", ticket.id, said)
+            previews += event.kind == "preview"
+            if event.ends:
+                return
+    except Problem as problem:
+        yield f"event: error\ndata: {json.dumps(problem.body)}\n\n"
+    finally:
+        front.engine.cancel(ticket.id)
+        if waiting is not None:
+            waiting.cancel()
+
+
+async def _said(
+    front: Front, asked: ImageRequest, ticket: Ticket, request: Request, event: Event, previews: int
+) -> list[dict[str, Any]]:
+    """What is said of an event.
+
+    Raises:
+        Problem: the request ended without a picture.
+    """
+    if event.kind in ("queued", "started", "retried"):
+        return [{"type": event.kind}]
+    if event.kind == "step":
+        return [{"type": "progress", "step": event.step, "steps": event.steps, "seconds": seconds_of(ticket)}]
+    if event.kind not in ("preview", "done"):
+        raise problem_of_end(event)
+    ours: dict[str, Any] = {
+        "output_format": format_of(asked), "size": size_of(event), "background": "opaque", "quality": "auto",
+        "created_at": int(time.time()),
+    }  # fmt: skip
+    files = await encoded(front, asked, ticket, event)
+    if event.kind == "preview":
+        number = {"partial_image_index": previews, "step": event.step, "steps": event.steps}
+        inline = asked.model_copy(update={"response_format": "b64_json"})
+        return [
+            {"type": "partial_image", **number, "index": n, **ours, **placed(front, inline, request, file)}
+            for n, file in enumerate(files)
+        ]
+    last = {"seconds": seconds_of(ticket), "usage": NO_TOKENS}
+    return [
+        {"type": "completed", "index": n, "seed": ticket.work.seed + n, **ours, **last,
+         **placed(front, asked, request, file)}
+        for n, file in enumerate(files)
+    ]  # fmt: skip
+
+
+def _line(type: str, id: str, said: dict[str, Any]) -> str:
+    return f"event: {type}\ndata: {json.dumps({'type': type, 'id': id, **said})}\n\n"
