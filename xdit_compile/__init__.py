@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from xdit_compile.distributed.devices import is_main_process, local_device
 
     from .api import explain, generation, parallelize, refresh, restore
-    from .loading import from_pretrained
+    from .api.loading import from_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     if name == "from_pretrained":
-        from . import loading
+        from .api import loading
 
         return loading.from_pretrained
     if name in ("is_main_process", "local_device"):

@@ -189,8 +189,10 @@ def _both(
     arriving: torch.Tensor, above: torch.Tensor, below: torch.Tensor, dim: int, at: list[int], rows: list[int],
     zeros: list[int],
 ) -> torch.Tensor:  # fmt: skip
-    ends = [(above, at[0], rows[0], True, zeros[0]), (below, at[1], rows[1], False, zeros[1])]
-    pieces = [_pieces(arriving, here, dim, *end) for here, *end in ends]
+    pieces = [
+        _pieces(arriving, above, dim, at[0], rows[0], True, zeros[0]),
+        _pieces(arriving, below, dim, at[1], rows[1], False, zeros[1]),
+    ]
     first, second = (_size(piece, dim) for piece in pieces)
     if first != second or dim == 0:
         raise ValueError(f"halo_finish_both along dim {dim} of ends of {first} and {second}")
@@ -226,5 +228,5 @@ def _size(pieces: list[torch.Tensor], dim: int) -> list[int]:
 
 def _room(size: list[int], like: torch.Tensor) -> torch.Tensor:
     """Memory in which dims lie in the order of another tensor's, so that whoever reads that one reads this as well."""
-    order = sorted(range(like.dim()), key=lambda dim: -like.stride(dim))
+    order = sorted(range(like.dim()), key=lambda dim: -like.stride()[dim])
     return torch.empty_permuted(size, order, dtype=like.dtype, device=like.device)

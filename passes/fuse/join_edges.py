@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 import xdit_compile.kernels.collectives.halo  # noqa: F401  (registers the op)
-from xdit_compile.ir.arguments import node_of
+from xdit_compile.ir.arguments import node_of, overload_of
 from xdit_compile.passes.axes.operators import CONVOLUTIONS
 from xdit_compile.passes.memory.on_meta import Shapes, name_of
 
@@ -103,13 +103,13 @@ def _join(ends: list[_End], shapes: Shapes) -> None:
     graph, made = ends[0].made.graph, ends[0].made
     finishes = [end.finish for end in ends]
     arriving, _, dim, *_, group = finishes[0].args
-    here, at, rows, zeros = ([finish.args[position] for finish in finishes] for position in (1, 3, 4, 6))
+    here, firsts, rows, zeros = ([finish.args[position] for finish in finishes] for position in (1, 3, 4, 6))
     places = [end.writer.args[2:] for end in ends]
     batch = shapes[finishes[0]].shape[0]
     with graph.inserting_before(max(end.writer for end in ends)):
-        both = graph.call_function(ops.halo_finish_both.default, (arriving, *here, dim, at, rows, zeros, group))
+        both = graph.call_function(ops.halo_finish_both.default, (arriving, *here, dim, firsts, rows, zeros, group))
         like = ends[0].convolution
-        convolved = graph.call_function(like.target, (both, *like.args[1:]), dict(like.kwargs))
+        convolved = graph.call_function(overload_of(like), (both, *like.args[1:]), dict(like.kwargs))
         for number, place in enumerate(places):
             piece = graph.call_function(aten.slice.Tensor, (convolved, 0, number * batch, (number + 1) * batch))
             graph.call_function(PUT, (made, piece, *place))

@@ -69,7 +69,7 @@ def test_what_a_model_of_the_hub_cannot_is_refused_before_its_weights_are_fetche
     refused = {
         "generate --height 500 --nproc 2 --ulysses_degree 2": "--height 500 is no multiple of 16, as this model needs",
         "generate --output a.mp4": "--output a.mp4: this pipeline makes images; end it in one of .png",
-        "build --size 512x500": "--width 500 is no multiple of 16",
+        "build --size 512x500 --cache_dir ../kept": "--width 500 is no multiple of 16",
     }
     for arguments, expected in refused.items():
         done = run(

@@ -9,7 +9,7 @@ from typing import ClassVar
 from xdit_compile.cli.options.request import PipelineRequest
 from xdit_compile.errors import UsageError
 
-from .engine import Limits
+from .queue.engine import Limits
 
 LOG_FORMATS = ("text", "json")
 

@@ -17,8 +17,8 @@ import uvicorn
 
 from xdit_compile.errors import UsageError
 
-from .engine import Engine
-from .gang import Gang
+from .queue.engine import Engine
+from .queue.gang import Gang
 from .http.app import make_app
 from .http.settings import Settings
 from .request import ServeRequest

@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from xdit_compile import __version__
 
-from ..engine import Engine
+from ..queue.engine import Engine
 from .checks import public_name
 from .front import Front
 from .guard import Guard

@@ -13,7 +13,7 @@ from typing import Any
 
 from xdit_compile.plan.nearest import nearest
 
-from ..messages import Work
+from ..queue.messages import Work
 from .problems import Problem
 from .schemas import Asked, ImageRequest, VideoRequest
 from .settings import Limits

@@ -12,9 +12,9 @@ from fastapi import Request
 
 from xdit_compile import __version__
 
-from ..engine import Engine, Full, NotReady
-from ..messages import Work
-from ..tickets import Ticket
+from ..queue.engine import Engine, Full, NotReady
+from ..queue.messages import Work
+from ..queue.tickets import Ticket
 from .checks import check_picture, work_of
 from .metrics import Metrics
 from .problems import Problem, problem_of_queue

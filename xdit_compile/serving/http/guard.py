@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import hmac
 import logging
@@ -23,8 +22,6 @@ log = logging.getLogger(__name__)
 OPEN = ("/", "/health", "/health/live", "/health/ready")
 """Paths that need no key; files are named so that they cannot be guessed."""
 OPEN_FOLDER = "/v1/files/"
-_DRAINED = 256 << 20
-"""Bytes of a refused body that are read, and dropped."""
 _ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
@@ -52,6 +49,7 @@ class Guard:
         id = id if _ID.fullmatch(id) else f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = id
         statuses: list[int] = []
+        body = _Body(receive, self._most(headers), started + self.settings.limits.body_s)
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -61,13 +59,11 @@ class Guard:
                 extra.setdefault("X-Content-Type-Options", "nosniff")
             await send(message)
 
-        body = _Body(receive, self._most(headers), started + self.settings.limits.body_s)
         try:
             self._admit(scope, headers)
             await self.app(scope, body.receive, answer)
         except Problem as problem:
             if not statuses:
-                await body.drain()
                 await problem.response(scope, receive, answer)
         except ClientDisconnect:
             pass
@@ -147,13 +143,6 @@ class _Body:
         if self._bytes > self._most:
             raise _too_large(self._most)
         return message
-
-    async def drain(self) -> None:
-        """Read what is left and drop it: a client that still sends would not see the answer."""
-        self._most = max(self._most, _DRAINED)
-        with contextlib.suppress(Problem):
-            while not self._is_whole:
-                await self.receive()
 
 
 def _too_large(most: int) -> Problem:

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from ..tickets import Event, Ticket
+from ..queue.tickets import Event, Ticket
 from .encoding import TYPES, encode_images, pixels_of
 from .forms import body_of, read_body
 from .front import Front

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from ..engine import Engine
-from ..messages import Report
-from ..tickets import Ticket
+from ..queue.engine import Engine
+from ..queue.messages import Report
+from ..queue.tickets import Ticket
 
 WINDOW_S = 60.0
 """Steps per second are those of so many last seconds."""

@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException
 
 from xdit_compile.plan.nearest import did_you_mean
 
-from ..engine import Full, NotReady
-from ..tickets import Event
+from ..queue.engine import Full, NotReady
+from ..queue.tickets import Event
 from .schemas import ImageRequest
 
 NOT_AGAIN = {"x-should-retry": "false"}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 
-from ..tickets import Event, Ticket
+from ..queue.tickets import Event, Ticket
 from .checks import public_name
 from .encoding import TYPES, encode_images, encode_video, pixels_of
 from .forms import body_of, read_body

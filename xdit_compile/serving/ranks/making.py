@@ -20,7 +20,7 @@ from xdit_compile.cli.running.pipeline_call import call_arguments, call_pipeline
 from xdit_compile.errors import XditCompileError
 from xdit_compile.runtime.diffusers_pipeline import STEPS
 from xdit_compile.runtime.session import Session
-from xdit_compile.serving.messages import Work
+from xdit_compile.serving.queue.messages import Work
 
 log = logging.getLogger(__name__)
 _MODES = {"mask_image": "L"}
@@ -131,7 +131,7 @@ def _without_steps(scheduler: Any) -> Any:
         self.timesteps = self.timesteps[:0]
 
     functools.update_wrapper(set_timesteps, kind.set_timesteps)
-    none = type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "init_noise_sigma": 1.0})
+    none: Any = type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "init_noise_sigma": 1.0})
     return none.from_config(scheduler.config)
 
 
@@ -157,11 +157,11 @@ def _request(work: Work, defaults: PipelineRequest) -> Request:
 
 def _own_pipeline(pipe: Any) -> Any:
     """A shallow copy with a scheduler of its own, which keeps the state of one loop."""
-    own = copy.copy(pipe)
+    copied = copy.copy(pipe)
     for name, component in pipe.components.items():
         if hasattr(component, "set_timesteps"):
-            setattr(own, name, copy.deepcopy(component))
-    return own
+            setattr(copied, name, copy.deepcopy(component))
+    return copied
 
 
 def _count_steps(pipe: Any, stepped: Callable[[Any], None]) -> None:

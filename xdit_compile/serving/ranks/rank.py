@@ -21,7 +21,7 @@ from xdit_compile.cli.options.result_kind import kind_of
 from xdit_compile.cli.running.pipeline_call import leave, open_parallel
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import AgreementError, UsageError, XditCompileError, one_line
-from xdit_compile.serving.messages import Lost, Ready, Report, Told, Turn, Work
+from xdit_compile.serving.queue.messages import Lost, Ready, Report, Told, Turn, Work
 
 from .gate import GO_ON, Call, put_gates
 from .joining import Joiner

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from xdit_compile.distributed.devices import resolve
+from xdit_compile.errors import UsageError, one_line
+from xdit_compile.plan import Plan
+from xdit_compile.plan.log_level import set_log_level
+from xdit_compile.plan.plan import as_plan
 from xdit_compile.runtime.diffusers_pipeline import is_denoiser
 from xdit_compile.weights.checkpoint import Checkpoint
 from xdit_compile.weights.meta_module import component_class, empty_module
 from xdit_compile.weights.model_folder import pipeline_index
 from xdit_compile.weights.weights import Weights
 
-from .api import attach
-from .errors import UsageError, one_line
-from .plan import Plan
-from .plan.log_level import set_log_level
-from .plan.plan import as_plan
+from . import attach
 
 HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "trust_remote_code")
 OWN_PLACEMENT = ("device_map", "quantization_config", "max_memory")

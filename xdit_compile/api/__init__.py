@@ -19,15 +19,20 @@ from xdit_compile.cache.folder import resolve
 from xdit_compile.cache.store import open_store
 from xdit_compile.capture.state.in_place import held, put_back, put_in_place
 from xdit_compile.capture.state.unsupported import refuse_unsupported
+from xdit_compile.compiler import analyse, place
 from xdit_compile.distributed.devices import execution_device, refuse_moved, settle
 from xdit_compile.distributed.mesh import Mesh
 from xdit_compile.distributed.seats import Seat, compare_seats, join
 from xdit_compile.distributed.world import World
+from xdit_compile.errors import ProviderUnavailable, UsageError
 from xdit_compile.kernels.gather_parameter import gather_whole
 from xdit_compile.kernels.providers import AttentionQuery
 from xdit_compile.kernels.registry import choose
 from xdit_compile.passes.fuse.timings import Timings, described, load
+from xdit_compile.plan import Plan
+from xdit_compile.plan.log_level import set_log_level
 from xdit_compile.plan.methods import TEAM, TENSOR
+from xdit_compile.plan.plan import as_plan
 from xdit_compile.reports.components_report import ComponentsReport, whole
 from xdit_compile.reports.counted_report import counted_report, on_paper
 from xdit_compile.reports.pipeline_report import PipelineReport, pipeline_report
@@ -48,12 +53,6 @@ from xdit_compile.runtime.runner import Runner
 from xdit_compile.runtime.session import Session
 from xdit_compile.runtime.stored.progress import Progress
 from xdit_compile.weights.weights import Weights
-
-from .compiler import analyse, place
-from .errors import ProviderUnavailable, UsageError
-from .plan import Plan
-from .plan.log_level import set_log_level
-from .plan.plan import as_plan
 
 
 def parallelize(target: Any, plan: Plan | None = None) -> Any:

@@ -1,0 +1,1 @@
+"""The queue, what runs next, and the processes that run it."""
