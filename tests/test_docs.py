@@ -34,7 +34,8 @@ from torch import fx
 from torch.distributed.run import get_args_parser
 
 import xdit_compile
-from xdit_compile import Plan, api, loading
+from xdit_compile import Plan, api
+from xdit_compile.api import loading
 from xdit_compile.cli.main import cli
 from xdit_compile.cli.options.request import DEMO_PIPELINE, Request, plan_from_flags
 from xdit_compile.cli.running.explain import denoiser_call
@@ -98,7 +99,9 @@ def is_excerpt(block: Block) -> bool:
 
 
 PAGES = _pages()
-RUNNING = [page for page in PAGES if any(not is_excerpt(block) for block in blocks(page, "python"))]
+SERVED = "docs/serving.md"
+"""Its snippet needs a server: tests/serving/test_serve.py runs it."""
+RUNNING = [page for page in PAGES if page != SERVED and any(not is_excerpt(block) for block in blocks(page, "python"))]
 
 
 # ---------------------------------------------------------------------------------------------- blocks that run

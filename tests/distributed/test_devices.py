@@ -15,7 +15,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import xdit_compile
-from xdit_compile import Plan, api, loading
+from xdit_compile import Plan, api
+from xdit_compile.api import loading
 from xdit_compile.backends.registry import find_backend
 from xdit_compile.cli.options.request import Request
 from xdit_compile.cli.running import pipeline_call

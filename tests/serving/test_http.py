@@ -284,6 +284,8 @@ REFUSED = [
     ({"arguments": {"generator": 1}}, "arguments.generator", "field of its own"),
     ({"arguments": {"image": "/etc/passwd"}}, "arguments.image", "picture"),
     ({"arguments": {"clean_caption": "\ud800"}}, "arguments.clean_caption", "character"),
+    ({"arguments": {"clean_caption": 10**9}}, "arguments.clean_caption", "beyond 10000"),
+    ({"arguments": {"clean_caption": [1] * 1001}}, "arguments.clean_caption", "1001 values; 1000 are the most"),
     ({"arguments": [1]}, "arguments", "dictionary"),
     ({"model": "other"}, "model", "not served here"),
     ({"background": "transparent"}, "background", "opaque"),

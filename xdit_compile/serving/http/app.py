@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from xdit_compile import __version__
 
 from ..queue.engine import Engine
-from .checks import public_name
+from .checks import arguments_of, public_name
 from .front import Front
 from .guard import Guard
 from .images import image_routes
@@ -130,7 +130,8 @@ def page_routes(front: Front) -> APIRouter:
 def _shown(facts: Any) -> dict[str, Any]:
     """What clients may know of the pipeline."""
     named = ("class", "makes", "takes", "joins", "device", "dtype", "size", "versions")
-    return {name: facts[name] for name in named if name in facts}
+    shown = {name: facts[name] for name in named if name in facts}
+    return {**shown, "arguments": arguments_of(facts.get("takes", ()))}
 
 
 def _policy(page: str) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import io
-import math
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -24,9 +23,14 @@ STEPS = 20
 _TAKEN = ("negative_prompt", "num_inference_steps", "guidance_scale", "max_sequence_length", "strength", "num_frames")
 _OURS = {
     "generator", "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt", "latents", "prompt",
-    "height", "width", *_TAKEN,
+    "height", "width", "args", "kwargs", *_TAKEN,
 }  # fmt: skip
 """Arguments that other fields give, or the server itself."""
+
+
+def arguments_of(takes: Iterable[str]) -> list[str]:
+    """The names of a pipeline's arguments that a request may give among ``arguments``."""
+    return [name for name in takes if name not in _OURS and "callback" not in name]
 
 
 def public_name(model: str) -> str:
@@ -130,6 +134,7 @@ def _check_amounts(
         ("num_frames", frames, limits.frames, "frames"),
         (many, pixels * images * frames, limits.total_pixels, "pixels in all"),
         ("num_inference_steps", asked.num_inference_steps or 1, limits.steps, "steps"),
+        ("max_sequence_length", asked.max_sequence_length or 1, limits.tokens, "tokens"),
     )
     for param, amount, most, what in amounts:
         if amount > most:
@@ -140,26 +145,30 @@ def _check_arguments(arguments: Mapping[str, Any], takes: set[str], limits: Limi
     for name, value in arguments.items():
         param = f"arguments.{name[:100]}"
         if name in _OURS or "callback" in name:
-            raise Problem(400, f"{name} is given by a field of its own, or by the server", param, "invalid_value")
+            message = f"{name[:100]} is given by a field of its own, or by the server"
+            raise Problem(400, message, param, "invalid_value")
         if name not in takes:
             near = nearest(name, takes - _OURS) or difflib.get_close_matches(name, takes - _OURS, n=1, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise Problem(400, f"this pipeline takes no argument {name[:100]!r}{hint}", param, "unknown_argument")
         if any(word in name for word in ("image", "video", "mask", "embeds")) and not isinstance(value, int | float):
             raise Problem(400, f"{name} is a picture or a tensor, which JSON does not hold", param, "unsupported")
-        for problem in _plain_problems(value, limits.argument_depth):
+        for problem in _plain_problems(value, limits.argument_depth, limits):
             raise Problem(400, f"{name} {problem}", param, "invalid_value")
 
 
-def _plain_problems(value: Any, depth: int) -> Iterator[str]:
+def _plain_problems(value: Any, depth: int, limits: Limits) -> Iterator[str]:
     """What is wrong with a value that should be plain data."""
     if depth < 0:
         yield "holds lists inside of lists inside of others, too many of them"
     elif isinstance(value, dict | list):
+        if len(value) > limits.argument_items:
+            yield f"holds {len(value)} values; {limits.argument_items} are the most"
+            return
         for each in [*value, *value.values()] if isinstance(value, dict) else value:
-            yield from _plain_problems(each, depth - 1)
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield "holds a number that is not finite"
+            yield from _plain_problems(each, depth - 1, limits)
+    elif isinstance(value, int | float) and not abs(value) <= limits.argument_number:
+        yield f"holds a number beyond {limits.argument_number:g}"
     elif isinstance(value, str):
         try:
             value.encode()

@@ -19,8 +19,11 @@ class Limits:
         images: pictures of a request.
         steps: of the scheduler.
         frames: of a video.
+        tokens: of a prompt, where a request says to how many it is filled up.
         picture_bytes, picture_pixels: of a picture that is sent.
         argument_depth: lists and objects inside of one another in ``arguments``.
+        argument_items: of one list or object there.
+        argument_number: how far from zero a number there may be: it may be a length.
     """
 
     json_bytes: int = 1 << 20
@@ -33,9 +36,12 @@ class Limits:
     images: int = 10
     steps: int = 1000
     frames: int = 1000
+    tokens: int = 4096
     picture_bytes: int = 32 << 20
     picture_pixels: int = 8192 * 8192
     argument_depth: int = 8
+    argument_items: int = 1000
+    argument_number: float = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
