@@ -24,8 +24,10 @@ from xdit_compile.cli.parsing.choices import Choices
 from xdit_compile.cli.parsing.config import PREFIX, in_toml, key_of, variable_of
 from xdit_compile.cli.parsing.groups import GENERAL, GROUPS, SEEN_ELSEWHERE, Command, options_of
 from xdit_compile.compiler import CHECK
+from xdit_compile.plan.log_level import VARIABLE as LOG
 from xdit_compile.plan.nearest import nearest
 from xdit_compile.reports.dump import VARIABLE as DUMP
+from xdit_compile.serving.run import KEY_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "command-line.md").read_text()
@@ -78,11 +80,12 @@ def test_what_is_printed_is_read_again(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_every_flag_has_a_variable_of_its_own_and_none_of_the_compilers(capsys: pytest.CaptureFixture[str]):
-    assert {PREFIX + name for name in SEEN_ELSEWHERE} == {CACHE, CHECK, DUMP}
+    seen_elsewhere = {CACHE, CHECK, DUMP, LOG, KEY_VARIABLE}
+    assert {PREFIX + name for name in SEEN_ELSEWHERE} == seen_elsewhere
     for command in COMMANDS:
         variables = [variable_of(flag) for flag in options_of(command)]
         assert len(set(variables)) == len(variables)
-        assert not set(variables) & {CACHE, CHECK, DUMP}
+        assert not set(variables) & seen_elsewhere
         assert all(flag.envvar == variable_of(flag) or flag.name == "print_config" for flag in options_of(command))
 
 
@@ -167,7 +170,7 @@ def test_a_wrong_file_is_refused_by_what_is_wrong(
         ("generate --guidance 2", "did you mean --guidance_scale?"),
         ("evaluate --prompt x", "'--prompt'; it is a flag of generate, explain, build, tune"),
         ("cache list --cach_dir x", "did you mean --cache_dir?"),
-        ("--height 2", "it is a flag of generate, evaluate, explain, build, tune: write the command first"),
+        ("--height 2", "it is a flag of generate, serve, evaluate, explain, build, tune: write the command first"),
         ("genrate", "No such command 'genrate'. Did you mean 'generate'?"),
         ("cache unpack a --digest x --device tpu", "'tpu' is unknown; choose one of auto, cpu, cuda"),
         ("completion csh", "'csh' is not one of 'bash', 'zsh', 'fish'"),

@@ -18,7 +18,7 @@ from xdit_compile.serving.ranks.joining import Joiner
 from xdit_compile.serving.ranks.strands import CURRENT, Cancelled, Strand
 
 QUICK = {"pixart", "cogvideox_rotary"}
-APART: set[str] = set()
+APART = {"hidream", "framepack", "unet_motion"}
 """Models of the zoo whose calls do not join."""
 CPU = torch.device("cpu")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from pythonjsonlogger.json import JsonFormatter
 
 from xdit_compile.errors import UsageError
 
@@ -35,6 +36,7 @@ def serve(request: ServeRequest, ranks: int) -> None:
     Raises:
         UsageError: the port is taken, or the key cannot be read.
     """
+    _set_logs(request)
     settings = Settings(api_key=_api_key(request), cors_origins=request.cors_origin)
     command = ["serve_rank", str(request.max_batch), request.to_json()]
     name = request.model or "xdit-compile/shapes"
@@ -84,6 +86,19 @@ class _Server(uvicorn.Server):
     def _end(self) -> None:
         self.force_exit = self.should_exit
         self.should_exit = self._engine.draining = True
+
+
+def _set_logs(request: ServeRequest) -> None:
+    """Tell on stderr of requests and of ranks that are lost, in lines of text or in JSON objects."""
+    fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    handler = logging.StreamHandler()
+    is_json = request.log_format == "json"
+    handler.setFormatter(JsonFormatter(fields) if is_json else logging.Formatter(fields))
+    level = logging.DEBUG if request.debug else logging.WARNING if request.quiet else logging.INFO
+    for name in ("xdit_compile", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level if name == "xdit_compile" else max(level, logging.WARNING))
 
 
 def _plan_words(request: ServeRequest) -> str:

@@ -19,7 +19,7 @@ from xdit_compile.errors import UsageError
 from xdit_compile.plan import Plan
 from xdit_compile.serving.request import LOG_FORMATS, ServeRequest
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "psutil")
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "psutil", "pythonjsonlogger")
 
 
 @click.command(cls=Command)

@@ -27,7 +27,7 @@ MODEL, PICTURE, PARALLEL, COMPILE, SERVICE, OUTPUT, GENERAL = GROUPS = (
     "Model", "Picture", "Parallel", "Compile", "Service", "Output", "General",
 )  # fmt: skip
 """In the order in which the help shows them."""
-SEEN_ELSEWHERE = ("CACHE", "CHECK", "DUMP", "LOG")
+SEEN_ELSEWHERE = ("API_KEY", "CACHE", "CHECK", "DUMP", "LOG")
 """What the compiler itself reads from the environment, after ``XDIT_COMPILE_``."""
 RIVALS = (
     ("cache_dir", "no_cache"),
