@@ -18,10 +18,10 @@ from pythonjsonlogger.json import JsonFormatter
 
 from xdit_compile.errors import UsageError
 
-from .queue.engine import Engine
-from .queue.gang import Gang
 from .http.app import make_app
 from .http.settings import Settings
+from .queue.engine import Engine
+from .queue.gang import Gang
 from .request import ServeRequest
 
 log = logging.getLogger(__name__)
