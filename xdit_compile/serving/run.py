@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ import uvicorn
 from pythonjsonlogger.json import JsonFormatter
 
 from xdit_compile.errors import UsageError
+from xdit_compile.plan.methods import METHODS
 
 from .http.app import make_app
 from .http.settings import Settings
@@ -103,9 +103,8 @@ def _set_logs(request: ServeRequest) -> None:
 
 def _plan_words(request: ServeRequest) -> str:
     """The degrees of a plan that are more than one."""
-    degrees = {name: value for name, value in dataclasses.asdict(request.plan).items() if isinstance(value, int)}
-    said = [f"{name}={value}" for name, value in degrees.items() if value > 1 and not isinstance(value, bool)]
-    return ", ".join(said) or "one rank"
+    degrees = {method.name: getattr(request.plan, method.name) for method in METHODS}
+    return ", ".join(f"{name}={degree}" for name, degree in degrees.items() if degree > 1) or "one device"
 
 
 def _bound(request: ServeRequest) -> socket.socket:

@@ -286,10 +286,10 @@ class Engine:
         if each is None:
             return
         ticket = each.ticket
+        if told.step > ticket.step:
+            ticket.tell(Event("step", told.step, told.steps))
         if told.state == "waits":
             each.key = told.key
-            if told.step > ticket.step:
-                ticket.tell(Event("step", told.step, told.steps))
             if told.preview is not None:
                 ticket.tell(Event("preview", told.step, told.steps, *told.preview))
             return

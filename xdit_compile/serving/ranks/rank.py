@@ -75,11 +75,12 @@ class Rank:
 
     def facts(self) -> dict[str, Any]:
         """As `Ready` says."""
-        parameters = inspect.signature(type(self._pipe).__call__).parameters
+        parameters = list(inspect.signature(type(self._pipe).__call__).parameters.values())[1:]
+        named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
         return {
             "class": type(self._pipe).__name__,
             "makes": kind_of(self._pipe) or "images",
-            "takes": [name for name in parameters if name != "self"],
+            "takes": named,
             "joins": self._joiner is not None,
             "device": str(self._device),
             "dtype": str(getattr(self._pipe, "dtype", "")).removeprefix("torch."),
