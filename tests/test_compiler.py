@@ -59,7 +59,7 @@ def test_passes_stop_where_they_are_told():
     call = Call(model.module, model.args, model.kwargs, run=False)
     state = run_passes(Compilation(Plan(), call), until="infer_axes")
     assert state.inference is not None and state.units is None
-    with pytest.raises(UsageError, match="no pass 'inline'; choose one of capture, hoist_linears, infer_axes"):
+    with pytest.raises(UsageError, match="pass 'inline' is unknown; choose one of capture, hoist_linears, infer_axes"):
         run_passes(state, until="inline")
 
 

@@ -31,7 +31,6 @@ def choose_patches(inference: Inference, plan: Plan) -> Split:
     Raises:
         PlanError: where no cut does, with the reason of the first that was tried; or there are too few blocks.
     """
-    check_stages(inference, plan)
     reasons: list[str] = []
     for split in cuts(inference, plan):
         reason = _refused(inference, plan, split)
@@ -40,6 +39,7 @@ def choose_patches(inference: Inference, plan: Plan) -> Split:
         reasons.append(reason)
     if not reasons:
         reasons = [f"no attention has {plan.patch_count} rows of tokens that stand in the input and in the result"]
+    check_stages(inference, plan)
     raise PlanError(cannot_cut(plan, reasons[0]))
 
 
@@ -52,13 +52,13 @@ def cannot_cut(plan: Plan, reason: str) -> str:
 
 
 def check_stages(inference: Inference, plan: Plan) -> None:
-    """See that there are blocks enough for the stages of a plan.
+    """See that there are blocks enough for the stages of a plan, where any repeat.
 
     Raises:
         PlanError: there are fewer.
     """
     blocks = sum(bool(call.meta.get("repeated")) for call in inference.program.calls())
-    if plan.pipefusion > blocks:
+    if plan.pipefusion > blocks > 0:
         raise PlanError(too_many_stages(plan.pipefusion, blocks))
 
 

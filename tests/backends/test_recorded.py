@@ -155,7 +155,9 @@ def test_graphs_are_refused_where_there_is_no_card() -> None:
 
 def test_graphs_are_refused_where_a_rank_does_not_run_alone() -> None:
     for mode, other in (("reduce-overhead", "default"), ("max-autotune", "max-autotune-no-cudagraphs")):
-        with pytest.raises(PlanError, match=f"'{mode}' records .* 2 ranks send to one another; take '{other}'"):
+        with pytest.raises(
+            PlanError, match=f"'{mode}' records .* 2 ranks send to one another; take compile_mode='{other}'"
+        ):
             Plan(ulysses=2, compile_mode=mode).check()
         Plan(ulysses=2, compile_mode=mode, backend_options={"triton.cudagraphs": False}).check()
     with pytest.raises(PlanError, match="patches are kept over steps"):

@@ -331,9 +331,9 @@ def test_explain_reads_no_weights_and_needs_one_process(tmp_path: Path):
     ("arguments", "expected"),
     [
         ("--component nothing", "--component nothing is not in this pipeline; choose one of"),
-        ("--component transformer --inputs nowhere.pt", "--inputs nowhere.pt does not exist"),
-        ("--ulysses_degree 0", "ulysses=0 must be"),
-        ("--ulysses_degree 2 --link fast", "link='fast' must be bytes per second of one rank, such as '450GB/s'"),
+        ("--component transformer --inputs nowhere.pt", "--inputs nowhere.pt is no file"),
+        ("--ulysses_degree 0", "--ulysses_degree 0 must be"),
+        ("--ulysses_degree 2 --link fast", "--link fast must be bytes per second of one rank, such as '450GB/s'"),
     ],
 )
 def test_explain_refuses_in_one_line(tmp_path: Path, arguments: str, expected: str):

@@ -48,8 +48,16 @@ BEFORE = b"before"
         ),
         ("e/images", "evaluate --output e --images", "e/images is a file; it stands where a folder is needed"),
         ("evaluation/sheet.png", "evaluate --model video", "this pipeline makes videos, and this command takes images"),
-        ("a.bundle", "build --output a.bundle", "a.bundle exists; give --overwrite, or another --output"),
-        ("a.bundle", "build --output no/a.bundle", "--output no/a.bundle: folder no does not exist; make it first"),
+        (
+            "a.bundle",
+            "build --cache_dir cache --output a.bundle",
+            "a.bundle exists; give --overwrite, or another --output",
+        ),
+        (
+            "a.bundle",
+            "build --cache_dir cache --output no/a.bundle",
+            "--output no/a.bundle: folder no does not exist; make it first",
+        ),
     ],
 )
 def test_what_cannot_be_written_is_refused_and_what_was_there_stays(
