@@ -156,6 +156,22 @@ def test_a_signal_while_an_error_is_told_changes_nothing(tmp_path: Path):
     assert "--nproc 0 must be at least 1" in one_error(done, 2)
 
 
+def test_a_signal_counts_though_what_it_raised_was_caught(tmp_path: Path):
+    code = (
+        "import contextlib, os, signal, sys; from xdit_compile.cli import main as command\n"
+        "def disturbed(*arguments, **settings):\n"
+        "    with contextlib.suppress(BaseException):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "command.cli.main = disturbed\n"
+        "sys.argv = ['xdit-compile', 'doctor']\n"
+        "command.entry()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True
+    )
+    assert one_error(done, 143) == "terminated"
+
+
 AT_ONCE = (
     "import sys; from xdit_compile.cli.processes import notices; notices.FIRST_NOTICE_S = 0.2\n"
     "from xdit_compile.cli.main import entry; sys.argv = ['xdit-compile', *sys.argv[1:]]; entry()"

@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None, signals: Signals | None = None)
             return 0
         with as_found():
             cli.main(args=arguments or ["--help"], prog_name=NAME, standalone_mode=False, obj=asked)
-        return 0
+        if signals is None:
+            return 0
+        signals.over()
+        return 0 if signals.came is None else _interrupted(signals.came, arguments)
     except BaseException as error:
         if signals is not None:
             signals.over()
