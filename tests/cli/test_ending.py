@@ -22,6 +22,11 @@ COMPILED = ["--model", str(TINY_PIPELINE), "--no_cache", "--num_inference_steps"
 TWO = ["--nproc", "2", "--ulysses_degree", "2"]
 
 
+def _listening() -> None:
+    """Of a shell's background processes SIGINT is ignored, and of what they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Command:
     """A command that runs in folders of its own: where it is started, and for temporary files."""
 
@@ -33,8 +38,9 @@ class Command:
         environment = {**clean_environment(), "TMPDIR": str(self.temporary)}
         with open(self._log, "w") as log:
             self.process = subprocess.Popen(
-                [*COMMAND, "generate", *flags], cwd=self.here, env=environment, stdout=log, stderr=log
-            )
+                [*COMMAND, "generate", *flags], cwd=self.here, env=environment, stdout=log, stderr=log,
+                preexec_fn=_listening,
+            )  # fmt: skip
 
     @property
     def log(self) -> str:

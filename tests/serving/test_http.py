@@ -215,7 +215,7 @@ def test_a_stream_has_every_step_and_pictures_between(images: Server):
     kinds = [event.type.removeprefix("image_generation.") for event in events]
     assert kinds[:2] == ["queued", "started"] and kinds[-1] == "completed"
     assert [(event.step, event.steps) for event in events if event.type.endswith("progress")] == [
-        (step, 6) for step in range(1, 6)
+        (step, 6) for step in range(1, 7)
     ]
     work = images.ranks.works[-1]
     partial = [event for event in events if event.type.endswith("partial_image")]
