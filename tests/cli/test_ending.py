@@ -145,6 +145,13 @@ def test_a_rank_that_goes_on_in_time_is_no_failure(tmp_path: Path):
     assert files(command.here) == {"out.png"} and command.left() == set()
 
 
+def disturbed(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """What came of Python code that runs the command, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=folder, env=clean_environment(), capture_output=True, text=True
+    )
+
+
 def test_a_signal_while_an_error_is_told_changes_nothing(tmp_path: Path):
     code = (
         "import os, signal, sys; from xdit_compile.cli import main as command\n"
@@ -156,9 +163,7 @@ def test_a_signal_while_an_error_is_told_changes_nothing(tmp_path: Path):
         "sys.argv = ['xdit-compile', 'generate', '--nproc', '0']\n"
         "command.entry()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True
-    )
+    done = disturbed(tmp_path, code)
     assert "--nproc 0 must be at least 1" in one_error(done, 2)
 
 
@@ -172,9 +177,7 @@ def test_a_signal_counts_though_what_it_raised_was_caught(tmp_path: Path):
         "sys.argv = ['xdit-compile', 'doctor']\n"
         "command.entry()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True
-    )
+    done = disturbed(tmp_path, code)
     assert one_error(done, 143) == "terminated"
 
 

@@ -24,7 +24,6 @@ from .queue.engine import Engine
 from .queue.gang import Gang
 from .request import ServeRequest
 
-log = logging.getLogger(__name__)
 KEY_VARIABLE = "XDIT_COMPILE_API_KEY"
 TURN_S = 3600.0
 """A turn that compiles may take long; what stands still is seen by the ranks themselves after the plan's timeout_s."""

@@ -71,7 +71,7 @@ def launch(
     since_torch_2_12 = {"shutdown_timeout": END_SECONDS}
     fields = {each.name for each in dataclasses.fields(LaunchConfig)}
     limits: dict[str, Any] = {name: value for name, value in since_torch_2_12.items() if name in fields}
-    with run_folder() as folder, defaults(_wanted(nproc, debug) | {RUN_FOLDER: str(folder)}):
+    with run_folder() as folder, defaults(settings_of(nproc, debug) | {RUN_FOLDER: str(folder)}):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -160,7 +160,8 @@ def end_with_parent(interval_s: float = 1.0) -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
-def _wanted(nproc: int, debug: bool) -> dict[str, str]:
+def settings_of(nproc: int, debug: bool = False) -> dict[str, str]:
+    """What each of several processes of one machine finds in its environment, where nothing else is set there."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = {"OMP_NUM_THREADS": str(max(1, cores // nproc))}
     if not debug:

@@ -105,6 +105,14 @@ def few(samples: int, ranks: int) -> str:
     return f"is called with {samples} sample{'s' * (samples != 1)} at once, fewer than the {ranks} ranks"
 
 
+def made(forward: Callable[..., Any], call: Call) -> tuple[Template, list[torch.Tensor]]:
+    """The result of a call, taken apart; the module may write to its inputs."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)
+    with torch.no_grad():
+        result = forward(*args, **kwargs)
+    return Template.of(result), tensors_of(result)
+
+
 class _NotTried(_Tied):
     """The module does not take the other values of a trial."""
 
@@ -115,17 +123,15 @@ class _Trial:
     Args:
         forward: what is called.
         call: its inputs.
+        leaves_choices: whether single whole numbers stay as they are.
     """
 
-    def __init__(self, forward: Callable[..., Any], call: Call):
-        self._forward, self.call = forward, call
-        self._leaves_choices = False
+    def __init__(self, forward: Callable[..., Any], call: Call, leaves_choices: bool = False):
+        self._forward, self.call, self._leaves_choices = forward, call, leaves_choices
 
     def made(self, call: Call) -> tuple[Template, list[torch.Tensor]]:
-        """The result of a call, taken apart; the module may write to its inputs."""
-        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)
-        result = self._forward(*args, **kwargs)
-        return Template.of(result), tensors_of(result)
+        """The result of a call, taken apart."""
+        return made(self._forward, call)
 
     def tested(self, cut: Cut, whole: Made) -> Independent:
         """A way to cut that passed every test; without inputs that are not by sample, where it fails with them.
@@ -140,8 +146,7 @@ class _Trial:
         except _NotTried:
             if self._leaves_choices:
                 raise
-            self._leaves_choices = True
-            return self.tested(cut, whole)
+            return _Trial(self._forward, self.call, leaves_choices=True).tested(cut, whole)
         except _Tied as tied:
             fewer = [cut.entries - tied.entries] if tied.entries else [cut.entries - {one} for one in cut.entries]
             for entries in fewer:
@@ -159,7 +164,7 @@ class _Trial:
         if pieces is None:
             raise _Tied("returns nothing that goes by sample")
         self._refuse_influence(cut, whole, pieces)
-        if not _alike(joined(pieces, [tensors for _, tensors in parts]), whole[1], 1.0):
+        if not alike(joined(pieces, [tensors for _, tensors in parts]), whole[1], 1.0):
             raise _Tied("gives other results for fewer samples at once")
         return Independent(cut, pieces, [[tensor.to("meta") for tensor in tensors] for _, tensors in parts])
 
@@ -196,7 +201,7 @@ class _Trial:
         if [each.shape for each in results] != [each.shape for each in expected]:
             return False
         mine = list(_own(pieces, cut, kept))
-        return _alike([results[k][rows] for k, rows in mine], [expected[k][rows] for k, rows in mine], STAYS)
+        return alike([results[k][rows] for k, rows in mine], [expected[k][rows] for k, rows in mine], STAYS)
 
 
 def _sides(cut: Cut) -> Iterator[frozenset[int]]:
@@ -216,7 +221,8 @@ def _own(pieces: Sequence[Pieces], cut: Cut, kept: frozenset[int]) -> Iterator[t
             yield k, slice(None)
 
 
-def _alike(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], share: float) -> bool:
+def alike(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], share: float = 1.0) -> bool:
+    """Whether results differ by no more than a share of what rounding may do."""
     pairs = zip(found, expected, strict=True)
     return all(
         relative_difference(one, other) <= share * TOLERANCE.get(other.dtype, 0.0)

@@ -91,7 +91,6 @@ class Engine:
         self._order = itertools.count()
         self._numbers = itertools.count(1)
         self._running: dict[str, _Running] = {}
-        self._unwanted: set[str] = set()
         self._tickets: dict[str, Ticket] = {}
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -172,7 +171,6 @@ class Engine:
 
     def _give_up(self, ticket: Ticket, event: Event) -> None:
         if ticket.id in self._running:
-            self._unwanted.add(ticket.id)
             self._running[ticket.id].end = event
             self._wake.set()
         else:
@@ -193,7 +191,8 @@ class Engine:
             await asyncio.sleep(LOOK_S)
             now = time.monotonic()
             for ticket in list(self._tickets.values()):
-                if ticket.deadline is not None and now > ticket.deadline and ticket.id not in self._unwanted:
+                at_work = self._running.get(ticket.id)
+                if ticket.deadline is not None and now > ticket.deadline and not (at_work and at_work.end):
                     self._give_up(ticket, Event("late", error="its deadline passed"))
 
     async def _drive(self) -> None:
@@ -227,15 +226,14 @@ class Engine:
         running, self._running = list(self._running.values()), {}
         for each in running:
             ticket = each.ticket
-            if ticket.id in self._unwanted:
-                self._end(ticket, each.end or Event("cancelled"))
+            if each.end is not None:
+                self._end(ticket, each.end)
             elif ticket.tries <= self.limits.retries:
                 ticket.tell(Event("retried", error=why))
                 ticket.step = 0
                 self._enqueue(ticket)
             else:
                 self._end(ticket, Event("failed", error=f"{why}; the request was lost with it"))
-        self._unwanted.clear()
 
     async def _serve(self, gang: Gang) -> None:
         while True:
@@ -255,7 +253,7 @@ class Engine:
                 self._heard(id, told)
 
     def _next_turn(self) -> Turn:
-        cancelled = tuple(id for id in self._running if id in self._unwanted)
+        cancelled = tuple(id for id, each in self._running.items() if each.end is not None)
         started = []
         while self._queue and len(self._running) < self._most_at_once:
             ticket = heapq.heappop(self._queue)[2]
@@ -272,13 +270,11 @@ class Engine:
 
     def _chosen(self) -> tuple[str, ...]:
         """The request whose call has waited longest, and others whose calls may join."""
-        waiting = {id: each for id, each in self._running.items() if each.key and id not in self._unwanted}
+        waiting = {id: each for id, each in self._running.items() if each.key and each.end is None}
         if not waiting:
             return ()
         first = min(waiting, key=lambda id: waiting[id].ran)
         alike = [id for id, each in waiting.items() if each.key == waiting[first].key and id != first]
-        if waiting[first].key.endswith(" alone"):
-            alike = []
         return (first, *sorted(alike, key=lambda id: waiting[id].ran)[: self.limits.max_batch - 1])
 
     def _heard(self, id: str, told: Told) -> None:
@@ -294,7 +290,6 @@ class Engine:
                 ticket.tell(Event("preview", told.step, told.steps, *told.preview))
             return
         del self._running[id]
-        self._unwanted.discard(id)
         if each.end is not None:
             self._end(ticket, each.end)
         elif told.state == "done":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from xdit_compile.cli.processes.ending import run_folder
+from xdit_compile.cli.processes.launch import settings_of
 from xdit_compile.distributed.environment import RUN_FOLDER
 from xdit_compile.errors import XditCompileError
 
@@ -41,16 +42,13 @@ class Gang:
 
     Attributes:
         facts: what rank 0 said of the pipeline once it was ready.
-        pids: of the processes, by rank.
     """
 
     def __init__(self, command: list[str], ranks: int, start_s: float, turn_s: float):
         self.facts: dict[str, Any] = {}
-        self.pids: list[int] = []
         self._command, self._ranks, self._start_s, self._turn_s = command, ranks, start_s, turn_s
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[pipes.Connection] = []
-        self._number = 0
         self._held = contextlib.ExitStack()
         self._ending = threading.Lock()
 
@@ -68,7 +66,6 @@ class Gang:
             port = _free_port()
             for rank in range(self._ranks):
                 self._processes.append(self._started(rank, folder, port, front))
-            self.pids = [process.pid for process in self._processes]
             self._connections = self._accepted(listener, limit)
         ready = self._answers(Ready, lambda: time.monotonic() < limit, "was not ready")
         self.facts = next(each.facts for each in ready if each.rank == 0)
@@ -79,7 +76,6 @@ class Gang:
         Raises:
             GangLost: one died or failed, they differ, or a turn takes too long.
         """
-        self._number += 1
         for rank, each in enumerate(self._connections):
             try:
                 each.send(turn)
@@ -112,14 +108,11 @@ class Gang:
                 process.kill()
 
     def _started(self, rank: int, folder: Path, port: int, front: str) -> subprocess.Popen[bytes]:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         place = {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._ranks, "LOCAL_WORLD_SIZE": self._ranks,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, RUN_FOLDER: folder,
         }  # fmt: skip
-        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-        threads = {"OMP_NUM_THREADS": str(max(1, cores // self._ranks))}
-        environment = {**threads, **quiet, **os.environ, **{name: str(value) for name, value in place.items()}}
+        environment = {**settings_of(self._ranks), **os.environ, **{name: str(value) for name, value in place.items()}}
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "xdit_compile", *self._command], env=environment, stdin=subprocess.PIPE,
             start_new_session=True,

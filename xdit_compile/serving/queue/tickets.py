@@ -58,8 +58,6 @@ class Ticket:
     step: int = 0
     steps: int | None = None
     last: Event | None = None
-    unwanted: bool = False
-    """Whether nobody waits for it any more."""
     _events: asyncio.Queue[Event] = dataclasses.field(default_factory=asyncio.Queue)
 
     @property

@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from xdit_compile.capture.capture import relative_difference
 from xdit_compile.capture.cutting import Call as Inputs
 from xdit_compile.capture.cutting import Cut, Made, Path, counts_of, joined, pieces_of, ways_to_cut
 from xdit_compile.distributed.agreement import Agreement
 from xdit_compile.ir.digest import digest, digest_tensors
 from xdit_compile.ir.results import Template, tensors_of
-from xdit_compile.runtime.verify.independence import Bound, Independent, independent
-from xdit_compile.runtime.verify.verification import TOLERANCE
+from xdit_compile.runtime.verify.independence import Bound, Independent, alike, independent, made
 
 from .gate import Call
 
@@ -61,7 +59,7 @@ class Joiner:
         """What calls that may join have in common; another one for each that may not."""
         form = _form(call)
         if self._most == 1 or (joint := self._joints.get(form, _UNTRIED)) is None:
-            return f"{form} alone"
+            return f"{form} {id(call):x} alone"
         return form if joint is _UNTRIED else f"{form} {_others(call, joint.entries)}"
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
@@ -87,7 +85,7 @@ class Joiner:
                 if entries is not None:
                     self._joints[form] = Joint(entries, samples, trial.single)
                     return
-        if trial.made:
+        if trial.tried:
             self._joints[form] = None
 
     def _joined(self, joint: Joint, calls: Sequence[Call]) -> list[Any]:
@@ -104,21 +102,21 @@ class _Trial:
 
     Attributes:
         single: the form of one call's result.
-        made: whether anything was tried.
+        tried: whether anything was.
     """
 
     def __init__(self, calls: Sequence[Call], agreement: Agreement):
         self._calls, self._agreement = calls, agreement
         runner = calls[0].gate.runner
         self._forward = runner if runner.weights.partial else runner.by_itself
-        self._alone = [self._result(call.args, call.kwargs) for call in calls]
+        self._alone = [made(self._forward, (call.args, call.kwargs)) for call in calls]
         self.single = (self._alone[0][0], [tensor.to("meta") for tensor in self._alone[0][1]])
-        self.made = False
+        self.tried = False
 
     def held(self, entries: frozenset[Path], samples: int) -> frozenset[Path] | None:
         """Which of some inputs go by sample; None where the calls cannot join so."""
         while entries and len({_others(call, entries) for call in self._calls}) == 1:
-            self.made = True
+            self.tried = True
             fewer = self._fewer(entries, samples)
             if fewer is None or fewer == entries:
                 return fewer
@@ -141,26 +139,13 @@ class _Trial:
     def _gives_the_same(self, args: tuple, kwargs: dict[str, Any], entries: frozenset[Path], samples: int) -> bool:
         count = len(self._calls)
         try:
-            together = self._result(args, kwargs)
+            together = made(self._forward, (args, kwargs))
         except Exception:  # noqa: BLE001 - any refusal of the module's own code
             return False
         pieces = pieces_of(together, [self.single] * count, Cut(samples * count, count, entries))
         if pieces is None:
             return False
-        alone = joined(pieces, [tensors for _, tensors in self._alone])
-        return all(
-            relative_difference(one, other) <= TOLERANCE.get(other.dtype, 0.0)
-            for one, other in zip(together[1], alone, strict=True)
-        )
-
-    def _result(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Template, list[torch.Tensor]]:
-        with torch.no_grad():
-            result = self._forward(*pytree.tree_map_only(torch.Tensor, torch.clone, args), **_cloned(kwargs))
-        return Template.of(result), tensors_of(result)
-
-
-def _cloned(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return pytree.tree_map_only(torch.Tensor, torch.clone, kwargs)
+        return alike(together[1], joined(pieces, [tensors for _, tensors in self._alone]))
 
 
 def _ways(call: Call, samples: int) -> Iterator[frozenset[Path]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Strand:
         self._mine, self._others = threading.Semaphore(0), threading.Semaphore(0)
         self._answer: Any = None
         self._failure: BaseException | None = None
-        with _random_state_kept(device):
+        with _state_kept(device):
             torch.manual_seed(seed)
             self._random = _random_state(device)
         self._thread = threading.Thread(target=self._run, name="strand", daemon=True)
@@ -54,7 +55,7 @@ class Strand:
         if self.over:
             return
         self._answer, self._failure, self.asked = answer, failure, None
-        with _random_state_kept(self._device):
+        with _state_kept(self._device):
             _set_random_state(self._random, self._device)
             self._mine.release()
             self._others.acquire()
@@ -105,14 +106,6 @@ def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: t
         torch.cuda.set_rng_state(state[1], device)
 
 
-class _random_state_kept:  # noqa: N801 - used as a function
+def _state_kept(device: torch.device) -> AbstractContextManager[None]:
     """Give the global random numbers back as they were."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-
-    def __enter__(self) -> None:
-        self._state = _random_state(self._device)
-
-    def __exit__(self, *_: object) -> None:
-        _set_random_state(self._state, self._device)
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
