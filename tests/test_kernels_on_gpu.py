@@ -22,6 +22,7 @@ import xdit_compile
 import xdit_compile.kernels.attention
 import xdit_compile.kernels.linears
 import xdit_compile.kernels.stale_rows  # noqa: F401 - registers its op
+from xdit_compile.cache.environment import environment
 from xdit_compile.distributed.devices import backend_for
 from xdit_compile.distributed.mesh import Mesh, connect
 from xdit_compile.distributed.seats import Seat, card_of
@@ -243,3 +244,18 @@ def test_operators_of_fusion_passes(dtype: torch.dtype, compiled: bool) -> None:
             errors = [(each.double() - like).square().mean().sqrt().item() for each in (one, other)]
             slack = 1.6 if op is OPS.linear_of_parts else 1.05  # sums are rounded for each part, cut products once more
             assert errors[0] <= (slack * errors[1] if dtype == torch.bfloat16 else 1e-5 * like.abs().max().item())
+
+
+def compiled_before(rank: int) -> dict[str, Any]:
+    """What counts for the cache and another compilation of this process, with none of it kept, has changed."""
+    device = xdit_compile.local_device()
+    with torch._inductor.utils.fresh_cache():
+        before = environment(device)
+        weight = torch.randn(64, 64, device=device)
+        torch.compile(lambda x: F.gelu(F.layer_norm(x @ weight, (64,))).softmax(-1))(weight)
+        after = environment(device)
+    return {name: (before[name], after[name]) for name in after if before[name] != after[name]}
+
+
+def test_a_compilation_of_others_changes_no_key() -> None:
+    assert procs.run(compiled_before, 1, timeout=240, method="spawn") == [{}]

@@ -586,6 +586,11 @@ def test_what_is_set_makes_another_environment(monkeypatch: pytest.MonkeyPatch) 
     came_along = {"TRITON_PTXAS_PATH": f"{os.path.dirname(torch.__file__)}/bin/ptxas", "TORCH_WARM_POOL": "0"}
     assert environment(CPU, {**variables, **came_along}) == plain
     assert environment(CPU, {**variables, "TRITON_PTXAS_PATH": "/opt/cuda/bin/ptxas"}) != plain
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.utils.cpp_extension.CUDA_HOME", "/opt/cuda")
+        set_by_inductor = {"TRITON_LIBDEVICE_PATH": "/opt/cuda/nvvm/libdevice/libdevice.10.bc"}
+        assert environment(CPU, {**variables, **set_by_inductor}) == plain
+        assert environment(CPU, {**variables, "TRITON_LIBDEVICE_PATH": "/another.bc"}) != plain
     assert environment(CPU, {**variables, "TORCHINDUCTOR_FREEZING": "1"}) != plain
     with config.patch(epilogue_fusion=not config.epilogue_fusion):
         assert environment(CPU, variables) != plain

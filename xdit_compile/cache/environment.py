@@ -35,6 +35,7 @@ UNIMPORTANT = (
 PREFIXES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_", "TRITON_", "DIFFUSERS_ATTN_")
 """How environment variables begin that count. Ours do not: what they say stands in the plan, or changes no code."""
 VARIABLES = ("ATEN_CPU_CAPABILITY", "CXX", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
+LIBDEVICE = "TRITON_LIBDEVICE_PATH"
 OF_HOST = ("ATEN_CPU_CAPABILITY", "CXX", "TORCH_CUDA_ARCH_LIST")
 """Environment variables that decide on code for the processor alone, and on extensions."""
 APART = re.compile(
@@ -196,8 +197,15 @@ def _counted(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     inside = tuple(f"{folder}{os.sep}" for name in COMPILERS for folder in _folders(name))
     for name, value in variables.items():
         if name in VARIABLES or (name.startswith(PREFIXES) and not APART.search(name)):
-            if not value.startswith(inside):
+            if not value.startswith(inside) and not (name == LIBDEVICE and value == _libdevice_of_toolkit()):
                 yield name, value
+
+
+def _libdevice_of_toolkit() -> str | None:
+    """What PyTorch sets for Triton where it emulates roundings, as every graph here asks: the file of CUDA's toolkit."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return None if CUDA_HOME is None else os.path.join(CUDA_HOME, "nvvm", "libdevice", "libdevice.10.bc")
 
 
 def _folders(package: str) -> list[str]:
