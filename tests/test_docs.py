@@ -45,6 +45,7 @@ from xdit_compile.ir.verify_program import verify_program
 from xdit_compile.passes.choose.units import choose_units
 from xdit_compile.plan.methods import METHODS
 from xdit_compile.reports.pipeline_report import pipeline_report
+from xdit_compile.serving.queue.arrangements import arrangements_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README, EXAMPLE, EXCERPTS = "README.md", "docs/worked-example.md", "docs/how-to/"
@@ -289,7 +290,8 @@ def check_own(arguments: Sequence[str]) -> None:
     assert command is not None
     given = command.make_context(name, [word for word in rest if word != "--print_config"], parent=group).params
     if "ulysses_degree" in given:
-        plan_from_flags(**given).check(given.get("nproc"))
+        for each in arrangements_of(plan_from_flags(**given), given.get("plans", ())):
+            each.plan.check(given["nproc"] // each.gangs if given.get("nproc") else None)
 
 
 def check_make(arguments: Sequence[str]) -> None:

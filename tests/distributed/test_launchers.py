@@ -89,3 +89,37 @@ def test_a_script_writes_one_file_with_one_loading_bar(name: str, tmp_path: Path
     assert done.returncode == 0, done.stderr[-3000:]
     assert {path.name for path in tmp_path.iterdir()} == {"out.png", "script.py"}
     assert done.stderr.count("Loading pipeline components...:   0%") == 1
+
+SLOW = """
+import sys, time
+import torch
+import torch.distributed as dist
+from xdit_compile import Plan
+from xdit_compile.distributed import seats
+from xdit_compile.distributed.world import World
+
+waits = seats._wait_for
+seats._wait_for = lambda *given: (time.sleep(1.5 * int(sys.argv[1])), waits(*given))
+seats.join(Plan(ulysses=2, timeout_s=20), torch.device("cpu"), World.from_environment())
+total = torch.ones(1)
+dist.all_reduce(total)
+print(total.item())
+"""
+
+
+def test_a_rank_that_looks_late_finds_the_others() -> None:
+    """Where rank 0 serves the store that ranks meet in, as under mpirun."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    places = [
+        {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for rank in range(2)
+    ]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW, place["RANK"]], env={**os.environ, **place}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for place in places
+    ]  # fmt: skip
+    assert [rank.communicate(timeout=60)[0].splitlines()[-1] for rank in ranks] == ["2.0", "2.0"]

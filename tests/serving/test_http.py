@@ -22,23 +22,43 @@ import openai
 import pytest
 import uvicorn
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
+from xdit_compile.plan import Plan
 from xdit_compile.serving.http.app import make_app
+from xdit_compile.serving.http.front import Refusal
 from xdit_compile.serving.http.results import Results
 from xdit_compile.serving.http.settings import Keep, Limits, Settings
+from xdit_compile.serving.queue.arrangements import Arrangement
 from xdit_compile.serving.queue.engine import Engine
 from xdit_compile.serving.queue.engine import Limits as QueueLimits
-from xdit_compile.serving.queue.messages import Report, Told, Turn, Work
+from xdit_compile.serving.queue.messages import Report, Told, Turn, Usage, Work
 
-TAKES = "prompt negative_prompt num_inference_steps guidance_scale height width image mask_image clean_caption".split()
-FACTS = {"class": "Tiny", "makes": "images", "takes": TAKES, "joins": True, "size": [16, 24]}
+METRICS = {
+    "xdit_queue": "gauge", "xdit_running": "gauge", "xdit_ready": "gauge", "xdit_steps_per_second": "gauge",
+    "xdit_batch_size": "histogram", "xdit_time_to_start_seconds": "histogram", "xdit_request_seconds": "histogram",
+    "xdit_steps": "counter", "xdit_phase_seconds": "counter", "xdit_failures": "counter", "xdit_restarts": "counter",
+    "xdit_shifts": "counter", "xdit_http_responses": "counter", "xdit_collective_bytes": "counter",
+    "xdit_rank_resident_bytes": "gauge", "xdit_rank_device_bytes": "gauge",
+}  # fmt: skip
+"""What Prometheus is told, and of which type."""
+TAKES = "prompt negative_prompt num_inference_steps guidance_scale height width image mask_image".split()
+KINDS = {"clean_caption": ["bool", "True"], "timesteps": ["Optional[List[int]]", None]}
+FACTS = {
+    "class": "Tiny", "makes": "images", "takes": [*TAKES, *KINDS], "joins": True, "size": [16, 24], "steps": 4,
+    "kinds": KINDS,
+}  # fmt: skip
 
 
 class Ranks:
-    """Stand in for `Gang`: each step takes ``step_s``, and what is made follows from seed and step alone."""
+    """Stand in for `Processes` and their only gang.
+
+    Each step takes ``step_s``, and what is made follows from seed and step alone.
+    """
 
     def __init__(self, step_s: float = 0.0, **facts: Any):
         self.facts, self.step_s = {**FACTS, **facts}, step_s
+        self.gangs, self.usages = [self], {0: Usage(900, 0, 0)}
         self.works: list[Work] = []
         self.cancelled: list[str] = []
         self._steps: dict[str, int] = {}
@@ -69,7 +89,7 @@ class Ranks:
             else:
                 is_due = work.preview_every and step % work.preview_every == 0
                 told[id] = Told("waits", "key", step, _steps(work), preview=seen if is_due else None)
-        return [Report(0, turn.number, told, len(turn.run), {"denoise": 0.5}, 1000, 0)]
+        return [Report(0, told, {"denoiser": 0.5}, Usage(1000, 500, 64))]
 
     def pixels(self, work: Work, step: int) -> np.ndarray:
         """uint8 ``[N, H, W, C]``, or ``[1, F, H, W, C]`` of a video."""
@@ -128,20 +148,22 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(ranks: Ranks, settings: Settings | None = None, **limits: Any) -> Iterator[Server]:
+def served(
+    ranks: Ranks, settings: Settings | None = None, refusal: Refusal | None = None, **limits: Any
+) -> Iterator[Server]:
     """A server for a block of code, ready."""
     listening = socket.create_server(("127.0.0.1", 0))
     made: list[Any] = []
     up = threading.Event()
 
     async def run() -> None:
-        engine = Engine(lambda: ranks, QueueLimits(**limits), "tiny", "ulysses:2")
-        app = make_app(engine, settings or Settings())
+        engine = Engine(lambda: ranks, QueueLimits(**limits), "tiny", [Arrangement(Plan(ulysses=2))])
+        app = make_app(engine, settings or Settings(), refusal)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
         server.install_signal_handlers = lambda: None
         made.extend((engine, server))
         await engine.start()
-        while not engine.ready:
+        while not engine.ready and engine.alive:
             await asyncio.sleep(0.005)
         up.set()
         await server.serve(sockets=[listening])
@@ -287,6 +309,8 @@ REFUSED = [
     ({"arguments": {"clean_caption": 10**9}}, "arguments.clean_caption", "beyond 10000"),
     ({"arguments": {"clean_caption": [1] * 1001}}, "arguments.clean_caption", "1001 values; 1000 are the most"),
     ({"arguments": [1]}, "arguments", "dictionary"),
+    ({"arguments": {"timesteps": "x"}}, "arguments.timesteps", "takes a list such as [1, 2] or null"),
+    ({"arguments": {"clean_caption": "yes"}}, "arguments.clean_caption", "takes true or false"),
     ({"model": "other"}, "model", "not served here"),
     ({"background": "transparent"}, "background", "opaque"),
     ({"deadline": 0}, "deadline", "greater"),
@@ -349,16 +373,32 @@ def test_a_key_and_other_sites():
         assert server.client("sesame").models.list().data[0].id == "tiny"
         with pytest.raises(openai.AuthenticationError):
             server.client("Sesame").models.list()
-        for path in ("/v1/status", "/metrics", "/docs", "/openapi.json", "/v1/models"):
+        for path in ("/v1/status", "/metrics", "/v1/models", "/docsx", "/v1/files"):
             assert server.refused("GET", path)[0] == 401
-        for path in ("/", "/health", "/health/live", "/health/ready"):
+        for path in ("/", "/health", "/health/live", "/health/ready", "/docs"):
             assert server.ask("GET", path)[0] == 200
+        schema = server.ask("GET", "/openapi.json")[2]
+        assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+        assert schema["paths"]["/v1/images/generations"]["post"]["security"] == [{"key": []}]
         key, body = {"Authorization": "Bearer sesame"}, {"prompt": "a"}
         for origin, status in (("https://evil.example", 403), ("https://friend.example", 200)):
             answered = server.ask("POST", "/v1/images/generations", body, **key, Origin=origin)
             assert answered[0] == status
         assert answered[1]["access-control-allow-origin"] == "https://friend.example"
         assert "sesame" not in repr(settings)
+
+
+def test_what_does_not_fit_is_refused_before_it_waits():
+    async def refusal(work: Work) -> str | None:
+        return "this takes 9 GiB, and 8 GiB were free" if work.height == 64 else None
+
+    with served(Ranks(), refusal=refusal) as server:
+        body = {"prompt": "a", "size": "64x64"}
+        status, headers, answer = server.ask("POST", "/v1/images/generations", body)
+        assert (status, headers["x-should-retry"]) == (507, "false")
+        assert answer["error"]["code"] == "insufficient_memory" and "9 GiB" in answer["error"]["message"]
+        assert server.ranks.works == []
+        assert server.ask("POST", "/v1/images/generations", {**body, "size": "32x32"})[0] == 200
 
 
 def test_who_goes_away_or_deletes_cancels():
@@ -463,6 +503,36 @@ def test_the_page_needs_nothing_from_elsewhere(images: Server):
     assert "default-src 'none'" in policy and policy.count("'sha256-") == 2 and "unsafe" not in policy
     labelled = set(re.findall(r'<label for="(\w+)"', text))
     assert set(re.findall(r'<(?:input|textarea) id="(\w+)"', text)) - labelled == {"grow"}
+
+
+def test_the_documentation_needs_nothing_from_elsewhere(images: Server):
+    status, headers, page = images.ask("GET", "/docs")
+    assert status == 200 and "default-src 'none'" in headers["content-security-policy"]
+    assert "//" not in page.decode()
+    for path in re.findall(r'(?:href|src)="([^"]+)"', page.decode()):
+        status, headers, data = images.ask("GET", f"/{path}")
+        assert status == 200 and len(data) > 500 and "html" not in headers["content-type"]
+    schema = images.ask("GET", "/openapi.json")[2]
+    assert "securitySchemes" not in schema.get("components", {})
+
+
+def test_every_metric_says_what_it_is(images: Server):
+    images.client().images.generate(prompt="a", extra_body={"num_inference_steps": 3})
+    text = images.ask("GET", "/metrics")[2].decode()
+    found = {each.name: each for each in text_string_to_metric_families(text)}
+    assert {name: found[name].type for name in METRICS} == METRICS
+    assert all(len(each.documentation) > 10 for each in found.values())
+    values = {each.name: each.samples[0].value for each in found.values()}
+    assert values["xdit_collective_bytes"] == 64 and values["xdit_rank_device_bytes"] == 500
+    assert values["xdit_steps"] >= 3 and values["xdit_steps_per_second"] > 0
+
+
+def test_ranks_are_seen_before_the_first_request():
+    with served(Ranks()) as server:
+        shown = server.ask("GET", "/v1/models")[2]["data"][0]
+        assert (shown["size"], shown["steps"], shown["arguments"]) == ([16, 24], 4, ["image", "mask_image", *KINDS])
+        ranks = server.ask("GET", "/v1/status")[2]["ranks"]
+        assert ranks == [{"rank": 0, "resident": 900, "device_memory": 0, "sent": 0}]
 
 
 def test_the_front_imports_no_pytorch():

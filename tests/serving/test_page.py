@@ -19,6 +19,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
+from xdit_compile.serving.http.settings import Settings
+
+from .test_http import Ranks, served
 from .test_serve import Server, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -276,3 +279,28 @@ def test_a_narrow_window_scrolls_one_way_only(page: Page) -> None:
         assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 320
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_documentation_is_used_with_a_key(driver: Chrome) -> None:
+    """Swagger UI shows every field, takes the key, and sends it; the browser refuses none of it."""
+
+    def click(*labels: str) -> None:
+        for label in labels:
+            WebDriverWait(driver, 30).until(lambda _, label=label: driver.find_elements(By.CSS_SELECTOR, label))
+            driver.execute_script("arguments[0].click()", driver.find_element(By.CSS_SELECTOR, label))
+
+    with served(Ranks(), Settings(api_key="sesame")) as server:
+        driver.get_log("browser")
+        driver.get(f"http://127.0.0.1:{server.port}/docs")
+        click("button.authorize")
+        WebDriverWait(driver, 30).until(lambda _: driver.find_elements(By.CSS_SELECTOR, ".auth-container input"))
+        driver.find_element(By.CSS_SELECTOR, ".auth-container input").send_keys("sesame")
+        click(".auth-btn-wrapper .authorize", ".btn-done")
+        models = "[id*=models-models]"
+        click(f"{models} .opblock-summary-control", f"{models} .try-out__btn", f"{models} .execute")
+        status = f"{models} .live-responses-table .response-col_status"
+        WebDriverWait(driver, 30).until(
+            lambda _: "200" in [each.text for each in driver.find_elements(By.CSS_SELECTOR, status)]
+        )
+        assert '"tiny"' in driver.find_element(By.CSS_SELECTOR, f"{models} .live-responses-table").text
+        assert [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []

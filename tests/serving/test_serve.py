@@ -80,7 +80,7 @@ class Server:
 @contextlib.contextmanager
 def serving(folder: Path, *flags: str) -> Iterator[Server]:
     command = [sys.executable, "-m", "xdit_compile", "serve", "--port", "0", "--backend", "eager", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDIT_COMPILE_CACHE_DIR": str(folder / "cache")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDIT_COMPILE_CACHE": str(folder / "cache")}
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:
@@ -201,3 +201,11 @@ def test_retried_requests_survive_and_sigterm_drains(tmp_path: Path) -> None:
             assert np.abs(asked.result() - expected).max() <= 1
         assert server.process.wait(30) == 0
         assert not any(each.is_running() for each in ranks)
+
+
+def test_every_request_is_answered_once_and_rightly_whatever_happens(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/serving_soak.py"), "--requests", "40", "--kills", "1"]
+    options = ["--backend", "eager", "--cache", str(tmp_path), "--recovery_s", str(READY_S)]
+    ran = subprocess.run([*command, *options], capture_output=True, text=True, timeout=2 * READY_S)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "40 requests in" in ran.stdout

@@ -86,9 +86,10 @@ def join(plan: Plan, device: torch.device, world: World) -> None:
     if not dist.is_initialized() and world.launched and world.size > 1:
         world.check_meeting()
         limit = datetime.timedelta(seconds=plan.timeout_s)
-        meet(world, plan.timeout_s)
+        store = meet(world, plan.timeout_s)
         with lenient():
             dist.init_process_group(backend_for(device), timeout=limit, rank=world.rank, world_size=world.size)
+        del store  # rank 0 serves it: others may still read there until they are in the group, whose store is served, too
 
 
 def meet(world: World, limit_s: float) -> dist.Store:
@@ -147,7 +148,10 @@ def _wait_for(store: dist.Store, signs: Signs, keys: Mapping[int, str], what: st
             silent = f"gives no sign of life and was last seen {doing}" if busy else "is not here"
             where = f"rank {rank} {silent}"
             if waited == math.inf:
-                raise AgreementError(f"rank {rank} ended before it came to {what}; it was last seen {doing}")
+                raise AgreementError(
+                    f"rank {rank} ended before it came to {what}; it was last seen {doing}; look at what it printed, "
+                    "and start all processes again"
+                )
             if waited > limit_s:
                 raise AgreementError(
                     f"{where}: it did not come to {what} within {limit_s:g} s; look at what it printed, and start all "

@@ -9,6 +9,8 @@ from typing import ClassVar
 from xdit_compile.cli.options.request import PipelineRequest
 from xdit_compile.errors import UsageError
 
+from .http.settings import Limits as Most
+from .queue.arrangements import Arrangement, arrangements_of
 from .queue.engine import Limits
 
 LOG_FORMATS = ("text", "json")
@@ -29,13 +31,30 @@ class ServeRequest(PipelineRequest):
     api_key_file: str | None = None
     cors_origin: tuple[str, ...] = ()
     log_format: str = "text"
+    max_pixels: int = Most.pixels
+    max_steps: int = Most.steps
+    plans: tuple[str, ...] = ()
 
-    counts: ClassVar[tuple[str, ...]] = (*PipelineRequest.counts, "max_batch", "max_queue")
+    counts: ClassVar[tuple[str, ...]] = (*PipelineRequest.counts, "max_batch", "max_queue", "max_pixels", "max_steps")
 
     @property
     def limits(self) -> Limits:
         """How much is done at once."""
         return Limits(self.max_batch, self.max_wait_ms, self.max_queue, self.retry)
+
+    @property
+    def most(self) -> Most:
+        """What a request may ask for at most."""
+        return Most(pixels=self.max_pixels, steps=self.max_steps)
+
+    @property
+    def arrangements(self) -> tuple[Arrangement, ...]:
+        """Of the ranks: one, or the one for an idle server and the one for a queue.
+
+        Raises:
+            UsageError: as `arrangements_of`.
+        """
+        return arrangements_of(self.plan, self.plans)
 
     def _more_checks(self) -> list[Callable[[], None]]:
         return [self._check_numbers]

@@ -4,47 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from pythonjsonlogger.json import JsonFormatter
 
 from xdit_compile.errors import UsageError
-from xdit_compile.plan.methods import METHODS
 
 from .http.app import make_app
 from .http.settings import Settings
+from .logs import show_logs
+from .queue.arrangements import Arrangement
 from .queue.engine import Engine
-from .queue.gang import Gang
+from .queue.processes import Processes
 from .request import ServeRequest
+from .room import Room
 
 KEY_VARIABLE = "XDIT_COMPILE_API_KEY"
 TURN_S = 3600.0
 """A turn that compiles may take long; what stands still is seen by the ranks themselves after the plan's timeout_s."""
 
 
-def serve(request: ServeRequest, ranks: int) -> None:
+def serve(request: ServeRequest, arrangements: Sequence[Arrangement]) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that are here then have `ServeRequest.drain` seconds to end.
 
     Raises:
-        UsageError: the port is taken, or the key cannot be read.
+        UsageError: the port is taken, the key cannot be read, or there is too little memory.
     """
-    _set_logs(request)
-    settings = Settings(api_key=_api_key(request), cors_origins=request.cors_origin)
-    command = ["serve_rank", str(request.max_batch), request.to_json()]
+    show_logs(request)
+    settings = Settings(api_key=_api_key(request), cors_origins=request.cors_origin, limits=request.most)
+    room = None if request.force else Room(request, arrangements[-1].plan, arrangements[0].ranks)
+    if room is not None:
+        room.check()
+    command = ["serve_rank", request.to_json()]
     name = request.model or "xdit-compile/shapes"
+
+    def processes() -> Processes:
+        return Processes(command, arrangements[0], request.start_timeout, TURN_S)
+
     with _bound(request) as listening:
         host, port = listening.getsockname()[:2]
-        engine = Engine(
-            lambda: Gang(command, ranks, request.start_timeout, TURN_S), request.limits, name, _plan_words(request)
-        )
-        app = make_app(engine, settings)
+        engine = Engine(processes, request.limits, name, arrangements)
+        app = make_app(engine, settings, None if room is None else room.refusal)
         print(f"serving {name} at http://{host}:{port}; Ctrl-C ends it", flush=True)
         asyncio.run(_until_ended(app, engine, listening, request))
 
@@ -85,25 +90,6 @@ class _Server(uvicorn.Server):
     def _end(self) -> None:
         self.force_exit = self.should_exit
         self.should_exit = self._engine.draining = True
-
-
-def _set_logs(request: ServeRequest) -> None:
-    """Tell on stderr of requests and of ranks that are lost, in lines of text or in JSON objects."""
-    fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    handler = logging.StreamHandler()
-    is_json = request.log_format == "json"
-    handler.setFormatter(JsonFormatter(fields) if is_json else logging.Formatter(fields))
-    level = logging.DEBUG if request.debug else logging.WARNING if request.quiet else logging.INFO
-    for name in ("xdit_compile", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level if name == "xdit_compile" else max(level, logging.WARNING))
-
-
-def _plan_words(request: ServeRequest) -> str:
-    """The degrees of a plan that are more than one."""
-    degrees = {method.name: getattr(request.plan, method.name) for method in METHODS}
-    return ", ".join(f"{name}={degree}" for name, degree in degrees.items() if degree > 1) or "one device"
 
 
 def _bound(request: ServeRequest) -> socket.socket:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 from typing import Any
 
 import click
@@ -11,6 +13,7 @@ from xdit_compile.cache.folder import resolve
 from xdit_compile.cli.options.flags import model_flags, run_flags
 from xdit_compile.cli.options.plan_flags import plan_flags
 from xdit_compile.cli.options.preflight import preflight
+from xdit_compile.cli.options.request import Request
 from xdit_compile.cli.parsing.choices import Choices
 from xdit_compile.cli.parsing.groups import SERVICE, Command, option
 from xdit_compile.cli.processes.ending import compilers_apart
@@ -19,7 +22,15 @@ from xdit_compile.errors import UsageError
 from xdit_compile.plan import Plan
 from xdit_compile.serving.request import LOG_FORMATS, ServeRequest
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "psutil", "pythonjsonlogger")
+NEEDED = (
+    "fastapi",
+    "fastapi_offline",
+    "uvicorn",
+    "prometheus_client",
+    "python_multipart",
+    "psutil",
+    "pythonjsonlogger",
+)
 
 
 @click.command(cls=Command)
@@ -52,6 +63,14 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "psutil
     default=ServeRequest.retry,
     help="How often a request begins again after a process was lost.  [without N: 1]",
 )
+@option(
+    "--max_pixels",
+    group=SERVICE,
+    type=int,
+    default=ServeRequest.max_pixels,
+    help="Of one picture or frame; a request for more is refused.",
+)
+@option("--max_steps", group=SERVICE, type=int, default=ServeRequest.max_steps, help="The same of its steps.")
 @option("--drain", group=SERVICE, type=float, default=ServeRequest.drain, help="Seconds to end requests at SIGTERM.")
 @option(
     "--start_timeout",
@@ -73,29 +92,70 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "psutil
     help="Let pages of this origin send requests; give it again for more.",
 )
 @option("--log_format", group=SERVICE, type=Choices(LOG_FORMATS), default=ServeRequest.log_format, help="On stderr.")
+@option(
+    "--plan",
+    "plans",
+    group=SERVICE,
+    multiple=True,
+    metavar="NAME=METHOD:N,...",
+    help="Twice: latency=... for an idle server, throughput=... with replicas:N for a queue.",
+)
 def serve(plan: Plan, nproc: int | None, **flags: Any) -> None:
     """Serve a pipeline over HTTP, as OpenAI's clients call it."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"serve needs {', '.join(missing)}: pip install 'xdit-compile[serve]'")
     world = World.from_environment()
-    request = ServeRequest(plan=plan, **flags).with_method(world, nproc)
-    request.check(world, nproc)
-    preflight(request, world, nproc)
+    request = ServeRequest(plan=plan, **flags)
+    request = request if request.plans else request.with_method(world, nproc)
+    arrangements = request.arrangements
+    for arrangement in arrangements:
+        _check(dataclasses.replace(request, plan=arrangement.plan), world, nproc, arrangement.gangs)
     from xdit_compile.serving.run import serve as run
 
-    run(request, nproc or 1)
+    run(request, arrangements)
+
+
+def _check(request: ServeRequest, world: World, nproc: int | None, gangs: int) -> None:
+    ranks = request.plan.world_size * gangs
+    if request.plans and nproc != ranks:
+        raise UsageError(f"--plan needs {ranks} processes; give --nproc {ranks}")
+    of_gang = None if nproc is None else nproc // gangs
+    request.check(world, of_gang)
+    preflight(request, world, nproc)
+
+
+@click.command(name="serve_room", hidden=True)
+@click.option("--check", is_flag=True, help="Refuse what does not fit, as generate does.")
+@click.argument("ranks", type=int)
+@click.argument("request_json")
+def serve_room(check: bool, ranks: int, request_json: str) -> None:
+    """Says what a request takes on a rank, as JSON, for a server."""
+    request = Request.from_json(request_json)
+    if check:
+        from xdit_compile.cli.running.check_room import check_room
+
+        check_room(request, World.from_environment(), ranks, launches=True)
+        return
+    from xdit_compile.serving.ranks.needs import need_of
+
+    click.echo(json.dumps(need_of(request)))
 
 
 @click.command(name="serve_rank", hidden=True)
-@click.argument("max_batch", type=int)
 @click.argument("request_json")
-def serve_rank(max_batch: int, request_json: str) -> None:
+def serve_rank(request_json: str) -> None:
     """One of the processes that a server starts."""
     from xdit_compile.cli.processes.launch import end_with_parent
+    from xdit_compile.serving.logs import show_logs
     from xdit_compile.serving.ranks.rank import serve_rank as run
 
     end_with_parent()
-    request = ServeRequest.from_json(request_json)
+    request, world = ServeRequest.from_json(request_json), World.from_environment()
+    show_logs(request, world)
+    request = dataclasses.replace(request, quiet=request.quiet or request.log_format == "json")
+    arrangements = request.arrangements
+    request = dataclasses.replace(request, plan=arrangements[0].plan)
+    plans = {arrangement.name: arrangement.plan for arrangement in arrangements}
     with compilers_apart(resolve(request.plan.cache)):
-        run(request, World.from_environment(), max_batch)
+        run(request, world, request.max_batch, plans)

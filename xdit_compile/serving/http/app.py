@@ -17,7 +17,8 @@ from xdit_compile import __version__
 
 from ..queue.engine import Engine
 from .checks import arguments_of, public_name
-from .front import Front
+from .docs import PAGE, docs_routes, with_key
+from .front import Front, Refusal
 from .guard import Guard
 from .images import image_routes
 from .metrics import Metrics
@@ -27,18 +28,21 @@ from .settings import Settings
 from .videos import video_routes
 
 
-def make_app(engine: Engine, settings: Settings) -> FastAPI:
+def make_app(engine: Engine, settings: Settings, refusal: Refusal | None = None) -> FastAPI:
     """The app of a server; whoever runs it starts and stops the engine.
 
     Args:
         engine: takes the requests.
         settings: of the HTTP side.
+        refusal: why there is too little memory for a request; asked before it waits.
     """
-    app = FastAPI(title="xdit-compile", version=__version__, description="Images and videos, as OpenAI's API has them.")
-    front = Front(engine, settings, Metrics(engine), Results(settings.keep))
+    about = "Images and videos, as OpenAI's API has them."
+    app = FastAPI(title="xdit-compile", version=__version__, description=about, docs_url=None, redoc_url=None)
+    front = Front(engine, settings, Metrics(engine), Results(settings.keep), refusal)
     handle_problems(app)
-    for routes in (image_routes, video_routes, model_routes, state_routes, page_routes):
-        app.include_router(routes(front))
+    for routes in (image_routes, video_routes, model_routes, state_routes):
+        app.include_router(routes(front), dependencies=with_key(settings.api_key is not None))
+    app.include_router(page_routes())
     app.add_middleware(Guard, settings=settings, metrics=front.metrics)
     if settings.cors_origins:
         app.add_middleware(
@@ -114,9 +118,9 @@ def state_routes(front: Front) -> APIRouter:
     return router
 
 
-def page_routes(front: Front) -> APIRouter:
-    """The page."""
-    router = APIRouter()
+def page_routes() -> APIRouter:
+    """The page, and that of the documentation."""
+    router = docs_routes(_policy(PAGE, "script-src 'self'", "style-src 'self' 'unsafe-inline'"))
     text = resources.files(__package__).joinpath("page.html").read_text("utf-8")
     policy = {"Content-Security-Policy": _policy(text), "Referrer-Policy": "no-referrer"}
 
@@ -129,13 +133,18 @@ def page_routes(front: Front) -> APIRouter:
 
 def _shown(facts: Any) -> dict[str, Any]:
     """What clients may know of the pipeline."""
-    named = ("class", "makes", "takes", "joins", "device", "dtype", "size", "versions")
+    named = ("class", "makes", "takes", "joins", "device", "dtype", "size", "steps")
     shown = {name: facts[name] for name in named if name in facts}
     return {**shown, "arguments": arguments_of(facts.get("takes", ()))}
 
 
-def _policy(page: str) -> str:
-    """What a browser lets the page do: its own script and style, this server, and pictures that it holds."""
+def _policy(page: str, *more: str) -> str:
+    """What a browser lets a page do: its own script and style, this server, and pictures that it holds.
+
+    Args:
+        more: sources beside those, such as ``script-src 'self'``.
+    """
+    also = dict(each.split(" ", 1) for each in more)
 
     def digests(tag: str) -> str:
         texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -143,7 +152,8 @@ def _policy(page: str) -> str:
         return " ".join(f"'sha256-{each}'" for each in hashes)
 
     return (
-        f"default-src 'none'; script-src {digests('script')}; style-src {digests('style')}; connect-src 'self'; "
+        f"default-src 'none'; script-src {also.get('script-src', '')} {digests('script')}; "
+        f"style-src {also.get('style-src', '')} {digests('style')}; connect-src 'self'; "
         "img-src 'self' data: blob:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )

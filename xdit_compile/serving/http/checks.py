@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import io
+import json
 import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from xdit_compile.cli.inputs.annotations import Argument
 from xdit_compile.plan.nearest import nearest
 
 from ..queue.messages import Work
@@ -65,13 +68,14 @@ def work_of(
         if name not in takes:
             raise Problem(400, f"this pipeline does not take a picture as {name}", name, "unsupported")
     _check_arguments(asked.arguments, takes, limits)
+    arguments = _as_taken(asked.arguments, facts.get("kinds") or {})
     images, frames = _counts(asked)
     _check_amounts(asked, (height, width), (images, frames), facts, limits)
     return Work(
         id, asked.prompt, asked.negative_prompt, height, width, asked.num_inference_steps, asked.guidance_scale,
         frames, asked.max_sequence_length, asked.strength, images,
         secrets.randbelow(SEEDS) if asked.seed is None else asked.seed,
-        dict(pictures), dict(asked.arguments), _preview_every(asked, facts),
+        dict(pictures), arguments, _preview_every(asked, facts),
     )  # fmt: skip
 
 
@@ -155,6 +159,21 @@ def _check_arguments(arguments: Mapping[str, Any], takes: set[str], limits: Limi
             raise Problem(400, f"{name} is a picture or a tensor, which JSON does not hold", param, "unsupported")
         for problem in _plain_problems(value, limits.argument_depth, limits):
             raise Problem(400, f"{name} {problem}", param, "invalid_value")
+
+
+def _as_taken(arguments: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as the pipeline's call takes them, by what its source says that it takes."""
+    taken = {}
+    for name, value in arguments.items():
+        annotation, default = [each and ast.parse(each, mode="eval").body for each in kinds.get(name, (None, None))]
+        try:
+            taken[name] = Argument(annotation, default).value(json.dumps(value))
+        except ValueError as error:
+            message = f"{name} {error}".replace(
+                "which no text stands for; give it in Python", "which JSON does not hold"
+            )
+            raise Problem(400, message, f"arguments.{name}", "invalid_value") from None
+    return taken
 
 
 def _plain_problems(value: Any, depth: int, limits: Limits) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import Request
@@ -17,10 +17,13 @@ from ..queue.messages import Work
 from ..queue.tickets import Ticket
 from .checks import check_picture, work_of
 from .metrics import Metrics
-from .problems import Problem, problem_of_queue
+from .problems import NOT_AGAIN, Problem, problem_of_queue
 from .results import Results
 from .schemas import Asked
 from .settings import Settings
+
+Refusal = Callable[[Work], Awaitable[str | None]]
+"""Says why there is too little memory for a request; None where there is enough."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,12 +35,14 @@ class Front:
         settings: of the HTTP side.
         metrics: what is counted.
         results: files that are kept.
+        refusal: why there is too little memory for a request; None where that is not asked.
     """
 
     engine: Engine
     settings: Settings
     metrics: Metrics
     results: Results
+    refusal: Refusal | None = None
     _tickets: dict[str, Ticket] = dataclasses.field(default_factory=dict)
     _watching: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
@@ -68,6 +73,8 @@ class Front:
         for name, data in pictures.items():
             await asyncio.to_thread(check_picture, data, name, self.settings.limits)
         try:
+            if self.refusal is not None and (why := await self.refusal(work)):
+                raise Problem(507, why, "size", headers=NOT_AGAIN)
             ticket = engine.submit(work, asked.priority, asked.deadline)
         except (Full, NotReady) as error:
             raise problem_of_queue(error) from error

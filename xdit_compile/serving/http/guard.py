@@ -14,14 +14,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .docs import FOLDER
 from .metrics import Metrics
 from .problems import NOT_AGAIN, Problem
 from .settings import Settings
 
 log = logging.getLogger(__name__)
-OPEN = ("/", "/health", "/health/live", "/health/ready")
-"""Paths that need no key; files are named so that they cannot be guessed."""
-OPEN_FOLDER = "/v1/files/"
+OPEN = ("/", "/health", "/health/live", "/health/ready", "/docs", "/openapi.json")
+"""Paths that need no key."""
+OPEN_FOLDERS = ("/v1/files/", FOLDER)
+"""The same; files that were made are named so that they cannot be guessed."""
 _ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
@@ -85,7 +87,7 @@ class Guard:
         origin = headers.get("origin")
         if origin and scope["method"] not in ("GET", "HEAD") and not self._is_known(origin, headers):
             raise Problem(403, "another site's page may not ask for this", code="origin")
-        is_open = path in OPEN or path.startswith(OPEN_FOLDER)
+        is_open = path in OPEN or path.startswith(OPEN_FOLDERS)
         if settings.api_key is not None and not is_open:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             is_right = hmac.compare_digest(key.strip().encode(), settings.api_key.encode())

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..queue.engine import Engine
-from ..queue.messages import Report
+from ..queue.messages import Report, Turn
 from ..queue.tickets import Ticket
 
 WINDOW_S = 60.0
@@ -30,20 +30,30 @@ class Metrics:
         self._steps_of: dict[str, int] = {}
         self._lately: collections.deque[tuple[float, int]] = collections.deque()
         self._batch = Histogram(
-            "xdit_batch_size", "calls of the denoiser that ran as one", buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64),
-            registry=registry,
+            "xdit_batch_size", "Calls of the denoiser answered together.",
+            buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64), registry=registry,
         )  # fmt: skip
-        self._steps = Counter("xdit_steps", "steps of all requests", registry=registry)
-        self._phases = Counter("xdit_phase_seconds", "seconds by phase, rank 0's", ["phase"], registry=registry)
+        self._steps = Counter("xdit_steps", "Steps that all requests made together.", registry=registry)
+        self._phases = Counter(
+            "xdit_phase_seconds", "Seconds of the first rank of every gang by phase, and of the front (encode).",
+            ["phase"], registry=registry,
+        )  # fmt: skip
         self._started = Histogram(
-            "xdit_time_to_start_seconds", "from a request's arrival to its start", buckets=_SECONDS, registry=registry
+            "xdit_time_to_start_seconds",
+            "Seconds from a request's arrival to its start.",
+            buckets=_SECONDS,
+            registry=registry,
         )
         self._ended = Histogram(
-            "xdit_request_seconds", "from a request's arrival to its end", ["outcome"], buckets=_SECONDS,
-            registry=registry,
+            "xdit_request_seconds", "Seconds from a request's arrival to its end, by outcome.", ["outcome"],
+            buckets=_SECONDS, registry=registry,
         )  # fmt: skip
-        self._failed = Counter("xdit_failures", "requests without a picture, by kind", ["kind"], registry=registry)
-        self._answered = Counter("xdit_http_responses", "answers", ["route", "status"], registry=registry)
+        self._failed = Counter(
+            "xdit_failures", "Requests that ended without a picture, by kind.", ["kind"], registry=registry
+        )
+        self._answered = Counter(
+            "xdit_http_responses", "Answers by route and status.", ["route", "status"], registry=registry
+        )
         registry.register(_State(engine, self))
         engine.turned.append(self.turned)
         engine.ended.append(self.ended)
@@ -64,10 +74,10 @@ class Metrics:
         """
         self._answered.labels(route, str(status)).inc()
 
-    def turned(self, report: Report) -> None:
+    def turned(self, turn: Turn, report: Report) -> None:
         """Count a turn of the ranks."""
-        if report.batch:
-            self._batch.observe(report.batch)
+        if turn.run:
+            self._batch.observe(len(turn.run))
         for phase, seconds in report.seconds.items():
             self.spent(phase, max(0.0, seconds))
         steps = 0
@@ -100,6 +110,26 @@ class Metrics:
         return sum(steps for _, steps in self._lately) / WINDOW_S
 
 
+_GAUGES = {
+    "xdit_queue": "Requests that wait.",
+    "xdit_running": "Requests at work.",
+    "xdit_ready": "Whether the ranks take requests.",
+    "xdit_steps_per_second": "Steps that all requests made together, over the last minute.",
+}
+_COUNTERS = {
+    "xdit_restarts": "How often ranks were started anew.",
+    "xdit_shifts": "How often ranks were arranged anew for another plan.",
+}
+_OF_RANKS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str]] = {
+    "resident": (GaugeMetricFamily, "xdit_rank_resident_bytes", "Memory of a rank's process."),
+    "device_memory": (GaugeMetricFamily, "xdit_rank_device_bytes", "Memory of a rank on its accelerator."),
+    "sent": (
+        CounterMetricFamily, "xdit_collective_bytes",
+        "Bytes that a rank sent to others in calls of the denoiser, counted in its graphs.",
+    ),
+}  # fmt: skip
+
+
 class _State:
     """What is read from the engine when Prometheus asks."""
 
@@ -109,18 +139,18 @@ class _State:
     def collect(self) -> Iterator[Metric]:
         engine = self._engine
         status = engine.status()
-        for name, help, value in (
-            ("xdit_queue", "requests that wait", status["queued"]),
-            ("xdit_running", "requests at work", len(status["running"])),
-            ("xdit_ready", "whether the ranks take requests", engine.ready and not engine.draining),
-            ("xdit_restarts", "how often ranks were started anew", status["restarts"]),
-            ("xdit_steps_per_second", "steps of all requests, over the last minute", self._metrics.steps_per_second()),
-        ):
-            yield GaugeMetricFamily(name, help, float(value))
-        for key, name in (("resident", "xdit_rank_resident_bytes"), ("device_memory", "xdit_rank_device_bytes")):
-            memory = GaugeMetricFamily(name, "memory by rank", labels=["rank"])
+        values = {
+            "xdit_queue": status["queued"], "xdit_running": len(status["running"]),
+            "xdit_ready": engine.ready and not engine.draining,
+            "xdit_steps_per_second": self._metrics.steps_per_second(), "xdit_restarts": status["restarts"],
+            "xdit_shifts": status["shifts"],
+        }  # fmt: skip
+        for name, help in _GAUGES.items():
+            yield GaugeMetricFamily(name, help, float(values[name]))
+        for name, help in _COUNTERS.items():
+            yield CounterMetricFamily(name, help, float(values[name]))
+        for key, (kind, name, help) in _OF_RANKS.items():
+            by_rank = kind(name, help, labels=["rank"])
             for each in status["ranks"]:
-                memory.add_metric([str(each["rank"])], each[key])
-            yield memory
-        if "collective_bytes" in status:
-            yield GaugeMetricFamily("xdit_collective_bytes", "sent to other ranks", float(status["collective_bytes"]))
+                by_rank.add_metric([str(each["rank"])], each[key])
+            yield by_rank

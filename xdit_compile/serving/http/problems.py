@@ -21,7 +21,7 @@ NOT_AGAIN = {"x-should-retry": "false"}
 _CODES = {
     400: "bad_request", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
     408: "body_timeout", 413: "too_large", 415: "unsupported_media_type", 429: "queue_full", 499: "cancelled",
-    500: "internal_error", 503: "not_ready", 504: "deadline_passed",
+    500: "internal_error", 503: "not_ready", 504: "deadline_passed", 507: "insufficient_memory",
 }  # fmt: skip
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _SHOWN = 200

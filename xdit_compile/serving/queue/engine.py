@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import heapq
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from xdit_compile.errors import XditCompileError
 
-from .gang import Gang, GangLost
-from .messages import Report, Told, Turn, Work
+from .arrangements import Arrangement
+from .gang import Gang
+from .members import GangLost
+from .messages import Report, Told, Turn, Usage, Work
+from .processes import Processes
 from .tickets import Event, Ticket
 
 log = logging.getLogger(__name__)
 STARTS = 3
-"""Ranks that could not be started so often in a row are not started again."""
+"""Ranks that could not be started so often in a row are not started again, nor arranged anew."""
 LOOK_S = 0.25
 """So often it is seen whether the deadline of a request in the queue has passed."""
+SETTLED_S = 0.5
+"""Ranks that were without work for so long are arranged for a single request."""
 
 
 class Full(XditCompileError):
@@ -58,35 +64,46 @@ class Limits:
 
 
 class Engine:
-    """Takes requests, and has one gang of ranks work on them.
+    """Takes requests, and has gangs of ranks work on them.
 
-    Everything but `Gang.start` and `Gang.exchange`, which threads wait for, happens in the event loop.
+    Everything but `Processes` and `Gang.exchange`, which threads wait for, happens in the event loop.
+
+    Where there are two arrangements, an idle server has the first, in which one request at a time has all ranks. It
+    takes the second when several wait and nothing is at work, and the first again when it was idle for a moment.
 
     Args:
-        new_gang: makes a gang that has not started.
+        new_processes: makes ranks that have not started, arranged as the first of ``arrangements``.
         limits: how much is done at once.
         model: what is served, as it was named.
-        plan: the same of the plan.
+        arrangements: one, or that for a single request and that for a queue.
 
     Attributes:
         facts: as `Ready` has them; empty until ranks were ready once.
         restarts: how often ranks were started anew.
-        reports: of the latest turn, by rank.
-        turned: called after each turn with rank 0's report.
+        shifts: how often they were arranged anew.
+        usages: of the ranks after their latest turn, by rank.
+        turned: called after each turn with it and the report of its first rank.
         ended: called with each ticket that ended.
     """
 
-    def __init__(self, new_gang: Callable[[], Gang], limits: Limits, model: str, plan: str):
-        self.model, self.plan, self.limits = model, plan, limits
+    def __init__(
+        self, new_processes: Callable[[], Processes], limits: Limits, model: str, arrangements: Sequence[Arrangement]
+    ):
+        self.model, self.limits = model, limits
         self.facts: dict[str, Any] = {}
-        self.restarts = 0
-        self.reports: list[Report] = []
-        self.turned: list[Callable[[Report], None]] = []
+        self.restarts = self.shifts = 0
+        self.usages: dict[int, Usage] = {}
+        self.turned: list[Callable[[Turn, Report], None]] = []
         self.ended: list[Callable[[Ticket], None]] = []
         self.ready = self.draining = False
         self.alive = True
-        self._new_gang = new_gang
-        self._gang: Gang | None = None
+        self._new_processes = new_processes
+        self._processes: Processes | None = None
+        self._arrangements, self._arrangement = arrangements, arrangements[0]
+        self._gangs: list[Gang] = []
+        self._leaving = False
+        self._failed_shifts = 0
+        self._worked = time.monotonic()
         self._queue: list[tuple[int, int, Ticket]] = []
         self._order = itertools.count()
         self._numbers = itertools.count(1)
@@ -110,9 +127,9 @@ class Engine:
             task.cancel()
         for ticket in list(self._tickets.values()):
             self._end(ticket, Event("failed", error="the server ended"))
-        if self._gang is not None:
-            self._gang.kill()
-            await asyncio.to_thread(self._gang.end)
+        if self._processes is not None:
+            self._processes.kill()
+            await asyncio.to_thread(self._processes.end)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def submit(self, work: Work, priority: int = 0, deadline_s: float | None = None) -> Ticket:
@@ -125,7 +142,8 @@ class Engine:
         if self.draining or not self.alive:
             raise NotReady("the server is about to end" if self.draining else "the ranks cannot be started")
         if len(self._queue) >= self.limits.max_queue:
-            raise Full(max(1, round(len(self._queue) * self._per_request_s / self._most_at_once)))
+            at_once = self._most_at_once * max(1, len(self._gangs))
+            raise Full(max(1, round(len(self._queue) * self._per_request_s / at_once)))
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         ticket = Ticket(work, priority, deadline)
         self._tickets[ticket.id] = ticket
@@ -153,17 +171,26 @@ class Engine:
             }
             for id, each in self._running.items()
         ]
-        ranks = [
-            {"rank": each.rank, "resident": each.resident, "device_memory": each.device_memory} for each in self.reports
-        ]
+        ranks = [{"rank": rank, **dataclasses.asdict(usage)} for rank, usage in sorted(self.usages.items())]
         return {
             "queued": len(self._queue), "running": running, "plan": self.plan, "restarts": self.restarts,
-            "ranks": ranks,
+            "shifts": self.shifts, "ranks": ranks,
         }  # fmt: skip
 
     @property
+    def plan(self) -> str:
+        """How the ranks are arranged, in words."""
+        return self._arrangement.words
+
+    @property
+    def _is_for_one(self) -> bool:
+        """Whether there is another arrangement, for requests that come while there is one."""
+        return self._arrangement is not self._arrangements[-1]
+
+    @property
     def _most_at_once(self) -> int:
-        return self.limits.max_batch if self.facts.get("joins") else 1
+        """Requests that a gang works on."""
+        return self.limits.max_batch if self.facts.get("joins") and not self._is_for_one else 1
 
     def _enqueue(self, ticket: Ticket) -> None:
         heapq.heappush(self._queue, (-ticket.priority, next(self._order), ticket))
@@ -199,18 +226,20 @@ class Engine:
         """Have ranks, and begin anew with others where they are lost."""
         failed = 0
         while failed < STARTS:
-            self._gang = gang = self._new_gang()
+            self._arrangement = self._arrangements[0]
+            self._processes = processes = self._new_processes()
             try:
-                await asyncio.to_thread(gang.start)
-                self.facts, self.ready, failed = gang.facts, True, 0
+                await asyncio.to_thread(processes.start)
+                self._have(processes.gangs)
+                failed = 0
                 log.info("the ranks are ready")
-                await self._serve(gang)
+                await self._serve(processes)
             except GangLost as error:
                 failed += not self.ready
                 self.ready = False
                 log.error("the ranks were lost: %s", error)
-                self._lose(str(error))
-                await asyncio.to_thread(gang.end)
+                self._lose(self._gangs, str(error))
+                await asyncio.to_thread(processes.end)
                 self.restarts += failed < STARTS
             except asyncio.CancelledError:
                 raise
@@ -221,10 +250,10 @@ class Engine:
         for ticket in list(self._tickets.values()):
             self._end(ticket, Event("failed", error="the ranks cannot be started; look at the server's log"))
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, gangs: Sequence[Gang], why: str) -> None:
         """What becomes of the requests that ranks were at work on when they were lost."""
-        running, self._running = list(self._running.values()), {}
-        for each in running:
+        for id in [id for id, each in self._running.items() if each.gang in gangs]:
+            each = self._running.pop(id)
             ticket = each.ticket
             if each.end is not None:
                 self._end(ticket, each.end)
@@ -235,47 +264,119 @@ class Engine:
             else:
                 self._end(ticket, Event("failed", error=f"{why}; the request was lost with it"))
 
-    async def _serve(self, gang: Gang) -> None:
-        while True:
-            if not (self._queue or self._running):
-                self._wake.clear()
-                await self._wake.wait()
-                if self.limits.max_wait_ms and not self._running:
-                    await asyncio.sleep(self.limits.max_wait_ms / 1000)
-            turn = self._next_turn()
-            if not (turn.start or turn.run or turn.cancel):
-                continue
-            reports = await asyncio.to_thread(gang.exchange, turn)
-            self.reports = reports
-            for tell in self.turned:
-                tell(reports[0])
-            for id, told in reports[0].told.items():
-                self._heard(id, told)
+    def _have(self, gangs: list[Gang]) -> None:
+        self._gangs, self._leaving, self._worked = gangs, False, time.monotonic()
+        for gang in gangs:
+            self.usages.update(gang.usages)
+        self.facts, self.ready = gangs[0].facts, True
 
-    def _next_turn(self) -> Turn:
-        cancelled = tuple(id for id, each in self._running.items() if each.end is not None)
+    async def _serve(self, processes: Processes) -> None:
+        """Have all gangs work, until the ranks are to be arranged anew, and arrange them."""
+        while True:
+            await self._all_work()
+            arrangement = next(each for each in self._arrangements if each is not self._arrangement)
+            self._failed_shifts, begin = self._failed_shifts + 1, time.monotonic()
+            await asyncio.to_thread(processes.regroup, arrangement)
+            self._failed_shifts, self.shifts = 0, self.shifts + 1
+            self._arrangement = arrangement
+            log.info("the ranks were arranged in %.1f s: %s", time.monotonic() - begin, arrangement.words)
+            self._have(processes.gangs)
+
+    async def _all_work(self) -> None:
+        """Return when all gangs have; where one is lost, once the others have done what they are at.
+
+        Raises:
+            GangLost: one was.
+        """
+        tasks = [asyncio.create_task(self._work(gang)) for gang in self._gangs]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            self._leaving = True
+            self._wake.set()
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    raise outcome
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _work(self, gang: Gang) -> None:
+        """Take turns until the ranks are to be arranged anew, or others of them were lost."""
+        while True:
+            if self._shifts():
+                self._leaving = True
+                self._wake.set()
+            turn = self._next_turn(gang)
+            if turn.start or turn.run or turn.cancel:
+                try:
+                    reports = await asyncio.to_thread(gang.exchange, turn)
+                except GangLost as error:
+                    self._lose([gang], str(error))
+                    raise
+                self._heard_all(turn, reports)
+            elif self._leaving:
+                return
+            else:
+                await self._wait()
+
+    async def _wait(self) -> None:
+        """Until there may be something to do."""
+        self._wake.clear()
+        limit = SETTLED_S if len(self._arrangements) > 1 and not self._is_for_one else None
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), limit)
+            if self.limits.max_wait_ms and not self._running:
+                await asyncio.sleep(self.limits.max_wait_ms / 1000)
+
+    def _shifts(self) -> bool:
+        """Whether the ranks are to be arranged anew now."""
+        if len(self._arrangements) == 1 or self._running or self._failed_shifts >= STARTS:
+            return False
+        if self._is_for_one:
+            return len(self._queue) > 1
+        return not self._queue and time.monotonic() - self._worked > SETTLED_S
+
+    def _next_turn(self, gang: Gang) -> Turn:
+        mine = {id: each for id, each in self._running.items() if each.gang is gang}
+        cancelled = tuple(id for id, each in mine.items() if each.end is not None)
         started = []
-        while self._queue and len(self._running) < self._most_at_once:
+        while self._queue and not self._leaving and self._has_room(gang):
             ticket = heapq.heappop(self._queue)[2]
             ticket.tries += 1
             ticket.started = time.monotonic()
-            self._running[ticket.id] = _Running(ticket)
+            self._running[ticket.id] = _Running(ticket, gang)
             ticket.tell(Event("started"))
             started.append(ticket.work)
+        if started and self._queue:
+            self._wake.set()
         number = next(self._numbers)
-        chosen = self._chosen()
+        chosen = self._chosen(mine)
         for id in chosen:
-            self._running[id].ran = number
-        return Turn(number, tuple(started), cancelled, chosen)
+            mine[id].ran = number
+        return Turn(tuple(started), cancelled, chosen)
 
-    def _chosen(self) -> tuple[str, ...]:
+    def _has_room(self, gang: Gang) -> bool:
+        """Whether a gang takes one more request; those of others that have fewer come first."""
+        counts = [sum(each.gang is other for each in self._running.values()) for other in self._gangs]
+        mine = counts[self._gangs.index(gang)]
+        return mine < self._most_at_once and mine == min(counts)
+
+    def _chosen(self, running: dict[str, _Running]) -> tuple[str, ...]:
         """The request whose call has waited longest, and others whose calls may join."""
-        waiting = {id: each for id, each in self._running.items() if each.key and each.end is None}
+        waiting = {id: each for id, each in running.items() if each.key and each.end is None}
         if not waiting:
             return ()
         first = min(waiting, key=lambda id: waiting[id].ran)
         alike = [id for id, each in waiting.items() if each.key == waiting[first].key and id != first]
         return (first, *sorted(alike, key=lambda id: waiting[id].ran)[: self.limits.max_batch - 1])
+
+    def _heard_all(self, turn: Turn, reports: list[Report]) -> None:
+        self._worked = time.monotonic()
+        self.usages.update({report.rank: report.usage for report in reports})
+        for tell in self.turned:
+            tell(turn, reports[0])
+        for id, told in reports[0].told.items():
+            self._heard(id, told)
 
     def _heard(self, id: str, told: Told) -> None:
         each = self._running.get(id)
@@ -306,12 +407,14 @@ class _Running:
 
     Args:
         ticket: of it.
+        gang: of these ranks.
         key: of the call that waits; empty until the ranks have said.
         ran: the number of the turn in which its latest call ran.
         end: what ends it, where it is unwanted.
     """
 
     ticket: Ticket
+    gang: Gang
     key: str = ""
     ran: int = 0
     end: Event | None = None

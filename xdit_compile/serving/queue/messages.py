@@ -46,13 +46,11 @@ class Turn:
     """What all ranks do next, in this order.
 
     Args:
-        number: counts turns; told back.
         start: requests that begin, and go on to their first call.
         cancel: requests that end where they wait.
         run: requests whose calls are answered, as one where that can be, and which then go on to their next.
     """
 
-    number: int
     start: tuple[Work, ...] = ()
     cancel: tuple[str, ...] = ()
     run: tuple[str, ...] = ()
@@ -91,44 +89,82 @@ class Told:
 
 
 @dataclasses.dataclass(frozen=True)
+class Usage:
+    """What a rank takes, in bytes.
+
+    Args:
+        resident: of memory, that the process holds.
+        device_memory: on its accelerator; 0 without one.
+        sent: to other ranks in calls of the denoiser since it has its plan, counted in the graphs that it runs.
+    """
+
+    resident: int = 0
+    device_memory: int = 0
+    sent: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """A rank's answer to a turn.
 
     Args:
         rank: whose.
-        number: of the turn.
         told: by the ids of all requests that began, went on or ended in it.
-        batch: how many calls ran as one.
-        seconds: spent in the turn, by phase.
-        resident: bytes of memory that the process holds.
-        device_memory: bytes on its accelerator, 0 without one.
+        seconds: spent in the turn, by phase: ``begin`` (texts, first latents), ``denoiser``, ``between`` (schedulers,
+            previews) and ``decode`` (after the last call); all is ``denoiser`` where no calls of requests alternate.
+        usage: after it.
     """
 
     rank: int
-    number: int
     told: dict[str, Told]
-    batch: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    resident: int = 0
-    device_memory: int = 0
+    usage: Usage = Usage()
+
+
+@dataclasses.dataclass(frozen=True)
+class Regroup:
+    """A rank that has nothing to do leaves its gang and forms another, under another plan, with the weights it has.
+
+    Args:
+        arrangement: by its name.
+        rank, size: its place in the gang, and how many there are.
+        port: of this machine, where they meet.
+    """
+
+    arrangement: str
+    rank: int
+    size: int
+    port: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Hello:
+    """The first word of a process.
+
+    Args:
+        rank: which it is.
+    """
+
+    rank: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """A rank has loaded its pipeline.
+    """A rank has the pipeline under a plan.
 
     Args:
         rank: whose.
-        pid: its process.
         facts: about the pipeline: ``class``, ``makes`` (``images`` or ``videos``), ``takes`` (names of the arguments of
-            its call), ``joins`` (whether calls may join), ``device``, ``dtype``.
-        seconds: that loading took.
+            its call), ``kinds`` (annotation and default of each, as source), ``joins`` (whether calls may join),
+            ``device``, ``dtype``, and where they are known ``size`` (height, width) and ``steps``.
+        seconds: that this took.
+        usage: before its first turn.
     """
 
     rank: int
-    pid: int
     facts: dict[str, Any]
     seconds: float
+    usage: Usage = Usage()
 
 
 @dataclasses.dataclass(frozen=True)

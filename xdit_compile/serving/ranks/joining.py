@@ -41,6 +41,10 @@ class Joint:
     single: Made
 
 
+Known = dict[str, Joint | None]
+"""How calls join, by digests of their forms; None where they do not."""
+
+
 class Joiner:
     """Runs calls, several as one where that gives each what it would get alone.
 
@@ -49,11 +53,11 @@ class Joiner:
     Args:
         agreement: the talk among the ranks.
         most: calls that may run as one.
+        known: what was tried before, by digests of forms; added to.
     """
 
-    def __init__(self, agreement: Agreement, most: int):
-        self._agreement, self._most = agreement, most
-        self._joints: dict[str, Joint | None] = {}
+    def __init__(self, agreement: Agreement, most: int, known: Known):
+        self._agreement, self._most, self._joints = agreement, most, known
 
     def key(self, call: Call) -> str:
         """What calls that may join have in common; another one for each that may not."""
@@ -73,7 +77,7 @@ class Joiner:
             self._try(form, calls[:2])
         joint = self._joints.get(form)
         if len(calls) == 1 or joint is None:
-            return [call.gate.runner(*call.args, **call.kwargs) for call in calls]
+            return [call.gate.run(*call.args, **call.kwargs) for call in calls]
         return self._joined(joint, calls)
 
     def _try(self, form: str, calls: Sequence[Call]) -> None:
@@ -92,7 +96,7 @@ class Joiner:
         count = next((count for count in COUNTS if count >= len(calls)), len(calls))
         filled = [*calls, *[calls[-1]] * (min(count, self._most) - len(calls))]
         args, kwargs = _concatenated(filled, joint.entries)
-        result = calls[0].gate.runner(*args, **kwargs)
+        result = calls[0].gate.run(*args, **kwargs)
         cut = Cut(joint.samples * len(filled), len(filled), joint.entries)
         return _apart(result, joint, cut)[: len(calls)]
 

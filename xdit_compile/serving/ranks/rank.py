@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+import collections
+import dataclasses
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Client, Connection
 from typing import Any
@@ -16,15 +17,17 @@ from typing import Any
 import psutil
 import torch
 
+from xdit_compile.api import parallelize, restore
 from xdit_compile.cli.options.request import PipelineRequest
-from xdit_compile.cli.options.result_kind import kind_of
 from xdit_compile.cli.running.pipeline_call import leave, open_parallel
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import AgreementError, UsageError, XditCompileError, one_line
-from xdit_compile.serving.queue.messages import Lost, Ready, Report, Told, Turn, Work
+from xdit_compile.plan import Plan
+from xdit_compile.serving.queue.messages import Hello, Lost, Ready, Regroup, Report, Told, Turn, Usage, Work
 
-from .gate import GO_ON, Call, put_gates
-from .joining import Joiner
+from .facts import facts_of
+from .gate import GO_ON, Call, put_gates, take_off
+from .joining import Joiner, Known
 from .making import Making
 from .strands import Cancelled, Strand
 
@@ -33,15 +36,20 @@ INPUT_ERRORS = (ValueError, TypeError, UsageError)
 """What pipelines raise about their arguments before their first step."""
 
 
-def serve_rank(request: PipelineRequest, world: World, max_batch: int) -> None:
-    """Connect to the front, whose address and key come in a line of standard input, and serve until it hangs up."""
+def serve_rank(request: PipelineRequest, world: World, max_batch: int, plans: Mapping[str, Plan]) -> None:
+    """Connect to the front, whose address and key come in a line of standard input, and serve until it hangs up.
+
+    Args:
+        request: with the plan to begin with.
+        world: this process's place among all.
+        max_batch: calls that may run as one.
+        plans: those that the front may have ranks change to, by name.
+    """
     front = json.loads(sys.stdin.readline())
     with Client(tuple(front["address"]), authkey=bytes.fromhex(front["key"])) as connection:
+        connection.send(Hello(world.rank))
         try:
-            begin = time.perf_counter()
-            rank = Rank(open_parallel(request, world), request, world, max_batch)
-            connection.send(Ready(world.rank, os.getpid(), rank.facts(), time.perf_counter() - begin))
-            rank.serve(connection)
+            _serve(connection, request, world, max_batch, plans)
         except (EOFError, ConnectionError):
             return
         except BaseException as error:
@@ -50,24 +58,56 @@ def serve_rank(request: PipelineRequest, world: World, max_batch: int) -> None:
     leave()
 
 
+def _serve(
+    connection: Connection, request: PipelineRequest, world: World, max_batch: int, plans: Mapping[str, Plan]
+) -> None:
+    """Serve under one plan after the other.
+
+    What is known of joined calls is kept for each, as all ranks of a gang know the same of that.
+    """
+    begin, number = time.perf_counter(), world.rank
+    pipe, name = open_parallel(request, world), ""
+    known: dict[str, Known] = collections.defaultdict(dict)
+    while True:
+        rank = Rank(pipe, request, world, number, max_batch, known[name])
+        connection.send(Ready(number, rank.facts(), time.perf_counter() - begin, rank.usage()))
+        regroup = rank.serve(connection)
+        begin, name = time.perf_counter(), regroup.arrangement
+        rank.leave()
+        request = dataclasses.replace(request, plan=plans[name])
+        world = _arranged(regroup)
+        parallelize(pipe, request.plan)
+
+
+def _arranged(regroup: Regroup) -> World:
+    """This process's place in a gang, written where launchers write it."""
+    place = {"RANK": regroup.rank, "WORLD_SIZE": regroup.size, "MASTER_PORT": regroup.port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    return World.from_environment()
+
+
 class Rank:
     """What this process has of a server.
 
     Args:
         pipe: parallelized.
         request: what the server was started with.
-        world: this process's place.
+        world: this process's place in its gang.
+        number: the same among all of the server.
         max_batch: calls that may run as one.
+        known: what is known of joined calls, the same on all ranks of the gang.
     """
 
-    def __init__(self, pipe: Any, request: PipelineRequest, world: World, max_batch: int):
-        self._pipe, self._request, self._world = pipe, request, world
+    def __init__(self, pipe: Any, request: PipelineRequest, world: World, number: int, max_batch: int, known: Known):
+        self._pipe, self._request, self._world, self._number = pipe, request, world, number
         self._gates = put_gates(pipe)
         plan = request.plan
         self._alternates = bool(self._gates) and not plan.is_stale and plan.cfg == 1
         session = self._gates[0].session if self._gates else None
         self._whole = None if self._alternates else session
-        self._joiner = Joiner(session.agreement, max_batch) if session is not None and self._alternates else None
+        self._joiner = None
+        if session is not None and self._alternates:
+            self._joiner = Joiner(session.agreement, max_batch, known)
         self._device = (session.device if session is not None else None) or torch.device("cpu")
         self._live: dict[str, tuple[Making, Strand]] = {}
         self._process = psutil.Process()
@@ -75,38 +115,41 @@ class Rank:
 
     def facts(self) -> dict[str, Any]:
         """As `Ready` says."""
-        parameters = list(inspect.signature(type(self._pipe).__call__).parameters.values())[1:]
-        named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-        return {
-            "class": type(self._pipe).__name__,
-            "makes": kind_of(self._pipe) or "images",
-            "takes": named,
-            "joins": self._joiner is not None,
-            "device": str(self._device),
-            "dtype": str(getattr(self._pipe, "dtype", "")).removeprefix("torch."),
-        }
+        known = facts_of(self._pipe, self._request)
+        return {**known, "joins": self._joiner is not None, "device": str(self._device)}
 
-    def serve(self, connection: Connection) -> None:
-        """Take turns until the front hangs up.
+    def usage(self) -> Usage:
+        """What this rank takes now."""
+        memory = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
+        return Usage(self._process.memory_info().rss, memory, sum(gate.traffic.sent for gate in self._gates))
+
+    def serve(self, connection: Connection) -> Regroup:
+        """Take turns until this rank is to form another gang, and return how.
 
         Raises:
+            EOFError: the front hung up.
             XditCompileError: peers are lost.
         """
-        while True:
-            connection.send(self._took(connection.recv()))
+        while not isinstance(message := connection.recv(), Regroup):
+            connection.send(self._took(message))
+        return message
+
+    def leave(self) -> None:
+        """Leave the gang: the pipeline is as it was before it was parallelized."""
+        take_off(self._gates)
+        restore(self._pipe)
+        leave()
 
     def _took(self, turn: Turn) -> Report:
         self._seconds = {}
         ids = [*turn.cancel, *(work.id for work in turn.start), *turn.run]
-        with self._timed("other"):
+        with self._timed("begin"):
             self._cancel(turn.cancel)
             for work in turn.start:
                 self._start(work)
         self._run(turn.run)
         told = {id: self._told(id, id in turn.cancel) for id in ids}
-        memory = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
-        resident = self._process.memory_info().rss
-        return Report(self._world.rank, turn.number, told, len(turn.run), self._seconds, resident, memory)
+        return Report(self._number, told, self._seconds, self.usage())
 
     def _cancel(self, ids: tuple[str, ...]) -> None:
         for id in ids:
@@ -126,9 +169,11 @@ class Rank:
             return
         with self._timed("denoiser"):
             answers = [(GO_ON, None) for _ in calls] if self._joiner is None else self._answers(self._joiner, calls)
-        with self._timed("denoiser" if self._joiner is None else "other"):
-            for strand, (answer, failure) in zip(strands, answers, strict=True):
-                strand.go_on(answer, failure)
+        for strand, (answer, failure) in zip(strands, answers, strict=True):
+            begin = time.perf_counter()
+            strand.go_on(answer, failure)
+            phase = "denoiser" if self._joiner is None else "decode" if strand.over else "between"
+            self._spent(phase, time.perf_counter() - begin)
 
     @staticmethod
     def _answers(joiner: Joiner, calls: list[Call]) -> list[tuple[Any, BaseException | None]]:
@@ -168,4 +213,7 @@ class Rank:
     def _timed(self, phase: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - begin
+        self._spent(phase, time.perf_counter() - begin)
+
+    def _spent(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
