@@ -58,13 +58,14 @@ class Ranks:
 
     def __init__(self, step_s: float = 0.0, **facts: Any):
         self.facts, self.step_s = {**FACTS, **facts}, step_s
-        self.gangs, self.usages = [self], {0: Usage(900, 0, 0)}
+        self.gangs, self.usages, self.may_restart = [self], {0: Usage(900, 0, 0)}, True
         self.works: list[Work] = []
         self.cancelled: list[str] = []
         self._steps: dict[str, int] = {}
         self._works: dict[str, Work] = {}
 
     def start(self) -> None: ...
+    def look(self) -> None: ...
     def kill(self) -> None: ...
     def end(self) -> None: ...
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from xdit_compile.cli.options.plenty import is_plenty, uses_cuda
 from xdit_compile.cli.options.request import PipelineRequest, Request
+from xdit_compile.distributed.world import LAUNCHERS
 from xdit_compile.errors import UsageError
 from xdit_compile.plan import Plan
 from xdit_compile.plan.host import available_memory, free_on_cards
@@ -134,7 +135,10 @@ def _one(request: ServeRequest) -> Request:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """That of one process, whatever launched this one."""
+    of_launchers = {name for names in LAUNCHERS for name in names}
+    alone = {name: value for name, value in os.environ.items() if name not in of_launchers}
+    return {**alone, "OMP_NUM_THREADS": "1"}
 
 
 def _mebibytes(count: int) -> str:

@@ -13,13 +13,13 @@ from typing import Any
 
 import uvicorn
 
-from xdit_compile.errors import UsageError
+from xdit_compile.errors import UsageError, XditCompileError
 
 from .http.app import make_app
 from .http.settings import Settings
 from .logs import show_logs
 from .queue.arrangements import Arrangement
-from .queue.engine import Engine
+from .queue.engine import LOOK_S, Engine
 from .queue.processes import Processes
 from .request import ServeRequest
 from .room import Room
@@ -29,41 +29,59 @@ TURN_S = 3600.0
 """A turn that compiles may take long; what stands still is seen by the ranks themselves after the plan's timeout_s."""
 
 
-def serve(request: ServeRequest, arrangements: Sequence[Arrangement]) -> None:
+def serve(request: ServeRequest, arrangements: Sequence[Arrangement], host: str | None, here: int) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that are here then have `ServeRequest.drain` seconds to end.
+
+    Args:
+        arrangements: as `Engine` takes them.
+        host: this machine's name for ranks that a launcher started; None where all are started here.
+        here: how many ranks are on this machine.
 
     Raises:
         UsageError: the port is taken, the key cannot be read, or there is too little memory.
+        XditCompileError: ranks that a launcher started were lost.
     """
     show_logs(request)
     settings = Settings(api_key=_api_key(request), cors_origins=request.cors_origin, limits=request.most)
-    room = None if request.force else Room(request, arrangements[-1].plan, arrangements[0].ranks)
+    room = None if request.force else Room(request, arrangements[-1].plan, here)
     if room is not None:
         room.check()
     command = ["serve_rank", request.to_json()]
     name = request.model or "xdit-compile/shapes"
 
     def processes() -> Processes:
-        return Processes(command, arrangements[0], request.start_timeout, TURN_S)
+        return Processes(command, arrangements[0], request.start_timeout, TURN_S, host)
 
     with _bound(request) as listening:
-        host, port = listening.getsockname()[:2]
+        address = "http://{}:{}".format(*listening.getsockname()[:2])
         engine = Engine(processes, request.limits, name, arrangements)
         app = make_app(engine, settings, None if room is None else room.refusal)
-        print(f"serving {name} at http://{host}:{port}; Ctrl-C ends it", flush=True)
-        asyncio.run(_until_ended(app, engine, listening, request))
+        print(f"serving {name} at {address}; Ctrl-C ends it", flush=True)
+        asyncio.run(_until_ended(app, engine, listening, request, ends_with_ranks=host is not None))
 
 
-async def _until_ended(app: Any, engine: Engine, listening: socket.socket, request: ServeRequest) -> None:
+async def _until_ended(
+    app: Any, engine: Engine, listening: socket.socket, request: ServeRequest, ends_with_ranks: bool
+) -> None:
     config = uvicorn.Config(
         app, log_config=None, lifespan="off", timeout_graceful_shutdown=max(1, round(request.drain)),
         access_log=request.verbose, server_header=False,
     )  # fmt: skip
     await engine.start()
+    server = _Server(config, engine)
+    watch = asyncio.create_task(_end_with_ranks(server, engine)) if ends_with_ranks else None
     try:
-        await _Server(config, engine).serve(sockets=[listening])
+        await server.serve(sockets=[listening])
     finally:
         await engine.stop(0)
+    if watch is not None and watch.done():
+        raise XditCompileError("the ranks were lost, and whoever launched them has to start all processes anew")
+
+
+async def _end_with_ranks(server: uvicorn.Server, engine: Engine) -> None:
+    while engine.alive:
+        await asyncio.sleep(LOOK_S)
+    server.should_exit = True
 
 
 class _Server(uvicorn.Server):

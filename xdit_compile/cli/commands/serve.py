@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
 from typing import Any
 
 import click
@@ -109,11 +111,18 @@ def serve(plan: Plan, nproc: int | None, **flags: Any) -> None:
     request = ServeRequest(plan=plan, **flags)
     request = request if request.plans else request.with_method(world, nproc)
     arrangements = request.arrangements
+    is_launched = world.launched and world.size > 1
+    if is_launched and request.plans:
+        raise UsageError("--plan changes plans on one machine: start serve by itself, with --nproc")
     for arrangement in arrangements:
         _check(dataclasses.replace(request, plan=arrangement.plan), world, nproc, arrangement.gangs)
+    if is_launched and world.rank > 0:
+        _serve_rank(request, world, is_child=False)
+        return
     from xdit_compile.serving.run import serve as run
 
-    run(request, arrangements)
+    here = os.environ.get("LOCAL_WORLD_SIZE") if is_launched else arrangements[0].ranks
+    run(request, arrangements, os.environ["MASTER_ADDR"] if is_launched else None, int(here or 1))
 
 
 def _check(request: ServeRequest, world: World, nproc: int | None, gangs: int) -> None:
@@ -147,15 +156,22 @@ def serve_room(check: bool, ranks: int, request_json: str) -> None:
 def serve_rank(request_json: str) -> None:
     """One of the processes that a server starts."""
     from xdit_compile.cli.processes.launch import end_with_parent
+
+    end_with_parent()
+    _serve_rank(ServeRequest.from_json(request_json), World.from_environment(), is_child=True)
+
+
+def _serve_rank(request: ServeRequest, world: World, is_child: bool) -> None:
+    """Be a rank until the front hangs up; a launcher's signals are for the front, which drains."""
     from xdit_compile.serving.logs import show_logs
     from xdit_compile.serving.ranks.rank import serve_rank as run
 
-    end_with_parent()
-    request, world = ServeRequest.from_json(request_json), World.from_environment()
+    for number in () if is_child else (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     show_logs(request, world)
     request = dataclasses.replace(request, quiet=request.quiet or request.log_format == "json")
     arrangements = request.arrangements
     request = dataclasses.replace(request, plan=arrangements[0].plan)
     plans = {arrangement.name: arrangement.plan for arrangement in arrangements}
     with compilers_apart(resolve(request.plan.cache)):
-        run(request, world, request.max_batch, plans)
+        run(request, world, request.max_batch, plans, is_child)

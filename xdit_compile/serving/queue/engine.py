@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 STARTS = 3
 """Ranks that could not be started so often in a row are not started again, nor arranged anew."""
 LOOK_S = 0.25
-"""So often it is seen whether the deadline of a request in the queue has passed."""
+"""So often it is seen whether the deadline of a request in the queue has passed, and whether idle ranks are there."""
 SETTLED_S = 0.5
 """Ranks that were without work for so long are arranged for a single request."""
 
@@ -162,14 +161,10 @@ class Engine:
     def status(self) -> dict[str, Any]:
         """What goes on, for whoever asks."""
         now = time.monotonic()
+        tickets = [each.ticket for each in self._running.values()]
         running = [
-            {
-                "id": id,
-                "step": each.ticket.step,
-                "steps": each.ticket.steps,
-                "seconds": now - (each.ticket.started or now),
-            }
-            for id, each in self._running.items()
+            {"id": each.id, "step": each.step, "steps": each.steps, "seconds": now - (each.started or now)}
+            for each in tickets
         ]
         ranks = [{"rank": rank, **dataclasses.asdict(usage)} for rank, usage in sorted(self.usages.items())]
         return {
@@ -240,6 +235,8 @@ class Engine:
                 log.error("the ranks were lost: %s", error)
                 self._lose(self._gangs, str(error))
                 await asyncio.to_thread(processes.end)
+                if not processes.may_restart:
+                    break
                 self.restarts += failed < STARTS
             except asyncio.CancelledError:
                 raise
@@ -317,16 +314,18 @@ class Engine:
             elif self._leaving:
                 return
             else:
-                await self._wait()
+                await self._wait(gang)
 
-    async def _wait(self) -> None:
-        """Until there may be something to do."""
+    async def _wait(self, gang: Gang) -> None:
+        """Until there may be something to do; a rank that is lost meanwhile is noticed."""
         self._wake.clear()
-        limit = SETTLED_S if len(self._arrangements) > 1 and not self._is_for_one else None
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), limit)
-            if self.limits.max_wait_ms and not self._running:
-                await asyncio.sleep(self.limits.max_wait_ms / 1000)
+        try:
+            await asyncio.wait_for(self._wake.wait(), LOOK_S)
+        except TimeoutError:
+            await asyncio.to_thread(gang.look)
+            return
+        if self.limits.max_wait_ms and not self._running:
+            await asyncio.sleep(self.limits.max_wait_ms / 1000)
 
     def _shifts(self) -> bool:
         """Whether the ranks are to be arranged anew now."""

@@ -28,6 +28,15 @@ class Gang:
         self.usages = {each.rank: each.usage for each in ready}
         self._members, self._turn_s = members, turn_s
 
+    def look(self) -> None:
+        """See that ranks that have nothing to do are there.
+
+        Raises:
+            GangLost: one is not.
+        """
+        for member in self._members:
+            member.refuse_gone()
+
     def exchange(self, turn: Turn) -> list[Report]:
         """Have all ranks take a turn; their reports in the order of ranks.
 

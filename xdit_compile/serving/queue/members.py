@@ -28,12 +28,12 @@ class Member:
 
     Args:
         rank: among all that the server has.
-        process: that it is.
+        process: that it is; None where it runs elsewhere.
         connection: to it.
     """
 
     rank: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
     connection: pipes.Connection
 
     def send(self, message: Any) -> None:
@@ -64,17 +64,27 @@ class Member:
             raise GangLost(f"rank {self.rank} said something else: {type(message).__name__}")
         return message
 
+    def refuse_gone(self) -> None:
+        """See that it is there, while it has nothing to say.
+
+        Raises:
+            GangLost: it is not, or says that it cannot go on.
+        """
+        self.refuse_ended()
+        if self.connection.poll():
+            self.received(type(None))
+
     def refuse_ended(self) -> None:
         """See that its process runs.
 
         Raises:
             GangLost: it does not.
         """
-        if self.process.poll() is not None:
+        if self.process is not None and self.process.poll() is not None:
             raise GangLost(self._said("it ended"))
 
     def _said(self, otherwise: str) -> str:
-        code = self.process.poll()
+        code = None if self.process is None else self.process.poll()
         return f"rank {self.rank}: {otherwise}" if code is None else f"rank {self.rank} {how_it_ended(code)}"
 
 

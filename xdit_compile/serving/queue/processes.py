@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing import connection as pipes
 from pathlib import Path
+from typing import Any
 
 from xdit_compile.cli.processes.ending import run_folder
 from xdit_compile.cli.processes.launch import settings_of
@@ -31,16 +32,21 @@ class Processes:
     Args:
         command: what each runs after ``python -m xdit_compile``.
         arrangement: in which they start: one gang.
+        host: where a launcher started the others, this machine's name for them; they come by themselves, and rank 0
+            alone is started here. None where all are.
         start_s: they have to be ready within so many seconds.
         turn_s: a turn may take so long, compiling included.
 
     Attributes:
+        may_restart: whether they can be had once more.
         arrangement: of the gangs that there are.
         gangs: that take turns, each by itself.
     """
 
-    def __init__(self, command: list[str], arrangement: Arrangement, start_s: float, turn_s: float):
-        self.arrangement = arrangement
+    def __init__(
+        self, command: list[str], arrangement: Arrangement, start_s: float, turn_s: float, host: str | None = None
+    ):
+        self.arrangement, self.may_restart, self._host = arrangement, host is None, host
         self.gangs: list[Gang] = []
         self._command, self._start_s, self._turn_s = command, start_s, turn_s
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -58,10 +64,12 @@ class Processes:
         folder = self._held.enter_context(run_folder())
         key = secrets.token_bytes(32)
         ranks = self.arrangement.ranks
-        with pipes.Listener(("127.0.0.1", 0), backlog=ranks, authkey=key) as listener:
-            front = json.dumps({"address": listener.address, "key": key.hex()})
+        with pipes.Listener(("127.0.0.1" if self._host is None else "", 0), backlog=ranks, authkey=key) as listener:
+            address = self._host or "127.0.0.1", listener.address[1]
+            front = json.dumps({"address": address, "key": key.hex(), "is_told": self._host is None})
             port = _free_port()
-            self._processes.extend(self._started(rank, folder, port, front) for rank in range(ranks))
+            here = range(ranks if self._host is None else 1)
+            self._processes.extend(self._started(rank, folder, port, front) for rank in here)
             self._members = self._accepted(listener, limit)
         self._have_gangs(1, limit)
 
@@ -106,10 +114,11 @@ class Processes:
 
     def _started(self, rank: int, folder: Path, port: int, front: str) -> subprocess.Popen[bytes]:
         ranks = self.arrangement.ranks
-        place = {
+        place: dict[str, Any] = {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, RUN_FOLDER: folder,
-        }  # fmt: skip
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        } if self._host is None else {}  # fmt: skip
+        place[RUN_FOLDER] = folder
         environment = {**settings_of(ranks), **os.environ, **{name: str(value) for name, value in place.items()}}
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "xdit_compile", *self._command], env=environment, stdin=subprocess.PIPE,
@@ -125,11 +134,12 @@ class Processes:
         come: dict[int, Member] = {}
         listening = vars(vars(listener)["_listener"])["_socket"]
         listening.settimeout(LOOK_S)
-        while len(come) < len(self._processes):
+        processes = dict(enumerate(self._processes))
+        while len(come) < self.arrangement.ranks:
             try:
                 connection = listener.accept()
                 hello: Hello = connection.recv()
-                come[hello.rank] = Member(hello.rank, self._processes[hello.rank], connection)
+                come[hello.rank] = Member(hello.rank, processes.get(hello.rank), connection)
             except TimeoutError:
                 _refuse_ended(self._processes)
                 if time.monotonic() > limit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,6 +21,7 @@ import torch
 from xdit_compile.api import parallelize, restore
 from xdit_compile.cli.options.request import PipelineRequest
 from xdit_compile.cli.running.pipeline_call import leave, open_parallel
+from xdit_compile.distributed.seats import meet
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import AgreementError, UsageError, XditCompileError, one_line
 from xdit_compile.plan import Plan
@@ -32,20 +34,45 @@ from .making import Making
 from .strands import Cancelled, Strand
 
 log = logging.getLogger(__name__)
+FRONT = "front"
+"""The key under which ranks of a launcher find where the front is."""
 INPUT_ERRORS = (ValueError, TypeError, UsageError)
 """What pipelines raise about their arguments before their first step."""
 
 
-def serve_rank(request: PipelineRequest, world: World, max_batch: int, plans: Mapping[str, Plan]) -> None:
-    """Connect to the front, whose address and key come in a line of standard input, and serve until it hangs up.
+def serve_rank(
+    request: PipelineRequest, world: World, max_batch: int, plans: Mapping[str, Plan], is_child: bool
+) -> None:
+    """Connect to the front and serve until it hangs up.
+
+    A process that the front started has its address and key from a line of standard input. Where a launcher started
+    the ranks, rank 0 is such a process, and tells the others.
 
     Args:
         request: with the plan to begin with.
         world: this process's place among all.
         max_batch: calls that may run as one.
         plans: those that the front may have ranks change to, by name.
+        is_child: whether the front started this process.
+
+    Raises:
+        AgreementError: ranks did not meet in time.
     """
-    front = json.loads(sys.stdin.readline())
+    front = json.loads(sys.stdin.readline()) if is_child else {}
+    with contextlib.ExitStack() as stack:
+        if not front.get("is_told"):
+            store = meet(world, request.plan.timeout_s)
+            stack.callback(store.num_keys)  # held: rank 0 may serve it
+            if is_child:
+                store.set(FRONT, json.dumps(front))
+            front = json.loads(store.get(FRONT))
+        _connected(front, request, world, max_batch, plans)
+    leave()
+
+
+def _connected(
+    front: dict[str, Any], request: PipelineRequest, world: World, max_batch: int, plans: Mapping[str, Plan]
+) -> None:
     with Client(tuple(front["address"]), authkey=bytes.fromhex(front["key"])) as connection:
         connection.send(Hello(world.rank))
         try:
@@ -55,7 +82,6 @@ def serve_rank(request: PipelineRequest, world: World, max_batch: int, plans: Ma
         except BaseException as error:
             connection.send(Lost(world.rank, one_line(error)))
             raise
-    leave()
 
 
 def _serve(
