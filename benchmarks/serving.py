@@ -120,7 +120,7 @@ def load(server: Server, clients: int, each: int, steps: int) -> float:
 def warm(server: Server, clients: int) -> None:
     """Have every number of calls that may wait at the same time compiled."""
     for count in range(1, clients + 1):
-        load(server, count, 1, 8)
+        load(server, count, 1, 5)
 
 
 def added(server: Server, direct: Direct, steps: int, count: int) -> tuple[float, float]:
@@ -141,7 +141,7 @@ def steps_after_cancelling(server: Server, id: str) -> int:
 
     def follow() -> None:
         for event in server.events(**asked(1, 500), id=id):
-            if event["type"].endswith("progress"):
+            if event.get("type", "").endswith("progress"):
                 steps.append(event["step"])
                 if event["step"] >= 5:
                     begun.set()
@@ -172,6 +172,7 @@ class Figures:
     """Of one server."""
 
     rates: list[float] = dataclasses.field(default_factory=list)
+    processor: list[float] = dataclasses.field(default_factory=list)
     health: list[float] = dataclasses.field(default_factory=list)
     seen: float = 0.0
     more: float = 0.0
@@ -217,14 +218,17 @@ def main(
             console.print(check(servers[name], name, expected, requests))
         for round in range(rounds):
             for name, server in servers.items():
+                used = server.processor_seconds()
                 with Watch(server) as watch:
                     figures[name].rates.append(load(server, clients, each, steps))
+                figures[name].processor.append((server.processor_seconds() - used) / (clients * each))
                 figures[name].health += watch.seconds
                 figures[name].cancelled.append(steps_after_cancelling(server, f"cancelled-{round}"))
             rates = [f"{figures[name].rates[-1]:.1f}" for name in servers]
             console.print(f"pictures a minute: {', '.join(rates)}; load average {os.getloadavg()[0]:.1f}")
         for name, server in servers.items():
-            figures[name].seen, figures[name].more = added(server, direct, steps, 9)
+            figures[name].seen, figures[name].more = added(server, direct, steps, 7)
+            console.print(f"{name}: {1000 * figures[name].more:.0f} ms added to {figures[name].seen:.3f} s")
         for name, server in servers.items():
             with Watch(server) as watch:
                 figures[name].recovered = [recovery(server) for _ in range(kills)]
@@ -236,14 +240,16 @@ def main(
 
 def _show(console: Console, figures: dict[str, Figures]) -> None:
     table = Table(
-        "server", "pictures a minute", "ratio", "lone request, s", "added, ms", "steps after cancelling",
+        "server", "pictures a minute", "ratio", "processor s of a picture", "lone request, s", "added, ms",
+        "steps after cancelling",
         "/health, ms: median, greatest", "ready after a kill, s", "answer after a kill, s",
     )  # fmt: skip
     for name, each in figures.items():
         ratios = [rate / base for rate, base in zip(each.rates, figures[BASE].rates, strict=True)]
         ready, answer = (max((both[i] for both in each.recovered), default=float("nan")) for i in (0, 1))
         table.add_row(
-            name, f"{statistics.median(each.rates):.1f}", f"{statistics.median(ratios):.2f}", f"{each.seen:.3f}",
+            name, f"{statistics.median(each.rates):.1f}", f"{statistics.median(ratios):.2f}",
+            f"{statistics.median(each.processor):.2f}", f"{each.seen:.3f}",
             f"{1000 * each.more:.1f}", str(max(each.cancelled)),
             f"{1000 * statistics.median(each.health):.1f}, {1000 * max(each.health):.1f}",
             f"{ready:.1f}", f"{answer:.1f}",

@@ -118,6 +118,11 @@ class Server:
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [each for each in children if _is_rank(each)]
 
+    def processor_seconds(self) -> float:
+        """Processor time that front and ranks have used so far."""
+        times = [each.cpu_times() for each in (psutil.Process(self.process.pid), *self.ranks())]
+        return sum(each.user + each.system for each in times)
+
     def _request(self, fields: dict[str, Any]) -> urllib.request.Request:
         headers = {"Content-Type": "application/json"}
         if "id" in fields:

@@ -321,7 +321,7 @@ def main(
     for problem in seen.problems:
         console.print(f"WRONG: {problem}", markup=False)
     if json_file is not None:
-        json_file.write_text(json.dumps({**dataclasses.asdict(seen), "seconds": took, "health": watch.seconds}))
+        json_file.write_text(json.dumps({**vars(seen), "seconds": took, "health": watch.seconds}))
     sys.exit(bool(seen.problems))
 
 

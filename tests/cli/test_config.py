@@ -149,6 +149,7 @@ def test_debug_from_the_environment_shows_where_it_failed(
         ("a.toml", "backend = 'tvm'", "--backend tvm is unknown; choose one of auto, inductor"),
         ("a.toml", "height = x", "--config a.toml is broken: Invalid value (at line 1, column 10)"),
         ("a.yaml", "height: [1", "--config a.yaml is broken: while parsing a flow sequence"),
+        ("a.yaml", "generate: [1]", "--config a.yaml: generate is a command; give it a table of its flags"),
         ("a.yaml", "- height", "must hold keys and values, such as ulysses_degree: 2"),
         ("a.json", "{}", "--config a.json must end in one of .toml, .yaml, .yml"),
         ("b.toml", None, "--config b.toml does not exist"),
@@ -193,6 +194,9 @@ def test_a_wrong_variable_is_named_and_one_that_nothing_reads_is_told(
     assert capsys.readouterr().err == (
         "xdit-compile: warning: nothing reads XDIT_COMPILE_ULISES_DEGREE; did you mean XDIT_COMPILE_ULYSSES_DEGREE?\n"
     )
+    monkeypatch.setenv(LOG, "error")
+    assert main(["generate", "--print_config"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_nearest_names_come_first():

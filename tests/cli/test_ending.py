@@ -14,6 +14,7 @@ import psutil
 import pytest
 from commands import COMMAND, TINY_PIPELINE, clean_environment, files, one_error, run, whole_lines
 
+from xdit_compile.cli.processes import notices
 from xdit_compile.cli.processes.ending import processes_of
 
 LIMIT_S = 180
@@ -182,7 +183,7 @@ def test_a_signal_counts_though_what_it_raised_was_caught(tmp_path: Path):
 
 
 AT_ONCE = (
-    "import sys; from xdit_compile.cli.processes import notices; notices.FIRST_NOTICE_S = 0.2\n"
+    "import sys; from xdit_compile.cli.processes import notices; notices.SILENCE_S = 0.2\n"
     "from xdit_compile.cli.main import entry; sys.argv = ['xdit-compile', *sys.argv[1:]]; entry()"
 )
 """The command, which tells what goes on after a silence of 0.2 s already."""
@@ -197,6 +198,23 @@ def told(folder: Path, *arguments: str) -> str:
     assert done.returncode == 0, done.stderr
     assert files(folder / "temporary") == set()
     return "\n".join(whole_lines(done))
+
+
+def test_what_goes_on_is_told_again_and_at_once_after_a_pause(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(notices, "SILENCE_S", 0.1)
+    told = notices.Notices(time.monotonic())
+    told.begin("loading")
+    time.sleep(0.45)
+    told.begin("")
+    loading = capsys.readouterr().err.splitlines()
+    assert len(loading) >= 3 and set(loading) == {"loading (under 1 s so far)"}
+    time.sleep(0.2)
+    told.begin("compiling")
+    time.sleep(0.05)
+    told.end()
+    assert capsys.readouterr().err == "compiling (under 1 s so far)\n"
 
 
 @pytest.mark.slow
@@ -226,7 +244,7 @@ def test_the_level_of_the_log_is_taken_from_the_environment(tmp_path: Path):
     flags = ["--model", str(TINY_PIPELINE), "--backend", "eager", "--no_cache", "--num_inference_steps", "8"]
     flags += ["--prompt", "red"]
     lines = {}
-    for level, more in (("error", []), ("info", []), ("debug", ["--quiet"])):
+    for level, more in (("error", ["--num_frames", "3", "--fps", "4"]), ("info", []), ("debug", ["--quiet"])):
         done = run("generate", *flags, *more, "--overwrite", cwd=tmp_path, XDIT_COMPILE_LOG=level)
         assert done.returncode == 0, done.stderr
         lines[level] = done.stderr

@@ -46,14 +46,19 @@ EARLY = [
         "--warmup_steps 5 is more than --num_inference_steps 3; give --warmup_steps 3 for an exact picture",
     ),
     ("--ulysses_degree 2", "start 2 (--nproc 2, or torchrun --nproc_per_node 2) or change the degrees"),
+    ("--cache_dir /dev/null/x", "--cache_dir /dev/null/x: /dev/null is no folder; name another one"),
+    ("explain --inputs junk.pt", "--inputs junk.pt is no file of torch.save with tensors and plain values alone; make"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), EARLY)
 def test_what_is_not_here_is_told_without_torch(tmp_path: Path, arguments: str, expected: str):
+    words = arguments.split()
+    command = ["generate", *words] if words[0].startswith("--") else words
+    (tmp_path / "junk.pt").write_text("x")
     code = (
         "import sys; from xdit_compile.cli.main import main;"
-        f"code = main(['generate', *{arguments.split()!r}]); print(code, 'torch' in sys.modules)"
+        f"code = main({command!r}); print(code, 'torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60
@@ -213,6 +218,15 @@ def test_processes_without_a_method_get_one_and_hear_of_another(tmp_path: Path):
     assert "the pipeline ran with guidance: --use_cfg_parallel shares its branches" in done.stdout
 
 
+@pytest.mark.slow
+def test_warnings_of_the_engine_name_flags(tmp_path: Path):
+    small = ["--model", str(TINY_PIPELINE), "--backend", "eager", "--no_cache", "--height", "16", "--width", "64"]
+    done = run("generate", *small, "--nproc", "3", "--use_parallel_vae", "--num_inference_steps", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    warning = "xdit-compile: warning: decode: 2 rows, so 1 of 3 ranks have nothing to do; lower --vae_parallel_degree"
+    assert done.stderr.splitlines().count(warning) == 1, done.stderr
+
+
 @pytest.mark.parametrize("command", ["build", "tune"])
 def test_a_size_that_the_model_cannot_have_is_refused_like_one_of_a_picture(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -281,6 +295,12 @@ WRONG = [
     ),
     ("explain --component x", "--component x is not in this pipeline; choose one of text_encoder, transformer, vae"),
     ("cache", "say which: cache clear, list, prune, show, unpack or verify (see xdit-compile cache --help)"),
+    *((f"{each} --cache_dir /dev/null", "/dev/null is no folder; name") for each in ("build", "explain", "tune")),
+    (
+        "generate --nproc 2 --use_parallel_vae --vae_parallel_size 3",
+        "--vae_parallel_degree 3 must divide the 2 ranks that share the rows",
+    ),
+    ("frob", "take build, cache, completion, doctor, evaluate, explain, generate, serve or tune (see xdit-compile --h"),
     ("cache frob", "No such command 'frob'; take clear, list, prune, show, unpack or verify"),
     ("completion", "Choose from: bash, zsh, fish (see xdit-compile completion --help)"),
 ]

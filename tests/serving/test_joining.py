@@ -49,7 +49,7 @@ def calls_of(module: nn.Module, args: tuple, kwargs: dict[str, Any], count: int)
 
 
 def joiner_of(calls: list[Call], most: int = 4) -> Joiner:
-    return Joiner(calls[0].gate.session.agreement, most)
+    return Joiner(calls[0].gate.session.agreement, most, {})
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])

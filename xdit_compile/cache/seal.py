@@ -28,7 +28,7 @@ _MAGIC = b"xdit_compile cache\n"
 _HEAD_BYTES = len(_MAGIC) + 4
 _SEAL_BYTES = 32
 _LENGTH_BYTES = 8
-_REMOVE = "remove that folder, and it is made anew"
+_REMOVE = "remove that folder, and it is made anew, or name another one with cache='FOLDER'"
 
 
 class BrokenSealError(Exception):
@@ -103,11 +103,13 @@ def private_folder(path: Path) -> Path:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"cache folder {path} is no folder; name another one") from error
+        raise UsageError(f"cache folder {path} is no folder; name another one with cache='FOLDER'") from error
     state = path.stat()
-    _check_owner(path, state, "name a folder of your own")
+    _check_owner(path, state, "name a folder of your own with cache='FOLDER'")
     if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UsageError(f"others can write to cache folder {path}; run chmod go-w on it, or name another one")
+        raise UsageError(
+            f"others can write to cache folder {path}; run chmod go-w on it, or name another one with cache='FOLDER'"
+        )
     return path
 
 

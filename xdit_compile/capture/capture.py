@@ -131,7 +131,9 @@ def _first_that_agrees(
                 raise
             about_data = about_data or _is_about_data(error)
             reasons.append(f"{how}: {first_line(error)}")
-    raise CaptureError("this module could not be captured; " + "; ".join(reasons))
+    raise CaptureError(
+        f"this module could not be captured ({'; '.join(reasons)}); run it whole with Plan(fallback='unsplit')"
+    )
 
 
 def _own_outcome(flat: Flat) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from .commands.doctor import doctor
 from .commands.evaluate import evaluate
 from .commands.explain import explain
 from .commands.generate import generate
-from .commands.serve import serve, serve_rank
+from .commands.serve import serve, serve_rank, serve_room
 from .commands.start import worker
 from .commands.tune import tune
 from .options.flags import normalized
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None, signals: Signals | None = None)
             print(completed(cli, asks))
             return 0
         with as_found():
+            logging.getLogger("xdit_compile").addFilter(_told_in_flags)
             cli.main(args=arguments or ["--help"], prog_name=NAME, standalone_mode=False, obj=asked)
         if signals is None:
             return 0
@@ -67,6 +69,12 @@ def main(arguments: Sequence[str] | None = None, signals: Signals | None = None)
         arguments += ["--debug"] if asked.get("debug") and "--debug" not in arguments else []
         came = error if isinstance(error, Interrupted) else None if signals is None else signals.came
         return _told(error, arguments) if came is None else _interrupted(came, arguments)
+
+
+def _told_in_flags(record: logging.LogRecord) -> bool:
+    """Have a warning name flags where it names settings of a plan."""
+    record.msg, record.args = in_flags(record.getMessage()), ()
+    return True
 
 
 def _told(error: BaseException, arguments: list[str]) -> int:
@@ -151,5 +159,18 @@ def cli() -> None:
     """Parallel inference for unmodified diffusers pipelines. Flags may be written with - or _."""
 
 
-for _each in (generate, serve, evaluate, explain, build, tune, cache, completion, doctor, worker, serve_rank):
+for _each in (
+    generate,
+    serve,
+    evaluate,
+    explain,
+    build,
+    tune,
+    cache,
+    completion,
+    doctor,
+    worker,
+    serve_rank,
+    serve_room,
+):
     cli.add_command(_each)

@@ -20,7 +20,7 @@ from xdit_compile.errors import AgreementError, one_line
 from .calls import Calls
 from .liveness import Liveness, Look
 from .mesh import Mesh
-from .peers import NOTICE_SECONDS, SETTLE_SECONDS, Patience, Peers
+from .peers import LATE, NOTICE_SECONDS, SETTLE_SECONDS, Patience, Peers
 from .sketch import Sketch, alike
 
 POLL_SECONDS = 0.005
@@ -126,7 +126,7 @@ class Agreement:
                     self.look([rank])
                     self._seen.refuse_other_way(rank, position, self.epoch, self._at)
                 if patience.is_over():
-                    raise AgreementError(f"rank {rank} did not make {self._said} within {self._timeout:.0f} s")
+                    raise AgreementError(f"rank {rank} did not make {self._said} in {self._timeout:.0f} s; {LATE}")
                 time.sleep(POLL_SECONDS / 10)
             if position["count"] == self._count:
                 self._compare({rank: position["calls"]})
@@ -244,8 +244,7 @@ class Agreement:
                 self._seen.refuse_other_way(rank, position, self.epoch, self._at, stage)
             if patience.is_over():
                 raise AgreementError(
-                    f"rank {rank} did not answer within {self._timeout:.0f} s and {self._seen.where(rank)}; "
-                    "was it stopped, or does it call something else?"
+                    f"rank {rank} did not answer within {self._timeout:.0f} s and {self._seen.where(rank)}; {LATE}"
                 )
             time.sleep(pause)
             pause = min(2 * pause, 4 * POLL_SECONDS)
@@ -395,7 +394,7 @@ class Agreement:
             if len(theirs["results"]) != len(results) or not all(map(alike, results, theirs["results"])):
                 raise AgreementError(
                     f"rank {rank} came to another result than rank {self.rank} by the same calls: a callback or a "
-                    "scheduler does something else on one of them"
+                    "scheduler does something else on one of them; let it do the same on all"
                 )
         if (failed := self.failure(ended=True)) is not None:
             raise AgreementError(failed)

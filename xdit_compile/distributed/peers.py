@@ -19,6 +19,11 @@ SETTLE_SECONDS = 2.0
 """How long a broken transfer is given for its cause to be known."""
 NOTICE_SECONDS = 5.0
 """After so long a rank that waits says for whom."""
+LATE = (
+    "was it stopped, or does it call something else? Look at what it printed, and start all processes again, with a "
+    "greater timeout_s where it is only slow"
+)
+"""What to do about a rank that others waited for in vain."""
 LOOK_AGAIN_SECONDS = 0.2
 """So often a rank that waits looks what the other does."""
 logger = logging.getLogger("xdit_compile.peers")
@@ -94,8 +99,7 @@ class Peers:
             position = self.position(rank)
             if position is None or (position["epoch"], position["event"]) < here:
                 raise AgreementError(
-                    f"rank {rank} did not come to {what} within {self._timeout:.0f} s and {self.where(rank)}; was it "
-                    "stopped, or does it call something else?"
+                    f"rank {rank} did not come to {what} within {self._timeout:.0f} s and {self.where(rank)}; {LATE}"
                 )
 
     def tell_waiting(self, rank: int, stage: str, event: str) -> None:

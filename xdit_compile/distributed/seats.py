@@ -89,7 +89,7 @@ def join(plan: Plan, device: torch.device, world: World) -> None:
         store = meet(world, plan.timeout_s)
         with lenient():
             dist.init_process_group(backend_for(device), timeout=limit, rank=world.rank, world_size=world.size)
-        del store  # rank 0 serves it: others may still read there until they are in the group, whose store is served, too
+        del store  # rank 0 serves it: others may read there until they are in the group, whose store is served, too
 
 
 def meet(world: World, limit_s: float) -> dist.Store:

@@ -15,6 +15,7 @@ from xdit_compile.cache.folder import resolve
 from xdit_compile.cli.options.destination import check_place, settle
 from xdit_compile.cli.options.flags import model_flags, normalized, overwrite_flag, size_flags
 from xdit_compile.cli.options.plan_flags import plan_flags
+from xdit_compile.cli.options.preflight import check_cache_folder
 from xdit_compile.cli.options.request import DEVICES, Request
 from xdit_compile.cli.options.sizes import check_batches, check_sizes_on_hub, size_in_pixels
 from xdit_compile.cli.options.without_effect import tell_without_effect
@@ -63,6 +64,7 @@ def build(
     card = None if target is None else card_for(target)
     if resolve(plan.cache) is None:
         raise UsageError("there is nowhere to keep graphs: give --cache_dir, or leave out --no_cache")
+    check_cache_folder(plan)
     if output is not None:
         check_place(str(output))
         settle([output], overwrite, World())

@@ -81,7 +81,7 @@ def show(cache_dir: str | None, name: str) -> None:
     fitting = [listed for listed in store.listed() if listed.name.startswith(name)] if store else []
     if len(fitting) != 1:
         several = f"is how {len(fitting)} begin: {', '.join(map(_called, fitting[:5]))}; give more of it"
-        raise UsageError(f"{name} {several if fitting else 'is the name of nothing'} in {folder}")
+        raise UsageError(f"{name} {several if fitting else 'is the name of nothing'} in {folder}; cache list has all")
     checked = store.verify(fitting) if store else []
     if not all(sound for _, sound in checked):
         raise XditCompileError(f"{_called(fitting[0])} in {folder} is broken; clear removes it")

@@ -9,10 +9,12 @@ import click
 
 from xdit_compile.backends.target.cards import CARDS, card_for
 from xdit_compile.cache.folder import resolve
+from xdit_compile.cli.inputs.asked import check_inputs
 from xdit_compile.cli.options.answer import answering
 from xdit_compile.cli.options.flags import call_flags, json_flag, model_flags, picture_flags
 from xdit_compile.cli.options.plan_flags import plan_flags
-from xdit_compile.cli.options.request import Request, check_inputs, find_model
+from xdit_compile.cli.options.preflight import check_cache_folder
+from xdit_compile.cli.options.request import Request, find_model
 from xdit_compile.cli.options.sizes import check_sizes_on_hub
 from xdit_compile.cli.options.without_effect import tell_without_effect
 from xdit_compile.cli.parsing.choices import Choices
@@ -41,6 +43,7 @@ def explain(plan: Plan, component: str | None, inputs: str | None, target: str |
     request = Request(plan=plan, **flags)
     request.check(None, weights=False)
     tell_without_effect(request)
+    check_cache_folder(plan)
     check_inputs(inputs)
     if (folder := Path(find_model(request.model))).is_dir():
         check_component(folder, component)

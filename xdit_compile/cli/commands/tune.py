@@ -10,9 +10,11 @@ from typing import Any
 import click
 
 from xdit_compile.cache.folder import resolve
+from xdit_compile.cli.inputs.asked import check_inputs
 from xdit_compile.cli.options.flags import call_flags, model_flags, size_flags
 from xdit_compile.cli.options.plan_flags import plan_flags
-from xdit_compile.cli.options.request import DEVICES, Request, check_inputs, find_model
+from xdit_compile.cli.options.preflight import check_cache_folder
+from xdit_compile.cli.options.request import DEVICES, Request, find_model
 from xdit_compile.cli.options.sizes import check_batches, check_sizes_on_hub, size_in_pixels
 from xdit_compile.cli.options.without_effect import tell_without_effect
 from xdit_compile.cli.parsing.choices import Choices
@@ -40,6 +42,7 @@ def tune(
     """Time on this device what passes can fuse in a model, and go by that from then on. One process, no weights."""
     request = Request(plan=plan, prompt=(prompt,), **flags)
     request.check(None, weights=False)
+    check_cache_folder(plan)
     check_inputs(inputs)
     check_batches(batches)
     tell_without_effect(request)

@@ -84,6 +84,34 @@ def texts_of(assignments: tuple[str, ...]) -> dict[str, str]:
     return texts
 
 
+def check_inputs(path: str | None) -> None:
+    """See that a file of example inputs exists, and begins as an archive or a pickle of ``torch.save`` does.
+
+    Raises:
+        UsageError: it does not; says how to make one.
+    """
+    if path is None:
+        return
+    if not Path(path).is_file():
+        raise UsageError(f"--inputs {path} is no file; {_make(path)}")
+    try:
+        with open(path, "rb") as file:
+            first = file.read(1)
+    except OSError as error:
+        raise UsageError(f"--inputs {path} cannot be read: {reason_of(error)}") from error
+    if first not in (b"P", b"\x80"):
+        raise UsageError(not_saved(path))
+
+
+def not_saved(path: str) -> str:
+    """What is wrong with a file of example inputs that torch cannot read."""
+    return f"--inputs {path} is no file of torch.save with tensors and plain values alone; {_make(path)}"
+
+
+def _make(path: str) -> str:
+    return f"make one with {how_to_save(path)}"
+
+
 def how_to_save(path: str) -> str:
     """The line of Python that makes a file of example inputs."""
     return f"torch.save({{'args': (...), 'kwargs': {{...}}}}, {path!r})"

@@ -7,13 +7,14 @@ import importlib.util
 import shutil
 from collections.abc import Iterator
 
+from xdit_compile.cache.folder import AUTO, resolve
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError
 from xdit_compile.plan import nexfort_versions
 from xdit_compile.plan.backend_options import GRAPHS
 from xdit_compile.plan.host import may_have_cuda, visible_cards
 from xdit_compile.plan.packages import ATTENTION_PACKAGES, version_of
-from xdit_compile.plan.plan import GRAPH_MODES
+from xdit_compile.plan.plan import GRAPH_MODES, Plan
 
 from .plenty import cpu_build, uses_cuda
 from .request import PipelineRequest
@@ -29,9 +30,19 @@ def preflight(request: PipelineRequest, world: World, nproc: int | None) -> None
     Raises:
         UsageError: naming every problem at once, and the way out of each.
     """
-    problems = [*_device(request, world, nproc), *_packages(request)]
+    problems = [*_device(request, world, nproc), *_packages(request), *_cache_folder(request.plan)]
     if problems:
         raise UsageError("; ".join(problems))
+
+
+def check_cache_folder(plan: Plan) -> None:
+    """Refuse a cache folder that somebody named and that is none.
+
+    Raises:
+        UsageError: a file is in its place.
+    """
+    for problem in _cache_folder(plan):
+        raise UsageError(problem)
 
 
 def _device(request: PipelineRequest, world: World, nproc: int | None) -> Iterator[str]:
@@ -67,3 +78,11 @@ def _packages(request: PipelineRequest) -> Iterator[str]:
         yield f"--attention {plan.attention} runs on CUDA, not on the CPU; take --attention auto"
     if plan.vae == "distvae" and importlib.util.find_spec("distvae") is None:
         yield "--vae_provider distvae needs the package: pip install distvae; or leave it out"
+
+
+def _cache_folder(plan: Plan) -> Iterator[str]:
+    folder = None if plan.cache == AUTO else resolve(plan.cache)
+    if folder is not None:
+        nearest = next(each for each in (folder, *folder.parents) if each.exists())
+        if not nearest.is_dir():
+            yield f"--cache_dir {plan.cache}: {nearest} is no folder; name another one"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from xdit_compile.cli.inputs.annotations import Argument, arguments_of, assigned_to
-from xdit_compile.cli.inputs.asked import Inputs, how_to_save, texts_of
+from xdit_compile.cli.inputs.asked import Inputs, texts_of
 from xdit_compile.cli.inputs.call_source import call_in_folder
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError
@@ -172,7 +172,7 @@ class PipelineRequest:
     def with_method(self, world: World, nproc: int | None) -> Self:
         """The request with Ulysses over all processes, where there are several and the plan has a use for one."""
         ranks = nproc if nproc is not None and not world.launched else world.size
-        if ranks < 2 or self.plan.world_size != 1 or self.plan.problems():
+        if ranks < 2 or self.plan.world_size != 1:
             return self
         return dataclasses.replace(self, plan=dataclasses.replace(self.plan, ulysses=ranks), method_chosen=True)
 
@@ -336,16 +336,6 @@ def find_model(name: str | None) -> str:
     if folder.exists() or not _HUB_ID.fullmatch(name) or folder.parent.is_dir():
         raise UsageError(f"--model {name} is no folder; give a pipeline folder in diffusers format or an id ORG/NAME")
     return name
-
-
-def check_inputs(path: str | None) -> None:
-    """See that a file of example inputs exists.
-
-    Raises:
-        UsageError: it does not; says how to make one.
-    """
-    if path is not None and not Path(path).is_file():
-        raise UsageError(f"--inputs {path} is no file; make one with {how_to_save(path)}")
 
 
 def _world_problems(plan: Plan, world: World | None, nproc: int | None) -> list[str]:

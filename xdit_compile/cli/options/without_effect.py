@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import click
 from click.core import ParameterSource
 
+from xdit_compile.cli.parsing.warned import warn
 from xdit_compile.plan import Plan
 from xdit_compile.plan.methods import METHODS
 
@@ -29,7 +30,7 @@ def tell_without_effect(request: PipelineRequest) -> None:
     context = click.get_current_context(silent=True)
     if context is not None:
         for line in without_effect(request, lambda name: _is_given(context, name)):
-            click.echo(f"xdit-compile: warning: {line}", err=True)
+            warn(line)
 
 
 def without_effect(request: PipelineRequest, is_given: Callable[[str], bool]) -> Iterator[str]:

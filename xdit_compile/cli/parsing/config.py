@@ -45,9 +45,12 @@ def read_config(path: str, command: click.Command, commands: Sequence[click.Comm
     """
     content = _content(path)
     tables = {str(each.name): content.pop(str(each.name)) for each in commands if _is_table(content, each)}
+    tables_of = {str(each.name) for each in commands}
     known = {str(each.name): _keys([each]) for each in commands} | {"": _keys(commands)}
     for name, table in {"": content, **tables}.items():
         for key in table:
+            if not name and str(key) in tables_of:
+                raise UsageError(f"--config {path}: {key} is a command; give it a table of its flags")
             if _folded(key) not in known[name]:
                 raise UsageError(f"--config {path}: {_refusal(_folded(key), known[name])}")
     flags, values = _keys([command]), {}

@@ -20,6 +20,7 @@ from xdit_compile.plan.nearest import did_you_mean
 
 from .choices import Choices
 from .config import PREFIX, key_of, read_config, shown, variable_of
+from .warned import warn
 from .words import one_flag_each
 from .xdit_flags import REFUSED
 
@@ -140,7 +141,7 @@ class Group(click.Group):
             click.NoSuchOption: with the commands that have the flag.
         """
         if not args and ctx.parent is not None and not ctx.resilient_parsing:
-            raise click.UsageError(f"say which: {ctx.info_name} {_or(self.list_commands(ctx))}", ctx)
+            raise click.UsageError(f"say which: {ctx.info_name} {_or(self._shown(ctx))}", ctx)
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -163,7 +164,11 @@ class Group(click.Group):
         except click.exceptions.NoSuchCommand as error:
             if error.possibilities:
                 raise
-            raise click.UsageError(f"No such command {args[0]!r}; take {_or(self.list_commands(ctx))}", ctx) from None
+            raise click.UsageError(f"No such command {args[0]!r}; take {_or(self._shown(ctx))}", ctx) from None
+
+    def _shown(self, ctx: click.Context) -> list[str]:
+        """The commands that are for people."""
+        return [name for name in self.list_commands(ctx) if not self.commands[name].hidden]
 
 
 def _or(names: Sequence[str]) -> str:
@@ -258,7 +263,7 @@ def _warn_of_variables(ctx: click.Context) -> None:
         known = [variable_of(flag).removeprefix(PREFIX) for flag in options_of(ctx.command)]
         for name in unread:
             near = did_you_mean(name.removeprefix(PREFIX), [*known, *SEEN_ELSEWHERE], PREFIX)
-            click.echo(f"xdit-compile: warning: nothing reads {name}{near}", err=True)
+            warn(f"nothing reads {name}{near}")
 
 
 def unread_variables(variables: Iterable[str], commands: Iterable[click.Command]) -> list[str]:

@@ -176,16 +176,15 @@ def _worker_failed(error: ChildFailedError) -> WorkerFailed:
     if extra:
         return WorkerFailed(f"rank {rank}: {extra['text']}", int(extra["exit_code"]))
     if failure.exitcode < 0:
-        return WorkerFailed(f"rank {rank} was killed by {_name(-failure.exitcode)}; {_advice(-failure.exitcode)}", 1)
+        return WorkerFailed(f"rank {rank} {killed_by(-failure.exitcode)}", 1)
     return WorkerFailed(f"rank {rank} ended with exit code {failure.exitcode}; start again with --debug", 1)
 
 
-def _name(number: int) -> str:
-    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-
-
-def _advice(number: int) -> str:
-    return next((text for one, text in ENDED_BY.items() if one == number), "something outside ended it; start again")
+def killed_by(number: int) -> str:
+    """What to say of a process that a signal ended, and what to do about it."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    advice = next((text for one, text in ENDED_BY.items() if one == number), "something outside ended it; start again")
+    return f"was killed by {name}; {advice}"
 
 
 def _blame(failure: ProcessFailure, first: int) -> tuple[int, float]:

@@ -6,23 +6,20 @@ import sys
 import threading
 import time
 
-FIRST_NOTICE_S = 5.0
-"""After a silence of so long it is told what goes on; of the same thing again whenever that has doubled."""
-LONGEST_SILENCE_S = 60.0
-"""But never later than this after the last line."""
+SILENCE_S = 4.0
+"""After a silence of so long it is told what goes on: nobody looks at nothing for 5 s, busy as a machine may be."""
 
 
 class Notices:
-    """Tells what goes on once nothing was said for a while.
+    """Tells what goes on whenever nothing was told for a while.
 
     Args:
         since: when somebody began to wait, in seconds of the monotonic clock, which processes of a machine have in
-            common; another process told what went on until now.
+            common.
     """
 
     def __init__(self, since: float):
-        self._said = since + (time.monotonic() - since) // FIRST_NOTICE_S * FIRST_NOTICE_S
-        self._wait = FIRST_NOTICE_S
+        self._said = since
         self._what, self._begun = "", since
         self._changed, self._over = threading.Event(), False
         self._thread: threading.Thread | None = None
@@ -30,7 +27,7 @@ class Notices:
     def begin(self, what: str) -> None:
         """Something goes on from now on; nothing that is told, where it is empty."""
         self._begun = time.monotonic() if self._thread is not None else self._begun
-        self._what, self._wait = what, FIRST_NOTICE_S
+        self._what = what
         self._changed.set()
         if self._thread is None and not self._over:
             self._thread = threading.Thread(target=self._tell, name="notices", daemon=True)
@@ -46,15 +43,17 @@ class Notices:
         self._changed.set()
 
     def _tell(self) -> None:
-        while not self._over:
+        while True:
             self._changed.clear()
-            if self._changed.wait(max(0.0, self._said + self._wait - time.monotonic())):
+            if self._over:
+                return
+            left = max(0.0, self._said + SILENCE_S - time.monotonic()) if self._what else None
+            if self._changed.wait(left):
                 continue
-            now = time.monotonic()
-            if self._what:
-                sys.stderr.write(f"{self._what} ({now - self._begun:.0f} s so far)\n")
-                sys.stderr.flush()
-            self._said, self._wait = now, min(2 * self._wait, LONGEST_SILENCE_S)
+            self._said = time.monotonic()
+            seconds = int(self._said - self._begun) or "under 1"
+            sys.stderr.write(f"{self._what} ({seconds} s so far)\n")
+            sys.stderr.flush()
 
 
 class StepLines:

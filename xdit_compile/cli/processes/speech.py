@@ -62,24 +62,40 @@ class Wanted(Protocol):
 def set_logs(wanted: Wanted, world: World | None = None) -> None:
     """Show what is wanted of our own log, and nothing of the libraries' but where that is all.
 
+    Raises:
+        UsageError: ``XDIT_COMPILE_LOG`` is no level.
+    """
+    show_log(wanted, world)
+    if not wanted.debug:
+        _silence_libraries(warns=world is None or world.rank == 0)
+
+
+def show_log(
+    wanted: Wanted, world: World | None = None, formatter: logging.Formatter | None = None, usual: int = logging.WARNING
+) -> None:  # fmt: skip
+    """Show what is wanted of our own log, in the form in which it was first shown.
+
     ``XDIT_COMPILE_LOG`` counts where no flag says how much.
 
+    Args:
+        formatter: of the lines; without one they are for people at a terminal.
+        usual: the level where nothing says how much.
+
     Raises:
-        UsageError: it is no level.
+        UsageError: ``XDIT_COMPILE_LOG`` is no level.
     """
     first = world is None or world.rank == 0
     asked = _asked(wanted)
-    level = logging.DEBUG if wanted.debug else logging.INFO if wanted.verbose else asked or logging.WARNING
+    level = logging.DEBUG if wanted.debug else logging.INFO if wanted.verbose else asked
+    level = level or (logging.WARNING if wanted.quiet else usual)
     OURS.setLevel(level if first or level <= logging.DEBUG else max(level, logging.ERROR))
     tells = first and not wanted.quiet and (asked is None or asked <= logging.INFO)
     for each in AT_INFO:
         each.setLevel(logging.INFO if tells else logging.NOTSET)
     logging.getLogger(FROM_ALL_RANKS).setLevel(max(level, logging.INFO))
     if not any(isinstance(each, _AboveBars) for each in OURS.handlers):
-        OURS.addHandler(_AboveBars(names=level <= logging.DEBUG))
+        OURS.addHandler(_AboveBars(formatter or _ForPeople(names=level <= logging.DEBUG)))
         OURS.propagate = False
-    if not wanted.debug:
-        _silence_libraries(warns=first)
 
 
 def _silence_libraries(warns: bool) -> None:
@@ -98,15 +114,26 @@ def _silence_libraries(warns: bool) -> None:
 class _AboveBars(logging.Handler):
     """Prints lines on stderr, above the progress bars that are open."""
 
-    def __init__(self, names: bool):
+    def __init__(self, formatter: logging.Formatter):
         super().__init__()
-        self._names = names
+        self.setFormatter(formatter)
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _ForPeople(logging.Formatter):
+    """What was said, and by whom where ``names`` asks for that."""
+
+    def __init__(self, names: bool):
+        super().__init__()
+        self._names = names
+
+    def format(self, record: logging.LogRecord) -> str:
         warning = f"xdit-compile: {record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{f'{record.name}: ' if self._names else warning}{record.getMessage()}", file=sys.stderr)
+        return f"{f'{record.name}: ' if self._names else warning}{record.getMessage()}"
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def build(request: Request, sizes: Sequence[tuple[int, int] | None], batches: Se
         for plan in plans:
             there = build_ahead(module, call.name, args, kwargs, plan, store, advance, card)
             known = f", {there} of them there already" if there else ""
-            lines.append(f"{said(size, batch)}, {_degrees(plan)}: {plan.world_size} ranks{known}")
+            lines.append(f"{said(size, batch)}, {_degrees(plan)}: {_ranks(plan)}{known}")
     shown.over()
     lines.append(f"{len(store.listed()) - before} new entries in {store.folder}")
     if output is not None:
@@ -122,6 +122,10 @@ def said(size: tuple[int, int] | None, batch: int) -> str:
     """A size and a number of prompts in words."""
     of_size = "the pipeline's own size" if size is None else f"{size[0]} x {size[1]} pixels"
     return f"{of_size}, {batch} prompt{'s' if batch > 1 else ''}"
+
+
+def _ranks(plan: Plan) -> str:
+    return "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
 
 
 def _degrees(plan: Plan) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from xdit_compile.backends.target.pretend_card import check_versions
-from xdit_compile.cli.inputs.asked import how_to_save
+from xdit_compile.cli.inputs.asked import how_to_save, not_saved
 from xdit_compile.cli.options.request import Request
 from xdit_compile.cli.processes.speech import set_logs, show_phases
 from xdit_compile.distributed.world import World
@@ -149,9 +149,7 @@ def _read_inputs(path: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     except OSError as error:
         raise UsageError(f"--inputs {path} cannot be read: {reason_of(error)}") from error
     except Exception as error:  # whatever unpickling raises at bytes that are no pickle
-        raise UsageError(
-            f"--inputs {path} is no file of torch.save with tensors and plain values alone; {make}"
-        ) from error
+        raise UsageError(not_saved(path)) from error
     if not isinstance(content, dict) or not content.keys() & {"args", "kwargs"}:
         raise UsageError(f"--inputs {path} holds no dict with args or kwargs; {make}")
     args, kwargs = content.get("args", ()), content.get("kwargs", {})

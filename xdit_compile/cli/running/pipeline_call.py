@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from xdit_compile.cli.inputs.asked import PICTURES
 from xdit_compile.cli.options.request import DTYPES, PipelineRequest, find_model
-from xdit_compile.cli.processes.speech import loading, set_logs
+from xdit_compile.cli.processes.speech import OURS, loading, set_logs
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 
@@ -261,6 +260,6 @@ def say(world: World, line: str) -> None:
 
 
 def warn(world: World, line: str) -> None:
-    """Print a line on stderr, once for all ranks: something that was asked for is lost."""
+    """Warn in our log, once for all ranks: something that was asked for is lost."""
     if world.rank == 0:
-        print(f"xdit-compile: warning: {line}", file=sys.stderr, flush=True)
+        OURS.warning("%s", line)

@@ -20,7 +20,7 @@ from .problems import NOT_AGAIN, Problem
 from .settings import Settings
 
 log = logging.getLogger(__name__)
-OPEN = ("/", "/health", "/health/live", "/health/ready")
+OPEN = ("/", "/health", "/health/live", "/health/ready", "/docs", "/openapi.json")
 """Paths that need no key."""
 OPEN_FOLDERS = ("/v1/files/", FOLDER)
 """The same; files that were made are named so that they cannot be guessed."""

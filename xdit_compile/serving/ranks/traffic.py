@@ -16,7 +16,10 @@ from xdit_compile.runtime.compiled_call import CompiledCall
 
 
 class Traffic:
-    """Counts what the calls of a runner send. Transfers between stages of a pipeline are in no graph, and not counted.
+    """Counts what the calls of a runner send.
+
+    Calls that run one of several programs, as those of methods that keep something from step to step, are not counted,
+    nor are transfers between stages of a pipeline, which are in no graph.
 
     Args:
         mesh: with this rank's place.
@@ -35,7 +38,8 @@ class Traffic:
         if call is None:
             return
         if call not in self._counted:
-            self._counted[call] = sum(sent_by(program, self._mesh) for program in call.programs)
+            (program, *others) = call.programs
+            self._counted[call] = 0 if others else sent_by(program, self._mesh)
         self.sent += self._counted[call]
 
 
