@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from tests.serving.test_serve import STEPS, Server, alone
 
 pytestmark = pytest.mark.slow

@@ -202,7 +202,7 @@ def _counted(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _libdevice_of_toolkit() -> str | None:
-    """What PyTorch sets for Triton where it emulates roundings, as every graph here asks: the file of CUDA's toolkit."""
+    """The file of CUDA's toolkit, which PyTorch sets for Triton where it emulates roundings, as all graphs here ask."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     return None if CUDA_HOME is None else os.path.join(CUDA_HOME, "nvvm", "libdevice", "libdevice.10.bc")
