@@ -90,6 +90,7 @@ def test_a_script_writes_one_file_with_one_loading_bar(name: str, tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"out.png", "script.py"}
     assert done.stderr.count("Loading pipeline components...:   0%") == 1
 
+
 SLOW = """
 import sys, time
 import torch

@@ -248,8 +248,9 @@ def _rendered(summary: Report) -> list[Any]:
     for gather in summary.gathers:
         place = f"{gather.place.path} {gather.place.node}".strip()
         gathers.add_row(place, "yes" if gather.place.repeated else "", gather.reason, f"{gather.bytes:,}")
+    ranks = f"{summary.ranks} rank{'s' if summary.ranks > 1 else ''}"
     head = (
-        f"{summary.ranks} rank{'s' if summary.ranks > 1 else ''}; captured by {summary.captured_by}; {summary.blocks} repeated blocks, "
+        f"{ranks}; captured by {summary.captured_by}; {summary.blocks} repeated blocks, "
         f"{summary.structures} distinct structures\n{summary.flops / 1e9:,.2f} GFLOP a call; "
         f"{summary.replicated_flops:.2%} replicated; busiest rank {summary.imbalance:.3f} of the mean; "
         f"{_memory_line(summary.memory)}; {len(summary.boundaries)} boundaries"
