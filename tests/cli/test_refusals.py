@@ -278,6 +278,7 @@ WRONG = [
     ),
     ("generate --height 64 96", "--height takes one value, and '96' follows '64'; leave it out"),
     ("generate --prompt --height 64", "--prompt needs a value, and --height follows it"),
+    ("serve --retry --port 99999", "--port 99999 must lie between 0 and 65535"),
     ("generate --overwrite yes", "--overwrite takes no value, and 'yes' follows it; leave that out"),
     ("generate star", "'star' belongs to no flag; a prompt is given as --prompt star"),
     ("generate --height", "Option '--height' requires an argument (see xdit-compile generate --help)"),

@@ -25,7 +25,7 @@ def launched(node: int, port: int, folder: Path, *flags: str) -> subprocess.Pope
         str(node), "--master_addr", "127.0.0.1", "--master_port", str(port), "-m", "xdit_compile", "serve",
         "--port", "0", "--backend", "eager", *flags,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDIT_COMPILE_CACHE_DIR": str(folder / "cache")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDIT_COMPILE_CACHE": str(folder / "cache")}
     with open(folder / f"log{node}", "w") as log:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
 

@@ -67,7 +67,7 @@ def _check_values(flag: click.Option | None, values: list[str], following: str |
     if flag.is_flag:
         if values:
             raise click.UsageError(f"{name} takes no value, and {values[0]!r} follows it; leave that out", ctx)
-    elif not values and following is not None and not isinstance(flag.flag_value, str):
+    elif not values and following is not None and not isinstance(flag.flag_value, str | int):
         raise click.UsageError(f"{name} needs a value, and {following} follows it", ctx)
     elif len(values) > 1 and (single or _is_torn(flag, values)):
         text = shlex.quote(" ".join(values))

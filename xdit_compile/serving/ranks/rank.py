@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import json
 import logging
@@ -59,14 +58,13 @@ def serve_rank(
         AgreementError: ranks did not meet in time.
     """
     front = json.loads(sys.stdin.readline()) if is_child else {}
-    with contextlib.ExitStack() as stack:
-        if not front.get("is_told"):
-            store = meet(world, request.plan.timeout_s)
-            stack.callback(store.num_keys)  # held: rank 0 may serve it
-            if is_child:
-                store.set(FRONT, json.dumps(front))
-            front = json.loads(store.get(FRONT))
-        _connected(front, request, world, max_batch, plans)
+    store = None if front.get("is_told") else meet(world, request.plan.timeout_s)
+    if store is not None:
+        if is_child:
+            store.set(FRONT, json.dumps(front))
+        front = json.loads(store.get(FRONT))
+    _connected(front, request, world, max_batch, plans)
+    del store  # until here: where rank 0 serves it, others read there
     leave()
 
 
