@@ -23,7 +23,7 @@ def gang(answer: Callable[[int, Connection], None], turn_s: float = 20) -> Itera
     pipes = [Pipe() for _ in range(2)]
 
     def run(rank: int) -> None:
-        with pipes[rank][1] as connection:
+        with contextlib.suppress(OSError, EOFError), pipes[rank][1] as connection:
             connection.recv()
             answer(rank, connection)
 

@@ -304,3 +304,26 @@ def test_the_documentation_is_used_with_a_key(driver: Chrome) -> None:
         )
         assert '"tiny"' in driver.find_element(By.CSS_SELECTOR, f"{models} .live-responses-table").text
         assert [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.parametrize("makes", ["images", "videos"])
+def test_a_key_and_several_at_once(driver: Chrome, makes: str) -> None:
+    """With a key in its field the page makes pictures, several at once, and videos; without it says what is wrong."""
+    with served(Ranks(makes=makes), Settings(api_key="sesame")) as server:
+        driver.get(f"http://127.0.0.1:{server.port}/")
+        page = Page(driver, server)
+        page.fill(prompt="a red circle", steps="3")
+        page.press(Keys.ENTER)
+        page.wait(lambda: "key" in page.one("problem").text)
+        page.one("key").send_keys("sesame", Keys.TAB)
+        page.wait(lambda: "tiny" in page.one("model").text)
+        if makes == "images":
+            page.one("number").clear()
+            page.one("number").send_keys("2")
+        page.one("make").send_keys(Keys.ENTER)
+        page.wait_for("Done: 2 pictures." if makes == "images" else "Done.")
+        shown = "#gallery img" if makes == "images" else "#gallery video"
+        assert len(driver.find_elements(By.CSS_SELECTOR, shown)) == (2 if makes == "images" else 1)
+        if makes == "videos":
+            page.wait(lambda: page.one("film").get_property("videoWidth") == 24)
+            assert not page.one("number").is_displayed()
