@@ -106,7 +106,8 @@ def test_it_counts_what_the_benchmark_counts() -> None:
 def test_every_program_of_a_plan_is_counted(tmp_path: Path) -> None:
     flags = ("--model", str(TINY_PIPELINE), "--pipefusion_parallel_degree", "2", "--target", "sm_90")
     done = run("explain", *flags, cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.endswith(" s so far)")]
+    assert done.returncode == 0 and said == [], done.stderr
     for name in ("full", "common", "patch_0", "patch_1"):
         assert f"{name}: counted on this rank" in done.stdout
     assert done.stdout.count("all calls") == 4 and "not counted" not in done.stdout
