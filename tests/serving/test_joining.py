@@ -35,13 +35,14 @@ class MixesSamples(nn.Module):
 
 
 def calls_of(module: nn.Module, args: tuple, kwargs: dict[str, Any], count: int) -> list[Call]:
-    """Calls of one form: the first input of each is another."""
+    """Calls of one form: the first input of each that is not whole numbers is another."""
     parallelize(module, Plan(backend="eager", cache=None))
     runner = runner_of(module)
     assert runner is not None
     gate, leaves, calls = Gate("module", runner), *pytree.tree_flatten((args, kwargs))[:1], []
     spec = pytree.tree_structure((args, kwargs))
-    first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1)
+    wide = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1]
+    first = next(i for i in wide if leaves[i].is_floating_point())
     for index in range(count):
         changed = [leaf * (1 - 0.2 * index) if i == first else leaf for i, leaf in enumerate(leaves)]
         calls.append(Call(gate, *pytree.tree_unflatten(changed, spec)))
