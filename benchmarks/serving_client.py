@@ -58,7 +58,12 @@ class Server:
     Args:
         process: the front.
         address: URL without a path.
+
+    Attributes:
+        ready_s, get_s, answer_s: how long it may take to be ready, to answer at once, and to make a picture.
     """
+
+    ready_s, get_s, answer_s = READY_S, 30.0, ANSWER_S
 
     def __init__(self, process: subprocess.Popen[str], address: str):
         self.process, self.address = process, address
@@ -66,7 +71,7 @@ class Server:
     def get(self, path: str) -> tuple[int, str]:
         """Status and text of a path."""
         try:
-            with urllib.request.urlopen(self.address + path, timeout=30) as answer:
+            with urllib.request.urlopen(self.address + path, timeout=self.get_s) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -75,7 +80,7 @@ class Server:
         """Send a request for pictures; ``id`` becomes its X-Request-Id."""
         begin = time.perf_counter()
         try:
-            with urllib.request.urlopen(self._request(fields), timeout=ANSWER_S) as answer:
+            with urllib.request.urlopen(self._request(fields), timeout=self.answer_s) as answer:
                 status, body = answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             status, body = error.code, json.load(error)
@@ -89,7 +94,7 @@ class Server:
 
     def events(self, **fields: Any) -> Iterator[dict[str, Any]]:
         """The server-sent events of a request."""
-        with urllib.request.urlopen(self._request({**fields, "stream": True}), timeout=ANSWER_S) as answer:
+        with urllib.request.urlopen(self._request({**fields, "stream": True}), timeout=self.answer_s) as answer:
             for line in answer:
                 if line.startswith(b"data: "):
                     yield json.loads(line.removeprefix(b"data: "))
@@ -98,7 +103,7 @@ class Server:
         """Give a request up; the status of the answer."""
         try:
             request = urllib.request.Request(f"{self.address}/v1/requests/{id}", method="DELETE")
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=self.get_s) as answer:
                 return answer.status
         except urllib.error.HTTPError as error:
             return error.code
@@ -106,7 +111,7 @@ class Server:
     def wait_ready(self) -> float:
         """Seconds until it takes requests and its ranks are there."""
         begin = time.monotonic()
-        while time.monotonic() - begin < READY_S:
+        while time.monotonic() - begin < self.ready_s:
             with contextlib.suppress(OSError):
                 if self.get("/health/ready")[0] == 200:
                     return time.monotonic() - begin

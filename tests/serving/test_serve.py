@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import json
 import os
 import re
@@ -21,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 
+from benchmarks.serving_client import Server as Client
 from xdit_compile.cli.options.request import DEMO_PIPELINE
 
 pytestmark = pytest.mark.slow
@@ -35,46 +32,21 @@ READY_S = 300
 STEPS = 6
 
 
-class Server:
-    """One that runs."""
+class Server(Client):
+    """One that runs; a request says less, and nothing may take as long."""
 
-    def __init__(self, process: subprocess.Popen[str], address: str):
-        self.process, self.address = process, address
-
-    def get(self, path: str) -> tuple[int, str]:
-        try:
-            with urllib.request.urlopen(self.address + path, timeout=10) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def wait_ready(self) -> float:
-        begin = time.monotonic()
-        while time.monotonic() - begin < READY_S:
-            with contextlib.suppress(OSError):
-                if self.get("/health/ready")[0] == 200:
-                    return time.monotonic() - begin
-            time.sleep(0.1)
-        raise TimeoutError("not ready")
-
-    def ranks(self) -> list[psutil.Process]:
-        return [each for each in psutil.Process(self.process.pid).children() if "serve_rank" in each.cmdline()]
+    ready_s, get_s, answer_s = READY_S, 10, 300
 
     def send(self, **fields: Any) -> tuple[int, dict[str, Any]]:
-        body = {"prompt": "a red circle", "num_inference_steps": STEPS, **fields}
-        headers = {"Content-Type": "application/json", **({"X-Request-Id": body.pop("id")} if "id" in body else {})}
-        request = urllib.request.Request(f"{self.address}/v1/images/generations", json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
+        answer = self.ask(**_filled(fields))
+        return answer.status, answer.body
 
     def picture(self, **fields: Any) -> np.ndarray:
-        status, answer = self.send(**fields)
-        assert status == 200, answer
-        data = base64.b64decode(answer["data"][0]["b64_json"])
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+        return super().picture(**_filled(fields))
+
+
+def _filled(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": "a red circle", "num_inference_steps": STEPS, **fields}
 
 
 @contextlib.contextmanager
