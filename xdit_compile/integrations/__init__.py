@@ -1,0 +1,1 @@
+"""Where others run xdit_compile: clusters of Ray, and the graphs of ComfyUI."""

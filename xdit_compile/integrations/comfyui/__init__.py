@@ -1,0 +1,1 @@
+"""Nodes for ComfyUI, which loads this folder as it is."""

@@ -1,0 +1,1 @@
+"""Gangs of ranks as actors of Ray."""
