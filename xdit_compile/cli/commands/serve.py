@@ -7,18 +7,17 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 from typing import Any
 
 import click
 
-from xdit_compile.cache.folder import resolve
 from xdit_compile.cli.options.flags import model_flags, run_flags
 from xdit_compile.cli.options.plan_flags import plan_flags
 from xdit_compile.cli.options.preflight import preflight
 from xdit_compile.cli.options.request import Request
 from xdit_compile.cli.parsing.choices import Choices
 from xdit_compile.cli.parsing.groups import SERVICE, Command, option
-from xdit_compile.cli.processes.ending import compilers_apart
 from xdit_compile.distributed.world import World
 from xdit_compile.errors import UsageError
 from xdit_compile.plan import Plan
@@ -117,7 +116,11 @@ def serve(plan: Plan, nproc: int | None, **flags: Any) -> None:
     for arrangement in arrangements:
         _check(dataclasses.replace(request, plan=arrangement.plan), world, nproc, arrangement.gangs)
     if is_launched and world.rank > 0:
-        _serve_rank(request, world, is_child=False)
+        from xdit_compile.serving.rank_process import be_rank
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a launcher's signals are for the front, which drains
+        be_rank(request, world, None)
         return
     from xdit_compile.serving.run import serve as run
 
@@ -158,20 +161,6 @@ def serve_rank(request_json: str) -> None:
     from xdit_compile.cli.processes.launch import end_with_parent
 
     end_with_parent()
-    _serve_rank(ServeRequest.from_json(request_json), World.from_environment(), is_child=True)
+    from xdit_compile.serving.rank_process import be_rank
 
-
-def _serve_rank(request: ServeRequest, world: World, is_child: bool) -> None:
-    """Be a rank until the front hangs up; a launcher's signals are for the front, which drains."""
-    from xdit_compile.serving.logs import show_logs
-    from xdit_compile.serving.ranks.rank import serve_rank as run
-
-    for number in () if is_child else (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    show_logs(request, world)
-    request = dataclasses.replace(request, quiet=request.quiet or request.log_format == "json")
-    arrangements = request.arrangements
-    request = dataclasses.replace(request, plan=arrangements[0].plan)
-    plans = {arrangement.name: arrangement.plan for arrangement in arrangements}
-    with compilers_apart(resolve(request.plan.cache)):
-        run(request, world, request.max_batch, plans, is_child)
+    be_rank(ServeRequest.from_json(request_json), World.from_environment(), json.loads(sys.stdin.readline()))
