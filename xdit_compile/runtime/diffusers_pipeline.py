@@ -100,13 +100,13 @@ def wrap_call(pipe: Any, session: Session) -> None:
                 raise
         with session.request(bound.arguments, bound.arguments.get(STEPS)) as agreed:
             bound.arguments.update(agreed)
-            return session.made(replaced(original_call(*bound.args, **bound.kwargs), torch.Tensor, _there))
+            return session.made(replaced(original_call(*bound.args, **bound.kwargs), torch.Tensor, there))
 
     put_in_place(pipe, {"__call__": call})
 
 
-def _there(tensor: torch.Tensor) -> torch.Tensor:
-    """All values of a tensor: what a pipeline returns may be read on one rank alone."""
+def there(tensor: torch.Tensor) -> torch.Tensor:
+    """All values of a tensor that a pipeline returns, which may then be read on one rank alone; within its request."""
     return values_of(whole_of(tensor))
 
 

@@ -11,7 +11,7 @@ from xdit_compile.errors import UsageError
 
 from .http.settings import Limits as Most
 from .queue.arrangements import Arrangement, arrangements_of
-from .queue.engine import Limits
+from .queue.desk import Limits
 
 LOG_FORMATS = ("text", "json")
 
@@ -36,6 +36,11 @@ class ServeRequest(PipelineRequest):
     plans: tuple[str, ...] = ()
 
     counts: ClassVar[tuple[str, ...]] = (*PipelineRequest.counts, "max_batch", "max_queue", "max_pixels", "max_steps")
+
+    @property
+    def name(self) -> str:
+        """What is served, as it was named."""
+        return self.model or "xdit-compile/shapes"
 
     @property
     def limits(self) -> Limits:

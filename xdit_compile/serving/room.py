@@ -20,7 +20,7 @@ from xdit_compile.errors import UsageError
 from xdit_compile.plan import Plan
 from xdit_compile.plan.host import available_memory, free_on_cards
 
-from .queue.engine import Full
+from .queue.desk import Full
 from .queue.messages import Work
 from .request import ServeRequest
 

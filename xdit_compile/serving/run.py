@@ -19,7 +19,8 @@ from .http.app import make_app
 from .http.settings import Settings
 from .logs import show_logs
 from .queue.arrangements import Arrangement
-from .queue.engine import LOOK_S, Engine
+from .queue.desk import LOOK_S
+from .queue.engine import Engine
 from .queue.processes import Processes
 from .queue.starters import ProcessStarter
 from .request import ServeRequest
@@ -43,21 +44,20 @@ def serve(request: ServeRequest, arrangements: Sequence[Arrangement], host: str 
         XditCompileError: ranks that a launcher started were lost.
     """
     show_logs(request)
-    settings = Settings(api_key=_api_key(request), cors_origins=request.cors_origin, limits=request.most)
+    settings = settings_of(request)
     room = None if request.force else Room(request, arrangements[-1].plan, here)
     if room is not None:
         room.check()
     command = ["serve_rank", request.to_json()]
-    name = request.model or "xdit-compile/shapes"
 
     def processes() -> Processes:
         return Processes(ProcessStarter(command, host), arrangements[0], request.start_timeout, TURN_S)
 
     with _bound(request) as listening:
         address = "http://{}:{}".format(*listening.getsockname()[:2])
-        engine = Engine(processes, request.limits, name, arrangements)
+        engine = Engine(processes, request.limits, request.name, arrangements)
         app = make_app(engine, settings, None if room is None else room.refusal)
-        print(f"serving {name} at {address}; Ctrl-C ends it", flush=True)
+        print(f"serving {request.name} at {address}; Ctrl-C ends it", flush=True)
         asyncio.run(_until_ended(app, engine, listening, request, ends_with_ranks=host is not None))
 
 
@@ -109,6 +109,15 @@ class _Server(uvicorn.Server):
     def _end(self) -> None:
         self.force_exit = self.should_exit
         self.should_exit = self._engine.draining = True
+
+
+def settings_of(request: ServeRequest) -> Settings:
+    """Of the HTTP side.
+
+    Raises:
+        UsageError: the key cannot be read.
+    """
+    return Settings(api_key=_api_key(request), cors_origins=request.cors_origin, limits=request.most)
 
 
 def _bound(request: ServeRequest) -> socket.socket:

@@ -23,6 +23,8 @@ from xdit_compile.errors import UsageError
 from xdit_compile.plan import Plan
 from xdit_compile.serving.request import LOG_FORMATS, ServeRequest
 
+from .serve_on_ray import ClusterFlags, ray_flags, serve_on_ray
+
 NEEDED = (
     "fastapi",
     "fastapi_offline",
@@ -101,13 +103,24 @@ NEEDED = (
     metavar="NAME=METHOD:N,...",
     help="Twice: latency=... for an idle server, throughput=... with replicas:N for a queue.",
 )
-def serve(plan: Plan, nproc: int | None, **flags: Any) -> None:
+@ray_flags
+@option("--with_parent", group=SERVICE, is_flag=True, hidden=True, help="End when who started this is gone.")
+def serve(plan: Plan, nproc: int | None, with_parent: bool, **flags: Any) -> None:
     """Serve a pipeline over HTTP, as OpenAI's clients call it."""
+    if with_parent:
+        from xdit_compile.cli.processes.launch import stop_with_parent
+
+        stop_with_parent()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"serve needs {', '.join(missing)}: pip install 'xdit-compile[serve]'")
     world = World.from_environment()
+    cluster = ClusterFlags(*(flags.pop(field.name) for field in dataclasses.fields(ClusterFlags)))
     request = ServeRequest(plan=plan, **flags)
+    cluster.check(request, world)
+    if cluster.ray is not None:
+        serve_on_ray(request, world, nproc, cluster)
+        return
     request = request if request.plans else request.with_method(world, nproc)
     arrangements = request.arrangements
     is_launched = world.launched and world.size > 1

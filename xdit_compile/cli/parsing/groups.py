@@ -24,8 +24,8 @@ from .warned import warn
 from .words import one_flag_each
 from .xdit_flags import REFUSED
 
-MODEL, PICTURE, PARALLEL, COMPILE, SERVICE, OUTPUT, GENERAL = GROUPS = (
-    "Model", "Picture", "Parallel", "Compile", "Service", "Output", "General",
+MODEL, PICTURE, PARALLEL, COMPILE, SERVICE, RAY, OUTPUT, GENERAL = GROUPS = (
+    "Model", "Picture", "Parallel", "Compile", "Service", "Ray", "Output", "General",
 )  # fmt: skip
 """In the order in which the help shows them."""
 SEEN_ELSEWHERE = ("API_KEY", "CACHE", "CHECK", "DUMP", "LOG")

@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from xdit_compile import __version__
 
-from ..queue.engine import Engine
+from ..queue.desk import Desk
 from .checks import arguments_of, public_name
 from .docs import PAGE, docs_routes, with_key
 from .front import Front, Refusal
@@ -28,7 +28,7 @@ from .settings import Settings
 from .videos import video_routes
 
 
-def make_app(engine: Engine, settings: Settings, refusal: Refusal | None = None) -> FastAPI:
+def make_app(engine: Desk, settings: Settings, refusal: Refusal | None = None) -> FastAPI:
     """The app of a server; whoever runs it starts and stops the engine.
 
     Args:

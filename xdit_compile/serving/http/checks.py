@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from xdit_compile.cli.inputs.annotations import Argument
+from xdit_compile.errors import one_line
 from xdit_compile.plan.nearest import nearest
 
 from ..queue.messages import Work
@@ -42,8 +43,9 @@ def public_name(model: str) -> str:
 
 
 def work_of(
-    asked: Asked, id: str, pictures: Mapping[str, bytes], model: str, facts: Mapping[str, Any], limits: Limits
-) -> Work:
+    asked: Asked, id: str, pictures: Mapping[str, bytes], model: str, facts: Mapping[str, Any], limits: Limits,
+    latents: bytes | None = None,
+) -> Work:  # fmt: skip
     """The engine's work for a request.
 
     Args:
@@ -51,6 +53,7 @@ def work_of(
         pictures: encoded files by the names of the pipeline's arguments.
         model: what is served.
         facts: about its pipeline.
+        latents: a file of what is only to be decoded.
 
     Raises:
         Problem: it asks for what the pipeline does not take, or for too much.
@@ -67,6 +70,9 @@ def work_of(
     for name in pictures:
         if name not in takes:
             raise Problem(400, f"this pipeline does not take a picture as {name}", name, "unsupported")
+    makes_latents = getattr(asked, "response_format", None) == "latents"
+    if makes_latents or latents is not None:
+        _check_begins_from_latents(takes)
     _check_arguments(asked.arguments, takes, limits)
     arguments = _as_taken(asked.arguments, facts.get("kinds") or {})
     images, frames = _counts(asked)
@@ -75,7 +81,7 @@ def work_of(
         id, asked.prompt, asked.negative_prompt, height, width, asked.num_inference_steps, asked.guidance_scale,
         frames, asked.max_sequence_length, asked.strength, images,
         secrets.randbelow(SEEDS) if asked.seed is None else asked.seed,
-        dict(pictures), arguments, _preview_every(asked, facts),
+        dict(pictures), arguments, _preview_every(asked, facts) if latents is None else 0, makes_latents, latents,
     )  # fmt: skip
 
 
@@ -93,6 +99,15 @@ def _check_prompts(asked: Asked, limits: Limits) -> None:
         if length > limits.prompt_bytes:
             message = f"{name} has {length} bytes; {limits.prompt_bytes} are the most"
             raise Problem(400, message, name, "string_above_max_length")
+
+
+def _check_begins_from_latents(takes: set[str]) -> None:
+    for name in ("latents", "output_type"):
+        if name not in takes:
+            message = (
+                f"this pipeline takes no {name}, so that none are made or decoded; ask for the pictures themselves"
+            )
+            raise Problem(400, message, "response_format", "unsupported")
 
 
 def _size_of(asked: Asked) -> tuple[int | None, int | None]:
@@ -234,3 +249,20 @@ def check_picture(data: bytes, param: str, limits: Limits) -> None:
         raise Problem(400, message, param, "above_maximum")
     if moves:
         raise Problem(400, f"{param} has several pictures; send one", param, "invalid_image")
+
+
+def check_latents(data: bytes) -> None:
+    """See that a file is one of latents, whose values ranks look at.
+
+    Raises:
+        Problem: it is not.
+    """
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        names = [name for name, _ in deserialize(data)]
+    except SafetensorError as error:
+        raise Problem(400, f"latents are no safetensors file: {one_line(error)}", "latents", "invalid_value") from error
+    if names != ["latents"]:
+        message = "latents are a file of other tensors than one that is called latents"
+        raise Problem(400, message, "latents", "invalid_value")

@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -23,23 +23,23 @@ FILES = 8
 
 
 async def read_body(
-    request: Request, kind: type[A], names: Mapping[str, str], needed: str | None = None
+    request: Request, kind: type[A], names: Mapping[str, str], needed: Sequence[str] = ()
 ) -> tuple[A, dict[str, bytes]]:
     """A request's fields, and the files in it by the names of the pipeline's arguments.
 
     Args:
         kind: which fields there are.
         names: fields that are files, and the pipeline's arguments for them.
-        needed: a file that has to be there.
+        needed: files of which one has to be there; any number where there are none.
 
     Raises:
         Problem: the body is no form or JSON, or its fields are wrong.
     """
     is_form = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data"
     fields, files = await (_of_form(request, names) if is_form else _of_json(request, names))
-    if needed and needed not in files:
-        message = f"{needed} is missing; send a picture as a file of a form"
-        raise Problem(400, message, needed, "missing_required_parameter")
+    if needed and not set(needed) & set(files):
+        message = f"{' or '.join(needed)} is missing; send it as a file of a form"
+        raise Problem(400, message, needed[0], "missing_required_parameter")
     try:
         asked = kind.model_validate(fields, strict=not is_form)
     except ValidationError as error:
@@ -118,10 +118,13 @@ def _data_url(value: Any, name: str) -> bytes:
         raise Problem(400, f"{name} is no base64: {error}", name, "invalid_image") from error
 
 
-def body_of(kind: type[Asked], files: Iterable[str], needed: str | None = None) -> dict[str, Any]:
+def body_of(kind: type[Asked], files: Iterable[str], needed: Sequence[str] = ()) -> dict[str, Any]:
     """What the documentation says of a body that `read_body` reads."""
     schema = kind.model_json_schema()
     pictures = {name: {"type": "string", "format": "binary"} for name in files}
     form = {**schema, "properties": {**pictures, **schema["properties"]}}
-    form["required"] = [*schema["required"], *([needed] if needed else [])]
+    if len(needed) == 1:
+        form["required"] = [*schema["required"], *needed]
+    elif needed:
+        form["anyOf"] = [{"required": [name]} for name in needed]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}}}

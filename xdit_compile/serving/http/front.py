@@ -12,10 +12,10 @@ from fastapi import Request
 
 from xdit_compile import __version__
 
-from ..queue.engine import Engine, Full, NotReady
+from ..queue.desk import Desk, Full, NotReady
 from ..queue.messages import Work
 from ..queue.tickets import Ticket
-from .checks import check_picture, work_of
+from .checks import check_latents, check_picture, work_of
 from .metrics import Metrics
 from .problems import NOT_AGAIN, Problem, problem_of_queue
 from .results import Results
@@ -38,7 +38,7 @@ class Front:
         refusal: why there is too little memory for a request; None where that is not asked.
     """
 
-    engine: Engine
+    engine: Desk
     settings: Settings
     metrics: Metrics
     results: Results
@@ -51,7 +51,7 @@ class Front:
 
     async def submit(
         self, asked: Asked, request: Request, pictures: Mapping[str, bytes] | None = None, makes: str = "images",
-        watch: bool = True,
+        watch: bool = True, latents: bytes | None = None,
     ) -> Ticket:  # fmt: skip
         """Check a request and put it into the queue.
 
@@ -59,6 +59,7 @@ class Front:
             pictures: encoded files by the names of the pipeline's arguments.
             makes: what the client wants, ``images`` or ``videos``.
             watch: cancel it as soon as the client is gone.
+            latents: a file of what is only to be decoded.
 
         Raises:
             Problem: it is refused.
@@ -69,9 +70,12 @@ class Front:
         if engine.facts and engine.facts.get("makes", "images") != makes:
             where = "/v1/images/generations" if makes == "videos" else "/v1/videos"
             raise Problem(400, f"this pipeline makes {engine.facts['makes']}; ask {where}", code="unsupported")
-        work = work_of(asked, self._free_id(request), pictures, engine.model, engine.facts, self.settings.limits)
+        id, limits = self._free_id(request), self.settings.limits
+        work = work_of(asked, id, pictures, engine.model, engine.facts, limits, latents)
+        if latents is not None:
+            await asyncio.to_thread(check_latents, latents)
         for name, data in pictures.items():
-            await asyncio.to_thread(check_picture, data, name, self.settings.limits)
+            await asyncio.to_thread(check_picture, data, name, limits)
         try:
             if self.refusal is not None and (why := await self.refusal(work)):
                 raise Problem(507, why, "size", headers=NOT_AGAIN)

@@ -17,10 +17,14 @@ from .encoding import TYPES, encode_images, pixels_of
 from .forms import body_of, read_body
 from .front import Front
 from .problems import Problem, problem_of_end
-from .schemas import ImageRequest
+from .schemas import DecodeRequest, ImageRequest
 
 PICTURES = {"image": "image", "mask": "mask_image", "control_image": "control_image"}
 """Fields that are files, and the pipeline's arguments for them."""
+LATENTS = "latents"
+"""The field of the file that is decoded; in `ImageRequest.response_format`, that such a file is asked for."""
+NEEDED = ("image", "control_image")
+"""Of these pictures an edit has one at least."""
 ALIVE_S = 15.0
 """A stream says something at least so often, so that nothing between here and the client ends it."""
 NO_TOKENS = {
@@ -30,7 +34,7 @@ NO_TOKENS = {
 
 
 def image_routes(front: Front) -> APIRouter:
-    """``/v1/images/generations`` and ``/v1/images/edits``."""
+    """``/v1/images/generations``, ``/v1/images/edits`` and ``/v1/images/decode``."""
     router = APIRouter(tags=["images"])
 
     @router.post("/v1/images/generations", response_model=None)
@@ -39,12 +43,22 @@ def image_routes(front: Front) -> APIRouter:
         ticket = await front.submit(asked, request)
         return await _answer(front, asked, ticket, request, "image_generation")
 
-    @router.post("/v1/images/edits", response_model=None, openapi_extra=body_of(ImageRequest, PICTURES, "image"))
+    @router.post("/v1/images/edits", response_model=None, openapi_extra=body_of(ImageRequest, PICTURES, NEEDED))
     async def edit(request: Request) -> dict[str, Any] | Response:
         """Make pictures from a picture and a text."""
-        asked, pictures = await read_body(request, ImageRequest, PICTURES, "image")
+        asked, pictures = await read_body(request, ImageRequest, PICTURES, NEEDED)
         ticket = await front.submit(asked, request, pictures)
         return await _answer(front, asked, ticket, request, "image_edit")
+
+    files = {**PICTURES, LATENTS: LATENTS}
+
+    @router.post("/v1/images/decode", response_model=None, openapi_extra=body_of(DecodeRequest, files, [LATENTS]))
+    async def decode(request: Request) -> dict[str, Any] | Response:
+        """Make pictures of latents that a request of the same fields was answered with."""
+        asked, pictures = await read_body(request, DecodeRequest, files, [LATENTS])
+        latents = pictures.pop(LATENTS)
+        ticket = await front.submit(asked, request, pictures, latents=latents)
+        return await _answer(front, asked, ticket, request, "image_decode")
 
     return router
 
@@ -60,12 +74,22 @@ async def _answer(
         front.engine.cancel(ticket.id)
     if event.kind != "done":
         raise problem_of_end(event)
+    if event.latents is not None:
+        return {
+            "id": ticket.id, "created": int(time.time()), "size": "auto", "seconds": seconds_of(ticket),
+            "data": [_of_latents(event.latents, ticket)],
+        }  # fmt: skip
     files = await encoded(front, asked, ticket, event)
     data = [{**placed(front, asked, request, file), "seed": ticket.work.seed + n} for n, file in enumerate(files)]
     return {
         "id": ticket.id, "created": int(time.time()), "background": "opaque", "output_format": format_of(asked),
         "size": size_of(event), "data": data, "seconds": seconds_of(ticket),
     }  # fmt: skip
+
+
+def _of_latents(latents: bytes, ticket: Ticket) -> dict[str, Any]:
+    """Those of all samples, as one file."""
+    return {"b64_latents": base64.b64encode(latents).decode(), "seed": ticket.work.seed}
 
 
 async def encoded(front: Front, asked: ImageRequest, ticket: Ticket, event: Event) -> list[bytes]:
@@ -113,10 +137,11 @@ async def stream(front: Front, asked: ImageRequest, ticket: Ticket, request: Req
     """What becomes of a request, as server-sent events.
 
     Events are ``NAME.queued``, ``NAME.started``, ``NAME.progress`` after each step, ``NAME.partial_image``,
-    ``NAME.retried`` where ranks were lost, and for each picture ``NAME.completed``; or ``error``, which ends it.
+    ``NAME.retried`` where ranks were lost, and for each picture, or once for latents, ``NAME.completed``; or ``error``,
+    which ends it.
 
     Args:
-        name: what events are called by, ``image_generation`` or ``image_edit``.
+        name: what events are called by, ``image_generation``, ``image_edit`` or ``image_decode``.
     """
     events, previews = ticket.events(), 0
     waiting: asyncio.Future[Event] | None = None
@@ -155,6 +180,10 @@ async def _said(
         return [{"type": "progress", "step": event.step, "steps": event.steps, "seconds": seconds_of(ticket)}]
     if event.kind not in ("preview", "done"):
         raise problem_of_end(event)
+    last = {"seconds": seconds_of(ticket), "usage": NO_TOKENS}
+    if event.latents is not None:
+        made = {"created_at": int(time.time()), "size": "auto", **_of_latents(event.latents, ticket)}
+        return [{"type": "completed", "index": 0, **made, **last}]
     ours: dict[str, Any] = {
         "output_format": format_of(asked), "size": size_of(event), "background": "opaque", "quality": "auto",
         "created_at": int(time.time()),
@@ -167,7 +196,6 @@ async def _said(
             {"type": "partial_image", **number, "index": n, **ours, **placed(front, inline, request, file)}
             for n, file in enumerate(files)
         ]
-    last = {"seconds": seconds_of(ticket), "usage": NO_TOKENS}
     return [
         {"type": "completed", "index": n, "seed": ticket.work.seed + n, **ours, **last,
          **placed(front, asked, request, file)}

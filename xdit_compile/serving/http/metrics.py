@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ..queue.engine import Engine
+from ..queue.desk import Desk
 from ..queue.messages import Report, Turn
 from ..queue.tickets import Ticket
 
@@ -25,7 +25,7 @@ class Metrics:
         engine: whose turns and ended requests are counted.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Desk):
         self.registry = registry = CollectorRegistry()
         self._steps_of: dict[str, int] = {}
         self._lately: collections.deque[tuple[float, int]] = collections.deque()
@@ -133,7 +133,7 @@ _OF_RANKS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, s
 class _State:
     """What is read from the engine when Prometheus asks."""
 
-    def __init__(self, engine: Engine, metrics: Metrics):
+    def __init__(self, engine: Desk, metrics: Metrics):
         self._engine, self._metrics = engine, metrics
 
     def collect(self) -> Iterator[Metric]:

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from xdit_compile.plan.nearest import did_you_mean
 
-from ..queue.engine import Full, NotReady
+from ..queue.desk import Full, NotReady
 from ..queue.tickets import Event
 from .schemas import ImageRequest
 

@@ -4,65 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import heapq
 import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from xdit_compile.errors import XditCompileError
 
 from .arrangements import Arrangement
+from .desk import LOOK_S, Desk, Limits
 from .gang import Gang
 from .members import GangLost
-from .messages import Report, Told, Turn, Usage, Work
+from .messages import Report, Told, Turn
 from .processes import Processes
 from .tickets import Event, Ticket
 
 log = logging.getLogger(__name__)
 STARTS = 3
 """Ranks that could not be started so often in a row are not started again, nor arranged anew."""
-LOOK_S = 0.25
-"""So often it is seen whether the deadline of a request in the queue has passed, and whether idle ranks are there."""
 SETTLED_S = 0.5
 """Ranks that were without work for so long are arranged for a single request."""
 
 
-class Full(XditCompileError):
-    """The queue is full.
-
-    Args:
-        retry_after: seconds after which there may be room.
-    """
-
-    def __init__(self, retry_after: int):
-        super().__init__(f"the queue is full; try again in {retry_after} s")
-        self.retry_after = retry_after
-
-
-class NotReady(XditCompileError):
-    """The server takes no requests: it ends, or its ranks cannot be started."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How much is done at once.
-
-    Args:
-        max_batch: calls of the denoiser that run as one, and requests that are at work at the same time.
-        max_wait_ms: an idle server waits so long for others before it begins a request.
-        max_queue: requests that wait.
-        retries: how often a request begins again after its ranks were lost.
-    """
-
-    max_batch: int = 8
-    max_wait_ms: float = 0.0
-    max_queue: int = 64
-    retries: int = 0
-
-
-class Engine:
+class Engine(Desk):
     """Takes requests, and has gangs of ranks work on them.
 
     Everything but `Processes` and `Gang.exchange`, which threads wait for, happens in the event loop.
@@ -77,25 +39,14 @@ class Engine:
         arrangements: one, or that for a single request and that for a queue.
 
     Attributes:
-        facts: as `Ready` has them; empty until ranks were ready once.
-        restarts: how often ranks were started anew.
-        shifts: how often they were arranged anew.
-        usages: of the ranks after their latest turn, by rank.
-        turned: called after each turn with it and the report of its first rank.
-        ended: called with each ticket that ended.
+        lost: why ranks were lost last.
     """
 
     def __init__(
         self, new_processes: Callable[[], Processes], limits: Limits, model: str, arrangements: Sequence[Arrangement]
     ):
-        self.model, self.limits = model, limits
-        self.facts: dict[str, Any] = {}
-        self.restarts = self.shifts = 0
-        self.usages: dict[int, Usage] = {}
-        self.turned: list[Callable[[Turn, Report], None]] = []
-        self.ended: list[Callable[[Ticket], None]] = []
-        self.ready = self.draining = False
-        self.alive = True
+        super().__init__(limits, model)
+        self.lost = ""
         self._new_processes = new_processes
         self._processes: Processes | None = None
         self._arrangements, self._arrangement = arrangements, arrangements[0]
@@ -103,14 +54,10 @@ class Engine:
         self._leaving = False
         self._failed_shifts = 0
         self._worked = time.monotonic()
-        self._queue: list[tuple[int, int, Ticket]] = []
-        self._order = itertools.count()
         self._numbers = itertools.count(1)
         self._running: dict[str, _Running] = {}
-        self._tickets: dict[str, Ticket] = {}
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._per_request_s = 1.0
 
     async def start(self) -> None:
         """Begin to start the ranks; does not wait for them."""
@@ -118,59 +65,14 @@ class Engine:
 
     async def stop(self, drain_s: float) -> None:
         """Take no more requests, give those that are here so many seconds, and end the ranks."""
-        self.draining = True
-        limit = time.monotonic() + drain_s
-        while self._tickets and self.alive and time.monotonic() < limit:
-            await asyncio.sleep(0.02)
+        await self.drain(drain_s)
         for task in self._tasks:
             task.cancel()
-        for ticket in list(self._tickets.values()):
-            self._end(ticket, Event("failed", error="the server ended"))
+        self._end_all("the server ended")
         if self._processes is not None:
             self._processes.kill()
             await asyncio.to_thread(self._processes.end)
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def submit(self, work: Work, priority: int = 0, deadline_s: float | None = None) -> Ticket:
-        """Put a request into the queue.
-
-        Raises:
-            Full: it is full.
-            NotReady: no requests are taken.
-        """
-        if self.draining or not self.alive:
-            raise NotReady("the server is about to end" if self.draining else "the ranks cannot be started")
-        if len(self._queue) >= self.limits.max_queue:
-            at_once = self._most_at_once * max(1, len(self._gangs))
-            raise Full(max(1, round(len(self._queue) * self._per_request_s / at_once)))
-        deadline = None if deadline_s is None else time.monotonic() + deadline_s
-        ticket = Ticket(work, priority, deadline)
-        self._tickets[ticket.id] = ticket
-        ticket.tell(Event("queued"))
-        self._enqueue(ticket)
-        return ticket
-
-    def cancel(self, id: str) -> bool:
-        """Give a request up: at once in the queue, and before its next call where it is at work."""
-        ticket = self._tickets.get(id)
-        if ticket is None:
-            return False
-        self._give_up(ticket, Event("cancelled"))
-        return True
-
-    def status(self) -> dict[str, Any]:
-        """What goes on, for whoever asks."""
-        now = time.monotonic()
-        tickets = [each.ticket for each in self._running.values()]
-        running = [
-            {"id": each.id, "step": each.step, "steps": each.steps, "seconds": now - (each.started or now)}
-            for each in tickets
-        ]
-        ranks = [{"rank": rank, **dataclasses.asdict(usage)} for rank, usage in sorted(self.usages.items())]
-        return {
-            "queued": len(self._queue), "running": running, "plan": self.plan, "restarts": self.restarts,
-            "shifts": self.shifts, "ranks": ranks,
-        }  # fmt: skip
 
     @property
     def plan(self) -> str:
@@ -184,38 +86,20 @@ class Engine:
 
     @property
     def _most_at_once(self) -> int:
+        return self._most_of_gang * max(1, len(self._gangs))
+
+    @property
+    def _most_of_gang(self) -> int:
         """Requests that a gang works on."""
         return self.limits.max_batch if self.facts.get("joins") and not self._is_for_one else 1
 
-    def _enqueue(self, ticket: Ticket) -> None:
-        heapq.heappush(self._queue, (-ticket.priority, next(self._order), ticket))
+    def _came(self) -> None:
         self._wake.set()
 
-    def _give_up(self, ticket: Ticket, event: Event) -> None:
-        if ticket.id in self._running:
-            self._running[ticket.id].end = event
-            self._wake.set()
-        else:
-            self._queue = [entry for entry in self._queue if entry[2] is not ticket]
-            heapq.heapify(self._queue)
-            self._end(ticket, event)
-
-    def _end(self, ticket: Ticket, event: Event) -> None:
-        self._tickets.pop(ticket.id, None)
-        ticket.tell(event)
-        if ticket.started is not None and ticket.ended is not None and event.kind == "done":
-            self._per_request_s += 0.2 * (ticket.ended - ticket.started - self._per_request_s)
-        for tell in self.ended:
-            tell(ticket)
-
-    async def _watch_deadlines(self) -> None:
-        while True:
-            await asyncio.sleep(LOOK_S)
-            now = time.monotonic()
-            for ticket in list(self._tickets.values()):
-                at_work = self._running.get(ticket.id)
-                if ticket.deadline is not None and now > ticket.deadline and not (at_work and at_work.end):
-                    self._give_up(ticket, Event("late", error="its deadline passed"))
+    def _stop(self, ticket: Ticket, event: Event) -> None:
+        each = self._running[ticket.id]
+        each.end = each.end or event
+        self._wake.set()
 
     async def _drive(self) -> None:
         """Have ranks, and begin anew with others where they are lost."""
@@ -231,9 +115,9 @@ class Engine:
                 await self._serve(processes)
             except GangLost as error:
                 failed += not self.ready
-                self.ready = False
+                self.ready, self.lost = False, str(error)
                 log.error("the ranks were lost: %s", error)
-                self._lose(self._gangs, str(error))
+                self._lose_gangs(self._gangs, str(error))
                 await asyncio.to_thread(processes.end)
                 if not processes.may_restart:
                     break
@@ -244,22 +128,16 @@ class Engine:
                 log.exception("the engine failed")
                 break
         self.alive = False
-        for ticket in list(self._tickets.values()):
-            self._end(ticket, Event("failed", error="the ranks cannot be started; look at the server's log"))
+        self._end_all("the ranks cannot be started; look at the server's log")
 
-    def _lose(self, gangs: Sequence[Gang], why: str) -> None:
+    def _lose_gangs(self, gangs: Sequence[Gang], why: str) -> None:
         """What becomes of the requests that ranks were at work on when they were lost."""
         for id in [id for id, each in self._running.items() if each.gang in gangs]:
             each = self._running.pop(id)
-            ticket = each.ticket
             if each.end is not None:
-                self._end(ticket, each.end)
-            elif ticket.tries <= self.limits.retries:
-                ticket.tell(Event("retried", error=why))
-                ticket.step = 0
-                self._enqueue(ticket)
+                self._end(each.ticket, each.end)
             else:
-                self._end(ticket, Event("failed", error=f"{why}; the request was lost with it"))
+                self._lose(each.ticket, why)
 
     def _have(self, gangs: list[Gang]) -> None:
         self._gangs, self._leaving, self._worked = gangs, False, time.monotonic()
@@ -308,7 +186,7 @@ class Engine:
                 try:
                     reports = await asyncio.to_thread(gang.exchange, turn)
                 except GangLost as error:
-                    self._lose([gang], str(error))
+                    self._lose_gangs([gang], str(error))
                     raise
                 self._heard_all(turn, reports)
             elif self._leaving:
@@ -340,11 +218,8 @@ class Engine:
         cancelled = tuple(id for id, each in mine.items() if each.end is not None)
         started = []
         while self._queue and not self._leaving and self._has_room(gang):
-            ticket = heapq.heappop(self._queue)[2]
-            ticket.tries += 1
-            ticket.started = time.monotonic()
+            ticket = self._next()
             self._running[ticket.id] = _Running(ticket, gang)
-            ticket.tell(Event("started"))
             started.append(ticket.work)
         if started and self._queue:
             self._wake.set()
@@ -358,7 +233,7 @@ class Engine:
         """Whether a gang takes one more request; those of others that have fewer come first."""
         counts = [sum(each.gang is other for each in self._running.values()) for other in self._gangs]
         mine = counts[self._gangs.index(gang)]
-        return mine < self._most_at_once and mine == min(counts)
+        return mine < self._most_of_gang and mine == min(counts)
 
     def _chosen(self, running: dict[str, _Running]) -> tuple[str, ...]:
         """The request whose call has waited longest, and others whose calls may join."""
@@ -393,7 +268,7 @@ class Engine:
         if each.end is not None:
             self._end(ticket, each.end)
         elif told.state == "done":
-            self._end(ticket, Event("done", told.step, told.steps, told.pictures, told.shape))
+            self._end(ticket, Event("done", told.step, told.steps, told.pictures, told.shape, told.latents))
         elif told.state == "failed":
             self._end(ticket, Event("failed", told.step, error=told.error, is_input=told.kind == "input"))
         else:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .members import GangLost, Member, answers
-from .messages import Ready, Report, Turn
+from .messages import Ready, Report, Turn, Usage
 
 
 class Gang:
@@ -25,7 +25,7 @@ class Gang:
 
     def __init__(self, members: Sequence[Member], ready: Sequence[Ready], turn_s: float):
         self.facts: dict[str, Any] = ready[0].facts
-        self.usages = {each.rank: each.usage for each in ready}
+        self.usages: dict[int | str, Usage] = {each.rank: each.usage for each in ready}
         self._members, self._turn_s = members, turn_s
 
     def look(self) -> None:

@@ -22,6 +22,9 @@ class Work:
         pictures: encoded files by the names of fields, ``image``, ``mask_image`` and ``control_image``.
         arguments: further ones of the pipeline's call.
         preview_every: decode what there is after every so many steps; 0 never.
+        makes_latents: stop before the pipeline decodes what it made.
+        latents: a safetensors file of what such a request made, which is decoded without a step; None for a request
+            that makes its own.
     """
 
     id: str
@@ -39,6 +42,8 @@ class Work:
     pictures: dict[str, bytes] = dataclasses.field(default_factory=dict)
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     preview_every: int = 0
+    makes_latents: bool = False
+    latents: bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Told:
         kind: ``input`` where the pipeline refused what it was given, else ``internal``.
         pictures: on rank 0, what it made: raw bytes, uint8 ``[N, H, W, C]`` or ``[N, F, H, W, C]``.
         shape: of ``pictures``.
+        latents: on rank 0, a safetensors file in place of pictures, where these were asked for.
         preview: on rank 0, the same of what there is so far, and its shape.
     """
 
@@ -80,6 +86,7 @@ class Told:
     kind: str = ""
     pictures: bytes | None = None
     shape: tuple[int, ...] = ()
+    latents: bytes | None = None
     preview: tuple[bytes, tuple[int, ...]] | None = None
 
     @property

@@ -20,6 +20,7 @@ class Event:
             ``cancelled``, ``late`` (its deadline passed).
         step, steps: how far it is; ``steps`` None where that is not known.
         pictures, shape: raw bytes, uint8 ``[N, H, W, C]`` or ``[N, F, H, W, C]``, of a preview or of what was made.
+        latents: a safetensors file of what was made, where that was not decoded.
         error: why it failed, in one line.
         is_input: whether the pipeline refused what it was given.
     """
@@ -29,6 +30,7 @@ class Event:
     steps: int | None = None
     pictures: bytes | None = None
     shape: tuple[int, ...] = ()
+    latents: bytes | None = None
     error: str = ""
     is_input: bool = False
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import io
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,13 +16,17 @@ import torch
 from xdit_compile.cli.options.request import PipelineRequest, Request
 from xdit_compile.cli.running.output import pixels_of
 from xdit_compile.cli.running.pipeline_call import call_arguments, call_pipeline
-from xdit_compile.errors import XditCompileError
+from xdit_compile.distributed.agreement import Agreement
+from xdit_compile.errors import AgreementError, UsageError, XditCompileError
 from xdit_compile.runtime.diffusers_pipeline import STEPS
 from xdit_compile.runtime.session import Session
 from xdit_compile.serving.queue.messages import Work
 
+from .latents import INSTEAD, NAME, Decoder, Form, Forms, form_of, key_of, own_pipeline, read, tensor_of, written
+
 log = logging.getLogger(__name__)
 _MODES = {"mask_image": "L"}
+C = TypeVar("C")
 
 
 class Making:
@@ -34,42 +37,92 @@ class Making:
         work: what is asked for.
         defaults: what counts where that says nothing.
         whole: the session in which all of the call is one request, where calls of several may not alternate.
-        shows: whether this rank shows what there is so far.
+        shows: whether this rank shows what there is so far, and what was made.
+        forms: what is known of latents; added to.
+        agreement: the talk among the ranks; None where this is the only one.
 
     Attributes:
         step, steps: of the scheduler; ``steps`` None where that is not known.
         preview: the latest one that was not fetched: bytes and shape.
     """
 
-    def __init__(self, pipe: Any, work: Work, defaults: PipelineRequest, whole: Session | None, shows: bool):
+    def __init__(
+        self, pipe: Any, work: Work, defaults: PipelineRequest, whole: Session | None, shows: bool, forms: Forms,
+        agreement: Agreement | None,
+    ):  # fmt: skip
         self.work, self.step = work, 0
         self._request = _request(work, defaults)
-        self.steps = self._request.num_inference_steps
+        self.steps = self._request.num_inference_steps if work.latents is None else None
         self.preview: tuple[bytes, tuple[int, ...]] | None = None
-        self._whole, self._shows = whole, shows
-        self._previews: Previews | None = None
-        self._pipe = _own_pipeline(pipe)
+        self._whole, self._shows, self._forms, self._agreement = whole, shows, forms, agreement
+        self._decoder: Decoder | None = None
+        self._pipe = own_pipeline(pipe)
         _count_steps(self._pipe, self._stepped)
 
-    def run(self) -> np.ndarray:
-        """Pixels as uint8, ``[N, H, W, C]`` or ``[N, F, H, W, C]``.
+    def run(self) -> np.ndarray | bytes:
+        """Pixels as uint8, ``[N, H, W, C]`` or ``[N, F, H, W, C]``; or latents as a file, where these are asked for.
 
         Raises:
             XditCompileError: the pipeline does not take what is asked for, or makes nothing that can be shown.
         """
-        work, request = self.work, self._request
+        work, seeds = self.work, self._request.seeds
         pictures = {name: _picture(data, _MODES.get(name, "RGB")) for name, data in work.pictures.items()}
         others = {**pictures, "strength": work.strength, **work.arguments}
-        arguments, _ = call_arguments(self._pipe, request, **others)
+        arguments, _ = call_arguments(self._pipe, self._request, **others)
         self._pipe.set_progress_bar_config(disable=True)
-        around = (
-            contextlib.nullcontext() if self._whole is None else self._whole.request(arguments, arguments.get(STEPS))
-        )
-        if work.preview_every and "latents" in inspect.signature(type(self._pipe).__call__).parameters:
-            self._previews = Previews(self._pipe, arguments, request.seeds)
-        with around:
-            made, _ = call_pipeline(self._pipe, arguments, request.seeds)
-        return pixels_of(made).bytes()
+        sizes = {name: picture.size for name, picture in pictures.items()}
+        if work.latents is not None:
+            form = self._form(arguments, sizes)
+            latents = read(work.latents, form).to(getattr(self._pipe, "_execution_device", "cpu"))
+            return Decoder(self._pipe, arguments, seeds).pixels(latents)
+        if work.preview_every and NAME in inspect.signature(type(self._pipe).__call__).parameters:
+            self._decoder = Decoder(self._pipe, arguments, seeds)
+        if not work.makes_latents:
+            return self._called(arguments, pixels_of).bytes()
+        form = self._form(arguments, sizes)
+        latents = self._called({**arguments, "output_type": "latent"}, tensor_of)
+        if (tuple(latents.shape), latents.dtype) != (form.shape, form.dtype):
+            raise XditCompileError(f"this pipeline ends with other latents than it begins with; {INSTEAD}")
+        return written(latents)
+
+    def _called(self, arguments: dict[str, Any], content: Callable[[Any], C]) -> C:
+        """What is in the pipeline's result, which other ranks may hold parts of until the request is over."""
+        whole, steps = self._whole, arguments.get(STEPS)
+        with contextlib.nullcontext() if whole is None else whole.request(arguments, steps):
+            return content(call_pipeline(self._pipe, arguments, self._request.seeds)[0])
+
+    def _form(self, arguments: dict[str, Any], sizes: dict[str, tuple[int, int]]) -> Form:
+        """The form of this request's latents, tried where that is not known.
+
+        Raises:
+            UsageError: they cannot be decoded exactly.
+        """
+        key = key_of(self.work, sizes)
+        verdict = self._forms.get(key)
+        if verdict is None:
+            verdict = self._tried(arguments)
+            self._forms.put(key, verdict)
+        if isinstance(verdict, str):
+            raise UsageError(verdict)
+        return verdict
+
+    def _tried(self, arguments: dict[str, Any]) -> Form | str:
+        """What a trial shows, on all ranks alike, wherever it failed."""
+        failure: Exception | None = None
+        verdict: Form | str = f"another rank cannot decode these latents; {INSTEAD}"
+        try:
+            mine = form_of(self._pipe, arguments, self._request.seeds)
+        except AgreementError:
+            raise
+        except Exception as error:  # noqa: BLE001 - raised below, once the others know
+            failure = error
+        if self._any("a trial of latents", failure is not None):
+            raise failure or XditCompileError("another rank failed in a trial of latents")
+        refused = isinstance(mine, str)
+        return mine if self._any("what a trial of latents showed", refused) == refused else verdict
+
+    def _any(self, stage: str, mine: bool) -> bool:
+        return mine if self._agreement is None else self._agreement.any(stage, mine)
 
     def _stepped(self, made: Any) -> None:
         self.step += 1
@@ -78,61 +131,23 @@ class Making:
         if self.steps is None and timesteps is not None:
             self.steps = max(1, len(timesteps) // max(1, getattr(scheduler, "order", 1)))
         every = self.work.preview_every
-        if every and self.step % every == 0 and self.step != self.steps and self._previews is not None:
-            self._previews.latents = _sample(made)
-            self._show()
+        if every and self.step % every == 0 and self.step != self.steps and (latents := _sample(made)) is not None:
+            self._show(latents)
 
-    def _show(self) -> None:
+    def _show(self, latents: torch.Tensor) -> None:
         """Decode what there is, as the pipeline itself would after its last step, if it can do that."""
-        previews = self._previews
-        if previews is None or previews.latents is None:
+        if self._decoder is None:
             return
         try:
-            pixels = previews.pixels()
+            pixels = self._decoder.pixels(latents)
         except XditCompileError:
             raise
         except Exception:  # noqa: BLE001 - a pipeline that does not begin from latents, or not without steps
             log.info("this pipeline cannot show what there is after some of its steps")
-            self._previews = None
+            self._decoder = None
             return
         if self._shows:
             self.preview = (pixels.tobytes(), pixels.shape)
-
-
-class Previews:
-    """What a pipeline makes of latents in no steps at all.
-
-    Args:
-        pipe: whose call takes ``latents``.
-        arguments: of its call.
-        seeds: as `call_pipeline` takes them.
-
-    Attributes:
-        latents: what is shown, as the scheduler returned it.
-    """
-
-    def __init__(self, pipe: Any, arguments: dict[str, Any], seeds: int | list[int]):
-        self.latents: torch.Tensor | None = None
-        self._pipe, self._arguments, self._seeds = copy.copy(pipe), arguments, seeds
-        self._pipe.scheduler = _without_steps(pipe.scheduler)
-
-    def pixels(self) -> np.ndarray:
-        """Pixels as uint8, ``[N, H, W, C]`` or ``[N, F, H, W, C]``."""
-        made, _ = call_pipeline(self._pipe, {**self._arguments, "latents": self.latents}, self._seeds)
-        return pixels_of(made).bytes()
-
-
-def _without_steps(scheduler: Any) -> Any:
-    """A scheduler of the same kind that makes none, and takes latents as they are."""
-    kind = type(scheduler)
-
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        kind.set_timesteps(self, *args, **kwargs)
-        self.timesteps = self.timesteps[:0]
-
-    functools.update_wrapper(set_timesteps, kind.set_timesteps)
-    none: Any = type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "init_noise_sigma": 1.0})
-    return none.from_config(scheduler.config)
 
 
 def _sample(made: Any) -> torch.Tensor | None:
@@ -153,15 +168,6 @@ def _request(work: Work, defaults: PipelineRequest) -> Request:
     return Request(
         prompt=(work.prompt,), seed=work.seed, num_images_per_prompt=count, num_frames=work.num_frames, **fields
     )
-
-
-def _own_pipeline(pipe: Any) -> Any:
-    """A shallow copy with a scheduler of its own, which keeps the state of one loop."""
-    copied = copy.copy(pipe)
-    for name, component in pipe.components.items():
-        if hasattr(component, "set_timesteps"):
-            setattr(copied, name, copy.deepcopy(component))
-    return copied
 
 
 def _count_steps(pipe: Any, stepped: Callable[[Any], None]) -> None:

@@ -7,13 +7,13 @@ import dataclasses
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -29,6 +29,7 @@ from xdit_compile.serving.queue.messages import Hello, Lost, Ready, Regroup, Rep
 from .facts import facts_of
 from .gate import GO_ON, Call, put_gates, take_off
 from .joining import Joiner, Known
+from .latents import Forms
 from .making import Making
 from .strands import Cancelled, Strand
 
@@ -40,29 +41,28 @@ INPUT_ERRORS = (ValueError, TypeError, UsageError)
 
 
 def serve_rank(
-    request: PipelineRequest, world: World, max_batch: int, plans: Mapping[str, Plan], is_child: bool
+    request: PipelineRequest, world: World, max_batch: int, plans: Mapping[str, Plan], front: dict[str, Any] | None
 ) -> None:
     """Connect to the front and serve until it hangs up.
 
-    A process that the front started has its address and key from a line of standard input. Where a launcher started
-    the ranks, rank 0 is such a process, and tells the others.
+    Where a launcher started the ranks, rank 0 alone is told where the front is, by the front, and tells the others.
 
     Args:
         request: with the plan to begin with.
         world: this process's place among all.
         max_batch: calls that may run as one.
         plans: those that the front may have ranks change to, by name.
-        is_child: whether the front started this process.
+        front: its address, its key, and whether all ranks are told; None where this one is not.
 
     Raises:
         AgreementError: ranks did not meet in time.
     """
-    front = json.loads(sys.stdin.readline()) if is_child else {}
-    store = None if front.get("is_told") else meet(world, request.plan.timeout_s)
+    store = None if front is not None and front["is_told"] else meet(world, request.plan.timeout_s)
     if store is not None:
-        if is_child:
+        if front is not None:
             store.set(FRONT, json.dumps(front))
         front = json.loads(store.get(FRONT))
+    assert front is not None
     _connected(front, request, world, max_batch, plans)
     del store  # until here: where rank 0 serves it, others read there
     leave()
@@ -129,7 +129,8 @@ class Rank:
         self._alternates = bool(self._gates) and not plan.is_stale and plan.cfg == 1
         session = self._gates[0].session if self._gates else None
         self._whole = None if self._alternates else session
-        self._joiner = None
+        self._agreement = None if session is None else session.agreement
+        self._forms, self._joiner = Forms(), None
         if session is not None and self._alternates:
             self._joiner = Joiner(session.agreement, max_batch, known)
         self._device = (session.device if session is not None else None) or torch.device("cpu")
@@ -181,7 +182,8 @@ class Rank:
                 self._live[id][1].go_on(failure=Cancelled())
 
     def _start(self, work: Work) -> None:
-        making = Making(self._pipe, work, self._request, self._whole, shows=self._world.rank == 0)
+        shows = self._world.rank == 0
+        making = Making(self._pipe, work, self._request, self._whole, shows, self._forms, self._agreement)
         strand = Strand(making.run, work.seed, self._device)
         self._live[work.id] = (making, strand)
         strand.go_on()
@@ -221,9 +223,14 @@ class Rank:
             return Told("cancelled", step=making.step, steps=making.steps)
         if strand.error is not None:
             return self._failed(making, strand.error)
-        pixels = strand.result
-        shown = pixels.tobytes() if self._world.rank == 0 else None
-        return Told("done", step=making.step, steps=making.steps, pictures=shown, shape=pixels.shape)
+        return self._done(making, strand.result)
+
+    def _done(self, making: Making, made: np.ndarray | bytes) -> Told:
+        done = Told("done", step=making.step, steps=making.steps)
+        if isinstance(made, bytes):
+            return dataclasses.replace(done, latents=made if self._world.rank == 0 else None)
+        shown = made.tobytes() if self._world.rank == 0 else None
+        return dataclasses.replace(done, pictures=shown, shape=made.shape)
 
     def _failed(self, making: Making, error: BaseException) -> Told:
         if isinstance(error, AgreementError):

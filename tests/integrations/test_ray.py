@@ -1,0 +1,231 @@
+"""Gangs of ranks on real clusters of Ray: a script's own, and a service whose actors, gangs and nodes are lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from diffusers import DiffusionPipeline
+from ray import serve
+
+from benchmarks.serving_client import alone
+from xdit_compile.cli.options.request import DEMO_PIPELINE
+from xdit_compile.errors import UsageError, XditCompileError
+from xdit_compile.integrations.ray import Ranks, build, placing
+from xdit_compile.plan import Plan
+
+from .ray_cluster import Service, cluster_of, processes, serving_on
+
+ASKED = {"prompt": "a red circle", "num_inference_steps": 12, "seed": 3}
+GONE_S = 20.0
+PLAN = Plan(ulysses=2, backend="eager")
+
+
+def load() -> Any:
+    return DiffusionPipeline.from_pretrained(str(DEMO_PIPELINE))
+
+
+def make(pipe: Any, **others: Any) -> np.ndarray:
+    generator = torch.Generator().manual_seed(5)
+    return pipe(prompt="a red circle", num_inference_steps=3, generator=generator, output_type="np", **others).images
+
+
+def until(holds: Callable[[], bool], seconds: float = GONE_S) -> None:
+    limit = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"plan": {"ulyses": 2}}, "plan has no ulyses; did you mean ulysses?"),
+        ({"max_bach": 2}, "args has no max_bach; did you mean max_batch?"),
+        ({"replicas": "4:1"}, "--replicas 4:1: give a number of gangs"),
+        ({"rank_resources": "GPU"}, "--rank_resources GPU: 'GPU' is no amount"),
+        ({"max_batch": 0}, "--max_batch 0 must be at least 1"),
+    ],
+)
+def test_an_application_says_what_is_wrong_with_it(args: dict[str, Any], said: str):
+    with pytest.raises(UsageError, match=said.replace("?", r"\?")):
+        build(args)
+
+
+def test_a_share_fits_as_often_as_the_scarcest_of_it():
+    share = placing.Share.parsed("GPU=1, CPU=4")
+    assert share.options == {"num_cpus": 4.0, "num_gpus": 1.0, "resources": {}}
+    assert share.times({"CPU": 11.0, "GPU": 8.0}) == 2
+    assert share.times({"CPU": 11.0}) == 0
+
+
+@pytest.mark.slow
+def test_ranks_of_a_script_are_actors_over_two_nodes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(placing, "BUSY_S", 2.0)
+    want = make(load())
+    with cluster_of(1, 1) as (cluster, _):
+        ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            with Ranks(PLAN) as ranks:
+                assert len(set(ranks.run(lambda: ray.get_runtime_context().get_node_id()))) == 2
+                assert ranks.run(lambda: os.environ["LOCAL_RANK"]) == ["0", "0"]
+                pipe = ranks.pipeline(load)
+                for _ in range(2):
+                    assert np.abs(make(pipe) - want).max() <= 2e-5
+                with pytest.raises(ValueError, match="height"):
+                    make(pipe, height=17, use_resolution_binning=False)
+                assert np.abs(make(pipe) - want).max() <= 2e-5
+                begin = time.monotonic()
+                with pytest.raises(UsageError, match="no room for 4 ranks of 1 CPU: it has 2 CPU"):
+                    Ranks(Plan(ulysses=4))
+                with pytest.raises(UsageError, match="had no room for 2 ranks of 1 CPU within 2 s: nothing of 2 CPU"):
+                    Ranks(PLAN)
+                assert time.monotonic() - begin < GONE_S
+                os.kill(ranks.run(os.getpid)[1], signal.SIGKILL)
+                with pytest.raises(XditCompileError, match="rank 1: its actor died; all ranks were ended"):
+                    make(pipe)
+                with pytest.raises(UsageError, match="these ranks have ended"):
+                    make(pipe)
+            with Ranks(PLAN) as ranks:
+                assert ranks.run(lambda: os.environ["RANK"]) == ["0", "1"]
+        finally:
+            ray.shutdown()
+
+
+@pytest.mark.slow
+def test_actors_end_with_the_script_that_made_them(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\nfrom xdit_compile.plan import Plan\nfrom xdit_compile.integrations.ray import Ranks\n"
+        "if __name__ == '__main__':\n    with Ranks(Plan(ulysses=2)) as ranks:\n        print('there', flush=True)\n"
+        "        ranks.run(time.sleep, 600)\n"
+    )
+    with cluster_of(2) as (cluster, _):
+        running = subprocess.Popen(
+            [sys.executable, script], env={**os.environ, "RAY_ADDRESS": cluster.address}, stdout=subprocess.PIPE
+        )
+        assert running.stdout is not None and running.stdout.readline() == b"there\n"
+        until(lambda: len(processes("ray::RankActor")) == 2)
+        running.kill()
+        running.wait()
+        until(lambda: not processes("ray::RankActor"))
+
+
+@pytest.mark.slow
+def test_a_service_goes_on_where_an_actor_a_gang_or_a_node_is_lost(tmp_path: Path):
+    want = alone([dict(ASKED)])[0]
+    with cluster_of(2, 2) as (cluster, nodes):
+        with serving_on(cluster.address, tmp_path, "--retry", "--replicas", "2") as server:
+
+            def state() -> dict[str, Any]:
+                return json.loads(server.get("/v1/status")[1])
+
+            assert state()["gangs"] == 2
+            _all_right(server, want, lambda: None, count=4)
+            _all_right(server, want, lambda: processes("ray::RankActor")[0].kill())
+            _all_right(server, want, lambda: [each.kill() for each in processes("ray::RankActor")])
+            _all_right(server, want, lambda: processes("ray::ServeReplica:xdit-compile:Gang")[0].kill())
+            until(lambda: state()["gangs"] == 2, 60)
+            assert state()["restarts"] >= 3
+            _all_right(server, want, lambda: cluster.remove_node(nodes[0], allow_graceful=False), count=3)
+            asking = threading.Thread(target=lambda: server.ask(**{**ASKED, "num_inference_steps": 500}, id="long"))
+            asking.start()
+            until(lambda: any(each["step"] for each in state()["running"]))
+            assert server.cancel("long") == 200
+            asking.join(GONE_S)
+            assert state()["running"] == []
+            kinds = [event["type"].partition(".")[2] for event in server.events(**ASKED)]
+            assert kinds == ["queued", "started", *["progress"] * 12, "completed"]
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(GONE_S) == 0
+        assert not processes("ray::RankActor")
+        assert "Traceback" not in (tmp_path / "log").read_text().rpartition("xdit_compile.serving.http.guard")[2]
+
+
+def _all_right(server: Service, want: np.ndarray, disturb: Callable[[], Any], count: int = 2) -> None:
+    """Requests at once, in the midst of which something happens, all give the picture."""
+    answers: list[Any] = []
+    asking = [threading.Thread(target=lambda: answers.append(server.ask(**ASKED))) for _ in range(count)]
+    for each in asking:
+        each.start()
+    time.sleep(1.0)
+    disturb()
+    for each in asking:
+        each.join()
+    assert [answer.status for answer in answers] == [200] * count, [answer.body.get("error") for answer in answers]
+    assert max(np.abs(answer.picture - want).max() for answer in answers) <= 1
+
+
+@pytest.mark.slow
+def test_gangs_follow_the_queue_and_end_with_a_killed_command(tmp_path: Path):
+    with contextlib.ExitStack() as held:
+        cluster, _ = held.enter_context(cluster_of(2, 2))
+        server = held.enter_context(serving_on(cluster.address, tmp_path, "--replicas", "1:2", "--max_batch", "1"))
+        again = [sys.executable, "-m", "xdit_compile", "serve", "--ray", cluster.address, "--ulysses_degree", "2"]
+        done = subprocess.run(again, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "the cluster has an application xdit-compile already" in done.stderr
+        answers: list[Any] = []
+        wanted = {**ASKED, "num_inference_steps": 40}
+        asking = [threading.Thread(target=lambda: answers.append(server.ask(**wanted))) for _ in range(8)]
+        for each in asking:
+            each.start()
+        until(lambda: json.loads(server.get("/v1/status")[1])["gangs"] == 2, 60)
+        for each in asking:
+            each.join()
+        assert [answer.status for answer in answers] == [200] * 8
+        server.process.kill()
+        until(lambda: not processes("ray::RankActor") and not processes("ray::ServeReplica"))
+
+
+@pytest.mark.slow
+def test_an_application_is_deployed_as_others_are():
+    with cluster_of(2) as (cluster, _):
+        ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            serve.start(http_options={"port": (port := _free_port())}, proxy_location="HeadOnly")
+            serve.run(build({"plan": {"ulysses": 2, "backend": "eager"}, "replicas": 1}), name="pictures")
+            answer = Service(None, f"http://127.0.0.1:{port}").ask(**ASKED)
+            assert answer.status == 200
+            assert np.abs(answer.picture - alone([dict(ASKED)])[0]).max() <= 1
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--replicas", "2"], "--replicas says how a cluster of Ray is used; give --ray, too"),
+        (["--ray", "nowhere"], "nowhere is no address of a cluster; give HOST:PORT, as ray start says it"),
+        (["--ray", "127.0.0.1:1"], "there is no cluster of Ray at 127.0.0.1:1: [Errno 111] Connection refused"),
+        (["--ray", "--plan", "latency=ulysses:2"], "--plan changes plans on one machine; with --ray"),
+    ],
+)
+def test_the_command_says_what_is_wrong_with_a_cluster(flags: list[str], said: str):
+    done = subprocess.run(
+        [sys.executable, "-m", "xdit_compile", "serve", *flags], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert said in done.stderr
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

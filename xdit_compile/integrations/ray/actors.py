@@ -1,0 +1,147 @@
+"""Ranks as actors: each a process of its own, on whatever machine there is room, that knows its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from xdit_compile.distributed.environment import RUN_FOLDER
+from xdit_compile.distributed.world import LAUNCHERS
+from xdit_compile.errors import XditCompileError, one_line
+from xdit_compile.plan import Plan
+
+from .placing import Share
+
+HANDED_ON = ("XDIT_COMPILE_", "HF_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "NCCL_", "GLOO_", "PYTORCH_")
+"""Settings in this process's environment that ranks have, too, by how their names begin."""
+KEPT_BACK = ("XDIT_COMPILE_API_KEY", RUN_FOLDER, *(name for names in LAUNCHERS for name in names))
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Of a call: those by place, and those by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an actor is.
+
+    Args:
+        node: Ray's id of the machine.
+        address: of the machine.
+        port: that was free there.
+    """
+
+    node: str
+    address: str
+    port: int
+
+
+class RankActor:
+    """One rank."""
+
+    _pipe: Any = None
+
+    def place(self) -> Place:
+        """Where this is."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port)
+
+    def settle(self, environment: dict[str, str]) -> None:
+        """Know the place among the ranks, where launchers write it."""
+        os.environ.update(environment)
+
+    def run(self, function: Callable[..., Any], given: Arguments) -> Any:
+        """What a function gives in this process."""
+        return function(*given[0], **given[1])
+
+    def load(self, load: Callable[..., Any], plan: Plan, given: Arguments) -> None:
+        """Have a pipeline, parallelized."""
+        from xdit_compile.api import parallelize
+
+        self._pipe = parallelize(load(*given[0], **given[1]), plan)
+
+    def make(self, given: Arguments) -> Any:
+        """What its call gives; on rank 0 alone."""
+        made = self._pipe(*given[0], **given[1])
+        return made if os.environ["RANK"] == "0" else None
+
+
+def actors_in(group: PlacementGroup, share: Share, settings: Mapping[str, str], limit_s: float) -> list[ActorHandle]:
+    """Actors in all of a placement group, in the order of their ranks, those of a machine side by side.
+
+    Args:
+        settings: for their environments; they have imported nothing heavy then.
+
+    Raises:
+        XditCompileError: they were not there in time.
+    """
+    kind: Any = ray.remote(RankActor)
+    started = [
+        kind.options(
+            **share.options, max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, number),
+        ).remote()
+        for number in range(group.bundle_count)
+    ]  # fmt: skip
+    try:
+        places = ray.get([actor.place.remote() for actor in started], timeout=limit_s)
+        nodes = list(dict.fromkeys(place.node for place in places))
+        order = sorted(range(len(started)), key=lambda number: nodes.index(places[number].node))
+        actors = [started[number] for number in order]
+        environments = _environments([places[number] for number in order])
+        settled = [actor.settle.remote({**settings, **each}) for actor, each in zip(actors, environments, strict=True)]
+        ray.get(settled, timeout=limit_s)
+    except GetTimeoutError:
+        end_actors(started)
+        raise XditCompileError(f"the cluster did not start {len(started)} actors within {limit_s:.0f} s") from None
+    except RayError as error:
+        end_actors(started)
+        raise XditCompileError(f"an actor could not be started: {said_of(error)}") from error
+    return actors
+
+
+def end_actors(actors: Sequence[ActorHandle]) -> None:
+    """End the processes at once, whatever they do."""
+    for actor in actors:
+        ray.kill(actor)
+
+
+def said_of(error: BaseException) -> str:
+    """What to say of an actor's failure, in one line."""
+    if isinstance(error, RayTaskError):
+        return one_line(error.cause)
+    if isinstance(error, RayActorError):
+        return "its machine was lost" if "node has died" in str(error) else "its actor died"
+    return one_line(error)
+
+
+def _environments(places: Sequence[Place]) -> list[dict[str, str]]:
+    """What a launcher would write for each rank."""
+    environments = []
+    for rank, place in enumerate(places):
+        alike = [number for number, other in enumerate(places) if other.node == place.node]
+        values = {
+            "RANK": rank, "WORLD_SIZE": len(places), "LOCAL_RANK": alike.index(rank), "LOCAL_WORLD_SIZE": len(alike),
+            "MASTER_ADDR": places[0].address, "MASTER_PORT": places[0].port,
+        }  # fmt: skip
+        environments.append({name: str(value) for name, value in values.items()})
+    return environments
+
+
+def settings_here(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What of a process's environment its ranks elsewhere have, too."""
+    handed_on = {
+        name: value for name, value in environment.items() if name.startswith(HANDED_ON) and name not in KEPT_BACK
+    }
+    return {"TORCH_CPP_LOG_LEVEL": "ERROR", **handed_on}

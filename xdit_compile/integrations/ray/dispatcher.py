@@ -1,0 +1,210 @@
+"""The queue of a service whose gangs come and go: each takes the next request when it has room for one.
+
+For every request that waits there is one open call of a gang, a slot. Serve gives slots to gangs that have room, and
+counts them to decide how many gangs there are. Which request a slot is for is decided when a gang asks, so that
+priorities hold whatever Serve does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+
+from xdit_compile.serving.queue.desk import LOOK_S, Desk, Limits
+from xdit_compile.serving.queue.messages import Usage
+from xdit_compile.serving.queue.tickets import Event, Ticket
+
+from .reports import Assignment, GangReport
+
+log = logging.getLogger(__name__)
+SILENT_S = 10.0
+"""A gang that has said nothing for so long is counted no more."""
+AGAIN_S = 0.5
+"""After a slot was lost before anything came of it, so long passes before the next."""
+Open = Callable[[str], AbstractAsyncContextManager[AsyncIterator[Event]]]
+"""Opens a slot; what comes of it are the events of one request. Closing it gives the request up."""
+
+
+class Dispatcher(Desk):
+    """Takes requests, and has gangs work on them.
+
+    Args:
+        open_slot: of a gang with room, whichever that is.
+        limits: how much is done at once.
+        model: what is served, as it was named.
+        patience_s: requests wait so long for a gang where there is none.
+    """
+
+    def __init__(self, open_slot: Open, limits: Limits, model: str, patience_s: float):
+        super().__init__(limits, model)
+        self._open_slot, self._patience_s = open_slot, patience_s
+        self._gangs: dict[str, _Gang] = {}
+        self._seen = time.monotonic()
+        self._past_restarts = 0
+        self._slots: dict[str, asyncio.Task[None]] = {}
+        self._bound: dict[str, _Bound] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to look after requests."""
+        self._tasks = [asyncio.create_task(self._watch_deadlines()), asyncio.create_task(self._watch_gangs())]
+
+    async def stop(self, drain_s: float) -> None:
+        """Take no more requests, and give those that are here so many seconds."""
+        await self.drain(drain_s)
+        for task in [*self._tasks, *self._slots.values()]:
+            task.cancel()
+        self._end_all("the server ended")
+        await asyncio.gather(*self._tasks, *self._slots.values(), return_exceptions=True)
+
+    def take(self, slot: str, gang: str) -> Assignment | None:
+        """The request that a slot is for; None where none waits any more.
+
+        Args:
+            gang: that asks.
+        """
+        if slot not in self._slots or not self._queue:
+            return None
+        ticket = self._next()
+        self._bound[slot] = _Bound(ticket, gang)
+        return Assignment(ticket.work, ticket.tries)
+
+    def report(self, said: GangReport) -> None:
+        """Know how a gang is."""
+        before = self._gangs.get(said.name)
+        if before is None:
+            log.info("gang %s is there", said.name)
+        self._gangs[said.name] = _Gang(dataclasses.replace(said, turns=()), time.monotonic())
+        self._seen, self.alive = time.monotonic(), True
+        self.facts = said.facts or self.facts
+        for turn, report in said.turns:
+            for tell in self.turned:
+                tell(turn, report)
+        self._count()
+
+    def status(self) -> dict[str, object]:
+        """As `Desk.status`, and ``gangs``: how many there are."""
+        return {**super().status(), "gangs": len(self._gangs)}
+
+    @property
+    def plan(self) -> str:
+        """How the ranks of a gang are arranged, in words, and how many gangs there are."""
+        words = next((gang.said.plan for gang in self._gangs.values()), "no gang")
+        return f"{words} x {len(self._gangs)}" if len(self._gangs) > 1 else words
+
+    @property
+    def _most_at_once(self) -> int:
+        return max(1, len(self._gangs)) * (self.limits.max_batch if self.facts.get("joins") else 1)
+
+    def _came(self) -> None:
+        self._have_slots()
+
+    def _stop(self, ticket: Ticket, event: Event) -> None:
+        slot = next(slot for slot, bound in self._bound.items() if bound.ticket is ticket)
+        del self._bound[slot]
+        self._slots[slot].cancel()
+        self._end(ticket, event)
+
+    def _have_slots(self) -> None:
+        """One for each request that waits."""
+        idle = [slot for slot in self._slots if slot not in self._bound]
+        for _ in range(len(self._queue) - len(idle)):
+            slot = secrets.token_hex(8)
+            self._slots[slot] = asyncio.create_task(self._attend(slot))
+
+    async def _attend(self, slot: str) -> None:
+        """Hear what becomes of a slot."""
+        why = "its gang went away"
+        try:
+            async with self._open_slot(slot) as events:
+                async for event in events:
+                    self._heard(slot, event)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever Ray says of a replica that is gone
+            why = f"a gang was lost ({type(error).__name__})"
+            log.info("a slot was lost", exc_info=error)
+            if slot not in self._bound:
+                await asyncio.sleep(AGAIN_S)
+        finally:
+            self._close(slot, why)
+
+    def _heard(self, slot: str, event: Event) -> None:
+        bound = self._bound.get(slot)
+        if bound is None:
+            return
+        if event.ends:
+            del self._bound[slot]
+            self._end(bound.ticket, event)
+            return
+        if event.kind == "retried":
+            bound.ticket.tries += 1
+            bound.ticket.step = 0
+        bound.ticket.tell(event)
+
+    def _close(self, slot: str, why: str) -> None:
+        self._slots.pop(slot, None)
+        bound = self._bound.pop(slot, None)
+        if bound is not None:
+            self._forget(bound.gang)
+            self._lose(bound.ticket, why)
+        self._have_slots()
+
+    def _forget(self, gang: str) -> None:
+        gone = self._gangs.pop(gang, None)
+        self._past_restarts += 0 if gone is None else gone.said.restarts + 1
+        self._count()
+
+    def _count(self) -> None:
+        """Sums over gangs."""
+        self.ready = any(gang.said.ready for gang in self._gangs.values())
+        self.restarts = self._past_restarts + sum(gang.said.restarts for gang in self._gangs.values())
+        usages: dict[int | str, Usage] = collections.OrderedDict()
+        for number, (_, gang) in enumerate(sorted(self._gangs.items())):
+            usages.update({f"{number}/{rank}": usage for rank, usage in gang.said.usages.items()})
+        self.usages = usages
+
+    async def _watch_gangs(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            for name in [name for name, gang in self._gangs.items() if now - gang.heard > SILENT_S]:
+                log.info("gang %s is not there any more", name)
+                del self._gangs[name]
+                self._count()
+            if self._gangs or not self._queue:
+                self._seen = now
+            elif now - self._seen > self._patience_s:
+                self._end_all(f"there was no gang for {self._patience_s:.0f} s; see what the cluster has room for")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gang:
+    """What is known of a gang.
+
+    Args:
+        said: its last report, without turns.
+        heard: when, on `time.monotonic`'s clock.
+    """
+
+    said: GangReport
+    heard: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """A request that a gang works on.
+
+    Args:
+        ticket: of it.
+        gang: by its name.
+    """
+
+    ticket: Ticket
+    gang: str

@@ -1,0 +1,80 @@
+"""The replica of Ray Serve that speaks HTTP: the same application as that of a server without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+
+from xdit_compile.serving.http.app import make_app
+from xdit_compile.serving.http.settings import Settings
+from xdit_compile.serving.logs import show_logs
+from xdit_compile.serving.queue.tickets import Event
+from xdit_compile.serving.request import ServeRequest
+
+from .dispatcher import Dispatcher
+from .reports import Assignment, GangReport
+
+
+class Front:
+    """Holds the queue, and answers.
+
+    Args:
+        gangs: to which requests go.
+        request_json: what the server was started with, a `ServeRequest`.
+        settings: of the HTTP side.
+        job: an actor that is there as long as the job that wants this service; None for one that stays.
+    """
+
+    def __init__(self, gangs: DeploymentHandle, request_json: str, settings: Settings, job: ActorHandle | None = None):
+        request = ServeRequest.from_json(request_json)
+        show_logs(request)
+        self._settings = settings
+        self._gangs = gangs.options(stream=True)
+        self._dispatcher = Dispatcher(self._slot, request.limits, request.name, request.start_timeout)
+        self._dispatcher.start()
+        self._ending = None if job is None else asyncio.create_task(_end_with(job))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """For Serve: what answers HTTP."""
+        return make_app(self._dispatcher, self._settings)
+
+    async def take(self, slot: str, gang: str) -> Assignment | None:
+        """As `Dispatcher.take`."""
+        return self._dispatcher.take(slot, gang)
+
+    async def report(self, said: GangReport) -> None:
+        """As `Dispatcher.report`."""
+        self._dispatcher.report(said)
+
+    async def drain(self, limit_s: float) -> None:
+        """Take no more requests, and return once those that are here have ended, or the time is over."""
+        await self._dispatcher.drain(limit_s)
+
+    @contextlib.asynccontextmanager
+    async def _slot(self, slot: str) -> AsyncIterator[AsyncIterator[Event]]:
+        answers: Any = self._gangs.work.remote(slot)
+        try:
+            yield answers
+        except BaseException:
+            answers.cancel()
+            raise
+
+    async def __del__(self) -> None:
+        dispatcher = getattr(self, "_dispatcher", None)
+        if dispatcher is not None:
+            await dispatcher.stop(0)
+
+
+async def _end_with(job: ActorHandle) -> None:
+    """End the service once a job has ended without having done so."""
+    name = serve.get_replica_context().app_name
+    with contextlib.suppress(RayError):
+        await job.last.remote()
+    await asyncio.to_thread(serve.delete, name)

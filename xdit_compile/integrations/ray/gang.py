@@ -1,0 +1,104 @@
+"""A replica of Ray Serve that is a gang: ranks as actors in its placement group, and what they do next."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+
+import ray
+from ray import serve
+
+from xdit_compile.errors import XditCompileError
+from xdit_compile.serving.logs import show_logs
+from xdit_compile.serving.queue.engine import Engine
+from xdit_compile.serving.queue.messages import Report, Turn
+from xdit_compile.serving.queue.processes import Processes
+from xdit_compile.serving.queue.tickets import Event
+from xdit_compile.serving.request import ServeRequest
+
+from .placing import Share
+from .reports import Assignment, GangReport, without_pictures
+from .starter import ActorStarter
+
+log = logging.getLogger(__name__)
+FRONT, GANG = "Front", "Gang"
+"""Names of the deployments."""
+TURN_S = 3600.0
+"""A turn that compiles may take long; ranks that stand still are seen by themselves after the plan's timeout_s."""
+REPORT_S = 1.0
+READY_S = 0.05
+
+
+class Gang:
+    """Ranks of one plan, and the queue before them, which is short: the front holds the requests.
+
+    Args:
+        request_json: what the server was started with, a `ServeRequest`.
+        share: what each rank takes of its machine.
+        settings: for the ranks' environments.
+
+    Raises:
+        XditCompileError: the ranks cannot be started.
+    """
+
+    async def __init__(self, request_json: str, share: Share, settings: Mapping[str, str]):
+        request = ServeRequest.from_json(request_json)
+        show_logs(request)
+        context = serve.get_replica_context()
+        self._name = context.replica_tag
+        self._front = serve.get_deployment_handle(FRONT, context.app_name)
+        group = ray.util.get_current_placement_group()
+        assert group is not None
+
+        def processes() -> Processes:
+            starter = ActorStarter(request, group, share, settings)
+            return Processes(starter, request.arrangements[0], request.start_timeout, TURN_S)
+
+        self._turns: list[tuple[Turn, Report]] = []
+        self._engine = Engine(processes, request.limits, request.name, request.arrangements)
+        self._engine.turned.append(lambda turn, report: self._turns.append(without_pictures(turn, report)))
+        await self._engine.start()
+        while self._engine.alive and not self._engine.ready:
+            await asyncio.sleep(READY_S)
+        self.check_health()
+        self._reporting = asyncio.create_task(self._report())
+
+    def check_health(self) -> None:
+        """For Serve, which has another replica in place of one that raises."""
+        if not self._engine.alive:
+            raise XditCompileError(f"the ranks cannot be started: {self._engine.lost}")
+
+    def about(self) -> GangReport:
+        """How this gang is."""
+        engine, turns = self._engine, tuple(self._turns)
+        self._turns.clear()
+        return GangReport(
+            self._name, engine.facts, engine.plan, engine.ready, engine.restarts, dict(engine.usages), turns
+        )
+
+    async def work(self, slot: str) -> AsyncIterator[Event]:
+        """Work on the request that the front has for a call of this, and say what becomes of it."""
+        assignment: Assignment | None = await self._front.take.remote(slot, self._name)
+        if assignment is None:
+            return
+        ticket = self._engine.submit(assignment.work)
+        ticket.tries = assignment.tries - 1
+        try:
+            async for event in ticket.events():
+                if event.kind not in ("queued", "started"):
+                    yield event
+        finally:
+            self._engine.cancel(ticket.id)
+
+    async def _report(self) -> None:
+        while True:
+            with contextlib.suppress(Exception):  # the front may be starting anew
+                await self._front.report.remote(self.about())
+            await asyncio.sleep(REPORT_S)
+
+    async def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            await engine.stop(0)

@@ -1,0 +1,52 @@
+"""What gangs and the front tell each other beside the requests themselves; plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from xdit_compile.serving.queue.messages import Report, Turn, Usage, Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """A request that a gang is to work on.
+
+    Args:
+        work: what to make.
+        tries: how often it was begun, this time included.
+    """
+
+    work: Work
+    tries: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GangReport:
+    """How a gang is.
+
+    Args:
+        name: of the replica.
+        facts: as `Ready` has them.
+        plan: in words.
+        ready: whether its ranks are there.
+        restarts: how often they were started anew.
+        usages: by rank.
+        turns: that were taken since the last report, with what the first rank said of each.
+    """
+
+    name: str
+    facts: dict[str, Any]
+    plan: str
+    ready: bool
+    restarts: int
+    usages: dict[int | str, Usage]
+    turns: tuple[tuple[Turn, Report], ...] = ()
+
+
+def without_pictures(turn: Turn, report: Report) -> tuple[Turn, Report]:
+    """A turn and what was said of it, for counting: without what was made."""
+    told = {
+        id: dataclasses.replace(each, pictures=None, latents=None, preview=None) for id, each in report.told.items()
+    }
+    return Turn(run=turn.run), dataclasses.replace(report, told=told)

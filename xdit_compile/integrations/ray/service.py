@@ -1,0 +1,164 @@
+"""``xdit-compile serve --ray``: an application of Ray Serve that ends with the command."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from xdit_compile.errors import UsageError, XditCompileError, one_line
+from xdit_compile.serving.logs import show_logs
+from xdit_compile.serving.request import ServeRequest
+
+from .app import QUIET, Replicas, application
+from .cluster import cluster
+from .placing import Share, give_back, most_gangs, reserved
+
+log = logging.getLogger(__name__)
+NAME = "xdit-compile"
+"""Of the application, in the cluster."""
+LOOK_S = 0.5
+
+
+class Job:
+    """An actor that is there as long as the command."""
+
+    async def last(self) -> None:
+        """Never returns."""
+        await asyncio.Event().wait()
+
+
+def serve_on_ray(request: ServeRequest, address: str, replicas: Replicas, resources: str | None, wait_s: float) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests that are here then have `ServeRequest.drain` seconds to end.
+
+    Args:
+        address: of a cluster, or `cluster.HERE`.
+        resources: what each rank takes of its machine, as ``GPU=1,CPU=4``.
+        wait_s: for machines to join a cluster that is too small.
+
+    Raises:
+        UsageError: there is no such cluster, no room in it, or something else serves there.
+        XditCompileError: the ranks cannot be started, or the service was ended by somebody else.
+    """
+    show_logs(request)
+    share = None if resources is None else Share.parsed(resources)
+    with cluster(address, request.quiet), _signals() as ended:
+        _check_free(request)
+        share = share or Share.usual(request.device == "cpu")
+        ranks = request.plan.world_size
+        give_back(reserved(share, ranks, replicas.least, wait_s))
+        if (held := most_gangs(share, ranks)) < replicas.most:
+            log.warning("the cluster has room for %d of up to %d gangs", held, replicas.most)
+        where = _listening(request)
+        try:
+            _deploy(request, replicas, share, ended)
+            print(f"serving {request.name} at http://{where}; Ctrl-C ends it", flush=True)
+            _until_ended(ended)
+            serve.get_app_handle(NAME).drain.remote(request.drain).result(timeout_s=request.drain + 5)
+        finally:
+            serve.delete(NAME)
+            if not serve.status().applications:
+                serve.shutdown()
+
+
+def _deploy(request: ServeRequest, replicas: Replicas, share: Share, ended: threading.Event) -> None:
+    kind: Any = ray.remote(Job)
+    job = kind.options(num_cpus=0).remote()
+    app = application(request, replicas, share, job)
+    failure: list[Exception] = []
+
+    def run() -> None:
+        try:
+            serve.run(app, name=NAME, logging_config=QUIET)
+        except Exception as error:  # noqa: BLE001 - it is raised where this is waited for
+            failure.append(error)
+
+    running = threading.Thread(target=run, name="deploy", daemon=True)
+    running.start()
+    while running.is_alive() and not ended.is_set():
+        running.join(LOOK_S)
+    if failure:
+        raise XditCompileError(f"the service did not start: {_reason() or one_line(failure[0])}") from failure[0]
+
+
+def _reason() -> str:
+    """Why deployments do not run, as Serve has it."""
+    application = serve.status().applications.get(NAME)
+    said = [] if application is None else [each.message for each in application.deployments.values()]
+    return next((" ".join(message.split()) for message in said if message), "")
+
+
+def _until_ended(ended: threading.Event) -> None:
+    while not ended.wait(LOOK_S):
+        application = serve.status().applications.get(NAME)
+        if application is None or application.status == ApplicationStatus.DELETING:
+            raise XditCompileError("somebody ended the service in the cluster")
+
+
+def _running() -> Any:
+    """Serve's client, where it runs in the cluster."""
+    return serve.context._get_global_client(raise_if_no_controller_running=False)
+
+
+def _check_free(request: ServeRequest) -> None:
+    """See that the service can have its name and its address.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    running = _running()
+    if running is None:
+        return
+    if NAME in serve.status().applications:
+        raise UsageError(f"the cluster has an application {NAME} already; end that, or take another cluster")
+    options = running.http_config
+    if (options.host, options.port) != (request.host, request.port):
+        raise UsageError(
+            f"Serve of this cluster listens at {options.host}:{options.port} and can listen at one address only: "
+            f"give --host {options.host} --port {options.port}, or take another cluster"
+        )
+
+
+def _listening(request: ServeRequest) -> str:
+    """Have Serve listen; where."""
+    if _running() is not None:
+        return f"{request.host}:{request.port}"
+    port = request.port or _free_port(request.host)
+    serve.start(proxy_location="HeadOnly", http_options={"host": request.host, "port": port}, logging_config=QUIET)
+    return f"{request.host}:{port}"
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that is set at the first signal that ends the command; the next one ends it at once."""
+    ended = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def end(number: int, frame: object) -> None:
+        if ended.is_set():
+            raise KeyboardInterrupt
+        ended.set()
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield ended
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
