@@ -142,6 +142,15 @@ def _is_rank(process: psutil.Process) -> bool:
         return False
 
 
+def processes(word: str) -> list[psutil.Process]:
+    """Of this machine, those whose command line has a word in it."""
+    running = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(word in each for each in process.info["cmdline"] or ()):
+            running.append(process)
+    return running
+
+
 @contextlib.contextmanager
 def serving(flags: tuple[str, ...], log: Path) -> Iterator[Server]:
     """A server of two processes that is ready, which ends with the context."""

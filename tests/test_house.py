@@ -26,7 +26,7 @@ FLOORS = (
     "cli.commands cli __main__"
 ).split()
 """Folders, and files that stand alone, from the ground up: each imports from those below alone."""
-LONGEST_CHAIN = 18
+LONGEST_CHAIN = 19
 MOST_ENTRIES = 20
 MOST_FILES = 15
 MOST_OVERRULED = 15

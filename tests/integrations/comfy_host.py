@@ -56,7 +56,7 @@ class Host:
         """Run a workflow.
 
         Args:
-            interrupt_at: the step after which the user presses *Interrupt*; 0 for never, -1 for a second after the
+            interrupt_at: the step from which on the user presses *Interrupt*; 0 for never, -1 for a second after the
                 workflow began.
             kill_at: steps after which a rank is killed, one after the other.
         """
@@ -115,9 +115,9 @@ def _run(workflow: Workflow, interrupt_at: int, kill_at: tuple[int, ...]) -> Ran
 
     def moved(value: int, total: int, preview: Any, node_id: Any = None) -> None:
         ran.progress.append((value, total, preview is not None))
-        if interrupt_at and value == interrupt_at:
+        if 0 < interrupt_at <= value:
             comfy.model_management.interrupt_current_processing()
-        if kills and value == kills[0]:
+        if kills and value >= kills[0]:
             kills.pop(0)
             _below(psutil.Process(), "serve_rank")[-1].kill()
 

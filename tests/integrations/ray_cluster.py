@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 from ray.cluster_utils import Cluster
 
 from benchmarks.serving_client import Server
@@ -61,12 +60,3 @@ def serving_on(address: str, folder: Path, *flags: str) -> Iterator[Service]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def processes(word: str) -> list[psutil.Process]:
-    """Of this machine, those whose command line has a word in it."""
-    running = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(word in each for each in process.info["cmdline"] or ()):
-            running.append(process)
-    return running

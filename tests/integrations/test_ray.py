@@ -21,13 +21,13 @@ import torch
 from diffusers import DiffusionPipeline
 from ray import serve
 
-from benchmarks.serving_client import alone
+from benchmarks.serving_client import alone, processes
 from xdit_compile.cli.options.request import DEMO_PIPELINE
 from xdit_compile.errors import UsageError, XditCompileError
 from xdit_compile.integrations.ray import Ranks, build, placing
 from xdit_compile.plan import Plan
 
-from .ray_cluster import Service, cluster_of, processes, serving_on
+from .ray_cluster import Service, cluster_of, serving_on
 
 ASKED = {"prompt": "a red circle", "num_inference_steps": 12, "seed": 3}
 GONE_S = 20.0

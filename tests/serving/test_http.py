@@ -30,8 +30,8 @@ from xdit_compile.serving.http.front import Refusal
 from xdit_compile.serving.http.results import Results
 from xdit_compile.serving.http.settings import Keep, Limits, Settings
 from xdit_compile.serving.queue.arrangements import Arrangement
-from xdit_compile.serving.queue.engine import Engine
 from xdit_compile.serving.queue.desk import Limits as QueueLimits
+from xdit_compile.serving.queue.engine import Engine
 from xdit_compile.serving.queue.messages import Report, Told, Turn, Usage, Work
 
 METRICS = {

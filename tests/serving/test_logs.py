@@ -13,7 +13,7 @@ from xdit_compile.errors import UsageError
 from xdit_compile.plan.log_level import VARIABLE
 from xdit_compile.serving.http import guard
 from xdit_compile.serving.logs import show_logs
-from xdit_compile.serving.queue.members import how_it_ended
+from xdit_compile.serving.queue.starters import how_it_ended
 from xdit_compile.serving.request import ServeRequest
 
 

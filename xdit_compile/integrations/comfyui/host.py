@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,17 @@ def say(words: str) -> None:
         context = get_executing_context()
         if context is not None and PromptServer.instance is not None:
             PromptServer.instance.send_progress_text(words, context.node_id)
+
+
+def folder_of(model: str) -> str:
+    """Where ComfyUI keeps a pipeline of that name, ``models/diffusers/NAME``; the name itself if it is not there."""
+    with contextlib.suppress(ImportError, KeyError):
+        from folder_paths import get_folder_paths
+
+        for root in get_folder_paths("diffusers"):
+            if model and os.path.isfile(os.path.join(root, model, "model_index.json")):
+                return os.path.join(root, model)
+    return model
 
 
 def make_room() -> None:

@@ -74,8 +74,8 @@ def nodes_of(servers: Servers) -> list[Node]:
 
 
 LOAD = (
-    Input("model", "STRING", "Folder of a pipeline in diffusers' format, or its id on the Hub. Empty for the embedded "
-          "one, which draws shapes.", {"default": ""}),
+    Input("model", "STRING", "Folder of a pipeline in diffusers' format, its name in models/diffusers, or its id on "
+          "the Hub. Empty for the embedded one, which draws shapes.", {"default": ""}),
     Input("processes", "INT", "How many share the work; with GPUs, one on each.",
           {"default": 1, "min": 1, "max": 1024}),
     Input("plan", "STRING", "How they share it, such as: ulysses_degree=2, use_parallel_vae. Any flags of xdit-compile "
@@ -107,8 +107,8 @@ MAKE = (
     Input("seed", "INT", "Of the first picture; the others follow by one.",
           {"default": 0, "min": 0, "max": MOST_SEED, "control_after_generate": True}),
     Input("count", "INT", "How many pictures.", {"default": 1, "min": 1, "max": COUNT}),
-    Input("preview_every", "INT", "Steps between two previews; each is decoded as the last picture is, which takes its "
-          "time. 0 for none.", {"default": 0, "min": 0, "max": 1000}),
+    Input("preview_every", "INT", "Steps between two previews at most; each is decoded as the last picture is, which "
+          "takes its time. 0 for none.", {"default": 0, "min": 0, "max": 1000}),
     Input("image", "IMAGE", "To begin from, for pipelines that take one.", optional=True),
     Input("strength", "FLOAT", "How much of it is made anew; -1 for the pipeline's own.",
           {"default": -1.0, "min": -1.0, "max": 1.0, "step": 0.01}, optional=True),
@@ -130,7 +130,8 @@ def load(servers: Servers, flags: str = "", **inputs: Any) -> tuple[Pipeline]:
     Raises:
         ValueError, RuntimeError: as `Servers.ready`.
     """
-    settings = Settings(**{**inputs, "model": inputs["model"].strip()}, flags=flags, stamp=stamp_of(**inputs))
+    inputs["model"] = host.folder_of(inputs["model"].strip())
+    settings = Settings(**inputs, flags=flags, stamp=stamp_of(**inputs))
 
     def client() -> Client:
         return servers.ready(settings, host.look, host.say, host.make_room)
@@ -141,7 +142,7 @@ def load(servers: Servers, flags: str = "", **inputs: Any) -> tuple[Pipeline]:
 
 def stamp_of(model: str = "", **_: Any) -> float:
     """When a pipeline's folder was last written to, in seconds; 0 for what is no folder."""
-    folder = Path(model.strip())
+    folder = Path(host.folder_of(model.strip()))
     if not model.strip() or not (folder / "model_index.json").is_file():
         return 0.0
     with contextlib.suppress(OSError):

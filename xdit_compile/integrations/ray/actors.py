@@ -61,19 +61,19 @@ class RankActor:
         """Know the place among the ranks, where launchers write it."""
         os.environ.update(environment)
 
-    def run(self, function: Callable[..., Any], given: Arguments) -> Any:
+    def run(self, function: Callable[..., Any], call: Arguments) -> Any:
         """What a function gives in this process."""
-        return function(*given[0], **given[1])
+        return function(*call[0], **call[1])
 
-    def load(self, load: Callable[..., Any], plan: Plan, given: Arguments) -> None:
+    def load(self, load: Callable[..., Any], plan: Plan, call: Arguments) -> None:
         """Have a pipeline, parallelized."""
         from xdit_compile.api import parallelize
 
-        self._pipe = parallelize(load(*given[0], **given[1]), plan)
+        self._pipe = parallelize(load(*call[0], **call[1]), plan)
 
-    def make(self, given: Arguments) -> Any:
+    def make(self, call: Arguments) -> Any:
         """What its call gives; on rank 0 alone."""
-        made = self._pipe(*given[0], **given[1])
+        made = self._pipe(*call[0], **call[1])
         return made if os.environ["RANK"] == "0" else None
 
 

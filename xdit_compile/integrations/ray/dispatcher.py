@@ -27,7 +27,7 @@ SILENT_S = 10.0
 """A gang that has said nothing for so long is counted no more."""
 AGAIN_S = 0.5
 """After a slot was lost before anything came of it, so long passes before the next."""
-Open = Callable[[str], AbstractAsyncContextManager[AsyncIterator[Event]]]
+Open = Callable[[str], AbstractAsyncContextManager[AsyncIterator[list[Event]]]]
 """Opens a slot; what comes of it are the events of one request. Closing it gives the request up."""
 
 
@@ -123,8 +123,9 @@ class Dispatcher(Desk):
         why = "its gang went away"
         try:
             async with self._open_slot(slot) as events:
-                async for event in events:
-                    self._heard(slot, event)
+                async for said in events:
+                    for event in said:
+                        self._heard(slot, event)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever Ray says of a replica that is gone

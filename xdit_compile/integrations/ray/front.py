@@ -58,7 +58,7 @@ class Front:
         await self._dispatcher.drain(limit_s)
 
     @contextlib.asynccontextmanager
-    async def _slot(self, slot: str) -> AsyncIterator[AsyncIterator[Event]]:
+    async def _slot(self, slot: str) -> AsyncIterator[AsyncIterator[list[Event]]]:
         answers: Any = self._gangs.work.remote(slot)
         try:
             yield answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 
 import ray
@@ -29,6 +30,7 @@ TURN_S = 3600.0
 """A turn that compiles may take long; ranks that stand still are seen by themselves after the plan's timeout_s."""
 REPORT_S = 1.0
 READY_S = 0.05
+TOGETHER_S = 0.2
 
 
 class Gang:
@@ -78,17 +80,24 @@ class Gang:
             self._name, engine.facts, engine.plan, engine.ready, engine.restarts, dict(engine.usages), turns
         )
 
-    async def work(self, slot: str) -> AsyncIterator[Event]:
-        """Work on the request that the front has for a call of this, and say what becomes of it."""
+    async def work(self, slot: str) -> AsyncIterator[list[Event]]:
+        """Work on the request that the front has for a call of this, and say what becomes of it.
+
+        What comes soon after one another is said together: a message takes as much of a processor as some steps do.
+        """
         assignment: Assignment | None = await self._front.take.remote(slot, self._name)
         if assignment is None:
             return
         ticket = self._engine.submit(assignment.work)
         ticket.tries = assignment.tries - 1
+        said: list[Event] = []
+        due = time.monotonic() + TOGETHER_S
         try:
             async for event in ticket.events():
-                if event.kind not in ("queued", "started"):
-                    yield event
+                said += [event] if event.kind not in ("queued", "started") else []
+                if said and (event.ends or event.kind in ("preview", "retried") or time.monotonic() >= due):
+                    yield said
+                    said, due = [], time.monotonic() + TOGETHER_S
         finally:
             self._engine.cancel(ticket.id)
 

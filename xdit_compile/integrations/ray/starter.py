@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
+import concurrent.futures
 from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
 from xdit_compile.distributed.world import World
@@ -62,17 +61,14 @@ class ActorChild:
     """
 
     def __init__(self, actor: ActorHandle, running: ray.ObjectRef):
-        self._actor, self._running = actor, running
+        self._actor, self._over = actor, running.future()
 
     def ended(self) -> str | None:
         """As `Child.ended`."""
-        if not ray.wait([self._running], timeout=0)[0]:
+        if not self._over.done():
             return None
-        try:
-            ray.get(self._running)
-        except RayError as error:
-            return f"was lost: {said_of(error)}"
-        return "ended"
+        error = self._over.exception()
+        return "ended" if error is None else f"was lost: {said_of(error)}"
 
     def kill(self) -> None:
         """As `Child.kill`."""
@@ -80,9 +76,7 @@ class ActorChild:
 
     def wait(self) -> None:
         """As `Child.wait`."""
-        limit = time.monotonic() + GONE_S
-        while self.ended() is None and time.monotonic() < limit:
-            time.sleep(0.02)
+        concurrent.futures.wait([self._over], GONE_S)
 
 
 def _be_rank(request_json: str, front: dict[str, Any]) -> None:

@@ -103,9 +103,7 @@ class Process:
     def ended(self) -> str | None:
         """As `Child.ended`."""
         code = self._process.poll()
-        if code is None:
-            return None
-        return killed_by(-code) if code < 0 else f"ended with exit code {code}"
+        return None if code is None else how_it_ended(code)
 
     def kill(self) -> None:
         """As `Child.kill`."""
@@ -115,6 +113,11 @@ class Process:
     def wait(self) -> None:
         """As `Child.wait`."""
         self._process.wait()
+
+
+def how_it_ended(code: int) -> str:
+    """What to say of a process that ended by itself."""
+    return killed_by(-code) if code < 0 else f"ended with exit code {code}"
 
 
 def free_port() -> int:
