@@ -100,9 +100,11 @@ def is_excerpt(block: Block) -> bool:
 
 
 PAGES = _pages()
-SERVED = "docs/serving.md"
-"""Its snippet needs a server: tests/serving/test_serve.py runs it."""
-RUNNING = [page for page in PAGES if page != SERVED and any(not is_excerpt(block) for block in blocks(page, "python"))]
+ELSEWHERE = ("docs/serving.md", "docs/ray.md")
+"""Their snippets need a server and a cluster: tests/serving/test_serve.py and tests/integrations/test_ray.py run them."""
+RUNNING = [
+    page for page in PAGES if page not in ELSEWHERE and any(not is_excerpt(block) for block in blocks(page, "python"))
+]
 
 
 # ---------------------------------------------------------------------------------------------- blocks that run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from xdit_compile.plan import Plan
 
 from .ray_cluster import Service, cluster_of, serving_on
 
+ROOT = Path(__file__).resolve().parents[2]
 ASKED = {"prompt": "a red circle", "num_inference_steps": 12, "seed": 3}
 GONE_S = 20.0
 PLAN = Plan(ulysses=2, backend="eager")
@@ -103,6 +105,16 @@ def test_ranks_of_a_script_are_actors_over_two_nodes(monkeypatch: pytest.MonkeyP
                 assert ranks.run(lambda: os.environ["RANK"]) == ["0", "1"]
         finally:
             ray.shutdown()
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page_runs_on_a_cluster_that_it_starts(tmp_path: Path):
+    text = (ROOT / "docs" / "ray.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "script.py").write_text(block.replace("FOLDER_OR_ID", str(DEMO_PIPELINE)))
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["0.png", "1.png"]
 
 
 @pytest.mark.slow

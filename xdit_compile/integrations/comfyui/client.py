@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import logging
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import httpx2
@@ -50,14 +51,17 @@ class Client:
         if url.scheme not in ("http", "https") or not url.host:
             raise ValueError(f"{address!r} is no address of a server; give one like http://127.0.0.1:8000")
         self.address = address.rstrip("/").removesuffix("/v1")
+        self._quiet = _Quiet(self.address)
+        logging.getLogger("httpx2").addFilter(self._quiet)
         self._http = httpx2.Client(
             base_url=self.address, headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(ANSWER_S, connect=CONNECT_S), trust_env=not _is_here(url.host),
-            limits=httpx2.Limits(keepalive_expiry=IDLE_S),
+            limits=httpx2.Limits(keepalive_expiry=IDLE_S), verify=url.scheme == "https",
         )  # fmt: skip
 
     def close(self) -> None:
         """Close its connections."""
+        logging.getLogger("httpx2").removeFilter(self._quiet)
         self._http.close()
 
     def health(self) -> str:
@@ -86,7 +90,7 @@ class Client:
 
     def follow(
         self, path: str, fields: Mapping[str, Any], files: Mapping[str, bytes], look: Callable[[], None]
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Generator[dict[str, Any], None, None]:
         """Send a request, and give the events of its answer as they come; one that is given up is cancelled.
 
         Args:
@@ -158,6 +162,18 @@ class Client:
         except (httpx2.TransportError, httpx2.SSEError) as error:
             why = " ".join(str(error).split()) or type(error).__name__
             raise Lost(f"the server at {self.address} cannot be reached or went away: {why}") from error
+
+
+class _Quiet(logging.Filter):
+    """Keeps a line for each request to one address out of ComfyUI's log."""
+
+    def __init__(self, address: str):
+        super().__init__()
+        self._address = address
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is logged."""
+        return record.levelno > logging.INFO or self._address not in record.getMessage()
 
 
 def _body(fields: Mapping[str, Any], files: Mapping[str, bytes], id: str) -> dict[str, Any]:
