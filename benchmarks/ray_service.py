@@ -43,6 +43,13 @@ def check(server: Server, expected: list[np.ndarray], steps: int) -> int:
     return apart
 
 
+def warm(server: Server, most: int) -> None:
+    """Have every number of calls that may wait at the same time compiled."""
+    for count in range(1, most + 1):
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(lambda seed: server.ask(**asked(seed, 5)), range(count)))
+
+
 def in_turns(servers: dict[str, Server], count: int, steps: int) -> dict[str, list[float]]:
     """Seconds of lone requests, by server."""
     seconds: dict[str, list[float]] = {name: [] for name in servers}
@@ -89,6 +96,7 @@ def main(count: int, steps: int, kills: int, clients: int, json_file: Path | Non
             apart = check(servers[name], expected, steps)
             console.print(f"{name}: pictures at most {apart} of 255 from those of the pipeline alone")
         seconds = in_turns(servers, count, steps)
+        warm(servers[RAY], clients + 1)
         lost = {word: [recovery(servers[RAY], word, steps, clients) for _ in track(range(kills), word)]
                 for word in (ACTOR, GANG)}  # fmt: skip
     _show(console, seconds, lost)

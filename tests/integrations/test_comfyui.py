@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import subprocess
@@ -13,10 +14,12 @@ import pytest
 import torch
 
 from xdit_compile.integrations.comfyui.client import Client, Lost
+from xdit_compile.integrations.comfyui.nodes import nodes_of
 from xdit_compile.integrations.comfyui.pictures import batch_of, file_of, latents_file, latents_of, size_for
 from xdit_compile.integrations.comfyui.server import COMMAND, Server, Servers, Settings, words_of
 
-FOLDER = Path(__file__).resolve().parents[2] / "xdit_compile/integrations/comfyui"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "xdit_compile/integrations/comfyui"
 FACTS = {"takes": ["height", "width"], "size": [32, 48]}
 LOADED = '''
 import asyncio, importlib.util, inspect, json, logging, sys
@@ -140,6 +143,22 @@ def test_a_command_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         Servers().ready(Settings(), _nothing, _nothing, _nothing)
 
 
+def test_the_workflow_of_the_docs_has_the_nodes_as_they_are() -> None:
+    """ComfyUI gives values of widgets by their order alone, with one more after a seed."""
+    nodes = {node.id: node for node in nodes_of(Servers())}
+    workflow = json.loads((ROOT / "docs/comfyui_workflow.json").read_text())
+    for said in workflow["nodes"]:
+        if (node := nodes.get(said["type"])) is None:
+            assert said["type"] == "SaveImage"
+            continue
+        assert {each["name"]: each["type"] for each in said["inputs"]} == {each.name: each.kind for each in node.inputs}
+        widgets = [each for each in node.inputs if each.options]
+        values = [value for value in said["widgets_values"] if value != "fixed"] if widgets else []
+        assert len(values) == len(widgets)
+        for value, each in zip(values, widgets, strict=True):
+            assert type(value) is type(each.options["default"]) or each.kind == "FLOAT"
+
+
 def test_nobody_at_an_address() -> None:
     with pytest.raises(Lost, match=r"^the server at http://127.0.0.1:9 cannot be reached or went away: [^\n]+$"):
         Client("http://127.0.0.1:9/v1").facts()
@@ -161,8 +180,6 @@ def test_pictures_go_and_come_as_they_are() -> None:
 
 
 def _base64(data: bytes) -> str:
-    import base64
-
     return base64.b64encode(data).decode()
 
 

@@ -29,8 +29,8 @@ CONNECTIONS = 10_000
 CHECK_S = 2.0
 """So often Serve asks a replica how it is."""
 STOP_S = 20.0
-QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-"""Of Serve's own log: gangs and front call each other all the time."""
+QUIET = LoggingConfig(log_level="CRITICAL", enable_access_log=False)
+"""Of Serve's own log, which has tracebacks of what gangs and front say in a line."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,8 @@ def cluster(address: str, quiet: bool) -> Iterator[bool]:
 
 def _connected(address: str, shows: bool, may_start: bool) -> bool:
     """Join a cluster, or start one; whether it was started."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if address != "auto":
             _check_reachable(address)

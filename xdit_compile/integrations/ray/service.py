@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+import re
 import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
+from xdit_compile.cache.folder import AUTO, resolve
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 from xdit_compile.serving.logs import show_logs
 from xdit_compile.serving.request import ServeRequest
@@ -50,8 +54,9 @@ def serve_on_ray(request: ServeRequest, address: str, replicas: Replicas, resour
         XditCompileError: the ranks cannot be started, or the service was ended by somebody else.
     """
     show_logs(request)
+    request = _from_anywhere(request)
     share = None if resources is None else Share.parsed(resources)
-    with cluster(address, request.quiet), _signals() as ended:
+    with cluster(address, request.quiet) as is_ours, _signals() as ended:
         _check_free(request)
         share = share or Share.usual(request.device == "cpu")
         ranks = request.plan.world_size
@@ -66,8 +71,20 @@ def serve_on_ray(request: ServeRequest, address: str, replicas: Replicas, resour
             serve.get_app_handle(NAME).drain.remote(request.drain).result(timeout_s=request.drain + 5)
         finally:
             serve.delete(NAME)
-            if not serve.status().applications:
+            if not is_ours and not serve.status().applications:
                 serve.shutdown()
+
+
+def _from_anywhere(request: ServeRequest) -> ServeRequest:
+    """The request with folders that mean the same whatever folder a process is in."""
+    cache, model = request.plan.cache, request.model
+    if cache != AUTO:
+        folder = resolve(cache)
+        plan = dataclasses.replace(request.plan, cache=None if folder is None else str(folder))
+        request = dataclasses.replace(request, plan=plan)
+    if model is not None and Path(model).is_dir():
+        request = dataclasses.replace(request, model=str(Path(model).absolute()))
+    return request
 
 
 def _deploy(request: ServeRequest, replicas: Replicas, share: Share, ended: threading.Event) -> None:
@@ -93,8 +110,9 @@ def _deploy(request: ServeRequest, replicas: Replicas, share: Share, ended: thre
 def _reason() -> str:
     """Why deployments do not run, as Serve has it."""
     application = serve.status().applications.get(NAME)
-    said = [] if application is None else [each.message for each in application.deployments.values()]
-    return next((" ".join(message.split()) for message in said if message), "")
+    said = [] if application is None else [each.message.strip() for each in application.deployments.values()]
+    last = next((message.splitlines()[-1] for message in said if message), "")
+    return re.sub(r"^[\w.]+(?:Error|Exception): ", "", " ".join(last.split()))
 
 
 def _until_ended(ended: threading.Event) -> None:
