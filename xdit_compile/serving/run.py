@@ -122,7 +122,7 @@ def settings_of(request: ServeRequest) -> Settings:
 
 def _bound(request: ServeRequest) -> socket.socket:
     family = socket.AF_INET6 if ":" in request.host else socket.AF_INET
-    listening = socket.socket(family)
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sends at once for this alone
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((request.host, request.port))
