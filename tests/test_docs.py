@@ -101,7 +101,7 @@ def is_excerpt(block: Block) -> bool:
 
 PAGES = _pages()
 ELSEWHERE = ("docs/serving.md", "docs/ray.md")
-"""Their snippets need a server and a cluster: tests/serving/test_serve.py and tests/integrations/test_ray.py run them."""
+"""Their snippets need a server or a cluster: tests/serving/test_serve.py, tests/integrations/test_ray.py run them."""
 RUNNING = [
     page for page in PAGES if page not in ELSEWHERE and any(not is_excerpt(block) for block in blocks(page, "python"))
 ]

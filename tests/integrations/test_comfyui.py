@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 import subprocess
@@ -10,13 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from xdit_compile.integrations.comfyui.client import Client, Lost
 from xdit_compile.integrations.comfyui.nodes import nodes_of
 from xdit_compile.integrations.comfyui.pictures import batch_of, file_of, latents_file, latents_of, size_for
 from xdit_compile.integrations.comfyui.server import COMMAND, Server, Servers, Settings, words_of
+from xdit_compile.serving.http.encoding import tensor_file
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "xdit_compile/integrations/comfyui"
@@ -169,14 +173,23 @@ def test_nobody_at_an_address() -> None:
 
 def test_pictures_go_and_come_as_they_are() -> None:
     picture = torch.randint(0, 256, (1, 5, 7, 3)).float() / 255
-    text = _base64(file_of("image", picture))
-    assert torch.equal(batch_of([text, text]), picture.repeat(2, 1, 1, 1))
+    assert torch.equal(_sent(file_of("image", picture)), picture[0].mul(255))
     mask = torch.tensor([[[0.0, 1.0], [0.5, 2.0]]])
-    assert batch_of([_base64(file_of("mask", mask))])[0, ..., 0].mul(255).tolist() == [[0, 255], [128, 255]]
+    assert _sent(file_of("mask", mask)).tolist() == [[0, 255], [128, 255]]
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    for channels in (1, 3):
+        batch = batch_of(_base64(tensor_file("pixels", pixels[..., :channels])))
+        assert batch.dtype == torch.float32
+        assert torch.equal(batch.mul(255).round(), torch.from_numpy(pixels[..., :channels]).float().expand(2, 5, 7, 3))
     with pytest.raises(ValueError, match="image has 2 pictures; give one"):
         file_of("image", picture.repeat(2, 1, 1, 1))
     latents = torch.randn(1, 6, 4, dtype=torch.bfloat16).transpose(1, 2)
     assert torch.equal(latents_of(_base64(latents_file(latents))), latents)
+
+
+def _sent(file: bytes) -> torch.Tensor:
+    """The pixels in a picture's file, as floats."""
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(file)))).float()
 
 
 def _base64(data: bytes) -> str:

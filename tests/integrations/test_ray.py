@@ -25,7 +25,7 @@ from ray import serve
 from benchmarks.serving_client import alone, processes
 from xdit_compile.cli.options.request import DEMO_PIPELINE
 from xdit_compile.errors import UsageError, XditCompileError
-from xdit_compile.integrations.ray import Ranks, build, placing
+from xdit_compile.integrations.ray import Ranks, build, needed, placing
 from xdit_compile.plan import Plan
 
 from .ray_cluster import Service, cluster_of, serving_on
@@ -65,6 +65,19 @@ def until(holds: Callable[[], bool], seconds: float = GONE_S) -> None:
 def test_an_application_says_what_is_wrong_with_it(args: dict[str, Any], said: str):
     with pytest.raises(UsageError, match=said.replace("?", r"\?")):
         build(args)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (None, "Ray is not installed; run: pip install"),
+        ("2.9.3", "Ray 2.9.3 is too old, 2.60 or newer is needed; run:"),
+    ],
+)
+def test_a_missing_or_old_ray_is_told(version: str | None, said: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(needed, "version_of", lambda name: version)
+    with pytest.raises(UsageError, match=re.escape(said)):
+        needed.check_ray()
 
 
 def test_a_share_fits_as_often_as_the_scarcest_of_it():

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -218,18 +217,19 @@ def test_ranks_make_and_decode_them_whoever_asks_beside(flags: tuple[str, ...], 
 
 
 @pytest.mark.slow
-def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+def test_a_server_ends_where_another_program_takes_the_place_of_what_started_it(tmp_path: Path) -> None:
     flags = ["--with_parent", "--port", "0", "--backend", "eager", "--nproc", "2", "--ulysses_degree", "2"]
     code = (
-        "import subprocess, sys, time\n"
+        "import os, subprocess, sys\n"
         f"command = [sys.executable, '-m', 'xdit_compile', 'serve', *{flags}]\n"
-        "process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)\n"
+        "process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True)\n"
         "print(process.pid, process.stdout.readline(), flush=True)\n"
-        "time.sleep(600)\n"
+        "sys.stdin.readline()\n"
+        "os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDIT_COMPILE_CACHE": str(tmp_path)}
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-    assert parent.stdout is not None
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True, env=environment)
+    assert parent.stdin is not None and parent.stdout is not None
     number, line = parent.stdout.readline().split(" ", 1)
     front = psutil.Process(int(number))
     address = line.partition(" at ")[2].partition(";")[0]
@@ -245,9 +245,11 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
             pool.submit(client.post, "/v1/images/generations", json=asked)
             while not client.get("/v1/status").json()["running"]:
                 time.sleep(0.05)
-            os.kill(parent.pid, signal.SIGKILL)
+            parent.stdin.write("\n")
+            parent.stdin.flush()
             gone, left = psutil.wait_procs([each for each in every if each.is_running()], 5)
             assert not [each for each in left if each.status() != psutil.STATUS_ZOMBIE]
+            assert parent.poll() is None
     finally:
         parent.kill()
         parent.wait()

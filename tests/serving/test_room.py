@@ -11,7 +11,7 @@ from commands import one_error, run
 from xdit_compile.plan import Plan
 from xdit_compile.serving.queue.messages import Work
 from xdit_compile.serving.request import ServeRequest
-from xdit_compile.serving.room import Room
+from xdit_compile.serving.room import Free, Room
 
 
 def test_small_requests_are_counted_by_nobody(monkeypatch: pytest.MonkeyPatch):
@@ -24,9 +24,8 @@ def test_small_requests_are_counted_by_nobody(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-def test_a_request_that_does_not_fit_is_told_by_how_much(monkeypatch: pytest.MonkeyPatch):
-    room = Room(ServeRequest(), Plan(ulysses=2), 2)
-    monkeypatch.setattr(room, "_free", 4 << 30)
+def test_a_request_that_does_not_fit_is_told_by_how_much():
+    room = Room(ServeRequest(), Plan(ulysses=2), 2, Free(4 << 30, "RAM"))
 
     async def asked() -> list[str | None]:
         sizes = [(4096, 4096), (8192, 8192), (8192, 8192)]

@@ -32,6 +32,26 @@ WAITING = 16
 COUNT_S = 300.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Free:
+    """What a rank may take.
+
+    Args:
+        bytes: None where nobody says.
+        where: in words.
+    """
+
+    bytes: int | None
+    where: str
+
+
+def free_here(ranks: int, on_cards: bool) -> Free:
+    """Of the memory of this machine, which so many ranks share, or of the cards that this process sees, one each."""
+    cards = free_on_cards()[:ranks] if on_cards else []
+    free = min(cards) if cards and len(cards) == ranks else available_memory(ranks)
+    return Free(free, "the device" if cards else "RAM")
+
+
 class Room:
     """The memory that ranks had before they started, and what requests take of it.
 
@@ -39,13 +59,16 @@ class Room:
         request: what the server was started with.
         plan: under which a rank takes most.
         ranks: processes on this machine.
+        elsewhere: what each rank had on machines that are others; None where they are on this one.
+
+    Attributes:
+        free: what each rank had.
     """
 
-    def __init__(self, request: ServeRequest, plan: Plan, ranks: int):
+    def __init__(self, request: ServeRequest, plan: Plan, ranks: int, elsewhere: Free | None = None):
         self._request, self._ranks = _one(dataclasses.replace(request, plan=plan)), ranks
-        cards = free_on_cards()[:ranks] if uses_cuda(request) else []
-        self._free = min(cards) if len(cards) == ranks else available_memory(ranks)
-        self._where = "the device" if cards else "RAM"
+        self.free = elsewhere or free_here(ranks, on_cards=uses_cuda(request))
+        self._elsewhere = None if elsewhere is None else elsewhere.bytes
         self._known: collections.OrderedDict[str, dict[str, Any] | None] = collections.OrderedDict()
         self._lock, self._waiting = asyncio.Lock(), 0
 
@@ -71,14 +94,14 @@ class Room:
             Full: too many wait for theirs to be counted.
         """
         asked = self._of(work)
-        if self._free is None or asked == self._request or is_plenty(asked, self._ranks):
+        if self.free.bytes is None or asked == self._request or self._is_plenty(asked):
             return None
         needed = await self._need(asked)
-        if needed is None or needed["total"] <= self._free:
+        if needed is None or needed["total"] <= self.free.bytes:
             return None
         return (
             f"this takes about {_mebibytes(needed['total'])} on each rank ({needed['words']}), and "
-            f"{_mebibytes(self._free)} of {self._where} were free for it; ask for less"
+            f"{_mebibytes(self.free.bytes)} of {self.free.where} were free for it; ask for less"
         )
 
     def _of(self, work: Work) -> Request:
@@ -89,6 +112,9 @@ class Room:
             asked["guidance_scale"] = 1.0 if work.guidance_scale <= 1 else 2.0
         count = work.num_images if work.num_images > 1 else None
         return dataclasses.replace(self._request, num_images_per_prompt=count, **asked)
+
+    def _is_plenty(self, asked: Request) -> bool:
+        return is_plenty(asked, self._ranks, self._elsewhere)
 
     async def _need(self, asked: Request) -> dict[str, Any] | None:
         text = asked.to_json()

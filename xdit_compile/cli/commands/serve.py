@@ -104,13 +104,13 @@ NEEDED = (
     help="Twice: latency=... for an idle server, throughput=... with replicas:N for a queue.",
 )
 @ray_flags
-@option("--with_parent", group=SERVICE, is_flag=True, hidden=True, help="End when who started this is gone.")
+@option("--with_parent", group=SERVICE, is_flag=True, hidden=True, help="End when standard input does.")
 def serve(plan: Plan, nproc: int | None, with_parent: bool, **flags: Any) -> None:
     """Serve a pipeline over HTTP, as OpenAI's clients call it."""
     if with_parent:
-        from xdit_compile.cli.processes.launch import stop_with_parent
+        from xdit_compile.cli.processes.launch import stop_with_input
 
-        stop_with_parent()
+        stop_with_input()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"serve needs {', '.join(missing)}: pip install 'xdit-compile[serve]'")

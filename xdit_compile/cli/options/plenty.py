@@ -18,20 +18,21 @@ OWN_SIDE = 1024
 """Pixels of a side that was not asked for."""
 
 
-def is_plenty(request: PipelineRequest, ranks: int) -> bool:
+def is_plenty(request: PipelineRequest, ranks: int, free: int | None = None) -> bool:
     """Whether a crude bound on what a rank takes is no more than half of what it has.
 
     Args:
         ranks: processes on this machine, which share its memory.
+        free: bytes that a rank has elsewhere; None for one on this machine.
     """
     bound = _bound(request)
     if bound is None:
         return False
-    free = [available_memory(ranks)]
-    if uses_cuda(request):
+    there = [available_memory(ranks)] if free is None else [free]
+    if free is None and uses_cuda(request):
         cards = free_on_cards()[:ranks]
-        free += cards if len(cards) == ranks else [None]
-    return all(each is not None and 2 * bound <= each for each in free)
+        there += cards if len(cards) == ranks else [None]
+    return all(each is not None and 2 * bound <= each for each in there)
 
 
 def uses_cuda(request: PipelineRequest) -> bool:

@@ -148,36 +148,32 @@ def end_with_parent(interval_s: float = 1.0) -> None:
 
     One of them then does what that one did at its end.
     """
-
-    def end() -> None:
-        if (folder := os.environ.get(RUN_FOLDER)) and os.environ.get("LOCAL_RANK") == "0":
-            end_run(Path(folder))
-        os._exit(1)
-
-    _without_parent(end, interval_s)
-
-
-def stop_with_parent(interval_s: float = 0.5, patience_s: float = 1.0) -> None:
-    """Have this process end as at a SIGTERM soon after the one that started it is gone, and as at a second one then."""
-
-    def stop() -> None:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(patience_s)
-
-    _without_parent(stop, interval_s)
-
-
-def _without_parent(do: Callable[[], None], interval_s: float) -> None:
-    """Have a thread do something once the process that started this one is gone."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(interval_s)
-        do()
+        if (folder := os.environ.get(RUN_FOLDER)) and os.environ.get("LOCAL_RANK") == "0":
+            end_run(Path(folder))
+        os._exit(1)
 
-    threading.Thread(target=watch, name="without-parent", daemon=True).start()
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def stop_with_input(patience_s: float = 1.0) -> None:
+    """Have this process end as at a SIGTERM once its standard input ends, and as at a second one then.
+
+    That is a pipe of whoever started it, and ends with that, also where another program takes its place.
+    """
+
+    def stop() -> None:
+        while os.read(0, 4096):
+            pass
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(patience_s)
+
+    threading.Thread(target=stop, name="stop-with-input", daemon=True).start()
 
 
 def settings_of(nproc: int, debug: bool = False) -> dict[str, str]:

@@ -175,7 +175,9 @@ def generate(**inputs: Any) -> tuple[Any]:
         RuntimeError: the server refuses the request, or is gone.
     """
     client = inputs.pop("pipeline").client()
-    return (batch_of([event["b64_json"] for event in _made(client, *asked_of(client, **inputs))]),)
+    fields, files = asked_of(client, **inputs)
+    (event,) = _made(client, {**fields, "response_format": "pixels"}, files)
+    return (batch_of(event["b64_pixels"]),)
 
 
 def sample(**inputs: Any) -> tuple[dict[str, Any]]:
@@ -202,9 +204,10 @@ def decode(pipeline: Pipeline, latent: Mapping[str, Any]) -> tuple[Any]:
     asked = latent[ASKED]
     files = {**asked["files"], "latents": latents_file(latent["samples"])}
     fields = {name: value for name, value in asked["fields"].items() if name not in ("stream", "partial_images")}
+    fields = {**fields, "response_format": "pixels"}
     with contextlib.closing(pipeline.client().follow("/v1/images/decode", fields, files, host.look)) as events:
         (answer,) = events
-    return (batch_of([each["b64_json"] for each in answer["data"]]),)
+    return (batch_of(answer["data"][0]["b64_pixels"]),)
 
 
 def asked_of(
@@ -247,7 +250,7 @@ def _arguments(text: str) -> dict[str, Any]:
 
 
 def _made(client: Client, fields: dict[str, Any], files: dict[str, bytes]) -> list[dict[str, Any]]:
-    """The last events of a request, one for each picture, while ComfyUI's bar shows how far it is."""
+    """The last events of a request, while ComfyUI's bar shows how far it is."""
     bar, made = host.Bar(), []
     path = "/v1/images/edits" if files else "/v1/images/generations"
     with contextlib.closing(client.follow(path, fields, files, host.look)) as events:

@@ -121,7 +121,7 @@ class Server:
         ours = ["--host", "127.0.0.1", "--port", "0", "--with_parent", "--retry", "1", "--drain", "0"]
         try:
             self._process = subprocess.Popen(
-                [*program, "serve", *settings.arguments, *ours], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                [*program, "serve", *settings.arguments, *ours], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, text=True, errors="replace", env={**os.environ, KEY: self._key},
                 start_new_session=True,
             )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import socket
@@ -18,6 +19,7 @@ from xdit_compile.distributed.environment import RUN_FOLDER
 from xdit_compile.distributed.world import LAUNCHERS
 from xdit_compile.errors import XditCompileError, one_line
 from xdit_compile.plan import Plan
+from xdit_compile.plan.host import available_memory, free_on_cards
 
 from .placing import Share
 
@@ -38,11 +40,15 @@ class Place:
         node: Ray's id of the machine.
         address: of the machine.
         port: that was free there.
+        memory: bytes of RAM that were free there; None where nobody says.
+        card: the same of the actor's GPU; None where it has none.
     """
 
     node: str
     address: str
     port: int
+    memory: int | None
+    card: int | None
 
 
 class RankActor:
@@ -55,7 +61,9 @@ class RankActor:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port)
+        card = next(iter(free_on_cards()), None) if ray.get_gpu_ids() else None
+        node = ray.get_runtime_context().get_node_id()
+        return Place(node, ray.util.get_node_ip_address(), port, available_memory(), card)
 
     def settle(self, environment: dict[str, str]) -> None:
         """Know the place among the ranks, where launchers write it."""
@@ -77,7 +85,22 @@ class RankActor:
         return made if os.environ["RANK"] == "0" else None
 
 
-def actors_in(group: PlacementGroup, share: Share, settings: Mapping[str, str], limit_s: float) -> list[ActorHandle]:
+@dataclasses.dataclass(frozen=True)
+class Actors:
+    """Ranks.
+
+    Args:
+        handles: in their order.
+        free: bytes that each of them had at least when it came; None where nobody says.
+        on_cards: whether these are of GPUs.
+    """
+
+    handles: list[ActorHandle]
+    free: int | None
+    on_cards: bool
+
+
+def actors_in(group: PlacementGroup, share: Share, settings: Mapping[str, str], limit_s: float) -> Actors:
     """Actors in all of a placement group, in the order of their ranks, those of a machine side by side.
 
     Args:
@@ -98,17 +121,17 @@ def actors_in(group: PlacementGroup, share: Share, settings: Mapping[str, str], 
         places = ray.get([actor.place.remote() for actor in started], timeout=limit_s)
         nodes = list(dict.fromkeys(place.node for place in places))
         order = sorted(range(len(started)), key=lambda number: nodes.index(places[number].node))
-        actors = [started[number] for number in order]
-        environments = _environments([places[number] for number in order])
-        settled = [actor.settle.remote({**settings, **each}) for actor, each in zip(actors, environments, strict=True)]
-        ray.get(settled, timeout=limit_s)
+        handles, places = [started[number] for number in order], [places[number] for number in order]
+        told = zip(handles, _environments(places), strict=True)
+        ray.get([handle.settle.remote({**settings, **each}) for handle, each in told], timeout=limit_s)
     except GetTimeoutError:
         end_actors(started)
         raise XditCompileError(f"the cluster did not start {len(started)} actors within {limit_s:.0f} s") from None
     except RayError as error:
         end_actors(started)
         raise XditCompileError(f"an actor could not be started: {said_of(error)}") from error
-    return actors
+    on_cards = all(place.card is not None for place in places)
+    return Actors(handles, _least_free(places, on_cards), on_cards)
 
 
 def end_actors(actors: Sequence[ActorHandle]) -> None:
@@ -124,6 +147,17 @@ def said_of(error: BaseException) -> str:
     if isinstance(error, RayActorError):
         return "its machine was lost" if "node has died" in str(error) else "its actor died"
     return one_line(error)
+
+
+def _least_free(places: Sequence[Place], on_cards: bool) -> int | None:
+    """Bytes that every rank has at least; those of a machine share its memory."""
+    ranks = collections.Counter(place.node for place in places)
+    shares = [
+        place.card if on_cards else None if place.memory is None else place.memory // ranks[place.node]
+        for place in places
+    ]
+    known = [share for share in shares if share is not None]
+    return min(known) if len(known) == len(shares) else None
 
 
 def _environments(places: Sequence[Place]) -> list[dict[str, str]]:

@@ -19,6 +19,7 @@ from contextlib import AbstractAsyncContextManager
 from xdit_compile.serving.queue.desk import LOOK_S, Desk, Limits
 from xdit_compile.serving.queue.messages import Usage
 from xdit_compile.serving.queue.tickets import Event, Ticket
+from xdit_compile.serving.room import Free
 
 from .reports import Assignment, GangReport
 
@@ -91,6 +92,12 @@ class Dispatcher(Desk):
     def status(self) -> dict[str, object]:
         """As `Desk.status`, and ``gangs``: how many there are."""
         return {**super().status(), "gangs": len(self._gangs)}
+
+    @property
+    def free(self) -> Free | None:
+        """What a rank of any gang had at least before it loaded anything; None where nobody says."""
+        known = [gang.said.free for gang in self._gangs.values() if gang.said.free.bytes is not None]
+        return min(known, key=lambda free: free.bytes or 0, default=None)
 
     @property
     def plan(self) -> str:

@@ -15,8 +15,10 @@ from ray.serve.handle import DeploymentHandle
 from xdit_compile.serving.http.app import make_app
 from xdit_compile.serving.http.settings import Settings
 from xdit_compile.serving.logs import show_logs
+from xdit_compile.serving.queue.messages import Work
 from xdit_compile.serving.queue.tickets import Event
 from xdit_compile.serving.request import ServeRequest
+from xdit_compile.serving.room import Room
 
 from .dispatcher import Dispatcher
 from .reports import Assignment, GangReport
@@ -35,7 +37,8 @@ class Front:
     def __init__(self, gangs: DeploymentHandle, request_json: str, settings: Settings, job: ActorHandle | None = None):
         request = ServeRequest.from_json(request_json)
         show_logs(request)
-        self._settings = settings
+        self._request, self._settings = request, settings
+        self._room: Room | None = None
         self._gangs = gangs.options(stream=True)
         self._dispatcher = Dispatcher(self._slot, request.limits, request.name, request.start_timeout)
         self._dispatcher.start()
@@ -43,7 +46,16 @@ class Front:
 
     def __serve_build_asgi_app__(self) -> Any:
         """For Serve: what answers HTTP."""
-        return make_app(self._dispatcher, self._settings)
+        return make_app(self._dispatcher, self._settings, self._refusal)
+
+    async def _refusal(self, work: Work) -> str | None:
+        """As `Room.refusal`, of the memory that ranks had where they are."""
+        free, request = self._dispatcher.free, self._request
+        if free is None or request.force:
+            return None
+        if self._room is None or self._room.free != free:
+            self._room = Room(request, request.arrangements[-1].plan, request.plan.world_size, free)
+        return await self._room.refusal(work)
 
     async def take(self, slot: str, gang: str) -> Assignment | None:
         """As `Dispatcher.take`."""

@@ -55,8 +55,8 @@ class Gang:
         assert group is not None
 
         def processes() -> Processes:
-            starter = ActorStarter(request, group, share, settings)
-            return Processes(starter, request.arrangements[0], request.start_timeout, TURN_S)
+            self._starter = ActorStarter(request, group, share, settings)
+            return Processes(self._starter, request.arrangements[0], request.start_timeout, TURN_S)
 
         self._turns: list[tuple[Turn, Report]] = []
         self._engine = Engine(processes, request.limits, request.name, request.arrangements)
@@ -77,7 +77,14 @@ class Gang:
         engine, turns = self._engine, tuple(self._turns)
         self._turns.clear()
         return GangReport(
-            self._name, engine.facts, engine.plan, engine.ready, engine.restarts, dict(engine.usages), turns
+            self._name,
+            engine.facts,
+            engine.plan,
+            engine.ready,
+            self._starter.free,
+            engine.restarts,
+            dict(engine.usages),
+            turns,
         )
 
     async def work(self, slot: str) -> AsyncIterator[list[Event]]:

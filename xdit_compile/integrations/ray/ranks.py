@@ -50,7 +50,7 @@ class Ranks:
         try:
             share = Share.usual(on_cpu=False) if resources is None else Share(dict(resources))
             self._groups = reserved(share, plan.world_size, 1, wait_s)
-            self._actors = actors_in(self._groups[0], share, settings_here(), START_S)
+            self._actors = actors_in(self._groups[0], share, settings_here(), START_S).handles
         except BaseException:
             self.close()
             raise

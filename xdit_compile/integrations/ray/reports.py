@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from xdit_compile.serving.queue.messages import Report, Turn, Usage, Work
+from xdit_compile.serving.room import Free
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class GangReport:
         facts: as `Ready` has them.
         plan: in words.
         ready: whether its ranks are there.
+        free: what each had at least before it loaded anything.
         restarts: how often they were started anew.
         usages: by rank.
         turns: that were taken since the last report, with what the first rank said of each.
@@ -39,6 +41,7 @@ class GangReport:
     facts: dict[str, Any]
     plan: str
     ready: bool
+    free: Free
     restarts: int
     usages: dict[int | str, Usage]
     turns: tuple[tuple[Turn, Report], ...] = ()

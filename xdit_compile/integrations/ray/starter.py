@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from xdit_compile.distributed.world import World
 from xdit_compile.serving.queue.starters import Child
 from xdit_compile.serving.request import ServeRequest
+from xdit_compile.serving.room import Free
 
 from .actors import actors_in, end_actors, said_of
 from .placing import Share
@@ -30,9 +31,13 @@ class ActorStarter:
         group: their room.
         share: what each takes of it.
         settings: for their environments.
+
+    Attributes:
+        free: what each had at least before it loaded anything.
     """
 
     may_restart = True
+    free = Free(None, "RAM")
 
     def __init__(self, request: ServeRequest, group: PlacementGroup, share: Share, settings: Mapping[str, str]):
         self.host: str | None = ray.util.get_node_ip_address()
@@ -45,8 +50,9 @@ class ActorStarter:
             XditCompileError: the actors were not there in time.
         """
         actors = actors_in(self._group, self._share, self._settings, PLACED_S)
+        self.free = Free(actors.free, "the device" if actors.on_cards else "RAM")
         told, text = {**front, "is_told": True}, self._request.to_json()
-        return [ActorChild(actor, actor.run.remote(_be_rank, ((text, told), {}))) for actor in actors]
+        return [ActorChild(actor, actor.run.remote(_be_rank, ((text, told), {}))) for actor in actors.handles]
 
     def close(self) -> None:
         """As `Starter.close`: the room is the replica's."""

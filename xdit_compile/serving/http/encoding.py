@@ -25,6 +25,14 @@ def pixels_of(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
+def tensor_file(name: str, values: np.ndarray) -> bytes:
+    """A safetensors file of one tensor."""
+    import numpy as np
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(values)})
+
+
 def encode_images(
     pixels: np.ndarray, format: str, quality: int | None = None, about: Sequence[Mapping[str, Any]] = ()
 ) -> list[bytes]:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from ..queue.tickets import Event, Ticket
-from .encoding import TYPES, encode_images, pixels_of
+from .encoding import TYPES, encode_images, pixels_of, tensor_file
 from .forms import body_of, read_body
 from .front import Front
 from .problems import Problem, problem_of_end
@@ -23,6 +23,8 @@ PICTURES = {"image": "image", "mask": "mask_image", "control_image": "control_im
 """Fields that are files, and the pipeline's arguments for them."""
 LATENTS = "latents"
 """The field of the file that is decoded; in `ImageRequest.response_format`, that such a file is asked for."""
+PIXELS = "pixels"
+"""The same there: pictures as they are."""
 NEEDED = ("image", "control_image")
 """Of these pictures an edit has one at least."""
 ALIVE_S = 15.0
@@ -74,10 +76,10 @@ async def _answer(
         front.engine.cancel(ticket.id)
     if event.kind != "done":
         raise problem_of_end(event)
-    if event.latents is not None:
+    if (tensor := await _as_tensor(asked, ticket, event)) is not None:
         return {
-            "id": ticket.id, "created": int(time.time()), "size": "auto", "seconds": seconds_of(ticket),
-            "data": [_of_latents(event.latents, ticket)],
+            "id": ticket.id, "created": int(time.time()), "size": size_of(event), "seconds": seconds_of(ticket),
+            "data": [tensor],
         }  # fmt: skip
     files = await encoded(front, asked, ticket, event)
     data = [{**placed(front, asked, request, file), "seed": ticket.work.seed + n} for n, file in enumerate(files)]
@@ -87,9 +89,15 @@ async def _answer(
     }  # fmt: skip
 
 
-def _of_latents(latents: bytes, ticket: Ticket) -> dict[str, Any]:
-    """Those of all samples, as one file."""
-    return {"b64_latents": base64.b64encode(latents).decode(), "seed": ticket.work.seed}
+async def _as_tensor(asked: ImageRequest, ticket: Ticket, event: Event) -> dict[str, Any] | None:
+    """What was made of all samples as one file; None where pictures are asked for."""
+    if event.latents is not None:
+        name, file = LATENTS, event.latents
+    elif event.kind == "done" and event.pictures is not None and asked.response_format == PIXELS:
+        name, file = PIXELS, await asyncio.to_thread(tensor_file, PIXELS, pixels_of(event.pictures, event.shape))
+    else:
+        return None
+    return {f"b64_{name}": base64.b64encode(file).decode(), "seed": ticket.work.seed}
 
 
 async def encoded(front: Front, asked: ImageRequest, ticket: Ticket, event: Event) -> list[bytes]:
@@ -109,7 +117,9 @@ def format_of(asked: ImageRequest) -> str:
 
 
 def size_of(event: Event) -> str:
-    """WIDTHxHEIGHT of an event's pictures."""
+    """WIDTHxHEIGHT of an event's pictures; ``auto`` of latents."""
+    if event.latents is not None:
+        return "auto"
     height, width = event.shape[-3:-1]
     return f"{width}x{height}"
 
@@ -137,8 +147,8 @@ async def stream(front: Front, asked: ImageRequest, ticket: Ticket, request: Req
     """What becomes of a request, as server-sent events.
 
     Events are ``NAME.queued``, ``NAME.started``, ``NAME.progress`` after each step, ``NAME.partial_image``,
-    ``NAME.retried`` where ranks were lost, and for each picture, or once for latents, ``NAME.completed``; or ``error``,
-    which ends it.
+    ``NAME.retried`` where ranks were lost, and for each picture, or once for latents and pixels, ``NAME.completed``;
+    or ``error``, which ends it.
 
     Args:
         name: what events are called by, ``image_generation``, ``image_edit`` or ``image_decode``.
@@ -181,8 +191,8 @@ async def _said(
     if event.kind not in ("preview", "done"):
         raise problem_of_end(event)
     last = {"seconds": seconds_of(ticket), "usage": NO_TOKENS}
-    if event.latents is not None:
-        made = {"created_at": int(time.time()), "size": "auto", **_of_latents(event.latents, ticket)}
+    if (tensor := await _as_tensor(asked, ticket, event)) is not None:
+        made = {"created_at": int(time.time()), "size": size_of(event), **tensor}
         return [{"type": "completed", "index": 0, **made, **last}]
     ours: dict[str, Any] = {
         "output_format": format_of(asked), "size": size_of(event), "background": "opaque", "quality": "auto",

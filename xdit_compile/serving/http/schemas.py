@@ -39,8 +39,10 @@ class ImageRequest(Asked):
     n: int | None = Field(1, ge=1, description="how many pictures")
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp; 100 is best")
-    response_format: Literal["b64_json", "url", "latents"] | None = Field(
-        "b64_json", description="latents: what the pipeline would decode, for /v1/images/decode"
+    response_format: Literal["b64_json", "url", "pixels", "latents"] | None = Field(
+        "b64_json",
+        description="pixels: one uint8 tensor [N, H, W, C] as a safetensors file, in base64; latents: the same of what "
+        "the pipeline would decode, for /v1/images/decode",
     )
     stream: bool | None = Field(False, description="answer as server-sent events, with one for each step")
     partial_images: int | None = Field(0, ge=0, le=100, description="pictures before the last that a stream has")
@@ -55,7 +57,7 @@ class ImageRequest(Asked):
 class DecodeRequest(ImageRequest):
     """The fields of /v1/images/decode: those of the request that made the latents."""
 
-    response_format: Literal["b64_json", "url"] | None = "b64_json"
+    response_format: Literal["b64_json", "url", "pixels"] | None = "b64_json"
 
 
 class VideoRequest(Asked):
