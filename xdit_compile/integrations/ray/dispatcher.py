@@ -8,7 +8,6 @@ priorities hold whatever Serve does.
 from __future__ import annotations
 
 import asyncio
-import collections
 import dataclasses
 import logging
 import secrets
@@ -47,9 +46,8 @@ class Dispatcher(Desk):
         self._open_slot, self._patience_s = open_slot, patience_s
         self._gangs: dict[str, _Gang] = {}
         self._seen = time.monotonic()
-        self._past_restarts = 0
-        self._slots: dict[str, asyncio.Task[None]] = {}
-        self._bound: dict[str, _Bound] = {}
+        self._restarts_before: dict[str, int] = {}
+        self._slots: dict[str, _Slot] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -59,10 +57,11 @@ class Dispatcher(Desk):
     async def stop(self, drain_s: float) -> None:
         """Take no more requests, and give those that are here so many seconds."""
         await self.drain(drain_s)
-        for task in [*self._tasks, *self._slots.values()]:
+        tasks = [*self._tasks, *(slot.task for slot in self._slots.values())]
+        self._fail_all("the server ended")
+        for task in tasks:
             task.cancel()
-        self._end_all("the server ended")
-        await asyncio.gather(*self._tasks, *self._slots.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def take(self, slot: str, gang: str) -> Assignment | None:
         """The request that a slot is for; None where none waits any more.
@@ -70,10 +69,12 @@ class Dispatcher(Desk):
         Args:
             gang: that asks.
         """
-        if slot not in self._slots or not self._queue:
+        if slot not in self._slots:
             return None
-        ticket = self._next()
-        self._bound[slot] = _Bound(ticket, gang)
+        self._slots[slot].gang = gang
+        if not self._queue:
+            return None
+        ticket = self._slots[slot].ticket = self._next()
         return Assignment(ticket.work, ticket.tries)
 
     def report(self, said: GangReport) -> None:
@@ -81,6 +82,7 @@ class Dispatcher(Desk):
         before = self._gangs.get(said.name)
         if before is None:
             log.info("gang %s is there", said.name)
+        self._restarts_before.pop(said.name, None)
         self._gangs[said.name] = _Gang(dataclasses.replace(said, turns=()), time.monotonic())
         self._seen, self.alive = time.monotonic(), True
         self.facts = said.facts or self.facts
@@ -113,67 +115,79 @@ class Dispatcher(Desk):
         self._have_slots()
 
     def _stop(self, ticket: Ticket, event: Event) -> None:
-        slot = next(slot for slot, bound in self._bound.items() if bound.ticket is ticket)
-        del self._bound[slot]
-        self._slots[slot].cancel()
+        slot = next(slot for slot in self._slots.values() if slot.ticket is ticket)
+        slot.ticket = None
+        slot.task.cancel()
         self._end(ticket, event)
+
+    def _fail_all(self, why: str) -> None:
+        for slot in self._slots.values():
+            slot.ticket = None
+        self._end_all(why)
 
     def _have_slots(self) -> None:
         """One for each request that waits."""
-        idle = [slot for slot in self._slots if slot not in self._bound]
-        for _ in range(len(self._queue) - len(idle)):
-            slot = secrets.token_hex(8)
-            self._slots[slot] = asyncio.create_task(self._attend(slot))
+        unused = sum(not slot.gang for slot in self._slots.values())
+        for _ in range(len(self._queue) - unused):
+            name = secrets.token_hex(8)
+            self._slots[name] = _Slot(asyncio.create_task(self._attend(name)))
 
-    async def _attend(self, slot: str) -> None:
+    async def _attend(self, name: str) -> None:
         """Hear what becomes of a slot."""
         why = "its gang went away"
         try:
-            async with self._open_slot(slot) as events:
+            async with self._open_slot(name) as events:
                 async for said in events:
                     for event in said:
-                        self._heard(slot, event)
+                        self._heard(self._slots[name], event)
         except asyncio.CancelledError:
+            self._close(name, why)
             raise
         except Exception as error:  # noqa: BLE001 - whatever Ray says of a replica that is gone
             why = f"a gang was lost ({type(error).__name__})"
             log.info("a slot was lost", exc_info=error)
-            if slot not in self._bound:
+        try:
+            if self._queue and not self._slots[name].gang:
                 await asyncio.sleep(AGAIN_S)
         finally:
-            self._close(slot, why)
+            self._close(name, why)
 
-    def _heard(self, slot: str, event: Event) -> None:
-        bound = self._bound.get(slot)
-        if bound is None:
+    def _heard(self, slot: _Slot, event: Event) -> None:
+        ticket = slot.ticket
+        if ticket is None:
             return
         if event.ends:
-            del self._bound[slot]
-            self._end(bound.ticket, event)
+            slot.ticket = None
+            self._end(ticket, event)
             return
         if event.kind == "retried":
-            bound.ticket.tries += 1
-            bound.ticket.step = 0
-        bound.ticket.tell(event)
+            ticket.tries += 1
+            ticket.step = 0
+        ticket.tell(event)
 
-    def _close(self, slot: str, why: str) -> None:
-        self._slots.pop(slot, None)
-        bound = self._bound.pop(slot, None)
-        if bound is not None:
-            self._forget(bound.gang)
-            self._lose(bound.ticket, why)
+    def _close(self, name: str, why: str) -> None:
+        slot = self._slots.pop(name)
+        if slot.ticket is not None:
+            self._forget(slot.gang, losses=1)
+            self._lose(slot.ticket, why)
         self._have_slots()
 
-    def _forget(self, gang: str) -> None:
+    def _forget(self, gang: str, losses: int = 0) -> None:
+        """Count a gang no more, until it reports again.
+
+        Args:
+            losses: 1 where it is lost, which has its ranks started anew.
+        """
         gone = self._gangs.pop(gang, None)
-        self._past_restarts += 0 if gone is None else gone.said.restarts + 1
+        self._restarts_before[gang] = (0 if gone is None else gone.said.restarts) + losses
         self._count()
 
     def _count(self) -> None:
         """Sums over gangs."""
         self.ready = any(gang.said.ready for gang in self._gangs.values())
-        self.restarts = self._past_restarts + sum(gang.said.restarts for gang in self._gangs.values())
-        usages: dict[int | str, Usage] = collections.OrderedDict()
+        restarts = [gang.said.restarts for gang in self._gangs.values()]
+        self.restarts = sum(restarts) + sum(self._restarts_before.values())
+        usages: dict[int | str, Usage] = {}
         for number, (_, gang) in enumerate(sorted(self._gangs.items())):
             usages.update({f"{number}/{rank}": usage for rank, usage in gang.said.usages.items()})
         self.usages = usages
@@ -184,12 +198,11 @@ class Dispatcher(Desk):
             now = time.monotonic()
             for name in [name for name, gang in self._gangs.items() if now - gang.heard > SILENT_S]:
                 log.info("gang %s is not there any more", name)
-                del self._gangs[name]
-                self._count()
+                self._forget(name)
             if self._gangs or not self._queue:
                 self._seen = now
             elif now - self._seen > self._patience_s:
-                self._end_all(f"there was no gang for {self._patience_s:.0f} s; see what the cluster has room for")
+                self._fail_all(f"there was no gang for {self._patience_s:.0f} s; see what the cluster has room for")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,14 +218,16 @@ class _Gang:
     heard: float
 
 
-@dataclasses.dataclass(frozen=True)
-class _Bound:
-    """A request that a gang works on.
+@dataclasses.dataclass(eq=False)
+class _Slot:
+    """An open call of a gang.
 
     Args:
-        ticket: of it.
-        gang: by its name.
+        task: that hears what becomes of it.
+        gang: that has asked which request it is for; empty before.
+        ticket: of that request, while it is at work.
     """
 
-    ticket: Ticket
-    gang: str
+    task: asyncio.Task[None]
+    gang: str = ""
+    ticket: Ticket | None = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 
@@ -13,6 +15,7 @@ from ray import serve
 
 from xdit_compile.errors import XditCompileError
 from xdit_compile.serving.logs import show_logs
+from xdit_compile.serving.queue.desk import Limits
 from xdit_compile.serving.queue.engine import Engine
 from xdit_compile.serving.queue.messages import Report, Turn
 from xdit_compile.serving.queue.processes import Processes
@@ -59,7 +62,7 @@ class Gang:
             return Processes(self._starter, request.arrangements[0], request.start_timeout, TURN_S)
 
         self._turns: list[tuple[Turn, Report]] = []
-        self._engine = Engine(processes, request.limits, request.name, request.arrangements)
+        self._engine = Engine(processes, _never_full(request.limits), request.name, request.arrangements)
         self._engine.turned.append(lambda turn, report: self._turns.append(without_pictures(turn, report)))
         await self._engine.start()
         while self._engine.alive and not self._engine.ready:
@@ -92,6 +95,8 @@ class Gang:
 
         What comes soon after one another is said together: a message takes as much of a processor as some steps do.
         """
+        if not self._engine.alive:
+            return
         assignment: Assignment | None = await self._front.take.remote(slot, self._name)
         if assignment is None:
             return
@@ -118,3 +123,8 @@ class Gang:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.stop(0)
+
+
+def _never_full(limits: Limits) -> Limits:
+    """The same for a queue that Serve keeps short: the front alone refuses requests."""
+    return dataclasses.replace(limits, max_queue=sys.maxsize)

@@ -177,6 +177,7 @@ class Desk(abc.ABC):
             tell(ticket)
 
     def _end_all(self, why: str) -> None:
+        self._queue.clear()
         for ticket in list(self._tickets.values()):
             self._end(ticket, Event("failed", error=why))
 
