@@ -45,6 +45,22 @@ def make(pipe: Any, **others: Any) -> np.ndarray:
     return pipe(prompt="a red circle", num_inference_steps=3, generator=generator, output_type="np", **others).images
 
 
+class Awkward(Exception):
+    """One that cannot be copied."""
+
+    def __init__(self, one: int, two: int):
+        super().__init__(f"{one} {two}")
+
+
+def _raise_awkwardly() -> None:
+    raise Awkward(1, 2)
+
+
+def _fail_on_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        raise ValueError("only here")
+
+
 def until(holds: Callable[[], bool], seconds: float = GONE_S) -> None:
     limit = time.monotonic() + seconds
     while not holds():
@@ -109,13 +125,19 @@ def test_ranks_of_a_script_are_actors_over_two_nodes(monkeypatch: pytest.MonkeyP
                 with pytest.raises(UsageError, match="had no room for 2 ranks of 1 CPU within 2 s: nothing of 2 CPU"):
                     Ranks(PLAN)
                 assert time.monotonic() - begin < GONE_S
+                with pytest.raises(TypeError, match="a generator cannot be sent from an actor"):
+                    ranks.run(lambda: (number for number in range(2)))
+                with pytest.raises(XditCompileError, match="^Awkward: 1 2$"):
+                    ranks.run(_raise_awkwardly)
                 os.kill(ranks.run(os.getpid)[1], signal.SIGKILL)
                 with pytest.raises(XditCompileError, match="rank 1: its actor died; all ranks were ended"):
                     make(pipe)
                 with pytest.raises(UsageError, match="these ranks have ended"):
                     make(pipe)
-            with Ranks(PLAN) as ranks:
-                assert ranks.run(lambda: os.environ["RANK"]) == ["0", "1"]
+                with Ranks(PLAN) as others:
+                    assert others.run(lambda: os.environ["RANK"]) == ["0", "1"]
+                    with pytest.raises(XditCompileError, match="rank 1: only here; all ranks were ended"):
+                        others.run(_fail_on_rank_1)
         finally:
             ray.shutdown()
 
@@ -214,6 +236,30 @@ def test_gangs_follow_the_queue_and_end_with_a_killed_command(tmp_path: Path):
         assert [answer.status for answer in answers] == [200] * 8
         server.process.kill()
         until(lambda: not processes("ray::RankActor") and not processes("ray::ServeReplica"))
+
+
+@pytest.mark.slow
+def test_a_signal_before_there_is_a_service_is_heeded():
+    command = [
+        sys.executable,
+        "-m",
+        "xdit_compile",
+        "serve",
+        "--port",
+        "0",
+        "--ulysses_degree",
+        "2",
+        "--backend",
+        "eager",
+    ]
+    for more, wait_s in ((["--ray", "--ulysses_degree", "64", "--wait_for_nodes", "200"], 10), (["--ray"], 7)):
+        running = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(wait_s)
+        running.send_signal(signal.SIGINT)
+        out, errors = running.communicate(timeout=GONE_S)
+        assert (running.returncode, out) == (130, ""), errors
+        assert errors.strip().endswith("interrupted")
+    assert not processes("ray::RankActor")
 
 
 @pytest.mark.slow

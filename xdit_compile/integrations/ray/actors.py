@@ -6,10 +6,12 @@ import collections
 import dataclasses
 import os
 import socket
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
@@ -30,6 +32,14 @@ KEPT_BACK = ("XDIT_COMPILE_API_KEY", RUN_FOLDER, *(name for names in LAUNCHERS f
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Of a call: those by place, and those by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a call gave, or what it raised."""
+
+    value: Any = None
+    error: Exception | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +79,50 @@ class RankActor:
         """Know the place among the ranks, where launchers write it."""
         os.environ.update(environment)
 
-    def run(self, function: Callable[..., Any], call: Arguments) -> Any:
+    def run(self, function: Callable[..., Any], call: Arguments) -> Outcome:
         """What a function gives in this process."""
-        return function(*call[0], **call[1])
+        return _outcome(lambda: function(*call[0], **call[1]))
 
-    def load(self, load: Callable[..., Any], plan: Plan, call: Arguments) -> None:
+    def load(self, load: Callable[..., Any], plan: Plan, call: Arguments) -> Outcome:
         """Have a pipeline, parallelized."""
-        from xdit_compile.api import parallelize
 
-        self._pipe = parallelize(load(*call[0], **call[1]), plan)
+        def loaded() -> None:
+            from xdit_compile.api import parallelize
 
-    def make(self, call: Arguments) -> Any:
+            self._pipe = parallelize(load(*call[0], **call[1]), plan)
+
+        return _outcome(loaded)
+
+    def make(self, call: Arguments) -> Outcome:
         """What its call gives; on rank 0 alone."""
-        made = self._pipe(*call[0], **call[1])
-        return made if os.environ["RANK"] == "0" else None
+
+        def made() -> Any:
+            result = self._pipe(*call[0], **call[1])
+            return result if os.environ["RANK"] == "0" else None
+
+        return _outcome(made)
+
+
+def _outcome(call: Callable[[], Any]) -> Outcome:
+    """What a call gives or raises, as what another process can read."""
+    try:
+        value = call()
+    except Exception as error:  # noqa: BLE001 - it is raised where the call was asked for
+        error.add_note(traceback.format_exc())
+        return Outcome(error=error if _travels(error) else XditCompileError(f"{type(error).__name__}: {error}"))
+    try:
+        cloudpickle.dumps(value)
+    except Exception:  # noqa: BLE001 - whatever a class does when it is copied
+        return Outcome(error=TypeError(f"a {type(value).__name__} cannot be sent from an actor; return plain data"))
+    return Outcome(value)
+
+
+def _travels(error: Exception) -> bool:
+    """Whether another process can read it: one that is made of other things than it keeps cannot be."""
+    try:
+        return type(cloudpickle.loads(cloudpickle.dumps(error))) is type(error)
+    except Exception:  # noqa: BLE001 - whatever a class does when it is copied
+        return False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 
 import ray
@@ -40,6 +41,8 @@ def cluster(address: str, quiet: bool) -> Iterator[bool]:
 
 def _connected(address: str, shows: bool, may_start: bool) -> bool:
     """Join a cluster, or start one; whether it was started."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -160,6 +160,11 @@ class Dispatcher(Desk):
             slot.ticket = None
             self._end(ticket, event)
             return
+        if event.kind == "queued":
+            slot.ticket = None
+            ticket.tries, ticket.started = ticket.tries - 1, None
+            self._enqueue(ticket)
+            return
         if event.kind == "retried":
             ticket.tries += 1
             ticket.step = 0

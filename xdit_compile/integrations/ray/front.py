@@ -46,7 +46,9 @@ class Front:
 
     def __serve_build_asgi_app__(self) -> Any:
         """For Serve: what answers HTTP."""
-        return make_app(self._dispatcher, self._settings, self._refusal)
+        app = make_app(self._dispatcher, self._settings, self._refusal)
+        app.add_middleware(_WithoutId)
+        return app
 
     async def _refusal(self, work: Work) -> str | None:
         """As `Room.refusal`, of the memory that ranks had where they are."""
@@ -82,6 +84,22 @@ class Front:
         dispatcher = getattr(self, "_dispatcher", None)
         if dispatcher is not None:
             await dispatcher.stop(0)
+
+
+class _WithoutId:
+    """Leaves a request's id out of its answer: Serve puts it there, too."""
+
+    def __init__(self, app: Any):
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def without(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._app(scope, receive, without)
 
 
 async def _end_with(job: ActorHandle) -> None:

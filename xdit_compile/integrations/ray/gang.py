@@ -15,7 +15,7 @@ from ray import serve
 
 from xdit_compile.errors import XditCompileError
 from xdit_compile.serving.logs import show_logs
-from xdit_compile.serving.queue.desk import Limits
+from xdit_compile.serving.queue.desk import Limits, NotReady
 from xdit_compile.serving.queue.engine import Engine
 from xdit_compile.serving.queue.messages import Report, Turn
 from xdit_compile.serving.queue.processes import Processes
@@ -93,6 +93,8 @@ class Gang:
     async def work(self, slot: str) -> AsyncIterator[list[Event]]:
         """Work on the request that the front has for a call of this, and say what becomes of it.
 
+        ``queued`` says that it is to wait again.
+
         What comes soon after one another is said together: a message takes as much of a processor as some steps do.
         """
         if not self._engine.alive:
@@ -100,7 +102,11 @@ class Gang:
         assignment: Assignment | None = await self._front.take.remote(slot, self._name)
         if assignment is None:
             return
-        ticket = self._engine.submit(assignment.work)
+        try:
+            ticket = self._engine.submit(assignment.work)
+        except NotReady:
+            yield [Event("queued")]
+            return
         ticket.tries = assignment.tries - 1
         said: list[Event] = []
         due = time.monotonic() + TOGETHER_S

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -38,6 +38,19 @@ class Share:
         """A processor, and a GPU where the cluster has one and ranks may use it."""
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         return cls({"CPU": 1.0, "GPU": 1.0} if has_gpus and not on_cpu else {"CPU": 1.0})
+
+    @classmethod
+    def of(cls, amounts: Mapping[str, float]) -> Share:
+        """From amounts by name.
+
+        Raises:
+            UsageError: there is none, or one is no positive number.
+        """
+        wrong = next((name for name, amount in amounts.items() if not 0 < amount < 1e6), None)
+        if wrong is not None or not amounts:
+            what = f"{amounts[wrong]} of {wrong}" if wrong is not None else "nothing"
+            raise UsageError(f"a rank cannot take {what}; write resources={{'GPU': 1, 'CPU': 4}}")
+        return cls(dict(amounts))
 
     @classmethod
     def parsed(cls, text: str) -> Share:
@@ -76,11 +89,14 @@ def most_gangs(share: Share, ranks: int) -> int:
     return sum(share.times(node["Resources"]) for node in ray.nodes() if node["Alive"]) // ranks
 
 
-def reserved(share: Share, ranks: int, gangs: int, wait_s: float) -> list[PlacementGroup]:
+def reserved(
+    share: Share, ranks: int, gangs: int, wait_s: float, look: Callable[[], None] = lambda: None
+) -> list[PlacementGroup]:
     """Room for gangs, which is held until it is given back.
 
     Args:
         wait_s: for machines that join; 0 refuses at once what the cluster does not have.
+        look: called about once a second while this waits; what it raises ends that.
 
     Raises:
         UsageError: there is not so much, or it did not become free in time.
@@ -95,7 +111,7 @@ def reserved(share: Share, ranks: int, gangs: int, wait_s: float) -> list[Placem
         )
     groups = [placement_group([dict(share.amounts)] * ranks, strategy=STRATEGY) for _ in range(gangs)]
     try:
-        _wait(groups, max(BUSY_S, wait_s), wanted)
+        _wait(groups, max(BUSY_S, wait_s) if held >= gangs else wait_s, wanted, look)
     except BaseException:
         give_back(groups)
         raise
@@ -111,10 +127,11 @@ def give_back(groups: Sequence[PlacementGroup]) -> None:
         time.sleep(0.02)
 
 
-def _wait(groups: Sequence[PlacementGroup], limit_s: float, wanted: str) -> None:
+def _wait(groups: Sequence[PlacementGroup], limit_s: float, wanted: str, look: Callable[[], None]) -> None:
     begin, is_said = time.monotonic(), False
     for group in groups:
         while not group.wait(1):
+            look()
             waited = time.monotonic() - begin
             if waited > limit_s:
                 free = ", ".join(f"{amount:g} {name}" for name, amount in _shown(ray.available_resources()).items())

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from xdit_compile.errors import UsageError, XditCompileError
 from xdit_compile.plan import Plan
 
-from .actors import Arguments, actors_in, end_actors, said_of, settings_here
+from .actors import Arguments, Outcome, actors_in, end_actors, said_of, settings_here
 from .cluster import HERE, cluster
 from .placing import Share, give_back, reserved
 
@@ -48,7 +47,7 @@ class Ranks:
         self._groups: list[Any] = []
         self._actors: list[Any] = []
         try:
-            share = Share.usual(on_cpu=False) if resources is None else Share(dict(resources))
+            share = Share.usual(on_cpu=False) if resources is None else Share.of(resources)
             self._groups = reserved(share, plan.world_size, 1, wait_s)
             self._actors = actors_in(self._groups[0], share, settings_here(), START_S).handles
         except BaseException:
@@ -88,10 +87,7 @@ class Ranks:
 
     def close(self) -> None:
         """End the ranks."""
-        end_actors(self._actors)
-        self._actors = []
-        give_back(self._groups)
-        self._groups = []
+        self._end()
         self._cluster.__exit__(None, None, None)
 
     def _on_all(self, method: str, *what: Any, args: Arguments) -> list[Any]:
@@ -106,21 +102,26 @@ class Ranks:
             failed = next((ref for ref in ended if _failure(ref) is not None), None)
             if failed is not None:
                 self._fail(running, running.index(failed))
-        return ray.get(running)
+        return [ray.get(ref).value for ref in running]
 
     def _fail(self, running: Sequence[Any], first: int) -> None:
         """Raise what one rank failed with; the ranks end, unless all failed so."""
-        limit = time.monotonic() + TOGETHER_S
-        ray.wait(list(running), num_returns=len(running), timeout=limit - time.monotonic())
+        ray.wait(list(running), num_returns=len(running), timeout=TOGETHER_S)
         failures = [_failure(ref) for ref in running]
-        causes = [failure.cause for failure in failures if isinstance(failure, RayTaskError)]
-        if len(causes) == len(running) and len({type(cause) for cause in causes}) == 1:
-            raise causes[first]
-        end_actors(self._actors)
-        self._actors = []
+        raised = {type(failure) for failure in failures}
         error = failures[first]
         assert error is not None
+        if len(raised) == 1 and not isinstance(error, RayError):
+            raise error
+        self._end()
         raise XditCompileError(f"rank {first}: {said_of(error)}; all ranks were ended, make others") from error
+
+    def _end(self) -> None:
+        """End the actors, and give their room back."""
+        end_actors(self._actors)
+        self._actors = []
+        give_back(self._groups)
+        self._groups = []
 
 
 class RemotePipeline:
@@ -138,9 +139,12 @@ class RemotePipeline:
         return self._on_all("make", args=(args, kwargs))[0]
 
 
-def _failure(ref: Any) -> RayError | None:
+def _failure(ref: Any) -> Exception | None:
+    """What a call failed with, or lost its actor by; None where it is at work, or has given something."""
+    if not ray.wait([ref], timeout=0)[0]:
+        return None
     try:
-        ray.get(ref)
+        outcome: Outcome = ray.get(ref)
     except RayError as error:
         return error
-    return None
+    return outcome.error

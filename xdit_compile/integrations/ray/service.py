@@ -19,6 +19,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from xdit_compile.cache.folder import AUTO, resolve
+from xdit_compile.cli.processes.ending import Interrupted
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 from xdit_compile.serving.logs import show_logs
 from xdit_compile.serving.request import ServeRequest
@@ -52,25 +53,27 @@ def serve_on_ray(request: ServeRequest, address: str, replicas: Replicas, resour
     Raises:
         UsageError: there is no such cluster, no room in it, or something else serves there.
         XditCompileError: the ranks cannot be started, or the service was ended by somebody else.
+        Interrupted: a signal came before there was a service, or a second one.
     """
     show_logs(request)
     request = _from_anywhere(request)
     share = None if resources is None else Share.parsed(resources)
-    with cluster(address, request.quiet) as is_ours, _signals() as ended:
+    with cluster(address, request.quiet) as is_ours, Ending().heeded() as ending:
         _check_free(request)
         share = share or Share.usual(request.device == "cpu")
         ranks = request.plan.world_size
-        give_back(reserved(share, ranks, replicas.least, wait_s))
+        give_back(reserved(share, ranks, replicas.least, wait_s, ending.check))
         if (held := most_gangs(share, ranks)) < replicas.most:
             log.warning("the cluster has room for %d of up to %d gangs", held, replicas.most)
         where = _listening(request)
         try:
-            _deploy(request, replicas, share, ended)
+            _deploy(request, replicas, share, ending)
             print(f"serving {request.name} at http://{where}; Ctrl-C ends it", flush=True)
-            _until_ended(ended)
+            _until_ended(ending.event)
             serve.get_app_handle(NAME).drain.remote(request.drain).result(timeout_s=request.drain + 5)
         finally:
-            serve.delete(NAME)
+            if not is_ours or ending.count < 2:
+                serve.delete(NAME, _blocking=ending.count < 2)
             if not is_ours and not serve.status().applications:
                 serve.shutdown()
 
@@ -87,7 +90,7 @@ def _from_anywhere(request: ServeRequest) -> ServeRequest:
     return request
 
 
-def _deploy(request: ServeRequest, replicas: Replicas, share: Share, ended: threading.Event) -> None:
+def _deploy(request: ServeRequest, replicas: Replicas, share: Share, ending: Ending) -> None:
     kind: Any = ray.remote(Job)
     job = kind.options(num_cpus=0).remote()
     app = application(request, replicas, share, job)
@@ -101,8 +104,9 @@ def _deploy(request: ServeRequest, replicas: Replicas, share: Share, ended: thre
 
     running = threading.Thread(target=run, name="deploy", daemon=True)
     running.start()
-    while running.is_alive() and not ended.is_set():
+    while running.is_alive():
         running.join(LOOK_S)
+        ending.check()
     if failure:
         raise XditCompileError(f"the service did not start: {_reason() or one_line(failure[0])}") from failure[0]
 
@@ -161,22 +165,42 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that is set at the first signal that ends the command; the next one ends it at once."""
-    ended = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
+class Ending:
+    """Signals that end the command: the first one once requests are answered, the next one at once.
 
-    def end(number: int, frame: object) -> None:
-        if ended.is_set():
-            raise KeyboardInterrupt
-        ended.set()
+    Attributes:
+        event: set at the first one.
+        count: how many came.
+    """
 
-    for number in numbers:
-        signal.signal(number, end)
-    try:
-        yield ended
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+    def __init__(self) -> None:
+        self.event, self.count = threading.Event(), 0
+        self._number = 0
+
+    def check(self) -> None:
+        """Go on, unless a signal came.
+
+        Raises:
+            Interrupted: one did.
+        """
+        if self.count:
+            raise Interrupted(self._number)
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[Ending]:
+        """Have signals come here meanwhile."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.getsignal(number) for number in numbers]
+        for number in numbers:
+            signal.signal(number, self._come)
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def _come(self, number: int, frame: object) -> None:
+        self._number, self.count = number, self.count + 1
+        self.event.set()
+        if self.count > 1:
+            raise Interrupted(number)

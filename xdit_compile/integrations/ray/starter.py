@@ -73,7 +73,7 @@ class ActorChild:
         """As `Child.ended`."""
         if not self._over.done():
             return None
-        error = self._over.exception()
+        error = self._over.exception() or self._over.result().error
         return "ended" if error is None else f"was lost: {said_of(error)}"
 
     def kill(self) -> None:
