@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,8 @@ def test_an_application_is_deployed_as_others_are():
             answer = Service(None, f"http://127.0.0.1:{port}").ask(**ASKED)
             assert answer.status == 200
             assert np.abs(answer.picture - alone([dict(ASKED)])[0]).max() <= 1
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as said:
+                assert len(said.headers.get_all("X-Request-Id")) == 1
         finally:
             serve.shutdown()
             ray.shutdown()
