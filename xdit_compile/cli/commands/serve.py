@@ -104,7 +104,9 @@ NEEDED = (
     help="Twice: latency=... for an idle server, throughput=... with replicas:N for a queue.",
 )
 @ray_flags
-@option("--with_parent", group=SERVICE, is_flag=True, hidden=True, help="End when standard input does.")
+@option(
+    "--with_parent", group=SERVICE, is_flag=True, help="End when standard input does, for programs that start this."
+)
 def serve(plan: Plan, nproc: int | None, with_parent: bool, **flags: Any) -> None:
     """Serve a pipeline over HTTP, as OpenAI's clients call it."""
     if with_parent:
