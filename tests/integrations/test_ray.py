@@ -187,7 +187,7 @@ def test_a_service_goes_on_where_an_actor_a_gang_or_a_node_is_lost(tmp_path: Pat
             _all_right(server, want, lambda: [each.kill() for each in processes("ray::RankActor")])
             _all_right(server, want, lambda: processes("ray::ServeReplica:xdit-compile:Gang")[0].kill())
             until(lambda: state()["gangs"] == 2, 60)
-            assert state()["restarts"] >= 3
+            assert state()["restarts"] >= 2
             _all_right(server, want, lambda: cluster.remove_node(nodes[0], allow_graceful=False), count=3)
             asking = threading.Thread(target=lambda: server.ask(**{**ASKED, "num_inference_steps": 500}, id="long"))
             asking.start()
