@@ -26,6 +26,8 @@ from .placing import STRATEGY, Share
 
 CONNECTIONS = 10_000
 """Of clients, at most."""
+HEAD = "node:__internal_head__"
+"""What the head of a cluster alone has: the front is there, which no other machine's loss takes along."""
 CHECK_S = 2.0
 """So often Serve asks a replica how it is."""
 STOP_S = 20.0
@@ -113,7 +115,7 @@ def application(request: ServeRequest, replicas: Replicas, share: Share, job: Ac
         serve.ingress()(Front),
         name=FRONT,
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
         max_ongoing_requests=CONNECTIONS,
         logging_config=QUIET,
         health_check_period_s=CHECK_S,

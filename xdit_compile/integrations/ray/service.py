@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
 from xdit_compile.cache.folder import AUTO, resolve
@@ -70,7 +71,7 @@ def serve_on_ray(request: ServeRequest, address: str, replicas: Replicas, resour
             _deploy(request, replicas, share, ending)
             print(f"serving {request.name} at http://{where}; Ctrl-C ends it", flush=True)
             _until_ended(ending.event)
-            serve.get_app_handle(NAME).drain.remote(request.drain).result(timeout_s=request.drain + 5)
+            _drain(request.drain)
         finally:
             if not is_ours or ending.count < 2:
                 serve.delete(NAME, _blocking=ending.count < 2)
@@ -124,6 +125,14 @@ def _until_ended(ended: threading.Event) -> None:
         application = serve.status().applications.get(NAME)
         if application is None or application.status == ApplicationStatus.DELETING:
             raise XditCompileError("somebody ended the service in the cluster")
+
+
+def _drain(limit_s: float) -> None:
+    """Return once the requests that are here have ended, or the time is over."""
+    try:
+        serve.get_app_handle(NAME).drain.remote(limit_s).result(timeout_s=limit_s + LOOK_S)
+    except (TimeoutError, RayError) as error:
+        log.warning("the front did not say that all requests have ended: %s", one_line(error, 200))
 
 
 def _running() -> Any:
