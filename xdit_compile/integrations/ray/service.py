@@ -25,7 +25,7 @@ from xdit_compile.errors import UsageError, XditCompileError, one_line
 from xdit_compile.serving.logs import show_logs
 from xdit_compile.serving.request import ServeRequest
 
-from .app import QUIET, Replicas, application
+from .app import HEAD, QUIET, Replicas, application
 from .cluster import cluster
 from .placing import Share, give_back, most_gangs, reserved
 
@@ -93,7 +93,7 @@ def _from_anywhere(request: ServeRequest) -> ServeRequest:
 
 def _deploy(request: ServeRequest, replicas: Replicas, share: Share, ending: Ending) -> None:
     kind: Any = ray.remote(Job)
-    job = kind.options(num_cpus=0).remote()
+    job = kind.options(num_cpus=0, resources={HEAD: 0.001}).remote()
     app = application(request, replicas, share, job)
     failure: list[Exception] = []
 
