@@ -166,8 +166,7 @@ class Dispatcher(Desk):
             self._enqueue(ticket)
             return
         if event.kind == "retried":
-            ticket.tries += 1
-            ticket.step = 0
+            ticket.step = 0  # the gang counts these itself: a lost machine may take its ranks first, and then the gang
         ticket.tell(event)
 
     def _close(self, name: str, why: str) -> None:
