@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -135,6 +136,9 @@ class Server:
         return urllib.request.Request(f"{self.address}/v1/images/generations", json.dumps(fields).encode(), headers)
 
 
+S = TypeVar("S", bound=Server)
+
+
 def _is_rank(process: psutil.Process) -> bool:
     try:
         return "serve_rank" in process.cmdline()
@@ -152,16 +156,25 @@ def processes(word: str) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def serving(flags: tuple[str, ...], log: Path) -> Iterator[Server]:
-    """A server of two processes that is ready, which ends with the context."""
+def serving(
+    flags: tuple[str, ...], log: Path, kind: type[S] = Server, environment: dict[str, str] | None = None
+) -> Iterator[S]:
+    """A server of two processes that is ready, which ends with the context.
+
+    Args:
+        kind: its client.
+        environment: what is in it beside that of this process.
+    """
     command = [sys.executable, "-m", "xdit_compile", "serve", "--port", "0", "--nproc", "2", *flags]
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=file, text=True, env={**os.environ, **(environment or {})}
+        )
     try:
         assert process.stdout is not None
         address = re.search(r"http://[\d.:]+", process.stdout.readline())
         assert address is not None, log.read_text()
-        server = Server(process, address[0])
+        server = kind(process, address[0])
         server.wait_ready()
         yield server
     finally:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from benchmarks.serving_client import Server
+from benchmarks.serving_client import Server, serving
 
 READY_S = 240
 
@@ -36,27 +33,7 @@ def cluster_of(*processors: float) -> Iterator[tuple[Cluster, list[Any]]]:
         cluster.shutdown()
 
 
-@contextlib.contextmanager
-def serving_on(address: str, folder: Path, *flags: str) -> Iterator[Service]:
+def serving_on(address: str, folder: Path, *flags: str) -> AbstractContextManager[Service]:
     """A service of gangs of two ranks, which ends with the context."""
-    command = [sys.executable, "-m", "xdit_compile", "serve", "--ray", address, "--port", "0", "--backend", "eager",
-               "--ulysses_degree", "2", *flags]  # fmt: skip
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True,
-            env={**os.environ, "XDIT_COMPILE_CACHE": str(folder / "cache")},
-        )  # fmt: skip
-        try:
-            assert process.stdout is not None
-            address_line = re.search(r"http://[\d.:]+", process.stdout.readline())
-            assert address_line, (folder / "log").read_text()
-            server = Service(process, address_line[0])
-            server.wait_ready()
-            yield server
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    common = ("--ray", address, "--backend", "eager", "--ulysses_degree", "2")
+    return serving((*common, *flags), folder / "log", Service, {"XDIT_COMPILE_CACHE": str(folder / "cache")})

@@ -59,7 +59,7 @@ def with_gangs(test: Callable[[Dispatcher, Gangs], Coroutine[Any, Any, None]], c
         gangs = Gangs(count)
         dispatcher = gangs.dispatcher = Dispatcher(gangs.open, Limits(**limits), "model", 0.6)
         dispatcher.start()
-        dispatcher.report(GangReport("gang", {"joins": False}, "one device", True, Free(None, "RAM"), 0, {}))
+        dispatcher.report(GangReport("gang", {"joins": False}, "one device", True, Free(None), 0, {}))
         try:
             await asyncio.wait_for(test(dispatcher, gangs), 20)
         finally:

@@ -28,6 +28,7 @@ from xdit_compile.cli.options.request import DEMO_PIPELINE
 from xdit_compile.errors import UsageError, XditCompileError
 from xdit_compile.integrations.ray import Ranks, build, needed, placing
 from xdit_compile.plan import Plan
+from xdit_compile.serving.queue.starters import free_port
 
 from .ray_cluster import Service, cluster_of, serving_on
 
@@ -268,7 +269,7 @@ def test_an_application_is_deployed_as_others_are():
     with cluster_of(2) as (cluster, _):
         ray.init(address=cluster.address, log_to_driver=False)
         try:
-            serve.start(http_options={"port": (port := _free_port())}, proxy_location="HeadOnly")
+            serve.start(http_options={"port": (port := free_port())}, proxy_location="HeadOnly")
             serve.run(build({"plan": {"ulysses": 2, "backend": "eager"}, "replicas": 1}), name="pictures")
             answer = Service(None, f"http://127.0.0.1:{port}").ask(**ASKED)
             assert answer.status == 200
@@ -295,11 +296,3 @@ def test_the_command_says_what_is_wrong_with_a_cluster(flags: list[str], said: s
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert said in done.stderr
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -25,7 +25,7 @@ def test_small_requests_are_counted_by_nobody(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_a_request_that_does_not_fit_is_told_by_how_much():
-    room = Room(ServeRequest(), Plan(ulysses=2), 2, Free(4 << 30, "RAM"))
+    room = Room(ServeRequest(), Plan(ulysses=2), 2, Free(4 << 30))
 
     async def asked() -> list[str | None]:
         sizes = [(4096, 4096), (8192, 8192), (8192, 8192)]

@@ -171,6 +171,11 @@ class Plan(Degrees):
         return self.patch_count > 1 or any(method.stale and self.degree(method) > 1 for method in METHODS)
 
     @property
+    def alternates(self) -> bool:
+        """Whether ranks may answer calls of several requests in turns: they keep nothing of one between two calls."""
+        return not self.is_stale and self.cfg == 1
+
+    @property
     def replica(self) -> int:
         """Ranks that share one part of the batch."""
         return self.world_size // self.data

@@ -38,18 +38,23 @@ class Free:
 
     Args:
         bytes: None where nobody says.
-        where: in words.
+        on_card: of an accelerator, and not of RAM.
     """
 
     bytes: int | None
-    where: str
+    on_card: bool = False
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        return "the device" if self.on_card else "RAM"
 
 
 def free_here(ranks: int, on_cards: bool) -> Free:
     """Of the memory of this machine, which so many ranks share, or of the cards that this process sees, one each."""
     cards = free_on_cards()[:ranks] if on_cards else []
     free = min(cards) if cards and len(cards) == ranks else available_memory(ranks)
-    return Free(free, "the device" if cards else "RAM")
+    return Free(free, bool(cards))
 
 
 class Room:
@@ -94,7 +99,7 @@ class Room:
             Full: too many wait for theirs to be counted.
         """
         asked = self._of(work)
-        if self.free.bytes is None or asked == self._request or self._is_plenty(asked):
+        if self.free.bytes is None or asked == self._request or is_plenty(asked, self._ranks, self._elsewhere):
             return None
         needed = await self._need(asked)
         if needed is None or needed["total"] <= self.free.bytes:
@@ -112,9 +117,6 @@ class Room:
             asked["guidance_scale"] = 1.0 if work.guidance_scale <= 1 else 2.0
         count = work.num_images if work.num_images > 1 else None
         return dataclasses.replace(self._request, num_images_per_prompt=count, **asked)
-
-    def _is_plenty(self, asked: Request) -> bool:
-        return is_plenty(asked, self._ranks, self._elsewhere)
 
     async def _need(self, asked: Request) -> dict[str, Any] | None:
         text = asked.to_json()

@@ -27,8 +27,6 @@ from .request import ServeRequest
 from .room import Room
 
 KEY_VARIABLE = "XDIT_COMPILE_API_KEY"
-TURN_S = 3600.0
-"""A turn that compiles may take long; what stands still is seen by the ranks themselves after the plan's timeout_s."""
 
 
 def serve(request: ServeRequest, arrangements: Sequence[Arrangement], host: str | None, here: int) -> None:
@@ -51,7 +49,7 @@ def serve(request: ServeRequest, arrangements: Sequence[Arrangement], host: str 
     command = ["serve_rank", request.to_json()]
 
     def processes() -> Processes:
-        return Processes(ProcessStarter(command, host), arrangements[0], request.start_timeout, TURN_S)
+        return Processes(ProcessStarter(command, host), arrangements[0], request.start_timeout)
 
     with _bound(request) as listening:
         address = "http://{}:{}".format(*listening.getsockname()[:2])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,8 @@ from xdit_compile.distributed.world import LAUNCHERS
 from xdit_compile.errors import XditCompileError, one_line
 from xdit_compile.plan import Plan
 from xdit_compile.plan.host import available_memory, free_on_cards
+from xdit_compile.serving.queue.starters import free_port
+from xdit_compile.serving.room import Free
 
 from .placing import Share
 
@@ -36,10 +37,15 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a call gave, or what it raised."""
+    """What a call gave, pickled, or what it raised."""
 
-    value: Any = None
+    pickled: bytes = b""
     error: Exception | None = None
+
+    @property
+    def value(self) -> Any:
+        """What it gave."""
+        return cloudpickle.loads(self.pickled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +74,9 @@ class RankActor:
 
     def place(self) -> Place:
         """Where this is."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
         card = next(iter(free_on_cards()), None) if ray.get_gpu_ids() else None
         node = ray.get_runtime_context().get_node_id()
-        return Place(node, ray.util.get_node_ip_address(), port, available_memory(), card)
+        return Place(node, ray.util.get_node_ip_address(), free_port(""), available_memory(), card)
 
     def settle(self, environment: dict[str, str]) -> None:
         """Know the place among the ranks, where launchers write it."""
@@ -111,10 +114,9 @@ def _outcome(call: Callable[[], Any]) -> Outcome:
         error.add_note(traceback.format_exc())
         return Outcome(error=error if _travels(error) else XditCompileError(f"{type(error).__name__}: {error}"))
     try:
-        cloudpickle.dumps(value)
+        return Outcome(cloudpickle.dumps(value))
     except Exception:  # noqa: BLE001 - whatever a class does when it is copied
         return Outcome(error=TypeError(f"a {type(value).__name__} cannot be sent from an actor; return plain data"))
-    return Outcome(value)
 
 
 def _travels(error: Exception) -> bool:
@@ -131,13 +133,11 @@ class Actors:
 
     Args:
         handles: in their order.
-        free: bytes that each of them had at least when it came; None where nobody says.
-        on_cards: whether these are of GPUs.
+        free: what each of them had at least when it came.
     """
 
     handles: list[ActorHandle]
-    free: int | None
-    on_cards: bool
+    free: Free
 
 
 def actors_in(group: PlacementGroup, share: Share, settings: Mapping[str, str], limit_s: float) -> Actors:
@@ -170,8 +170,7 @@ def actors_in(group: PlacementGroup, share: Share, settings: Mapping[str, str], 
     except RayError as error:
         end_actors(started)
         raise XditCompileError(f"an actor could not be started: {said_of(error)}") from error
-    on_cards = all(place.card is not None for place in places)
-    return Actors(handles, _least_free(places, on_cards), on_cards)
+    return Actors(handles, _least_free(places))
 
 
 def end_actors(actors: Sequence[ActorHandle]) -> None:
@@ -189,15 +188,16 @@ def said_of(error: BaseException) -> str:
     return one_line(error)
 
 
-def _least_free(places: Sequence[Place], on_cards: bool) -> int | None:
-    """Bytes that every rank has at least; those of a machine share its memory."""
+def _least_free(places: Sequence[Place]) -> Free:
+    """What every rank has at least, of its card where each has one; those of a machine share its memory."""
+    on_cards = all(place.card is not None for place in places)
     ranks = collections.Counter(place.node for place in places)
     shares = [
         place.card if on_cards else None if place.memory is None else place.memory // ranks[place.node]
         for place in places
     ]
     known = [share for share in shares if share is not None]
-    return min(known) if len(known) == len(shares) else None
+    return Free(min(known) if len(known) == len(shares) else None, on_cards)
 
 
 def _environments(places: Sequence[Place]) -> list[dict[str, str]]:

@@ -15,7 +15,6 @@ from ray.serve.schema import LoggingConfig
 from xdit_compile.errors import UsageError
 from xdit_compile.plan import Plan
 from xdit_compile.plan.nearest import did_you_mean
-from xdit_compile.serving.http.settings import Settings
 from xdit_compile.serving.request import ServeRequest
 from xdit_compile.serving.run import settings_of
 
@@ -90,8 +89,7 @@ def application(request: ServeRequest, replicas: Replicas, share: Share, job: Ac
         share: what a rank takes of its machine.
         job: an actor with which the service ends; None for one that stays until it is deleted.
     """
-    joins = not request.plan.is_stale and request.plan.cfg == 1
-    at_once = request.max_batch if joins else 1
+    at_once = request.max_batch if request.plan.alternates else 1
     gang: Any = serve.deployment(
         Gang,
         name=GANG,
@@ -123,8 +121,7 @@ def application(request: ServeRequest, replicas: Replicas, share: Share, job: Ac
         graceful_shutdown_timeout_s=5.0,
     )
     text = request.to_json()
-    settings: Settings = settings_of(request)
-    return front.bind(gang.bind(text, share, settings_here()), text, settings, job)
+    return front.bind(gang.bind(text, share, settings_here()), text, settings_of(request), job)
 
 
 def _known(fields: dict[str, Any], kind: Any, where: str) -> dict[str, Any]:

@@ -162,8 +162,8 @@ class Dispatcher(Desk):
             return
         if event.kind == "queued":
             slot.ticket = None
-            ticket.tries, ticket.started = ticket.tries - 1, None
-            self._enqueue(ticket)
+            ticket.tries -= 1
+            self._wait_again(ticket)
             return
         if event.kind == "retried":
             ticket.step = 0  # the gang counts these itself: a lost machine may take its ranks first, and then the gang

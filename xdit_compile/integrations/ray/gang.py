@@ -29,8 +29,6 @@ from .starter import ActorStarter
 log = logging.getLogger(__name__)
 FRONT, GANG = "Front", "Gang"
 """Names of the deployments."""
-TURN_S = 3600.0
-"""A turn that compiles may take long; ranks that stand still are seen by themselves after the plan's timeout_s."""
 REPORT_S = 1.0
 READY_S = 0.05
 TOGETHER_S = 0.2
@@ -59,7 +57,7 @@ class Gang:
 
         def processes() -> Processes:
             self._starter = ActorStarter(request, group, share, settings)
-            return Processes(self._starter, request.arrangements[0], request.start_timeout, TURN_S)
+            return Processes(self._starter, request.arrangements[0], request.start_timeout)
 
         self._turns: list[tuple[Turn, Report]] = []
         self._engine = Engine(processes, _never_full(request.limits), request.name, request.arrangements)

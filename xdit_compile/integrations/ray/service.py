@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import re
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from xdit_compile.cache.folder import AUTO, resolve
 from xdit_compile.cli.processes.ending import Interrupted
 from xdit_compile.errors import UsageError, XditCompileError, one_line
 from xdit_compile.serving.logs import show_logs
+from xdit_compile.serving.queue.starters import free_port
 from xdit_compile.serving.request import ServeRequest
 
 from .app import HEAD, QUIET, Replicas, application
@@ -163,15 +163,9 @@ def _listening(request: ServeRequest) -> str:
     """Have Serve listen; where."""
     if _running() is not None:
         return f"{request.host}:{request.port}"
-    port = request.port or _free_port(request.host)
+    port = request.port or free_port(request.host)
     serve.start(proxy_location="HeadOnly", http_options={"host": request.host, "port": port}, logging_config=QUIET)
     return f"{request.host}:{port}"
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 class Ending:

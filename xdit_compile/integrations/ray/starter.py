@@ -37,7 +37,7 @@ class ActorStarter:
     """
 
     may_restart = True
-    free = Free(None, "RAM")
+    free = Free(None)
 
     def __init__(self, request: ServeRequest, group: PlacementGroup, share: Share, settings: Mapping[str, str]):
         self.host: str | None = ray.util.get_node_ip_address()
@@ -50,7 +50,7 @@ class ActorStarter:
             XditCompileError: the actors were not there in time.
         """
         actors = actors_in(self._group, self._share, self._settings, PLACED_S)
-        self.free = Free(actors.free, "the device" if actors.on_cards else "RAM")
+        self.free = actors.free
         told, text = {**front, "is_told": True}, self._request.to_json()
         return [ActorChild(actor, actor.run.remote(_be_rank, ((text, told), {}))) for actor in actors.handles]
 

@@ -163,10 +163,13 @@ class Desk(abc.ABC):
         """What becomes of a request whose ranks were lost."""
         if ticket.tries <= self.limits.retries:
             ticket.tell(Event("retried", error=why))
-            ticket.step, ticket.started = 0, None
-            self._enqueue(ticket)
+            self._wait_again(ticket)
         else:
             self._end(ticket, Event("failed", error=f"{why}; the request was lost with it"))
+
+    def _wait_again(self, ticket: Ticket) -> None:
+        ticket.step, ticket.started = 0, None
+        self._enqueue(ticket)
 
     def _end(self, ticket: Ticket, event: Event) -> None:
         self._tickets.pop(ticket.id, None)

@@ -14,6 +14,9 @@ from .members import LOOK_S, GangLost, Member, answers
 from .messages import Hello, Ready, Regroup
 from .starters import Child, Starter, free_port
 
+TURN_S = 3600.0
+"""A turn that compiles may take long; what stands still is seen by the ranks themselves after the plan's timeout_s."""
+
 
 class Processes:
     """All ranks.
@@ -22,7 +25,6 @@ class Processes:
         starter: makes them.
         arrangement: in which they start: one gang.
         start_s: they have to be ready within so many seconds.
-        turn_s: a turn may take so long, compiling included.
 
     Attributes:
         may_restart: whether they can be had once more.
@@ -30,10 +32,10 @@ class Processes:
         gangs: that take turns, each by itself.
     """
 
-    def __init__(self, starter: Starter, arrangement: Arrangement, start_s: float, turn_s: float):
+    def __init__(self, starter: Starter, arrangement: Arrangement, start_s: float):
         self.arrangement, self.may_restart = arrangement, starter.may_restart
         self.gangs: list[Gang] = []
-        self._starter, self._start_s, self._turn_s = starter, start_s, turn_s
+        self._starter, self._start_s = starter, start_s
         self._children: list[Child] = []
         self._members: list[Member] = []
         self._ending = threading.Lock()
@@ -89,7 +91,7 @@ class Processes:
         ready = answers(self._members, Ready, lambda: time.monotonic() < limit, "was not ready")
         size = len(self._members) // count
         starts = range(0, len(self._members), size)
-        self.gangs = [Gang(self._members[at : at + size], ready[at : at + size], self._turn_s) for at in starts]
+        self.gangs = [Gang(self._members[at : at + size], ready[at : at + size], TURN_S) for at in starts]
 
     def _accepted(self, listener: pipes.Listener, limit: float) -> list[Member]:
         """Every rank, once it has come, in their order."""

@@ -120,8 +120,8 @@ def how_it_ended(code: int) -> str:
     return killed_by(-code) if code < 0 else f"ended with exit code {code}"
 
 
-def free_port() -> int:
-    """A port of this machine that nothing has now."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nothing has now at an address of this machine; empty for all of them."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])

@@ -125,8 +125,7 @@ class Rank:
     def __init__(self, pipe: Any, request: PipelineRequest, world: World, number: int, max_batch: int, known: Known):
         self._pipe, self._request, self._world, self._number = pipe, request, world, number
         self._gates = put_gates(pipe)
-        plan = request.plan
-        self._alternates = bool(self._gates) and not plan.is_stale and plan.cfg == 1
+        self._alternates = bool(self._gates) and request.plan.alternates
         session = self._gates[0].session if self._gates else None
         self._whole = None if self._alternates else session
         self._agreement = None if session is None else session.agreement
