@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -129,6 +134,20 @@ def test_each_rank_has_a_device_of_its_own() -> None:
         for rank, found in enumerate(procs.run(on_devices, 2, folder, jobs, timeout=240)):
             assert max(max(first, second) for first, second, _ in found) < 2e-5
             assert set(found[-1][2]) == {rank}
+
+
+@pytest.mark.slow
+def test_a_killed_build_stops_no_other(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import pretend; pretend.extension()"]
+    settings = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.Popen(command, env=settings, start_new_session=True)
+    end = time.monotonic() + 120
+    while not list(tmp_path.rglob("lock")):
+        assert killed.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    subprocess.run(command, env=settings, check=True, timeout=240)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from conformance import digests
@@ -101,11 +102,9 @@ def run(
             done(cell, answer)
 
     end = time.monotonic() + limits.total
-    threads = [threading.Thread(target=_work, args=(cases, limits, end, note, device)) for _ in range(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(jobs) as pool:
+        for each in [pool.submit(_work, cases, limits, end, note, device) for _ in range(jobs)]:
+            each.result()
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -23,8 +24,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 
 NAME = "pretend"
+LIBRARY = "pretend_device"
+BUILD_S = 300
+"""How long a process waits for another's build."""
 BACKEND = "pccl"
 """Collectives of its tensors: gloo's, over the same bytes."""
 BACKENDS = {NAME: f"cpu:gloo,{NAME}:{BACKEND}"}
@@ -38,15 +43,35 @@ def unavailable() -> str | None:
 
 @functools.cache
 def extension() -> Any:
-    """The device in C++, compiled once for each state of its source."""
-    from torch.utils.cpp_extension import load
+    """The device in C++, compiled once for each state of its source.
 
+    Each build has a folder of its own: what a killed one leaves, PyTorch's lock among it, stops no other.
+    """
     source = Path(__file__).with_name("device.cpp")
-    state = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    state = hashlib.sha256(source.read_bytes() + torch.__version__.encode() + sys.version.encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"pretend-device-{os.getuid()}-{state}"
     folder.mkdir(exist_ok=True)
-    with mock.patch.dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"):
-        return load("pretend_device", [str(source)], extra_cflags=["-O1"], build_directory=str(folder))
+    library = folder / f"{LIBRARY}.so"
+    with FileLock(folder / "one-at-a-time", timeout=BUILD_S):
+        return _imported(library) if library.exists() else _compiled(source, library)
+
+
+def _compiled(source: Path, library: Path) -> Any:
+    from torch.utils.cpp_extension import load
+
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with tempfile.TemporaryDirectory(dir=library.parent) as build, mock.patch.dict(os.environ, PATH=path):
+        module = load(LIBRARY, [str(source)], extra_cflags=["-O1"], build_directory=build)
+        Path(build, library.name).replace(library)
+    return module
+
+
+def _imported(library: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(LIBRARY, library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @functools.cache
