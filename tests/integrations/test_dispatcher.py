@@ -30,6 +30,7 @@ class Gangs:
         self.calls = 0
         self.ends = asyncio.Event()
         self.lost: set[str] = set()
+        self.handed_back: set[str] = set()
         self.free = asyncio.Semaphore(count)
         self.dispatcher: Dispatcher | None = None
 
@@ -41,15 +42,19 @@ class Gangs:
     async def _work(self, slot: str) -> AsyncIterator[list[Event]]:
         assert self.dispatcher is not None
         async with self.free:
-            assignment = self.dispatcher.take(slot, "gang")
-            if assignment is None:
+            work = self.dispatcher.take(slot, "gang")
+            if work is None:
                 return
-            id = assignment.work.id
+            id = work.id
             self.begun.append(id)
             yield [Event("step", 1, 2)]
             if id in self.lost:
                 self.lost.remove(id)
                 raise ConnectionError("the replica died")
+            if id in self.handed_back:
+                self.handed_back.remove(id)
+                yield [Event("lost", error="rank 1: its actor died")]
+                return
             await self.ends.wait()
             yield [Event("step", 2, 2), Event("done", 2, 2, b"", (1, 1, 1, 3))]
 
@@ -97,6 +102,20 @@ def test_a_request_begins_again_where_its_gang_is_lost():
         kinds = [event.kind async for event in ticket.events()]
         assert kinds == ["queued", "started", "step", "retried", "started", "step", "step", "done"]
         assert dispatcher.status()["restarts"] == 1 and not dispatcher.ready
+
+    with_gangs(test, retries=1)
+
+
+def test_what_a_gang_hands_back_begins_again_wherever_there_is_room():
+    async def test(dispatcher: Dispatcher, gangs: Gangs) -> None:
+        gangs.handed_back.update("ab")
+        gangs.lost.update("b")
+        gangs.ends.set()
+        tickets = [dispatcher.submit(Work(id, id)) for id in "ab"]
+        kinds = [[event.kind async for event in ticket.events()] for ticket in tickets]
+        again = ["queued", "started", "step", "retried", "started", "step"]
+        assert kinds == [[*again, "step", "done"], [*again, "failed"]]
+        assert tickets[1].last.error == "rank 1: its actor died; the request was lost with it"
 
     with_gangs(test, retries=1)
 

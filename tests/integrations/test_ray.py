@@ -27,8 +27,10 @@ from benchmarks.serving_client import alone, processes
 from xdit_compile.cli.options.request import DEMO_PIPELINE
 from xdit_compile.errors import UsageError, XditCompileError
 from xdit_compile.integrations.ray import Ranks, build, needed, placing
+from xdit_compile.integrations.ray.app import Replicas, application
 from xdit_compile.plan import Plan
 from xdit_compile.serving.queue.starters import free_port
+from xdit_compile.serving.request import ServeRequest
 
 from .ray_cluster import Service, cluster_of, serving_on
 
@@ -68,6 +70,10 @@ def until(holds: Callable[[], bool], seconds: float = GONE_S) -> None:
     while not holds():
         assert time.monotonic() < limit
         time.sleep(0.1)
+
+
+def state(server: Service) -> dict[str, Any]:
+    return json.loads(server.get("/v1/status")[1])
 
 
 @pytest.mark.parametrize(
@@ -178,30 +184,72 @@ def test_a_service_goes_on_where_an_actor_a_gang_or_a_node_is_lost(tmp_path: Pat
     want = alone([dict(ASKED)])[0]
     with cluster_of(2, 2) as (cluster, nodes):
         with serving_on(cluster.address, tmp_path, "--retry", "--replicas", "2") as server:
-
-            def state() -> dict[str, Any]:
-                return json.loads(server.get("/v1/status")[1])
-
-            assert state()["gangs"] == 2
+            assert state(server)["gangs"] == 2
             _all_right(server, want, lambda: None, count=4)
             _all_right(server, want, lambda: processes("ray::RankActor")[0].kill())
             _all_right(server, want, lambda: [each.kill() for each in processes("ray::RankActor")])
             _all_right(server, want, lambda: processes("ray::ServeReplica:xdit-compile:Gang")[0].kill())
-            until(lambda: state()["gangs"] == 2, 60)
-            assert state()["restarts"] >= 2
+            until(lambda: state(server)["gangs"] == 2, 60)
+            assert state(server)["restarts"] >= 2
             _all_right(server, want, lambda: cluster.remove_node(nodes[0], allow_graceful=False), count=3)
             asking = threading.Thread(target=lambda: server.ask(**{**ASKED, "num_inference_steps": 500}, id="long"))
             asking.start()
-            until(lambda: any(each["step"] for each in state()["running"]))
+            until(lambda: any(each["step"] for each in state(server)["running"]))
             assert server.cancel("long") == 200
             asking.join(GONE_S)
-            assert state()["running"] == []
+            assert state(server)["running"] == []
             kinds = [event["type"].partition(".")[2] for event in server.events(**ASKED)]
             assert kinds == ["queued", "started", *["progress"] * 12, "completed"]
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(GONE_S) == 0
         assert not processes("ray::RankActor")
         assert "Traceback" not in (tmp_path / "log").read_text().rpartition("xdit_compile.serving.http.guard")[2]
+
+
+@pytest.mark.slow
+def test_another_gang_takes_what_was_at_work_on_ranks_that_have_no_room_left(tmp_path: Path):
+    want = alone([dict(ASKED)])[0]
+    with contextlib.ExitStack() as held:
+        cluster, nodes = held.enter_context(cluster_of(1, 1, 1, 1))
+        server = held.enter_context(serving_on(cluster.address, tmp_path, "--retry", "--replicas", "2"))
+        ray.init(address=cluster.address, log_to_driver=False)
+        held.callback(ray.shutdown)
+        groups = ray.util.placement_group_table().values()
+        lost = next(group["bundles_to_node_id"][1] for group in groups if group["state"] == "CREATED")
+        node = next(node for node in nodes if node.node_id == lost)
+        _all_right(server, want, lambda: cluster.remove_node(node, allow_graceful=False), count=3)
+
+
+@pytest.mark.slow
+def test_a_gang_that_is_one_too_many_ends_what_it_is_at():
+    request = ServeRequest(plan=PLAN)
+    with cluster_of(4) as (cluster, _):
+        ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            serve.start(http_options={"port": (port := free_port())}, proxy_location="HeadOnly")
+            serve.run(application(request, Replicas(1, 2, up_s=1, down_s=3), placing.Share({"CPU": 1})), name="few")
+            server, answers = Service(None, f"http://127.0.0.1:{port}"), {}
+
+            def ask(name: str, steps: int) -> threading.Thread:
+                def run() -> None:
+                    answers[name] = server.ask(**{**ASKED, "num_inference_steps": steps}, id=name).status
+
+                asking = threading.Thread(target=run)
+                asking.start()
+                return asking
+
+            first = ask("first", 600)
+            until(lambda: any(each["step"] for each in state(server)["running"]))
+            last = ask("last", 1000)
+            until(lambda: len(state(server)["running"]) == 2, 60)
+            server.cancel("first")
+            first.join()
+            last.join()
+            assert answers["last"] == 200
+            until(lambda: state(server)["gangs"] == 1, 60)
+        finally:
+            serve.shutdown()
+            ray.shutdown()
 
 
 def _all_right(server: Service, want: np.ndarray, disturb: Callable[[], Any], count: int = 2) -> None:
@@ -232,7 +280,7 @@ def test_gangs_follow_the_queue_and_end_with_a_killed_command(tmp_path: Path):
         asking = [threading.Thread(target=lambda: answers.append(server.ask(**wanted))) for _ in range(8)]
         for each in asking:
             each.start()
-        until(lambda: json.loads(server.get("/v1/status")[1])["gangs"] == 2, 60)
+        until(lambda: state(server)["gangs"] == 2, 60)
         for each in asking:
             each.join()
         assert [answer.status for answer in answers] == [200] * 8

@@ -30,6 +30,8 @@ HEAD = "node:__internal_head__"
 CHECK_S = 2.0
 """So often Serve asks a replica how it is."""
 STOP_S = 20.0
+LAST_S = 3600.0
+"""A gang that is one too many ends what it is at, which may be a long video."""
 QUIET = LoggingConfig(log_level="CRITICAL", enable_access_log=False)
 """Of Serve's own log, which has tracebacks of what gangs and front say in a line."""
 
@@ -104,7 +106,7 @@ def application(request: ServeRequest, replicas: Replicas, share: Share, job: Ac
         },
         health_check_period_s=CHECK_S,
         health_check_timeout_s=STOP_S,
-        graceful_shutdown_timeout_s=STOP_S,
+        graceful_shutdown_timeout_s=LAST_S,
         graceful_shutdown_wait_loop_s=0.1,
         max_constructor_retry_count=1,
         logging_config=QUIET,

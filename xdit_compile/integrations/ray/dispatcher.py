@@ -16,11 +16,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 
 from xdit_compile.serving.queue.desk import LOOK_S, Desk, Limits
-from xdit_compile.serving.queue.messages import Usage
+from xdit_compile.serving.queue.messages import Usage, Work
 from xdit_compile.serving.queue.tickets import Event, Ticket
 from xdit_compile.serving.room import Free
 
-from .reports import Assignment, GangReport
+from .reports import GangReport
 
 log = logging.getLogger(__name__)
 SILENT_S = 10.0
@@ -63,7 +63,7 @@ class Dispatcher(Desk):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def take(self, slot: str, gang: str) -> Assignment | None:
+    def take(self, slot: str, gang: str) -> Work | None:
         """The request that a slot is for; None where none waits any more.
 
         Args:
@@ -75,10 +75,10 @@ class Dispatcher(Desk):
         if not self._queue:
             return None
         ticket = self._slots[slot].ticket = self._next()
-        return Assignment(ticket.work, ticket.tries)
+        return ticket.work
 
-    def report(self, said: GangReport) -> None:
-        """Know how a gang is."""
+    def report(self, said: GangReport) -> tuple[str, ...]:
+        """Know how a gang is; the slots that are open."""
         before = self._gangs.get(said.name)
         if before is None:
             log.info("gang %s is there", said.name)
@@ -90,6 +90,7 @@ class Dispatcher(Desk):
             for tell in self.turned:
                 tell(turn, report)
         self._count()
+        return tuple(self._slots)
 
     def status(self) -> dict[str, object]:
         """As `Desk.status`, and ``gangs``: how many there are."""
@@ -156,18 +157,18 @@ class Dispatcher(Desk):
         ticket = slot.ticket
         if ticket is None:
             return
-        if event.ends:
+        if event.kind == "lost":
             slot.ticket = None
-            self._end(ticket, event)
-            return
-        if event.kind == "queued":
+            self._lose(ticket, event.error)
+        elif event.kind == "queued":
             slot.ticket = None
             ticket.tries -= 1
             self._wait_again(ticket)
-            return
-        if event.kind == "retried":
-            ticket.step = 0  # the gang counts these itself: a lost machine may take its ranks first, and then the gang
-        ticket.tell(event)
+        elif event.ends:
+            slot.ticket = None
+            self._end(ticket, event)
+        else:
+            ticket.tell(event)
 
     def _close(self, name: str, why: str) -> None:
         slot = self._slots.pop(name)

@@ -21,7 +21,7 @@ from xdit_compile.serving.request import ServeRequest
 from xdit_compile.serving.room import Room
 
 from .dispatcher import Dispatcher
-from .reports import Assignment, GangReport
+from .reports import GangReport
 
 
 class Front:
@@ -42,7 +42,7 @@ class Front:
         self._gangs = gangs.options(stream=True)
         self._dispatcher = Dispatcher(self._slot, request.limits, request.name, request.start_timeout)
         self._dispatcher.start()
-        self._ending = None if job is None else asyncio.create_task(_end_with(job))
+        self._ending = None if job is None else asyncio.create_task(self._end_with(job))
 
     def __serve_build_asgi_app__(self) -> Any:
         """For Serve: what answers HTTP."""
@@ -59,17 +59,17 @@ class Front:
             self._room = Room(request, request.arrangements[-1].plan, request.plan.world_size, free)
         return await self._room.refusal(work)
 
-    async def take(self, slot: str, gang: str) -> Assignment | None:
+    async def take(self, slot: str, gang: str) -> Work | None:
         """As `Dispatcher.take`."""
         return self._dispatcher.take(slot, gang)
 
-    async def report(self, said: GangReport) -> None:
+    async def report(self, said: GangReport) -> tuple[str, ...]:
         """As `Dispatcher.report`."""
-        self._dispatcher.report(said)
+        return self._dispatcher.report(said)
 
-    async def drain(self, limit_s: float) -> None:
-        """Take no more requests, and return once those that are here have ended, or the time is over."""
-        await self._dispatcher.drain(limit_s)
+    async def stop(self, drain_s: float) -> None:
+        """As `Dispatcher.stop`."""
+        await self._dispatcher.stop(drain_s)
 
     @contextlib.asynccontextmanager
     async def _slot(self, slot: str) -> AsyncIterator[AsyncIterator[list[Event]]]:
@@ -79,6 +79,14 @@ class Front:
         except BaseException:
             answers.cancel()
             raise
+
+    async def _end_with(self, job: ActorHandle) -> None:
+        """End the service once a job has ended without having done so."""
+        name = serve.get_replica_context().app_name
+        with contextlib.suppress(RayError):
+            await job.last.remote()
+        await self._dispatcher.stop(0)
+        await asyncio.to_thread(serve.delete, name)
 
     async def __del__(self) -> None:
         dispatcher = getattr(self, "_dispatcher", None)
@@ -100,11 +108,3 @@ class _WithoutId:
             await send(message)
 
         await self._app(scope, receive, without)
-
-
-async def _end_with(job: ActorHandle) -> None:
-    """End the service once a job has ended without having done so."""
-    name = serve.get_replica_context().app_name
-    with contextlib.suppress(RayError):
-        await job.last.remote()
-    await asyncio.to_thread(serve.delete, name)

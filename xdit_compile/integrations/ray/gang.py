@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 
 import ray
 from ray import serve
@@ -17,20 +17,24 @@ from xdit_compile.errors import XditCompileError
 from xdit_compile.serving.logs import show_logs
 from xdit_compile.serving.queue.desk import Limits, NotReady
 from xdit_compile.serving.queue.engine import Engine
-from xdit_compile.serving.queue.messages import Report, Turn
+from xdit_compile.serving.queue.messages import Report, Turn, Work
 from xdit_compile.serving.queue.processes import Processes
-from xdit_compile.serving.queue.tickets import Event
+from xdit_compile.serving.queue.tickets import Event, Ticket
 from xdit_compile.serving.request import ServeRequest
 
 from .placing import Share
-from .reports import Assignment, GangReport, without_pictures
+from .reports import GangReport, without_pictures
 from .starter import ActorStarter
 
 log = logging.getLogger(__name__)
 FRONT, GANG = "Front", "Gang"
 """Names of the deployments."""
 REPORT_S = 1.0
+SILENT_S = 10.0
+"""A front that does not answer for so long is gone, and so is whoever waits for what is made for it."""
 READY_S = 0.05
+SOON_S = 1.0
+"""Ranks that are not ready within so long take no request: another gang may be free."""
 TOGETHER_S = 0.2
 
 
@@ -60,7 +64,8 @@ class Gang:
             return Processes(self._starter, request.arrangements[0], request.start_timeout)
 
         self._turns: list[tuple[Turn, Report]] = []
-        self._engine = Engine(processes, _never_full(request.limits), request.name, request.arrangements)
+        self._slots: dict[str, str] = {}
+        self._engine = _Engine(processes, _never_full(request.limits), request.name, request.arrangements)
         self._engine.turned.append(lambda turn, report: self._turns.append(without_pictures(turn, report)))
         await self._engine.start()
         while self._engine.alive and not self._engine.ready:
@@ -91,21 +96,21 @@ class Gang:
     async def work(self, slot: str) -> AsyncIterator[list[Event]]:
         """Work on the request that the front has for a call of this, and say what becomes of it.
 
-        ``queued`` says that it is to wait again.
+        ``queued`` says that it is to wait again, ``lost`` that ranks were lost with it.
 
         What comes soon after one another is said together: a message takes as much of a processor as some steps do.
         """
-        if not self._engine.alive:
+        if not await self._ready_soon():
             return
-        assignment: Assignment | None = await self._front.take.remote(slot, self._name)
-        if assignment is None:
+        work: Work | None = await self._front.take.remote(slot, self._name)
+        if work is None:
             return
         try:
-            ticket = self._engine.submit(assignment.work)
+            ticket = self._engine.submit(work)
         except NotReady:
             yield [Event("queued")]
             return
-        ticket.tries = assignment.tries - 1
+        self._slots[slot] = ticket.id
         said: list[Event] = []
         due = time.monotonic() + TOGETHER_S
         try:
@@ -115,18 +120,45 @@ class Gang:
                     yield said
                     said, due = [], time.monotonic() + TOGETHER_S
         finally:
+            del self._slots[slot]
             self._engine.cancel(ticket.id)
 
+    async def _ready_soon(self) -> bool:
+        limit = time.monotonic() + SOON_S
+        while self._engine.alive and not self._engine.ready and time.monotonic() < limit:
+            await asyncio.sleep(READY_S)
+        return self._engine.alive and self._engine.ready
+
     async def _report(self) -> None:
+        """Say how this gang is, again and again, and give up what nobody waits for."""
+        heard = time.monotonic()
         while True:
+            before = dict(self._slots)
+            wanted: Collection[str] = before
             with contextlib.suppress(Exception):  # the front may be starting anew
-                await self._front.report.remote(self.about())
+                wanted, heard = await self._front.report.remote(self.about()), time.monotonic()
+            if time.monotonic() - heard > SILENT_S:
+                wanted = ()
+            for slot in before.keys() - wanted:
+                self._engine.cancel(before[slot])
             await asyncio.sleep(REPORT_S)
 
     async def __del__(self) -> None:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.stop(0)
+
+
+class _Engine(Engine):
+    """Hands requests back whose ranks were lost: the front decides what becomes of them, and where."""
+
+    def _lose(self, ticket: Ticket, why: str) -> None:
+        self._end(ticket, Event("lost", error=why))
+
+    def _end_all(self, why: str) -> None:
+        for ticket in list(self._tickets.values()):
+            self._lose(ticket, why)
+        super()._end_all(why)
 
 
 def _never_full(limits: Limits) -> Limits:

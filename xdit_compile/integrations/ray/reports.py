@@ -5,21 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from xdit_compile.serving.queue.messages import Report, Turn, Usage, Work
+from xdit_compile.serving.queue.messages import Report, Turn, Usage
 from xdit_compile.serving.room import Free
-
-
-@dataclasses.dataclass(frozen=True)
-class Assignment:
-    """A request that a gang is to work on.
-
-    Args:
-        work: what to make.
-        tries: how often it was begun, this time included.
-    """
-
-    work: Work
-    tries: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,9 +128,9 @@ def _until_ended(ended: threading.Event) -> None:
 
 
 def _drain(limit_s: float) -> None:
-    """Return once the requests that are here have ended, or the time is over."""
+    """Return once the requests that are here have ended, or the time is over, which ends them."""
     try:
-        serve.get_app_handle(NAME).drain.remote(limit_s).result(timeout_s=limit_s + LOOK_S)
+        serve.get_app_handle(NAME).stop.remote(limit_s).result(timeout_s=limit_s + LOOK_S)
     except (TimeoutError, RayError) as error:
         log.warning("the front did not say that all requests have ended: %s", one_line(error, 200))
 

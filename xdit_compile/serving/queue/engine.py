@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from xdit_compile.errors import XditCompileError, one_line
+
 from .arrangements import Arrangement
 from .desk import LOOK_S, Desk, Limits
 from .gang import Gang
@@ -124,8 +126,13 @@ class Engine(Desk):
                 self.restarts += failed < STARTS
             except asyncio.CancelledError:
                 raise
-            except Exception:
-                log.exception("the engine failed")
+            except Exception as error:
+                self.ready, self.lost = False, one_line(error)
+                if isinstance(error, XditCompileError):
+                    log.error("the ranks cannot be started: %s", error)
+                else:
+                    log.exception("the engine failed")
+                await asyncio.to_thread(processes.end)
                 break
         self.alive = False
         self._end_all("the ranks cannot be started; look at the server's log")

@@ -17,7 +17,8 @@ class Event:
 
     Args:
         kind: ``queued``, ``started``, ``step``, ``preview``, ``retried``, or one that ends it: ``done``, ``failed``,
-            ``cancelled``, ``late`` (its deadline passed).
+            ``cancelled``, ``late`` (its deadline passed), ``lost`` (its ranks were, and who sent it there decides what
+            becomes of it).
         step, steps: how far it is; ``steps`` None where that is not known.
         pictures, shape: raw bytes, uint8 ``[N, H, W, C]`` or ``[N, F, H, W, C]``, of a preview or of what was made.
         latents: a safetensors file of what was made, where that was not decoded.
@@ -25,7 +26,7 @@ class Event:
         is_input: whether the pipeline refused what it was given.
     """
 
-    kind: Literal["queued", "started", "step", "preview", "retried", "done", "failed", "cancelled", "late"]
+    kind: Literal["queued", "started", "step", "preview", "retried", "done", "failed", "cancelled", "late", "lost"]
     step: int = 0
     steps: int | None = None
     pictures: bytes | None = None
@@ -37,7 +38,7 @@ class Event:
     @property
     def ends(self) -> bool:
         """Whether nothing follows."""
-        return self.kind in ("done", "failed", "cancelled", "late")
+        return self.kind in ("done", "failed", "cancelled", "late", "lost")
 
 
 @dataclasses.dataclass(eq=False)
