@@ -221,8 +221,28 @@ def test_another_gang_takes_what_was_at_work_on_ranks_that_have_no_room_left(tmp
 
 
 @pytest.mark.slow
+def test_a_gang_gives_up_what_a_lost_front_wanted(tmp_path: Path):
+    long = {**ASKED, "num_inference_steps": 1000}
+    with cluster_of(2) as (cluster, _), serving_on(cluster.address, tmp_path, "--max_batch", "1") as server:
+
+        def ask() -> None:
+            with contextlib.suppress(json.JSONDecodeError):  # what Serve's proxy says then is its own
+                server.ask(**long)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        until(lambda: any(each["step"] for each in state(server)["running"]))
+        processes("ray::ServeReplica:xdit-compile:Front")[0].kill()
+        asking.join()
+        until(lambda: server.get("/health")[0] == 200, 60)
+        assert server.ask(**ASKED).status == 200
+        (turns,) = re.findall(r"^xdit_batch_size_count (\S+)", server.get("/metrics")[1], re.MULTILINE)
+        assert ASKED["num_inference_steps"] <= float(turns) < 500
+
+
+@pytest.mark.slow
 def test_a_gang_that_is_one_too_many_ends_what_it_is_at():
-    request = ServeRequest(plan=PLAN)
+    request = ServeRequest(plan=PLAN, max_batch=1)
     with cluster_of(4) as (cluster, _):
         ray.init(address=cluster.address, log_to_driver=False)
         try:
@@ -240,7 +260,7 @@ def test_a_gang_that_is_one_too_many_ends_what_it_is_at():
 
             first = ask("first", 600)
             until(lambda: any(each["step"] for each in state(server)["running"]))
-            last = ask("last", 1000)
+            last = ask("last", 700)
             until(lambda: len(state(server)["running"]) == 2, 60)
             server.cancel("first")
             first.join()
