@@ -63,6 +63,15 @@ class Replicas:
             raise UsageError(f"--replicas {text}: give a number of gangs, or the least and the most of them, as 1:4")
         return cls(least, most)
 
+    def options(self, at_once: int) -> dict[str, Any]:
+        """Of a deployment whose replicas take so many requests each. A fixed number takes no measuring."""
+        if self.least == self.most:
+            return {"num_replicas": self.least}
+        bounds = {"min_replicas": self.least, "initial_replicas": self.least, "max_replicas": self.most}
+        delays = {"upscale_delay_s": self.up_s, "downscale_delay_s": self.down_s}
+        measured = {"target_ongoing_requests": at_once, "metrics_interval_s": 1.0, "look_back_period_s": 2.0}
+        return {"autoscaling_config": {**bounds, **delays, **measured}}
+
 
 def build(args: Mapping[str, Any]) -> Application:
     """An application builder of Ray Serve, for ``import_path: xdit_compile.integrations.ray:build``.
@@ -99,18 +108,14 @@ def application(request: ServeRequest, replicas: Replicas, share: Share, job: Ac
         placement_group_bundles=[dict(share.amounts)] * request.plan.world_size,
         placement_group_strategy=STRATEGY,
         max_ongoing_requests=at_once,
-        autoscaling_config={
-            "min_replicas": replicas.least, "initial_replicas": replicas.least, "max_replicas": replicas.most,
-            "target_ongoing_requests": at_once, "upscale_delay_s": replicas.up_s, "downscale_delay_s": replicas.down_s,
-            "metrics_interval_s": 1.0, "look_back_period_s": 2.0,
-        },
+        **replicas.options(at_once),
         health_check_period_s=CHECK_S,
         health_check_timeout_s=STOP_S,
         graceful_shutdown_timeout_s=LAST_S,
         graceful_shutdown_wait_loop_s=0.1,
         max_constructor_retry_count=1,
         logging_config=QUIET,
-    )  # fmt: skip
+    )
     front: Any = serve.deployment(
         serve.ingress()(Front),
         name=FRONT,

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 NAME = "xdit-compile"
 """Of the application, in the cluster."""
 LOOK_S = 0.5
+SEEN_S = 3.0
+"""So often the command looks whether the service is still there, which takes the controller some milliseconds."""
 
 
 class Job:
@@ -121,7 +123,7 @@ def _reason() -> str:
 
 
 def _until_ended(ended: threading.Event) -> None:
-    while not ended.wait(LOOK_S):
+    while not ended.wait(SEEN_S):
         application = serve.status().applications.get(NAME)
         if application is None or application.status == ApplicationStatus.DELETING:
             raise XditCompileError("somebody ended the service in the cluster")
