@@ -199,7 +199,7 @@ def test_a_pipeline_without_latents_and_a_control_picture_alone() -> None:
     ],
 )
 def test_ranks_make_and_decode_them_whoever_asks_beside(flags: tuple[str, ...], tmp_path: Path) -> None:
-    with serving(tmp_path, "--nproc", "2", *flags) as server, httpx2.Client(timeout=300) as client:
+    with serving(tmp_path, *flags) as server, httpx2.Client(timeout=300) as client:
         client.base_url = f"{server.address}/v1/images"
         bodies = [{**STEPS, "n": 1, "seed": seed} for seed in range(3)]
         whole = [_pixels(client.post("/generations", json=body).json()) for body in bodies]
@@ -218,7 +218,7 @@ def test_ranks_make_and_decode_them_whoever_asks_beside(flags: tuple[str, ...], 
 
 @pytest.mark.slow
 def test_a_server_ends_where_another_program_takes_the_place_of_what_started_it(tmp_path: Path) -> None:
-    flags = ["--with_parent", "--port", "0", "--backend", "eager", "--nproc", "2", "--ulysses_degree", "2"]
+    flags = ["--with_parent", "--port", "0", "--backend", "eager", "--ulysses_degree", "2"]
     code = (
         "import os, subprocess, sys\n"
         f"command = [sys.executable, '-m', 'xdit_compile', 'serve', *{flags}]\n"

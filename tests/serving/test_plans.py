@@ -57,7 +57,7 @@ def test_what_cannot_be_arranged_is_refused(texts: list[str], said: str) -> None
     [
         (TWO, "--plan needs 2 processes; give --nproc 2"),
         ((*TWO, "--nproc", "4"), "--plan needs 2 processes; give --nproc 2"),
-        ((*TWO, "--nproc", "2", "--ring_degree", "2"), "--plan takes the place of other degrees"),
+        ((*TWO, "--ring_degree", "2"), "--plan takes the place of other degrees"),
     ],
 )
 def test_the_command_refuses_it_at_once(flags: tuple[str, ...], said: str) -> None:
@@ -69,7 +69,7 @@ def test_the_command_refuses_it_at_once(flags: tuple[str, ...], said: str) -> No
 @pytest.mark.slow
 def test_ranks_are_arranged_for_one_request_and_for_a_queue(tmp_path: Path) -> None:
     """Pictures are those of the pipeline under both; a lost rank takes along only what its own gang was at work on."""
-    with serving(tmp_path, "--nproc", "2", *TWO) as server:
+    with serving(tmp_path, *TWO) as server:
 
         def status() -> dict:
             return json.loads(server.get("/v1/status")[1])

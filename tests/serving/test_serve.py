@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks.serving_client import Server as Client
+from benchmarks import serving_client
 from xdit_compile.cli.options.request import DEMO_PIPELINE
 
 pytestmark = pytest.mark.slow
@@ -32,7 +31,7 @@ READY_S = 300
 STEPS = 6
 
 
-class Server(Client):
+class Server(serving_client.Server):
     """One that runs; a request says less, and nothing may take as long."""
 
     ready_s, get_s, answer_s = READY_S, 10, 300
@@ -49,27 +48,14 @@ def _filled(fields: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": "a red circle", "num_inference_steps": STEPS, **fields}
 
 
-@contextlib.contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "xdit_compile", "serve", "--port", "0", "--backend", "eager", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDIT_COMPILE_CACHE": str(folder / "cache")}
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        try:
-            assert process.stdout is not None
-            found = re.search(r"http://[\d.:]+", process.stdout.readline())
-            assert found is not None, (folder / "log").read_text()
-            server = Server(process, found[0])
-            server.wait_ready()
-            yield server
-        finally:
-            process.kill()
-            process.wait()
+def serving(folder: Path, *flags: str) -> AbstractContextManager[Server]:
+    environment = {"OMP_NUM_THREADS": "1", "XDIT_COMPILE_CACHE": str(folder / "cache")}
+    return serving_client.serving(("--backend", "eager", *flags), folder / "log", Server, environment)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("serve"), "--nproc", "2", "--ulysses_degree", "2", "--max_batch", "3") as one:
+    with serving(tmp_path_factory.mktemp("serve"), "--ulysses_degree", "2", "--max_batch", "3") as one:
         yield one
 
 
@@ -140,7 +126,7 @@ def test_the_snippet_of_the_docs(server: Server) -> None:
 
 
 def test_a_killed_rank_fails_its_requests_and_others_follow(tmp_path: Path) -> None:
-    with serving(tmp_path, "--nproc", "2", "--ulysses_degree", "2", "--max_batch", "2") as server:
+    with serving(tmp_path, "--ulysses_degree", "2", "--max_batch", "2") as server:
         first = server.picture(seed=1)
         with ThreadPoolExecutor(3) as pool:
             asked = [pool.submit(server.send, seed=seed, num_inference_steps=60) for seed in range(3)]
@@ -157,7 +143,7 @@ def test_a_killed_rank_fails_its_requests_and_others_follow(tmp_path: Path) -> N
 
 
 def test_retried_requests_survive_and_sigterm_drains(tmp_path: Path) -> None:
-    with serving(tmp_path, "--nproc", "2", "--ulysses_degree", "2", "--retry") as server:
+    with serving(tmp_path, "--ulysses_degree", "2", "--retry") as server:
         expected = server.picture(seed=2, num_inference_steps=40)
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(server.picture, seed=2, num_inference_steps=40)

@@ -102,7 +102,7 @@ class Gang:
         """
         if not await self._ready_soon():
             return
-        work: Work | None = await self._front.take.remote(slot, self._name)
+        work: Work | None = await asyncio.wait_for(self._front.take.remote(slot, self._name), SILENT_S)
         if work is None:
             return
         try:
@@ -136,8 +136,9 @@ class Gang:
             before = dict(self._slots)
             wanted: Collection[str] = before
             with contextlib.suppress(Exception):  # the front may be starting anew
-                wanted, heard = await self._front.report.remote(self.about()), time.monotonic()
-            if time.monotonic() - heard > SILENT_S:
+                wanted = await asyncio.wait_for(self._front.report.remote(self.about()), SILENT_S)
+                heard = time.monotonic()
+            if time.monotonic() - heard >= SILENT_S:
                 wanted = ()
             for slot in before.keys() - wanted:
                 self._engine.cancel(before[slot])

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 NAME = "xdit-compile"
 """Of the application, in the cluster."""
 LOOK_S = 0.5
+GIVEN_UP_S = 5.0
+"""The front says within so long that it has ended what was left."""
 SEEN_S = 3.0
 """So often the command looks whether the service is still there, which takes the controller some milliseconds."""
 
@@ -132,7 +134,7 @@ def _until_ended(ended: threading.Event) -> None:
 def _drain(limit_s: float) -> None:
     """Return once the requests that are here have ended, or the time is over, which ends them."""
     try:
-        serve.get_app_handle(NAME).stop.remote(limit_s).result(timeout_s=limit_s + LOOK_S)
+        serve.get_app_handle(NAME).stop.remote(limit_s).result(timeout_s=limit_s + GIVEN_UP_S)
     except (TimeoutError, RayError) as error:
         log.warning("the front did not say that all requests have ended: %s", one_line(error, 200))
 
