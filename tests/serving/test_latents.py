@@ -218,7 +218,7 @@ def test_ranks_make_and_decode_them_whoever_asks_beside(flags: tuple[str, ...], 
 
 @pytest.mark.slow
 def test_a_server_ends_where_another_program_takes_the_place_of_what_started_it(tmp_path: Path) -> None:
-    flags = ["--with_parent", "--port", "0", "--backend", "eager", "--ulysses_degree", "2"]
+    flags = ["--with_parent", "--port", "0", "--backend", "eager", "--nproc", "2", "--ulysses_degree", "2"]
     code = (
         "import os, subprocess, sys\n"
         f"command = [sys.executable, '-m', 'xdit_compile', 'serve', *{flags}]\n"
