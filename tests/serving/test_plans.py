@@ -57,7 +57,7 @@ def test_what_cannot_be_arranged_is_refused(texts: list[str], said: str) -> None
     [
         (TWO, "--plan needs 2 processes; give --nproc 2"),
         ((*TWO, "--nproc", "4"), "--plan needs 2 processes; give --nproc 2"),
-        ((*TWO, "--ring_degree", "2"), "--plan takes the place of other degrees"),
+        ((*TWO, "--nproc", "2", "--ring_degree", "2"), "--plan takes the place of other degrees"),
     ],
 )
 def test_the_command_refuses_it_at_once(flags: tuple[str, ...], said: str) -> None:

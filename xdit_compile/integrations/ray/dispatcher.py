@@ -20,11 +20,9 @@ from xdit_compile.serving.queue.messages import Usage, Work
 from xdit_compile.serving.queue.tickets import Event, Ticket
 from xdit_compile.serving.room import Free
 
-from .reports import GangReport
+from .reports import SILENT_S, GangReport
 
 log = logging.getLogger(__name__)
-SILENT_S = 10.0
-"""A gang that has said nothing for so long is counted no more."""
 AGAIN_S = 0.5
 """After a slot was lost before anything came of it, so long passes before the next."""
 Open = Callable[[str], AbstractAsyncContextManager[AsyncIterator[list[Event]]]]
@@ -157,15 +155,14 @@ class Dispatcher(Desk):
         ticket = slot.ticket
         if ticket is None:
             return
-        if event.kind == "lost":
+        if event.ends or event.kind == "queued":
             slot.ticket = None
+        if event.kind == "lost":
             self._lose(ticket, event.error)
         elif event.kind == "queued":
-            slot.ticket = None
             ticket.tries -= 1
             self._wait_again(ticket)
         elif event.ends:
-            slot.ticket = None
             self._end(ticket, event)
         else:
             ticket.tell(event)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import sys
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -23,15 +24,13 @@ from xdit_compile.serving.queue.tickets import Event, Ticket
 from xdit_compile.serving.request import ServeRequest
 
 from .placing import Share
-from .reports import GangReport, without_pictures
+from .reports import SILENT_S, GangReport, without_pictures
 from .starter import ActorStarter
 
 log = logging.getLogger(__name__)
 FRONT, GANG = "Front", "Gang"
 """Names of the deployments."""
 REPORT_S = 1.0
-SILENT_S = 10.0
-"""A front that does not answer for so long is gone, and so is whoever waits for what is made for it."""
 READY_S = 0.05
 SOON_S = 1.0
 """Ranks that are not ready within so long take no request: another gang may be free."""
@@ -68,8 +67,7 @@ class Gang:
         self._engine = _Engine(processes, _never_full(request.limits), request.name, request.arrangements)
         self._engine.turned.append(lambda turn, report: self._turns.append(without_pictures(turn, report)))
         await self._engine.start()
-        while self._engine.alive and not self._engine.ready:
-            await asyncio.sleep(READY_S)
+        await self._ready_within(math.inf)
         self.check_health()
         self._reporting = asyncio.create_task(self._report())
 
@@ -100,7 +98,7 @@ class Gang:
 
         What comes soon after one another is said together: a message takes as much of a processor as some steps do.
         """
-        if not await self._ready_soon():
+        if not await self._ready_within(SOON_S):
             return
         work: Work | None = await asyncio.wait_for(self._front.take.remote(slot, self._name), SILENT_S)
         if work is None:
@@ -123,8 +121,9 @@ class Gang:
             del self._slots[slot]
             self._engine.cancel(ticket.id)
 
-    async def _ready_soon(self) -> bool:
-        limit = time.monotonic() + SOON_S
+    async def _ready_within(self, seconds: float) -> bool:
+        """Whether ranks are there: at once, or after some time, which ends where there will be none."""
+        limit = time.monotonic() + seconds
         while self._engine.alive and not self._engine.ready and time.monotonic() < limit:
             await asyncio.sleep(READY_S)
         return self._engine.alive and self._engine.ready

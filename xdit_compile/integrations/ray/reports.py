@@ -8,6 +8,9 @@ from typing import Any
 from xdit_compile.serving.queue.messages import Report, Turn, Usage
 from xdit_compile.serving.room import Free
 
+SILENT_S = 10.0
+"""A gang or a front that has said nothing for so long is gone."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GangReport:

@@ -124,8 +124,6 @@ class Engine(Desk):
                 if not processes.may_restart:
                     break
                 self.restarts += failed < STARTS
-            except asyncio.CancelledError:
-                raise
             except Exception as error:
                 self.ready, self.lost = False, one_line(error)
                 if isinstance(error, XditCompileError):
